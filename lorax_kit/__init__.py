@@ -1,0 +1,1 @@
+"""Low-rank adaptation for any JAX function."""

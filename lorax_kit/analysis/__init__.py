@@ -1,0 +1,1 @@
+"""What the trained deltas look like: spectra, effective rank."""

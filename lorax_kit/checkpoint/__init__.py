@@ -1,0 +1,1 @@
+"""Adapters on disk, apart from the base: orbax, fingerprints, PEFT interchange."""

@@ -1,0 +1,1 @@
+"""Reference models in Flax that read top to bottom, and loaders of their real weights."""

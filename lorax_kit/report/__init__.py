@@ -1,0 +1,1 @@
+"""Reads a run folder and draws tables, plots and the HTML report; never runs anything."""

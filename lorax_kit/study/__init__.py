@@ -1,0 +1,1 @@
+"""A whole rank ablation as one compiled program: design, packing, engine, store, statistics."""

@@ -1,0 +1,1 @@
+"""Real data sets, batching and metrics; nothing here knows about low-rank adaptation."""

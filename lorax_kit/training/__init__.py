@@ -1,0 +1,1 @@
+"""Trains the factors only: optimizer partition, the pure step, and a fit loop."""
