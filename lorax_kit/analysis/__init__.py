@@ -1,1 +1,5 @@
 """What the trained deltas look like: spectra, effective rank."""
+
+from lorax_kit.analysis.spectra import delta_spectrum, effective_rank, rank_for_energy
+
+__all__ = ["delta_spectrum", "effective_rank", "rank_for_energy"]
