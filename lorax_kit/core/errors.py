@@ -1,0 +1,21 @@
+"""The errors users meet: each names the thing, shows both sides and the next step, in at most four lines."""
+
+
+class LoraxError(ValueError):
+    """Base of every error this package raises on purpose."""
+
+
+class SpecError(LoraxError):
+    """A spec is malformed: unknown key, wrong type, a setting out of range."""
+
+
+class PlanError(LoraxError):
+    """A spec does not fit the params or the traced function."""
+
+
+class AdapterError(LoraxError):
+    """Factors or an adapter on disk do not fit the plan, the base, or are damaged."""
+
+
+class StudyError(LoraxError):
+    """A study's design, data or run folder cannot be used."""

@@ -1,0 +1,132 @@
+"""`split` params into (base, factors), and its exact inverse `merge`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lorax_kit.core.errors import AdapterError, PlanError
+from lorax_kit.core.factors import Factors, FactorTree, FullLeaf, check_factors
+from lorax_kit.core.paths import Params, flatten, unflatten
+from lorax_kit.core.plan import Plan, Site
+from lorax_kit.core.variant import variant
+
+
+def split(params: Params, plan: Plan, key: Array) -> tuple[Params, dict[str, Factors | FullLeaf]]:
+    """Split params into a frozen base and the trainable factors.
+
+    The base shares every buffer with `params`: nothing is copied. `merge(*split(params, plan, key), plan)`
+    returns `params` bit for bit.
+
+    Args:
+      params: the pytree that the plan was resolved against.
+      plan: from `lk.resolve`.
+      key: a JAX random key; each site and row folds its own from it.
+
+    Returns:
+      (base, factors): the base has the structure of `params`; factors is a flat dict by path.
+
+    Example:
+      >>> from lorax_kit import LoRA, Spec, resolve
+      >>> params = {"w": jnp.ones((4, 3))}
+      >>> plan = resolve(Spec({"w": LoRA(rank=2)}), params, lambda p, x: x @ p["w"], jnp.ones((5, 4)))
+      >>> base, factors = split(params, plan, jax.random.key(0))
+      >>> factors["w"].a.shape, factors["w"].b.shape
+      ((2, 4), (2, 3))
+    """
+    named, _ = flatten(params)
+    check_params(named, plan)
+    factors: dict[str, Factors | FullLeaf] = {}
+    for site in plan.sites:
+        factors[site.path] = variant(site.setting.variant).init(site, jnp.asarray(named[site.path]), key)
+    for leaf in plan.full:
+        # A copy: the factors may be donated to a step, and the base must outlive them.
+        factors[leaf.path] = FullLeaf(jnp.array(named[leaf.path], dtype=leaf.dtype, copy=True))
+    return params, factors
+
+
+def check_params(named: dict[str, Any], plan: Plan) -> None:
+    """Raise `PlanError` unless every planned parameter is there with the planned shape."""
+    for planned in (*plan.sites, *plan.full):
+        if planned.path not in named:
+            raise PlanError(f"the plan adapts {planned.path!r}, which these params do not have.\n"
+                            "  resolve the spec against these params: lk.resolve(spec, params, apply_fn, *inputs)")
+        if named[planned.path].shape != planned.shape:
+            raise PlanError(f"{planned.path!r} has shape {named[planned.path].shape}, the plan expects {planned.shape}.\n"
+                            "  resolve the spec against these params: lk.resolve(spec, params, apply_fn, *inputs)")
+
+
+def delta(site: Site, factors: Factors) -> Array:
+    """s * a^T b in the parameter's own shape and layout, in the factors' dtype (at least fp32)."""
+    dtype = jnp.promote_types(factors.a.dtype, jnp.float32)
+    n = len(site.axes.stack)
+    stack = "".join(chr(ord("A") + i) for i in range(n))
+    ins = "".join(chr(ord("a") + i) for i in range(len(site.in_shape)))
+    outs = "".join(chr(ord("p") + i) for i in range(len(site.out_shape)))
+    labels = dict(zip((*site.axes.stack, *site.axes.inputs, *site.axes.outputs), stack + ins + outs, strict=True))
+    layout = "".join(labels[i] for i in range(len(site.shape)))
+    product = jnp.einsum(
+        f"Z{stack}{ins},Z{stack}{outs}->{layout}",
+        factors.a.astype(dtype),
+        factors.b.astype(dtype),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    scale = site.scale if factors.scale is None else factors.scale
+    return jnp.asarray(scale, dtype) * product
+
+
+def effective_weight(site: Site, w: Array, factors: Factors) -> Array:
+    """The parameter that the adapted function behaves as if it had, in the dtype of `w`.
+
+    Summed in at least fp32 and rounded once. Where the update is exactly zero, the bits of `w` are kept
+    (adding +0.0 would turn -0.0 into +0.0).
+    """
+    update = delta(site, factors)
+    column_scale = variant(site.setting.variant).column_scale
+    if column_scale is None:
+        total = w.astype(update.dtype) + update
+        unchanged = update == 0
+    else:
+        scale = site.scale if factors.scale is None else factors.scale
+        c = spread_outputs(site, column_scale(site, w, factors, scale))
+        total = c * (w.astype(update.dtype) + update)
+        unchanged = (update == 0) & (c == 1)
+    return jnp.where(unchanged, w, total.astype(w.dtype))
+
+
+def spread_outputs(site: Site, c: Array) -> Array:
+    """Broadcast (*stack, *out) against the parameter's own layout."""
+    order = (*site.axes.stack, *site.axes.outputs)
+    c = jnp.transpose(c, tuple(order.index(i) for i in sorted(order)))
+    return jnp.expand_dims(c, site.axes.inputs)
+
+
+def merge(base: Params, factors: FactorTree, plan: Plan) -> Params:
+    """Params with the adaptation folded in: the inverse of `split` at init, a deployable model after training.
+
+    The base is not changed, so "unmerging" is keeping it.
+
+    Raises:
+      AdapterError: factors that do not fit the plan, or that are not finite (checked outside jit).
+      PlanError: a base that does not fit the plan.
+    """
+    check_factors(plan, factors)
+    for path, leaf in factors.items():
+        for name, x in leaf._asdict().items():
+            if x is not None and not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all()):
+                raise AdapterError(f"{name} of {path!r} holds values that are not finite; merging would spoil the base.")
+    named, treedef = flatten(base)
+    check_params(named, plan)
+    merged = dict(named)
+    for site in plan.sites:
+        found = factors[site.path]
+        assert isinstance(found, Factors)
+        merged[site.path] = effective_weight(site, jnp.asarray(named[site.path]), found)
+    for full in plan.full:
+        leaf = factors[full.path]
+        assert isinstance(leaf, FullLeaf)
+        merged[full.path] = leaf.value.astype(named[full.path].dtype)
+    return unflatten(merged, treedef)

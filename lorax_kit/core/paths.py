@@ -1,0 +1,80 @@
+"""Names for the leaves of any pytree of params: `encoder/layer_0/attention/query/kernel`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorax_kit.core.errors import PlanError
+
+Params = Any
+"""A pytree of arrays as a model library gives it."""
+
+
+def _name(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array or stands for one (`ShapeDtypeStruct`); activations and settings are not."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def flatten(params: Params) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+    """Flatten params into an ordered dict path -> leaf, and the treedef to build them again.
+
+    Leaves that are not arrays keep their place in the dict, so `unflatten` is an exact inverse.
+
+    Raises:
+      PlanError: two leaves share one path (a dict key holds a `/`).
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    named: dict[str, Any] = {}
+    for keys, leaf in leaves:
+        path = "/".join(_name(key) for key in keys)
+        if path in named:
+            raise PlanError(
+                f"two leaves of the params share the path {path!r}.\n"
+                "  a dict key that holds '/' is ambiguous: rename it, or nest the dict"
+            )
+        named[path] = leaf
+    return named, treedef
+
+
+def unflatten(named: Mapping[str, Any], treedef: jax.tree_util.PyTreeDef) -> Params:
+    """Inverse of `flatten`."""
+    return jax.tree_util.tree_unflatten(treedef, list(named.values()))
+
+
+def paths(params: Params) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every array of `params` by path, as shapes and dtypes.
+
+    Example:
+      >>> paths({"dense": {"kernel": np.zeros((2, 3), np.float32)}})
+      {'dense/kernel': ShapeDtypeStruct(shape=(2, 3), dtype=float32)}
+    """
+    named, _ = flatten(params)
+    return {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in named.items() if is_array(x)}
+
+
+def closest(pattern: str, candidates: list[str]) -> str:
+    """The candidate that looks most like `pattern`, with how many siblings share its last name."""
+    if not candidates:
+        return "none: the params hold no arrays"
+    tail = pattern.replace("*", "").strip("/")
+    best = get_close_matches(tail, candidates, n=1, cutoff=0.0)[0]
+    last = best.rsplit("/", 1)[-1]
+    alike = sum(path.rsplit("/", 1)[-1] == last for path in candidates) - 1
+    return f"{best!r} ({alike} more end in {last!r})"
+
+
+def nbytes(shape: tuple[int, ...], dtype: Any) -> int:
+    """Bytes of one array."""
+    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize

@@ -1,0 +1,116 @@
+"""`adapt`: the same function with low-rank parameters, by tracing it; the model is never edited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from lorax_kit.core.errors import PlanError
+from lorax_kit.core.factors import Factors, FactorTree, FullLeaf, check_factors, site_key
+from lorax_kit.core.merge import check_params
+from lorax_kit.core.paths import Params, flatten
+from lorax_kit.core.plan import Plan, Site
+from lorax_kit.core.variant import variant
+from lorax_kit.transform.interpret import Context
+from lorax_kit.transform.kernels import KERNELS
+from lorax_kit.transform.trace import run
+from lorax_kit.transform.weight import Weight
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A function of (base, factors, *inputs); made by `adapt`."""
+
+    fn: Callable[..., Any]
+    plan: Plan
+    kernel: str = "auto"
+    trials: int = 1
+
+    def __call__(
+        self, base: Params, factors: FactorTree, *args: Any, dropout_key: Array | None = None, **kwargs: Any
+    ) -> Any:
+        """`fn` as if its params were `merge(base, factors, plan)`; inputs and outputs are those of `fn`."""
+        return self.traced(base, factors, args, kwargs, dropout_key)[0]
+
+    def traced(
+        self, base: Params, factors: FactorTree, args: tuple[Any, ...], kwargs: dict[str, Any], key: Array | None = None
+    ) -> tuple[Any, Context]:
+        """The outputs, and the record of how each site was used (`lk.explain` reads it)."""
+        check_factors(self.plan, factors)
+        named, treedef = flatten(base)
+        check_params(named, self.plan)
+        leaves = dict(named)
+        for full in self.plan.full:
+            leaf = factors[full.path]
+            assert isinstance(leaf, FullLeaf)
+            leaves[full.path] = leaf.value
+        weights = {}
+        for site in self.plan.sites:
+            found = factors[site.path]
+            assert isinstance(found, Factors)
+            weights[site.path] = _weight(site, jnp.asarray(leaves[site.path]), found, key)
+        ctx = Context(kernel=self.kernel, trials=self.trials, compute_dtype=self.plan.compute_dtype)
+        out = run(ctx, self.fn, leaves, treedef, weights, args, kwargs)
+        unused = set(weights) - {use.path for use in ctx.uses.values()}
+        if unused:
+            raise PlanError(
+                f"the function does not use {min(unused)!r} for these inputs, though the plan adapts it.\n"
+                "  resolve the spec with the inputs you call it with, or exclude the parameter"
+            )
+        return out, ctx
+
+
+def _weight(site: Site, w: Array, factors: Factors, key: Array | None) -> Weight:
+    scale = site.scale if factors.scale is None else factors.scale
+    column_scale = variant(site.setting.variant).column_scale
+    dropped = key is not None and site.setting.dropout > 0
+    return Weight(
+        path=site.path,
+        axes=tuple(range(w.ndim)),
+        site=site,
+        stack=site.axes.stack,
+        w=w,
+        a=factors.a,
+        b=factors.b,
+        column=None if column_scale is None else column_scale(site, w, factors, scale),
+        scale=jnp.asarray(scale, jnp.float32),
+        key=site_key(key, site.path) if dropped and key is not None else None,
+    )
+
+
+def adapt(fn: Callable[..., Any], plan: Plan, *, kernel: str = "auto", trials: int = 1) -> Adapted:
+    """Run any JAX function with low-rank parameters.
+
+    Args:
+      fn: `fn(params, *inputs, **kwargs)`, traceable by JAX; it is not changed.
+      plan: from `lk.resolve`.
+      kernel: "auto" (a cost model picks per site), "factored", "merged", or "plain" (autodiff throughout,
+        for forward mode). The choice changes speed and rounding only.
+      trials: how many stacked trials a surrounding `vmap` runs; steers "auto".
+
+    Returns:
+      `adapted(base, factors, *inputs, **kwargs)`, to be used under `jit`, `grad`, `vmap` like any function.
+      With the keyword `dropout_key` the sites with dropout drop inputs of their low-rank path; without it
+      the call is an evaluation.
+
+    Raises:
+      PlanError: `kernel` is unknown; when called, a base or a use that does not fit the plan.
+      AdapterError: when called, factors that do not fit the plan.
+
+    Example:
+      >>> import jax
+      >>> from lorax_kit import LoRA, Spec, resolve, split
+      >>> f = lambda p, x: x @ p["w"]
+      >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((5, 4))
+      >>> plan = resolve(Spec({"w": LoRA(rank=2)}), params, f, x)
+      >>> base, factors = split(params, plan, jax.random.key(0))
+      >>> bool((adapt(f, plan)(base, factors, x) == f(params, x)).all())
+      True
+    """
+    if kernel != "auto" and kernel not in KERNELS:
+        raise PlanError(f"kernel {kernel!r} is unknown; choose from auto, {', '.join(KERNELS)}.")
+    return Adapted(fn, plan, kernel, trials)

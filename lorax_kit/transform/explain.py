@@ -1,0 +1,131 @@
+"""`explain`: how every site runs, what it costs, and why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import jax
+
+from lorax_kit.core.factors import FactorTree
+from lorax_kit.core.paths import Params, is_array, nbytes
+from lorax_kit.transform.adapt import Adapted
+from lorax_kit.transform.cost import step_flops
+from lorax_kit.transform.interpret import Use
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One use of one site. FLOPs count forward and backward of its products; 0 where unknown."""
+
+    path: str
+    shape: tuple[int, ...]
+    variant: str
+    rank: int
+    params: int
+    bytes: int
+    primitive: str
+    how: str
+    reason: str
+    flops: int
+    full_flops: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Rows by site, totals, and text: `print(lk.explain(...))`."""
+
+    rows: tuple[Row, ...]
+    trained_params: int
+    base_params: int
+
+    @property
+    def materialised(self) -> tuple[str, ...]:
+        """Paths of the sites that some use sums up in full."""
+        return tuple(sorted({r.path for r in self.rows if r.how == "materialised"}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: `sites` and totals."""
+        flops, full = sum(r.flops for r in self.rows), sum(r.full_flops for r in self.rows)
+        return {
+            "sites": [asdict(r) for r in self.rows],
+            "trained_params": self.trained_params,
+            "base_params": self.base_params,
+            "flops": flops,
+            "full_flops": full,
+            "flops_ratio": flops / full if full else None,
+            "materialised": list(self.materialised),
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        head = ("site", "shape", "rank", "params", "runs", "MFLOP", "of full", "why")
+        table = [head]
+        for r in self.rows:
+            ratio = f"{r.flops / r.full_flops:.2f}x" if r.full_flops else "-"
+            shape = "x".join(map(str, r.shape))
+            rank = str(r.rank) + ("" if r.variant == "lora" else f" {r.variant}")
+            cells = (r.path, shape, rank, f"{r.params:,}", r.how, f"{r.flops / 1e6:.1f}", ratio, r.reason)
+            table.append(cells)
+        widths = [max(len(row[i]) for row in table) for i in range(len(head) - 1)]
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in table]
+        share = self.trained_params / max(self.base_params, 1)
+        lines.append(f"{self.trained_params:,} trained of {self.base_params:,} parameters ({share:.2%})")
+        if self.materialised:
+            lines.append(f"materialised: {', '.join(self.materialised)}")
+        return "\n".join(lines)
+
+
+def explain(adapted: Adapted, base: Params, factors: FactorTree, *args: Any, **kwargs: Any) -> Explanation:
+    """How each site of an adapted function runs for these inputs. Nothing is computed, only traced.
+
+    Args:
+      adapted: from `lk.adapt`.
+      base, factors: from `lk.split`.
+      *args, **kwargs: inputs as for `adapted`.
+
+    Returns:
+      An `Explanation`: print it, or read `.rows`, `.materialised`, `.to_dict()`, `.to_json()`.
+    """
+    inputs, tree = jax.tree_util.tree_flatten((base, args, kwargs))
+    dynamic = {i: x for i, x in enumerate(inputs) if is_array(x)}
+    found: list[Use] = []
+
+    def trace(factors: FactorTree, dynamic: dict[int, Any]) -> None:
+        values = [dynamic.get(i, x) for i, x in enumerate(inputs)]
+        whole, some, named = jax.tree_util.tree_unflatten(tree, values)
+        _, ctx = adapted.traced(whole, factors, some, named)
+        found.extend(ctx.uses.values())
+
+    jax.eval_shape(trace, dict(factors), dynamic)
+    rows, counted = [], set()
+    for use in found:
+        site = adapted.plan.site(use.path)
+        leaves = [x for x in jax.tree_util.tree_leaves(factors[use.path])]
+        flops = full = 0
+        if use.product is not None and use.how != "lookup":
+            flops, full = (use.repeats * n for n in step_flops(use.product, use.how))
+        rows.append(
+            Row(
+                path=use.path,
+                shape=site.shape,
+                variant=site.setting.variant,
+                rank=site.setting.rank,
+                params=0 if use.path in counted else sum(prod(x.shape) for x in leaves),
+                bytes=0 if use.path in counted else sum(nbytes(x.shape, x.dtype) for x in leaves),
+                primitive=use.primitive,
+                how=use.how,
+                reason="; ".join(filter(None, (use.reason, use.note))),
+                flops=flops,
+                full_flops=full,
+            )
+        )
+        counted.add(use.path)
+    trained = sum(prod(x.shape) for x in jax.tree_util.tree_leaves(dict(factors)))
+    total = sum(prod(x.shape) for x in jax.tree_util.tree_leaves(base) if is_array(x))
+    return Explanation(tuple(rows), trained, total)
