@@ -1,0 +1,241 @@
+"""Adapters on disk: factors and spec, apart from the base, written by orbax in one atomic step.
+
+Beside the factors stands `spec` JSON: the spec, the contracted axes, a fingerprint of the base, digests of
+the factors, and the versions that wrote it. Nothing of the base is stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lorax_kit.checkpoint.fingerprint import fingerprint
+from lorax_kit.core.errors import AdapterError, LoraxError
+from lorax_kit.core.factors import Factors, FactorTree, FullLeaf
+from lorax_kit.core.paths import Params
+from lorax_kit.core.plan import Axes, Plan, make_plan
+from lorax_kit.core.spec import Spec
+from lorax_kit.version import __version__
+
+FORMAT = 1
+_FIELDS = ("a", "b", "magnitude")
+
+
+class Adapter(NamedTuple):
+    """What `load_adapter` returns.
+
+    Attributes:
+      spec, plan: of the adaptation; the plan fits the base it was loaded for.
+      factors: as `lk.merge` and `lk.adapt` take them.
+      meta: what the writer added.
+    """
+
+    spec: Spec
+    plan: Plan
+    factors: dict[str, Factors | FullLeaf]
+    meta: dict[str, Any]
+
+
+def _arrays(factors: FactorTree) -> dict[str, np.ndarray]:
+    """Flat names -> arrays: `path:a`, `path:b`, `path:magnitude`, `path:value`."""
+    out = {}
+    for path, leaf in factors.items():
+        if isinstance(leaf, Factors) and leaf.scale is not None:
+            raise AdapterError(
+                f"the factors at {path!r} carry a traced scale; on disk the scale is the spec's alpha and rank.\n"
+                "  save with a spec of that scale, and factors._replace(scale=None)"
+            )
+        for name, x in leaf._asdict().items():
+            if x is not None:
+                out[f"{path}:{name}"] = np.asarray(x)
+    return out
+
+
+def _digest(x: np.ndarray) -> str:
+    head = f"{x.shape}\0{x.dtype}\0".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(x).tobytes()).hexdigest()
+
+
+def save_adapter(
+    path: str | Path,
+    spec: Spec,
+    factors: FactorTree,
+    *,
+    base: Params,
+    plan: Plan | None = None,
+    meta: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Save an adapter: spec + factors, apart from the base.
+
+    The directory appears whole or not at all: it is written beside `path` and renamed.
+
+    Args:
+      path: directory to create.
+      spec: what the factors adapt.
+      factors: the trained tree.
+      base: the frozen params; only a fingerprint is stored.
+      plan: the plan of the factors; needed where a site is not an (in, out) matrix.
+      meta: JSON data to keep with the adapter.
+      overwrite: replace an existing directory; otherwise it is an error.
+
+    Raises:
+      AdapterError: the path exists, the factors do not fit the spec, or are not finite.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not overwrite:
+        raise AdapterError(f"{str(path)!r} exists.\n  choose another path, or pass overwrite=True")
+    plan = make_plan(spec, base) if plan is None else plan
+    arrays = _arrays(factors)
+    expected = {name: shape for name, shape in _shapes(plan).items()}
+    found = {name: x.shape for name, x in arrays.items() if not name.endswith(":magnitude")}
+    if expected != found:
+        odd = min(set(expected.items()) ^ set(found.items()))[0]
+        raise AdapterError(
+            f"the factors do not fit the spec at {odd!r}: {found.get(odd, 'missing')} against "
+            f"{expected.get(odd, 'none planned')}.\n  save them with the spec they were split by"
+        )
+    for name, x in arrays.items():
+        if not np.isfinite(x.astype(np.float32)).all():
+            raise AdapterError(f"{name!r} holds values that are not finite; nothing was saved.")
+    document = {
+        "format": FORMAT,
+        "spec": spec.to_dict(),
+        "axes": {s.path: {**asdict(s.axes), "lookup": s.lookup} for s in plan.sites},
+        "base": fingerprint(base, [f.path for f in plan.full]),
+        "arrays": {n: {"shape": x.shape, "dtype": str(x.dtype), "sha256": _digest(x)} for n, x in arrays.items()},
+        "versions": {"lorax_kit": __version__, **{name: version(name) for name in ("jax", "orbax-checkpoint")}},
+        "meta": dict(meta or {}),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        _write(staged / "adapter", arrays, document)
+        if path.exists():
+            path.rename(staged / "replaced")
+        (staged / "adapter").rename(path)
+    except BaseException:
+        if (staged / "replaced").exists() and not path.exists():
+            (staged / "replaced").rename(path)
+        raise
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for site in plan.sites:
+        shapes[f"{site.path}:a"], shapes[f"{site.path}:b"] = site.a_shape, site.b_shape
+    return shapes | {f"{leaf.path}:value": leaf.shape for leaf in plan.full}
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray], document: dict[str, Any]) -> None:
+    with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        items = ocp.args.Composite(factors=ocp.args.StandardSave(arrays), spec=ocp.args.JsonSave(document))
+        checkpointer.save(path, items)
+
+
+class _quiet:  # noqa: N801  (reads as a word at its call)
+    """Orbax logs every save at INFO through absl; an adapter is small, and callers have their own progress."""
+
+    def __enter__(self) -> None:
+        self._level = logging.getLogger("absl").level
+        logging.getLogger("absl").setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("absl").setLevel(self._level)
+
+
+def read_document(path: str | Path) -> dict[str, Any]:
+    """The JSON beside an adapter's factors: spec, fingerprint, arrays, versions, meta.
+
+    Raises:
+      AdapterError: no adapter there, or its JSON is damaged.
+    """
+    path = Path(path).absolute()
+    if not (path / "spec").is_dir():
+        raise AdapterError(f"{str(path)!r} is not an adapter: it has no 'spec' inside.\n  adapters are made by lk.save_adapter")
+    try:
+        with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            document = checkpointer.restore(path, ocp.args.Composite(spec=ocp.args.JsonRestore()))["spec"]
+        if document["format"] != FORMAT:
+            raise AdapterError(f"{str(path)!r} has format {document['format']!r}; this version reads {FORMAT}.")
+        document["spec"] = Spec.from_dict(document["spec"])
+        _ = document["base"], document["arrays"], document["axes"], document["meta"]
+    except LoraxError:
+        raise
+    except Exception as e:
+        raise AdapterError(_damaged(path, e)) from e
+    return document
+
+
+def _damaged(path: Path, e: Exception) -> str:
+    reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
+    return f"the adapter at {str(path)!r} is damaged: {reason}\n  restore it from a copy; it cannot be used as it is"
+
+
+def load_adapter(path: str | Path, *, base: Params) -> Adapter:
+    """Load an adapter for the base it was trained on.
+
+    Args:
+      path: directory written by `save_adapter`.
+      base: the frozen params.
+
+    Raises:
+      AdapterError: nothing there, damaged or truncated files, another base, shapes that do not fit.
+    """
+    path = Path(path).absolute()
+    document = read_document(path)
+    spec = document["spec"]
+    axes = {
+        p: (Axes(inputs=tuple(x["inputs"]), outputs=tuple(x["outputs"]), stack=tuple(x["stack"])), bool(x["lookup"]))
+        for p, x in document["axes"].items()
+    }
+    plan = make_plan(spec, base, axes)
+    own = fingerprint(base, [f.path for f in plan.full])
+    if own != document["base"]:
+        raise AdapterError(
+            f"the adapter at {str(path)!r} belongs to another base.\n"
+            f"  fingerprint of its base {document['base'][:12]}, of this one {own[:12]}\n"
+            "  load the weights it was trained on"
+        )
+    stored = document["arrays"]
+    expected = {name: list(shape) for name, shape in _shapes(plan).items()}
+    for name, shape in expected.items():
+        have = stored.get(name, {}).get("shape")
+        if have != shape:
+            raise AdapterError(f"the adapter at {str(path)!r} has {name!r} of shape {have}, its spec expects {shape}.")
+    target = {n: jax.ShapeDtypeStruct(tuple(x["shape"]), np.dtype(x["dtype"])) for n, x in stored.items()}
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for n, x in target.items()}
+    try:
+        with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            items = ocp.args.Composite(factors=ocp.args.StandardRestore(target))
+            arrays = checkpointer.restore(path, items)["factors"]
+    except Exception as e:
+        raise AdapterError(_damaged(path, e)) from e
+    for name, x in arrays.items():
+        if _digest(np.asarray(x)) != stored[name]["sha256"]:
+            raise AdapterError(_damaged(path, ValueError(f"{name!r} does not match its digest")))
+    factors: dict[str, Factors | FullLeaf] = {}
+    for site in plan.sites:
+        factors[site.path] = Factors(*(arrays.get(f"{site.path}:{name}") for name in _FIELDS))  # type: ignore[arg-type]
+    for leaf in plan.full:
+        factors[leaf.path] = FullLeaf(arrays[f"{leaf.path}:value"])
+    return Adapter(spec, plan, factors, document["meta"])
+
+
+def adapter_bytes(path: str | Path) -> int:
+    """Bytes of every file of an adapter on disk."""
+    return sum(f.stat().st_size for f in Path(path).rglob("*") if f.is_file())

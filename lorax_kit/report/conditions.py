@@ -1,0 +1,221 @@
+"""Groups trials into conditions, chooses a learning rate per rank, and makes the paired comparisons.
+
+A condition is (targets, variant, alpha policy, rank, learning rate); its trials differ in the seed only. A
+family is a condition without its rank and rate. Per family and rank **the rate is chosen on validation
+accuracy and the result is reported on test accuracy**, so choosing does not flatter what is shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from lorax_kit.report.run_folder import Record, RunFolder
+from lorax_kit.study.statistics import Comparison, Interval, compare, interval
+
+
+class Family(NamedTuple):
+    """What stays fixed along a rank ladder."""
+
+    targets: str
+    variant: str
+    policy: str
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in self if part) or "all trials"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The trials of one family, rank and learning rate; they differ in the seed."""
+
+    family: Family
+    rank: int
+    lr: float
+    trials: tuple[Record, ...]
+
+    @property
+    def done(self) -> tuple[Record, ...]:
+        """Trials that finished."""
+        return tuple(trial for trial in self.trials if trial["status"] == "done")
+
+    def values(self, key: str) -> Float[np.ndarray, " n"]:
+        """The finite values of `key` over finished trials, one per seed."""
+        found = (trial.get(key) for trial in self.done)
+        return np.array([v for v in found if v is not None and math.isfinite(v)], dtype=np.float64)
+
+    def mean(self, key: str) -> float:
+        """Mean of `key` over finished trials; nan if there is none."""
+        values = self.values(key)
+        return float(values.mean()) if values.size else math.nan
+
+    def interval(self, key: str) -> Interval:
+        """Mean and 95 % interval of `key` over seeds; nan if no trial finished."""
+        values = self.values(key)
+        return (
+            interval(values) if values.size else Interval(math.nan, math.nan, math.nan, "no finished trial")
+        )
+
+    def first(self, key: str) -> float | None:
+        """`key` of the first trial that has it: for numbers all seeds share, like `params`."""
+        return next((trial[key] for trial in self.trials if trial.get(key) is not None), None)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run, grouped.
+
+    Attributes:
+      run: The folder it was read from.
+      metric: "test_accuracy", or "val_accuracy" when no trial has a test accuracy.
+      conditions: Every condition of rank > 0, in order of family, rank and rate.
+      ladders: Per family, the chosen condition of each rank, by rank.
+      probe: The rank-0 condition (frozen encoder, trained head) at its best rate, or None.
+      best: The chosen condition with the best mean validation accuracy, or None if nothing finished.
+      comparisons: Every other chosen condition (and the probe) against `best`; `condition` holds
+        (targets, variant, policy, rank).
+      notes: What the reader of the report must know about the data, one sentence each.
+    """
+
+    run: RunFolder
+    metric: str
+    conditions: tuple[Condition, ...]
+    ladders: dict[Family, tuple[Condition, ...]]
+    probe: Condition | None
+    best: Condition | None
+    comparisons: tuple[Comparison, ...]
+    notes: tuple[str, ...]
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """All ranks above zero, ascending."""
+        return tuple(sorted({condition.rank for condition in self.conditions}))
+
+    @cached_property
+    def rates(self) -> tuple[float, ...]:
+        """All learning rates of adapted trials, ascending."""
+        return tuple(sorted({condition.lr for condition in self.conditions}))
+
+    @cached_property
+    def failed(self) -> tuple[Record, ...]:
+        """Trials that did not finish with status "done"."""
+        return tuple(trial for trial in self.run.trials if trial["status"] != "done")
+
+    @property
+    def ladder(self) -> tuple[Condition, ...]:
+        """The chosen conditions of the best condition's family (of the first one if nothing finished)."""
+        if self.best is not None and self.best.family in self.ladders:
+            return self.ladders[self.best.family]
+        return next(iter(self.ladders.values()), ())
+
+    def comparison(self, condition: Condition) -> Comparison | None:
+        """How `condition` compares with `best`; None for `best` itself."""
+        return next((c for c in self.comparisons if c.condition == (*condition.family, condition.rank)), None)
+
+
+def summarise(run: RunFolder) -> Summary:
+    """Group the trials of a run; see `Summary`.
+
+    The rate of a rank is the one with the best mean validation accuracy among the rates with the most
+    finished seeds, so a rate that diverged for some seeds cannot win by its survivors.
+    """
+    metric = "val_accuracy"
+    if any(t["status"] == "done" and t.get("test_accuracy") is not None for t in run.trials):
+        metric = "test_accuracy"
+    adapted = _conditions([trial for trial in run.trials if trial["rank"] > 0])
+    probes = _conditions([trial for trial in run.trials if trial["rank"] == 0])
+    by_rank: dict[Family, dict[int, list[Condition]]] = {}
+    for condition in adapted:
+        by_rank.setdefault(condition.family, {}).setdefault(condition.rank, []).append(condition)
+    ladders = {
+        family: tuple(_best(rates) for _, rates in sorted(ranks.items())) for family, ranks in by_rank.items()
+    }
+    chosen = [condition for ladder in ladders.values() for condition in ladder]
+    probe = _best(probes) if probes else None
+    best = _best(chosen) if chosen else None
+    if best is not None and not best.done:
+        best = None
+    rows: list[Record] = []
+    notes = list(run.notes)
+    for condition in [*([probe] if probe else []), *chosen]:
+        seeds = [trial["seed"] for trial in condition.trials]
+        if len(set(seeds)) < len(seeds):
+            notes.append(f"Rank {condition.rank} ({condition.family}) has several trials of the same seed.")
+        rows += [
+            trial | {"condition": (*condition.family, condition.rank), "seed": (seed, seeds[:i].count(seed))}
+            for i, (seed, trial) in enumerate(zip(seeds, condition.trials, strict=True))
+        ]
+    comparisons: list[Comparison] = []
+    if best is not None and best.values(metric).size:
+        found = compare(rows, metric, ("condition",), against=((*best.family, best.rank),))
+        comparisons = [c._replace(condition=c.condition[0], against=c.against[0]) for c in found]
+    return Summary(run, metric, tuple(adapted), ladders, probe, best, tuple(comparisons), tuple(notes))
+
+
+def at_edge_of_grid(summary: Summary) -> tuple[Condition, ...]:
+    """Chosen conditions of the headline ladder whose rate is the lowest or highest of three or more tried."""
+    edges = []
+    for condition in summary.ladder:
+        tried = sorted(
+            c.lr for c in summary.conditions if (c.family, c.rank) == (condition.family, condition.rank)
+        )
+        if len(tried) >= 3 and condition.lr in (tried[0], tried[-1]):
+            edges.append(condition)
+    return tuple(edges)
+
+
+def _best(conditions: Sequence[Condition]) -> Condition:
+    most = max(condition.values("val_accuracy").size for condition in conditions)
+    fullest = [c for c in conditions if c.values("val_accuracy").size == most]
+    if not most:
+        return max(conditions, key=lambda c: len(c.done))
+    return max(fullest, key=lambda c: c.mean("val_accuracy"))
+
+
+def _conditions(trials: Sequence[Record]) -> list[Condition]:
+    groups: dict[tuple[Family, int, float], list[Record]] = {}
+    policies = _alpha_policies(trials)
+    for trial in trials:
+        family = Family(_name(trial["targets"]), _name(trial["variant"]), policies[trial["trial"]])
+        groups.setdefault((family, trial["rank"], trial["lr"]), []).append(trial)
+    return [
+        Condition(family, rank, lr, tuple(members)) for (family, rank, lr), members in sorted(groups.items())
+    ]
+
+
+def _name(value: object) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value or "")
+
+
+def _alpha_policies(trials: Iterable[Record]) -> dict[str, str]:
+    """Trial name -> "α = 16" (constant over ranks), "α = 2r" (proportional) or "α set per rank".
+
+    The log holds numbers only; the policy is read off as the description with fewer distinct values.
+    """
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for trial in trials:
+        groups.setdefault((_name(trial["targets"]), _name(trial["variant"])), []).append(trial)
+    policies: dict[str, str] = {}
+    for members in groups.values():
+        known = [t for t in members if t["alpha"] is not None and t["rank"] > 0]
+        constants = {t["alpha"] for t in known}
+        ratios = {t["alpha"] / t["rank"] for t in known}
+        per_rank = max((len({t["alpha"] for t in known if t["rank"] == r["rank"]}) for r in known), default=0)
+        for trial in members:
+            if trial["alpha"] is None or trial["rank"] == 0:
+                policy = ""
+            elif min(len(constants), len(ratios)) > per_rank == 1:
+                policy = "α set per rank"
+            elif len(constants) <= len(ratios):
+                policy = f"α = {trial['alpha']:g}"
+            else:
+                ratio = trial["alpha"] / trial["rank"]
+                policy = "α = r" if ratio == 1 else f"α = {ratio:g}r"
+            policies[trial["trial"]] = policy
+    return policies

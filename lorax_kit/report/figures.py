@@ -1,0 +1,322 @@
+"""The figures of a report, one function each: data from a `Summary`, canvas from `plots`.
+
+Each returns the figure and its caption, or a sentence saying why there is nothing to draw. A figure carries
+its labels and units and can be used alone; the caption says what is shown and how intervals were made.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from lorax_kit.report.conditions import Condition, Summary
+from lorax_kit.report.plots import (
+    QUIET,
+    Axes,
+    Figure,
+    Plot,
+    canvas,
+    colour_bar,
+    family_style,
+    frame_cell,
+    heat_map,
+    legend_below,
+    log_axis,
+    rank_axis,
+    rank_colour,
+    render,
+    whole_numbers,
+    write_cells,
+)
+from lorax_kit.report.series import binned_curves, effective_ranks, mean_spectra, rate_map, short_names
+from lorax_kit.report.tables import bytes_text
+
+Made = tuple[Figure, str] | str
+
+
+def draw(summary: Summary) -> tuple[list[Plot], list[str]]:
+    """Draw every figure the run has data for.
+
+    Returns:
+      The plots in reading order, and one sentence for each figure left out saying why.
+    """
+    made = [render(maker.__name__, lambda maker=maker: maker(summary)) for maker in FIGURES]
+    return [m for m in made if isinstance(m, Plot)], [m for m in made if isinstance(m, str)]
+
+
+def accuracy_by_rank(summary: Summary) -> Made:
+    """Accuracy of the chosen condition of each rank, per family, every seed drawn."""
+    if not any(c.values(summary.metric).size for ladder in summary.ladders.values() for c in ladder):
+        return "Accuracy by rank: no adapted trial finished with an accuracy."
+    figure = canvas(3.7)
+    axes = figure.add_subplot()
+    _probe_band(axes, summary)
+    many = len(summary.ladders) > 1
+    slot = 0.7 / len(summary.ladders)
+    shift = 0.2 * slot if many else 0.07  # seeds to the left of their interval, so neither hides the other
+    for k, (family, ladder) in enumerate(summary.ladders.items()):
+        colour, marker = family_style(k)
+        middle = (k - (len(summary.ladders) - 1) / 2) * slot
+        xs = [summary.ranks.index(condition.rank) + middle for condition in ladder]
+        for x, condition in zip(xs, ladder, strict=True):
+            seeds = 100 * condition.values(summary.metric)
+            axes.plot([x - shift] * seeds.size, seeds, "o", ms=3.2, mew=0, color=colour, alpha=0.5)
+            _interval(axes, x + shift, condition, summary, colour, marker)
+            lost = len(condition.trials) - len(condition.done)
+            if lost:
+                foot = {"xycoords": ("data", "axes fraction"), "ha": "center", "color": colour}
+                axes.annotate(f"×{lost}", (x, 0.015), **foot)
+        means = [100 * condition.mean(summary.metric) for condition in ladder]
+        axes.plot([x + shift for x in xs], means, lw=0.8, color=colour, alpha=0.5)
+        if many:
+            axes.plot([], [], marker, color=colour, label=str(family))
+    rank_axis(axes, summary.ranks)
+    axes.set_ylabel(f"{_metric(summary)} (%)")
+    axes.margins(y=0.12)
+    legend_below(figure, axes, columns=2 if many else 1)
+    caption = (
+        f"{_metric(summary).capitalize()} by rank. Large markers are means over seeds, bars their 95 % intervals "
+        f"({_methods(summary)}), small dots the single seeds.{_choice(summary)}"
+    )
+    if summary.probe is not None and summary.probe.values(summary.metric).size:
+        caption += " The grey band is the frozen encoder with a trained head (mean and 95 % interval)."
+    if summary.failed:
+        caption += " ×n: n seeds diverged and are not in the mean."
+    return figure, caption
+
+
+def accuracy_by_parameters(summary: Summary) -> Made:
+    """Accuracy against the number of trained parameters, ranks written beside the points."""
+    ladders = {
+        family: [c for c in ladder if c.first("params") and c.values(summary.metric).size]
+        for family, ladder in summary.ladders.items()
+    }
+    if not any(ladders.values()):
+        return "Accuracy against parameters: no finished trial has both."
+    figure = canvas(3.4)
+    axes = figure.add_subplot()
+    _probe_band(axes, summary)
+    for k, (family, ladder) in enumerate(ladders.items()):
+        colour, marker = family_style(k)
+        for condition in ladder:
+            x, y = condition.first("params") or 0, 100 * condition.mean(summary.metric)
+            _interval(axes, x, condition, summary, colour, marker)
+            if len(ladders) == 1:
+                beside = {"xytext": (6, -10), "textcoords": "offset points", "color": QUIET}
+                axes.annotate(f"r = {condition.rank}", (x, y), **beside)
+        means = [100 * c.mean(summary.metric) for c in ladder]
+        name = str(family) if len(ladders) > 1 else None
+        axes.plot([c.first("params") or 0 for c in ladder], means, lw=0.8, color=colour, alpha=0.6)
+        axes.plot([], [], marker + "-", color=colour, label=name)
+    log_axis(axes, "x", [c.first("params") or 0 for ladder in ladders.values() for c in ladder], _count)
+    axes.set(xlabel="trained parameters (log scale)", ylabel=f"{_metric(summary)} (%)")
+    axes.margins(y=0.12)
+    legend_below(figure, axes, columns=2 if len(ladders) > 1 else 1)
+    return figure, (
+        f"{_metric(summary).capitalize()} against the number of trained parameters. Points are means over "
+        f"seeds, bars 95 % intervals ({_methods(summary)}).{_choice(summary)}"
+    )
+
+
+def cost_by_rank(summary: Summary) -> Made:
+    """Trained parameters and adapter size by rank."""
+    panels = [("params", "trained parameters", _count), ("adapter_bytes", "adapter on disk", bytes_text)]
+    chosen = [condition for ladder in summary.ladders.values() for condition in ladder]
+    panels = [panel for panel in panels if any(c.first(panel[0]) for c in chosen)]
+    if not panels:
+        return "Cost by rank: no trial records its parameters or bytes."
+    # Families of equal cost would hide each other: they share one line and one name.
+    lines: dict[tuple[tuple[float, ...], ...], list[str]] = {}
+    for family, ladder in summary.ladders.items():
+        ranks = tuple(float(c.rank) for c in ladder)
+        costs = (tuple(float(c.first(key) or math.nan) for c in ladder) for key, _, _ in panels)
+        lines.setdefault((ranks, *costs), []).append(str(family))
+    figure = canvas(2.6 + (0.2 * len(lines) if len(summary.ladders) > 1 else 0))
+    first: Axes | None = None
+    for position, (_, label, text) in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), position)
+        first = first or axes
+        for k, (line, names) in enumerate(lines.items()):
+            colour, marker = family_style(k)
+            xs = [summary.ranks.index(int(rank)) for rank in line[0]]
+            name = "; ".join(names) if len(summary.ladders) > 1 else None
+            axes.plot(xs, line[position], marker + "-", color=colour, ms=4.5, lw=0.9, label=name)
+        log_axis(axes, "y", [value for line in lines for value in line[position]], text)
+        axes.set_ylabel(f"{label} (log scale)")
+        rank_axis(axes, summary.ranks)
+    if first is not None:
+        legend_below(figure, first, columns=1)
+    return figure, "What a rank costs: trained parameters and the size of the adapter on disk, on log scales."
+
+
+def rate_by_rank(summary: Summary) -> Made:
+    """Mean validation accuracy over the grid of ranks and learning rates."""
+    if len(summary.rates) < 2:
+        return "Rate by rank: only one learning rate was tried."
+    maps = {family: rate_map(summary, family) for family in summary.ladders}
+    finite = np.concatenate([values[np.isfinite(values)] for values, _ in maps.values()])
+    if not finite.size:
+        return "Rate by rank: no trial finished with a validation accuracy."
+    limits = (float(finite.min()), float(max(finite.max(), finite.min() + 0.1)))
+    columns = min(2, len(maps))
+    rows = math.ceil(len(maps) / columns)
+    figure = canvas((0.4 * len(summary.rates) + 0.9) * rows + 0.3)
+    panels = []
+    for k, (family, (values, lost)) in enumerate(maps.items()):
+        axes = figure.add_subplot(rows, columns, k + 1)
+        panels.append((axes, heat_map(axes, values, limits)))
+
+        def text(row: int, column: int, values=values, lost=lost) -> str:
+            mean = "" if math.isnan(values[row, column]) else f"{values[row, column]:.1f}"
+            return f"{mean} ×{lost[row, column]}".strip() if lost[row, column] else mean
+
+        write_cells(axes, values, limits, text, size=8 if columns == 1 else 6.5)
+        for condition in summary.ladders[family]:
+            if condition.values("val_accuracy").size:
+                frame_cell(axes, summary.rates.index(condition.lr), summary.ranks.index(condition.rank))
+        axes.set_yticks(range(len(summary.rates)), [f"{rate:g}" for rate in summary.rates])
+        axes.set_ylabel("learning rate" if k % columns == 0 else "")
+        rank_axis(axes, summary.ranks, pad=0.5)
+        if len(maps) > 1:
+            axes.set_title(str(family))
+    colour_bar(figure, panels[0][1], [axes for axes, _ in panels], "validation accuracy (%)")
+    return figure, (
+        "Mean validation accuracy (%) over seeds for every rank and learning rate. A frame marks the rate chosen "
+        "for that rank; ×n: n seeds diverged and are not in the mean; empty cells were not run."
+    )
+
+
+def loss_curves(summary: Summary) -> Made:
+    """Training and validation loss by step, for the chosen conditions of the best family."""
+    ladder = [*([summary.probe] if summary.probe else []), *summary.ladder]
+    names = {"loss": "training loss", "val_loss": "validation loss"}
+    panels = {key: [(c, binned_curves(summary.run, c, key)) for c in ladder] for key in names}
+    panels = {key: lines for key, lines in panels.items() if any(seeds for _, seeds in lines)}
+    if not panels:
+        return "Loss curves: none were logged for the chosen conditions."
+    figure = canvas(3.3)
+    shown: list[Axes] = []
+    for position, (key, lines) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), position)
+        shown.append(axes)
+        for condition, seeds in lines:
+            if not seeds:
+                continue
+            colour, dash = rank_colour(condition.rank, summary.ranks), "-" if condition.rank else "--"
+            for steps, losses in seeds:
+                axes.plot(steps, losses, dash, lw=0.5, color=colour, alpha=0.35)
+            longest = max((steps for steps, _ in seeds), key=len)
+            mean = np.mean([losses for steps, losses in seeds if len(steps) == len(longest)], axis=0)
+            marker = "o" if len(longest) < 12 else ""
+            name = f"rank {condition.rank}" if condition.rank else "probe"
+            axes.plot(longest, mean, dash, marker=marker, ms=3, lw=1.7, color=colour, label=name)
+        axes.set(xlabel="step", ylabel=names[key])
+        whole_numbers(axes, 5)
+    legend_below(figure, shown[0], columns=7)
+    family = f" of {summary.ladder[0].family}" if len(summary.ladders) > 1 else ""
+    return figure, (
+        f"Losses by step for each rank{family}.{_choice(summary)} Thick lines are means over the seeds that ran to "
+        "the end, thin lines single seeds. Training losses are averaged within up to 60 bins of steps. The "
+        "vertical axes differ."
+    )
+
+
+def singular_values(summary: Summary) -> Made:
+    """Singular values of the deltas by index, for each rank of the best family."""
+    found = [(c.rank, list(mean_spectra(summary.run, c).values())) for c in summary.ladder]
+    found = [(rank, sites) for rank, sites in found if sites]
+    if not found:
+        return "Singular values: no spectra were recorded for the chosen conditions."
+    figure = canvas(3.0)
+    axes = figure.add_subplot()
+    for rank, sites in found:
+        colour = rank_colour(rank, summary.ranks)
+        for values in sites:
+            axes.plot(range(1, len(values) + 1), values, lw=0.5, color=colour, alpha=0.3)
+        shortest = min(map(len, sites))
+        mean = np.mean([values[:shortest] for values in sites], axis=0)
+        axes.plot(range(1, shortest + 1), mean, "o-", ms=3.5, lw=1.6, color=colour, label=f"rank {rank}")
+    scale = "log" if any((values > 0).any() for _, sites in found for values in sites) else "linear"
+    axes.set(xlabel="index of the singular value", ylabel=f"singular value of the delta ({scale} scale)")
+    axes.set_yscale(scale)
+    whole_numbers(axes, 8)
+    axes.legend(ncols=2 if len(found) > 5 else 1)
+    return figure, (
+        "Singular values of the trained deltas, scale included, largest first. Thin lines are single sites (mean "
+        "over seeds), thick lines the mean over sites. A steep fall: a smaller rank would hold most of the delta."
+    )
+
+
+def effective_rank_by_site(summary: Summary) -> Made:
+    """Effective rank of the delta, site by rank."""
+    sites, ranks, values = effective_ranks(summary)
+    if not sites:
+        return "Effective rank by site: no spectra were recorded for the chosen conditions."
+    limits = (1.0, max(float(np.nanmax(values)), 1.1))
+    figure = canvas(min(9.5, 0.19 * len(sites) + 1.1))
+    axes = figure.add_subplot()
+    image = heat_map(axes, values, limits)
+    every = math.ceil(len(sites) / 48)  # more rows than that leave no room for text
+    if every == 1:
+
+        def text(row: int, column: int) -> str:
+            return "" if math.isnan(values[row, column]) else f"{values[row, column]:.1f}"
+
+        write_cells(axes, values, limits, text, size=7)
+    axes.set_yticks(range(0, len(sites), every), short_names(sites)[::every], fontsize=7)
+    rank_axis(axes, ranks, pad=0.5)
+    colour_bar(figure, image, [axes], "effective rank")
+    return figure, (
+        "Effective rank of each site's delta: exp of the entropy of its normalised singular values (Roy & Vetterli "
+        "2007), mean over seeds. Near the trained rank, the rank is used up; far below it, there is room to spare."
+    )
+
+
+FIGURES = (
+    accuracy_by_rank,
+    accuracy_by_parameters,
+    cost_by_rank,
+    rate_by_rank,
+    loss_curves,
+    singular_values,
+    effective_rank_by_site,
+)
+
+
+def _interval(axes: Axes, x: float, condition: Condition, summary: Summary, colour: str, marker: str) -> None:
+    mean, low, high, _ = condition.interval(summary.metric)
+    if not math.isnan(low):
+        axes.plot([x, x], [100 * low, 100 * high], lw=1.5, color=colour, solid_capstyle="butt")
+    axes.plot([x], [100 * mean], marker, ms=5.5, color=colour, mec="white", mew=0.8)
+
+
+def _probe_band(axes: Axes, summary: Summary) -> None:
+    if summary.probe is None or not summary.probe.values(summary.metric).size:
+        return
+    mean, low, high, _ = summary.probe.interval(summary.metric)
+    if not math.isnan(low):
+        axes.axhspan(100 * low, 100 * high, color="#bbbbbb", alpha=0.45, lw=0)
+    axes.axhline(100 * mean, color=QUIET, lw=1, ls="--", label="frozen encoder, trained head")
+
+
+def _count(value: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:g}"
+
+
+def _metric(summary: Summary) -> str:
+    return "test accuracy" if summary.metric == "test_accuracy" else "validation accuracy"
+
+
+def _methods(summary: Summary) -> str:
+    used = {c.interval(summary.metric).method for ladder in summary.ladders.values() for c in ladder}
+    return "; ".join(sorted(used - {"no finished trial"})) or "none"
+
+
+def _choice(summary: Summary) -> str:
+    if len(summary.rates) < 2:
+        return ""
+    return " Each rank is shown at the learning rate with its best mean validation accuracy."

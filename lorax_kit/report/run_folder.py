@@ -1,0 +1,190 @@
+"""Reads and checks the files of a run folder, and replaces files in it atomically.
+
+A run folder holds `study.json` (what was asked, where and when it ran), `trials.jsonl` (one object per trial
+that ended), `curves.jsonl` (losses by step) and `spectra.jsonl` (singular values by site); the last two may be
+absent. A run that was killed may leave half a line at the end of a file: it is left out and noted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+REQUIRED = {
+    "trials.jsonl": ("trial", "rank", "lr", "seed", "status"),
+    "curves.jsonl": ("trial", "step"),
+    "spectra.jsonl": ("trial", "site", "singular_values"),
+}
+OPTIONAL_TRIAL_KEYS: Record = {"alpha": None, "targets": "", "variant": ""}
+
+
+class RunFolderError(ValueError):
+    """The folder is not a run folder, or one of its files cannot be read."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What a run left on disk.
+
+    Attributes:
+      path: The folder.
+      study: `study.json` as it stands.
+      trials: One record per finished or diverged trial, ordered by targets, variant, alpha, rank, lr, seed.
+      curves: Records {"trial", "step", and "loss" and/or "val_loss", "val_accuracy"} in order of step.
+      spectra: Records {"trial", "site", "rank", "singular_values", "effective_rank", "rank90"}.
+      notes: Sentences about what was tolerated while reading, for the reader of the report.
+    """
+
+    path: Path
+    study: Record
+    trials: tuple[Record, ...]
+    curves: tuple[Record, ...]
+    spectra: tuple[Record, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def planned(self) -> int:
+        """Number of trials the design asked for: the larger of what the groups say and what is there."""
+        groups = self.study.get("groups") or ()
+        return max(len(self.trials), sum(int(group.get("trials") or 0) for group in groups))
+
+    @property
+    def finished(self) -> bool:
+        """True when the study recorded its end and every planned trial is there."""
+        return bool(self.study.get("finished")) and len(self.trials) == self.planned
+
+
+def read_run(run_dir: str | os.PathLike[str]) -> RunFolder:
+    """Read a run folder.
+
+    If a trial is recorded twice (a resumed run), the later record counts.
+
+    Args:
+      run_dir: Folder with at least `study.json` and one trial in `trials.jsonl`.
+
+    Raises:
+      RunFolderError: The folder or a required file is missing, no trial has ended yet, or a line other than
+        a half-written last one is malformed; the message names the file and the line.
+
+    Example:
+      >>> run = read_run("runs/demo")  # doctest: +SKIP
+      >>> len(run.trials), run.planned  # doctest: +SKIP
+      (30, 30)
+    """
+    path = Path(run_dir)
+    if not path.is_dir():
+        raise RunFolderError(
+            f"'{path}' is not a run folder: no such folder.\n"
+            "  next: pass the folder a study wrote (its --out), the one that holds study.json."
+        )
+    notes: list[str] = []
+    study = _study(path / "study.json")
+    trials = _lines(path / "trials.jsonl", notes)
+    if not trials:
+        raise RunFolderError(
+            f"'{path}' has no finished trial: {_missing_or_empty(path / 'trials.jsonl')}.\n"
+            "  next: wait for the first trial to end, or look at the study's own output for why none did."
+        )
+    latest = {record["trial"]: OPTIONAL_TRIAL_KEYS | record for record in trials}
+    if len(latest) < len(trials):
+        notes.append(f"{len(trials) - len(latest)} trials were recorded twice; the later record counts.")
+    curves: dict[tuple[str, int], Record] = {}
+    for record in _lines(path / "curves.jsonl", notes):
+        curves.setdefault((record["trial"], record["step"]), {}).update(record)
+    spectra = {(record["trial"], record["site"]): record for record in _lines(path / "spectra.jsonl", notes)}
+    return RunFolder(
+        path=path,
+        study=study,
+        trials=tuple(sorted(latest.values(), key=_trial_order)),
+        curves=tuple(sorted(curves.values(), key=lambda record: record["step"])),
+        spectra=tuple(spectra.values()),
+        notes=tuple(notes),
+    )
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(partial, 0o644)  # mkstemp makes private files; a report is there to be shared
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _trial_order(record: Record) -> tuple[Any, ...]:
+    return (
+        str(record["targets"]),
+        str(record["variant"]),
+        record["rank"],
+        record["alpha"] or 0,
+        record["lr"],
+        str(record["seed"]).zfill(12),
+    )
+
+
+def _missing_or_empty(file: Path) -> str:
+    return f"{file.name} {'holds no complete line' if file.exists() else 'does not exist'}"
+
+
+def _study(file: Path) -> Record:
+    if not file.exists():
+        raise RunFolderError(
+            f"'{file.parent}' is not a run folder: it has no study.json.\n"
+            "  next: pass the folder a study wrote (its --out)."
+        )
+    try:
+        study = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise RunFolderError(f"'{file}' is not valid JSON: {error}.") from None
+    if not isinstance(study, dict):
+        raise RunFolderError(f"'{file}' holds a {type(study).__name__}, expected an object.")
+    return study
+
+
+def _lines(file: Path, notes: list[str]) -> list[Record]:
+    if not file.exists():
+        return []
+    lines = file.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(_record(file.name, line))
+        except ValueError as error:
+            if number == len(lines):  # no newline after it: the writer was stopped inside this line
+                notes.append(f"The last line of {file.name} was cut off by an interruption and is left out.")
+                continue
+            raise RunFolderError(
+                f"'{file}', line {number}: {error}\n"
+                "  next: mend or delete that line; a study resumed from this folder redoes a missing trial."
+            ) from None
+    return records
+
+
+def _record(name: str, line: bytes) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error}).") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"holds a {type(record).__name__}, expected an object.")
+    missing = [key for key in REQUIRED[name] if key not in record]
+    if missing:
+        raise ValueError(f"lacks {', '.join(map(repr, missing))} (has {', '.join(record) or 'nothing'}).")
+    for key in ("rank", "lr", "step"):
+        value = record.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{key!r} is {value!r}, expected a number.")
+    return record

@@ -1,0 +1,112 @@
+"""Numbers behind the figures: losses in bins of steps, rate x rank grids, spectra averaged over seeds."""
+
+from __future__ import annotations
+
+import math
+import os.path
+from collections.abc import Sequence
+
+import numpy as np
+
+from lorax_kit.analysis import effective_rank
+from lorax_kit.report.conditions import Condition, Family, Summary
+from lorax_kit.report.run_folder import RunFolder
+
+Array = np.ndarray
+BINS = 60
+
+
+def binned_curves(run: RunFolder, condition: Condition, key: str) -> list[tuple[Array, Array]]:
+    """(steps, losses) of every seed of a condition, averaged within at most `BINS` bins of steps.
+
+    Bins are the same for all seeds; a bin's place is the mean of its steps. A loss that is not finite ends its
+    curve. Seeds without a record of `key` are left out.
+    """
+    lines = []
+    for trial in condition.trials:
+        points = []
+        for record in run.curves:
+            if record["trial"] == trial["trial"] and record.get(key) is not None:
+                if not math.isfinite(record[key]):
+                    break
+                points.append((record["step"], record[key]))
+        if points:
+            lines.append(np.array(points, dtype=np.float64))
+    last = max((points[-1, 0] for points in lines), default=0.0)
+    logged = max((len(points) for points in lines), default=0)
+    if logged <= BINS:
+        return [(points[:, 0], points[:, 1]) for points in lines]
+    binned = []
+    for points in lines:
+        place = np.minimum((points[:, 0] / last * BINS).astype(int), BINS - 1)
+        binned.append(
+            (
+                np.array([points[place == p, 0].mean() for p in np.unique(place)]),
+                np.array([points[place == p, 1].mean() for p in np.unique(place)]),
+            )
+        )
+    return binned
+
+
+def rate_map(summary: Summary, family: Family) -> tuple[Array, Array]:
+    """Mean validation accuracy in percent and number of lost seeds, each (rates, ranks).
+
+    Combinations that were not run are nan and 0.
+    """
+    values = np.full((len(summary.rates), len(summary.ranks)), np.nan)
+    lost = np.zeros(values.shape, int)
+    for condition in summary.conditions:
+        if condition.family == family:
+            cell = summary.rates.index(condition.lr), summary.ranks.index(condition.rank)
+            values[cell] = 100 * condition.mean("val_accuracy")
+            lost[cell] = len(condition.trials) - len(condition.done)
+    return values, lost
+
+
+def mean_spectra(run: RunFolder, condition: Condition) -> dict[str, Array]:
+    """Site -> singular values, mean over the seeds of a condition that recorded them, largest first."""
+    names = {trial["trial"] for trial in condition.done}
+    by_site: dict[str, list[list[float]]] = {}
+    for record in run.spectra:
+        if record["trial"] in names and record["singular_values"]:
+            by_site.setdefault(record["site"], []).append(record["singular_values"])
+    means = {}
+    for site, spectra in by_site.items():
+        shortest = min(map(len, spectra))
+        means[site] = np.mean([sorted(s, reverse=True)[:shortest] for s in spectra], axis=0)
+    return means
+
+
+def effective_ranks(summary: Summary) -> tuple[list[str], list[int], Array]:
+    """Sites, ranks, and the (sites, ranks) mean effective rank over seeds for the best family's ladder.
+
+    Records without "effective_rank" have it computed from their singular values.
+    """
+    found: dict[tuple[str, int], list[float]] = {}
+    for condition in summary.ladder:
+        names = {trial["trial"] for trial in condition.done}
+        for record in summary.run.spectra:
+            if record["trial"] in names:
+                value = record.get("effective_rank")
+                if value is None:
+                    value = float(effective_rank(np.array(record["singular_values"], np.float32)))
+                found.setdefault((record["site"], condition.rank), []).append(value)
+    sites = list(dict.fromkeys(site for site, _ in found))
+    ranks = sorted({rank for _, rank in found})
+    means = [[np.mean(found.get((site, rank), [np.nan])) for rank in ranks] for site in sites]
+    return sites, ranks, np.array(means, dtype=np.float64).reshape(len(sites), len(ranks))
+
+
+def short_names(sites: Sequence[str]) -> list[str]:
+    """Site paths without the leading and trailing parts they all share.
+
+    Example:
+      >>> short_names(["encoder/layer_0/query/kernel", "encoder/layer_1/query/kernel"])
+      ['layer_0', 'layer_1']
+    """
+    if len(sites) < 2:
+        return list(sites)
+    parts = [site.split("/") for site in sites]
+    head = len(os.path.commonprefix(parts))
+    tail = len(os.path.commonprefix([p[head:][::-1] for p in parts]))
+    return ["/".join(p[head : len(p) - tail]) or p[-1] for p in parts]

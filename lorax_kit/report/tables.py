@@ -1,0 +1,201 @@
+"""Tables of a run: results.csv, the summary by condition, and the same as text for a terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from pathlib import Path
+
+from lorax_kit.report.conditions import Condition, Summary, summarise
+from lorax_kit.report.run_folder import RunFolder, replace_file
+from lorax_kit.study.statistics import Interval
+
+COLUMNS = (
+    "trial",
+    "rank",
+    "alpha",
+    "lr",
+    "seed",
+    "targets",
+    "variant",
+    "params",
+    "adapter_bytes",
+    "steps",
+    "train_loss",
+    "val_loss",
+    "val_accuracy",
+    "test_accuracy",
+    "train_seconds",
+    "compiles",
+    "status",
+    "failed_step",
+)
+
+
+def write_csv(run: RunFolder, path: str | Path) -> Path:
+    """Write one line per trial with the columns of `COLUMNS`; missing values are empty cells.
+
+    Units: `adapter_bytes` in bytes, `train_seconds` in seconds, accuracies as shares in [0, 1].
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(run.trials)
+    path = Path(path)
+    replace_file(path, text.getvalue().encode())
+    return path
+
+
+def summary_rows(summary: Summary) -> list[dict[str, str]]:
+    """One row of formatted cells per chosen condition, the probe first.
+
+    Keys: setting, rank, rate, seeds, accuracy, validation, loss, params, size, seconds, difference, p.
+    `difference` is the condition's mean minus the best one's in percentage points; `p` is Holm-corrected.
+    """
+    chosen = [condition for ladder in summary.ladders.values() for condition in ladder]
+    return [_row(summary, condition) for condition in [*([summary.probe] if summary.probe else []), *chosen]]
+
+
+def summary_table(run: RunFolder) -> str:
+    """The summary by condition as aligned plain text, for a terminal.
+
+    Example:
+      >>> print(summary_table(read_run("runs/demo")))  # doctest: +SKIP
+      demo: 30 of 30 trials
+      rank     lr  seeds  test accuracy        params  adapter   vs best  p (Holm)
+      ...
+    """
+    summary = summarise(run)
+    metric = "test accuracy" if summary.metric == "test_accuracy" else "val accuracy"
+    heads = {
+        "setting": "targets, variant, alpha",
+        "rank": "rank",
+        "rate": "lr",
+        "seeds": "seeds",
+        "accuracy": f"{metric} (95 %)",
+        "params": "params",
+        "size": "adapter",
+        "difference": "vs best",
+        "p": "p (Holm)",
+    }
+    rows = summary_rows(summary)
+    if len(summary.ladders) <= 1:
+        del heads["setting"]
+    widths = {key: max(len(head), *(len(row[key]) for row in rows)) for key, head in heads.items()}
+
+    def line(cells: dict[str, str]) -> str:
+        return "  ".join(
+            cells[key].ljust(width) if key == "setting" else cells[key].rjust(width)
+            for key, width in widths.items()
+        ).rstrip()
+
+    name = run.study.get("name") or run.path.name
+    lines = [f"{name}: {len(run.trials)} of {run.planned} trials", line(heads), *map(line, rows)]
+    if summary.failed:
+        lines.append(f"{plural(len(summary.failed), 'trial')} diverged and are left out of the means.")
+    return "\n".join(lines)
+
+
+def trial_rows(summary: Summary) -> list[dict[str, tuple[str, float | str]]]:
+    """Every trial as column -> (text, value to sort by)."""
+    formats = {
+        "lr": "g",
+        "alpha": "g",
+        "params": ",.0f",
+        "train_loss": ".4f",
+        "val_loss": ".4f",
+        "train_seconds": ".1f",
+    }
+    rows = []
+    for trial in summary.run.trials:
+        cells: dict[str, tuple[str, float | str]] = {}
+        for column in COLUMNS:
+            value = trial.get(column)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                cells[column] = ("" if value is None else str(value), "" if value is None else str(value))
+            elif not math.isfinite(value):
+                cells[column] = (str(value), "")
+            elif column.endswith("accuracy"):
+                cells[column] = (f"{100 * value:.2f}", value)
+            elif column == "adapter_bytes":
+                cells[column] = (bytes_text(value), value)
+            else:
+                cells[column] = (format(value, formats.get(column, "")), value)
+        rows.append(cells)
+    return rows
+
+
+def _row(summary: Summary, condition: Condition) -> dict[str, str]:
+    found = summary.comparison(condition)
+    params, size = condition.first("params"), condition.first("adapter_bytes")
+    seconds = condition.mean("train_seconds")
+    difference = p = ""
+    if condition is summary.best:
+        difference = "best"
+    elif found is not None and found.pairs:
+        difference, p = f"{100 * found.difference:+.2f}", p_text(found.p_holm)
+    return {
+        "setting": "frozen encoder" if condition.rank == 0 else str(condition.family),
+        "rank": "probe" if condition.rank == 0 else str(condition.rank),
+        "rate": f"{condition.lr:g}",
+        "seeds": _seeds(condition),
+        "accuracy": interval_text(condition.interval(summary.metric), short=True),
+        "validation": percent(condition.mean("val_accuracy")),
+        "loss": _number(condition.mean("val_loss"), ".4f"),
+        "params": "" if params is None else f"{params:,.0f}",
+        "size": "" if size is None else bytes_text(size),
+        "seconds": _number(seconds, ".1f"),
+        "difference": difference,
+        "p": p,
+    }
+
+
+def _seeds(condition: Condition) -> str:
+    lost = len(condition.trials) - len(condition.done)
+    return f"{len(condition.done)} (+{lost} failed)" if lost else str(len(condition.done))
+
+
+def _number(value: float, spec: str) -> str:
+    return "" if math.isnan(value) else format(value, spec)
+
+
+def percent(share: float) -> str:
+    """0.8731 -> "87.3 %"; nan -> a dash."""
+    return "–" if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def interval_text(value: Interval, *, short: bool = False) -> str:
+    """ "87.3 % (95 % interval 86.9 to 87.8, BCa bootstrap)", or "87.3 [86.9, 87.8]" when short."""
+    if math.isnan(value.mean):
+        return "–"
+    bounds = not math.isnan(value.low)
+    if short:
+        return f"{100 * value.mean:.1f}" + (
+            f" [{100 * value.low:.1f}, {100 * value.high:.1f}]" if bounds else ""
+        )
+    text = percent(value.mean)
+    if bounds:
+        text += f" (95 % interval {100 * value.low:.1f} to {100 * value.high:.1f}, {value.method})"
+    return text
+
+
+def p_text(p: float) -> str:
+    """Three decimals, a bound below .001, a dash for nan."""
+    if math.isnan(p):
+        return "–"
+    return "< .001" if p < 0.001 else f"{p:.3f}"
+
+
+def bytes_text(size: float) -> str:
+    """Binary units: 294912 -> "288 KiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def plural(count: int, noun: str) -> str:
+    """1 -> "1 trial", 2 -> "2 trials"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,0 +1,181 @@
+"""A study as data: the grid of its trials and how each is trained. JSON in, JSON out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import product
+from typing import Any
+
+from lorax_kit.core.errors import StudyError
+from lorax_kit.core.spec import Full, LoRA, Spec
+
+PROBE = "probe"
+SCHEDULES = ("constant", "linear", "cosine")
+STREAMS = ("shared", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One point of a study. Rank 0 is the frozen-encoder probe: only what is trained in full learns."""
+
+    rank: int
+    alpha: float
+    lr: float
+    seed: int
+    targets: str
+    variant: str = "lora"
+
+    @property
+    def name(self) -> str:
+        """A file name, unique within a study."""
+        if self.rank == 0:
+            return f"{PROBE}_lr{self.lr:g}_s{self.seed}"
+        variant = "" if self.variant == "lora" else f"{self.variant}_"
+        return f"{variant}r{self.rank}_a{self.alpha:g}_lr{self.lr:g}_{self.targets}_s{self.seed}"
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise StudyError(message)
+
+
+def _values(name: str, given: Any, kind: type | tuple[type, ...], word: str) -> tuple:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        given = [given]
+    values = tuple(given)
+    for x in values:
+        ok = isinstance(x, kind) and not isinstance(x, bool)
+        _check(ok, f"study {name} holds {x!r}; it must be {word}.")
+    _check(len(set(values)) == len(values), f"study {name} repeats a value: {list(values)}.")
+    return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """The whole ablation: every combination of rank, alpha, lr, seed, targets, variant, and the probe's.
+
+    Args:
+      rank: ranks, each at least 1; an int or a sequence, as all of the next five.
+      alpha: numerators of the scale; None means alpha = rank.
+      lr: peak learning rates.
+      seed: seeds. A seed fixes factors, head and (with `stream="seed"`) the order of the data, so trials of
+        one seed are paired.
+      targets: name -> patterns of the parameters to adapt, one or several sets.
+      variant: methods from `lorax_kit.variants`.
+      probe_lr: learning rates of the frozen-encoder probe; empty for none.
+      rslora, init: as in `lk.LoRA`.
+      steps: optimiser steps per trial.
+      schedule: "constant", "linear" or "cosine" decay to zero, after `warmup` steps of linear growth.
+      weight_decay, clip: of AdamW; clip is the global norm, None for none.
+      stream: "shared": all trials see the same batches, and what precedes the first adapted site is computed
+        once; "seed": each seed has its own order, and intervals over seeds include its effect.
+      eval_every: steps between validations, 0 for only at the end.
+
+    Raises:
+      StudyError: an empty or repeated list, a wrong type, a value out of range.
+
+    Example:
+      >>> study = Study(rank=[1, 4], lr=[1e-3], seed=range(2), targets={"qv": ["**/{query,value}/kernel"]})
+      >>> [trial.name for trial in study.trials()][:2]
+      ['r1_a16_lr0.001_qv_s0', 'r1_a16_lr0.001_qv_s1']
+    """
+
+    rank: Sequence[int] | int
+    lr: Sequence[float] | float
+    targets: Mapping[str, Sequence[str]]
+    alpha: Sequence[float] | float | None = 16.0
+    seed: Sequence[int] | int = (0, 1, 2)
+    variant: Sequence[str] | str = ("lora",)
+    probe_lr: Sequence[float] | float = ()
+    rslora: bool = False
+    init: str = "kaiming_uniform"
+    steps: int = 100
+    schedule: str = "linear"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    stream: str = "shared"
+    eval_every: int = 0
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        number = (int, float)
+        put("rank", _values("rank", self.rank, int, "an integer of at least 1"))
+        put("lr", _values("lr", self.lr, number, "a positive number"))
+        put("seed", _values("seed", self.seed, int, "an integer"))
+        put("variant", _values("variant", self.variant, str, "the name of a method"))
+        put("probe_lr", _values("probe_lr", self.probe_lr, number, "a positive number"))
+        if self.alpha is not None:
+            put("alpha", _values("alpha", self.alpha, number, "a positive number"))
+        for name in ("rank", "lr", "seed", "variant", "alpha"):
+            value = getattr(self, name)
+            _check(value is None or len(value) > 0, f"study {name} is empty; give at least one value.")
+        for r in self.rank:  # type: ignore[union-attr]
+            _check(r >= 1, f"study rank holds {r}; it must be at least 1.\n  for the frozen probe give probe_lr")
+        for name in ("lr", "probe_lr", "alpha"):
+            for x in getattr(self, name) or ():
+                _check(0 < x < float("inf"), f"study {name} holds {x!r}; it must be a positive number.")
+        for s in self.seed:  # type: ignore[union-attr]
+            _check(0 <= s < 2**31, f"study seed holds {s}; it must lie in [0, 2^31).")
+        _check(isinstance(self.targets, Mapping) and len(self.targets) > 0, "study targets must map names to patterns.")
+        for name, patterns in self.targets.items():
+            bare = isinstance(patterns, str) or not isinstance(patterns, Sequence)
+            _check(not bare and len(patterns) > 0, f"study targets {name!r} must be a list of patterns.")
+            ok = isinstance(name, str) and name.replace("-", "").replace("_", "").isalnum()
+            _check(ok, f"study targets name {name!r} goes into file names: use letters, digits, '-' and '_'.")
+        put("targets", {name: tuple(patterns) for name, patterns in self.targets.items()})
+        for name, low in (("steps", 1), ("warmup", 0), ("eval_every", 0)):
+            x = getattr(self, name)
+            ok = isinstance(x, int) and not isinstance(x, bool) and x >= low
+            _check(ok, f"study {name} is {x!r}; it must be an integer of at least {low}.")
+        _check(self.warmup < self.steps, f"study warmup {self.warmup} leaves none of {self.steps} steps.")
+        _check(self.schedule in SCHEDULES, f"study schedule is {self.schedule!r}; choose from {', '.join(SCHEDULES)}.")
+        _check(self.stream in STREAMS, f"study stream is {self.stream!r}; choose from {', '.join(STREAMS)}.")
+        _check(isinstance(self.weight_decay, number) and self.weight_decay >= 0, "study weight_decay must be at least 0.")
+        _check(self.clip is None or (isinstance(self.clip, number) and self.clip > 0), "study clip must be positive.")
+        names = [t.name for t in self.trials()]
+        _check(len(set(names)) == len(names), "two trials of the study have the same name: values differ too little.")
+
+    def trials(self) -> tuple[Trial, ...]:
+        """Every trial, ranks outermost and seeds innermost, the probe last."""
+        out = []
+        for variant, targets, rank, alpha, lr, seed in product(
+            self.variant, self.targets, self.rank, self.alpha or (None,), self.lr, self.seed  # type: ignore[arg-type]
+        ):
+            a = float(rank if alpha is None else alpha)
+            out.append(Trial(rank=rank, alpha=a, lr=float(lr), seed=seed, targets=targets, variant=variant))
+        for lr, seed in product(self.probe_lr, self.seed):  # type: ignore[arg-type]
+            out.append(Trial(rank=0, alpha=0.0, lr=float(lr), seed=seed, targets="head"))
+        return tuple(out)
+
+    def spec(self, trial: Trial, head: Sequence[str]) -> Spec:
+        """The spec of one trial alone; `head` are the patterns trained in full."""
+        rules: list[tuple[str, LoRA | Full]] = [(pattern, Full()) for pattern in head]
+        if trial.rank > 0:
+            setting = LoRA(
+                rank=trial.rank, alpha=trial.alpha, variant=trial.variant, rslora=self.rslora, init=self.init
+            )
+            rules += [(pattern, setting) for pattern in self.targets[trial.targets]]
+        _check(len(rules) > 0, f"trial {trial.name!r} trains nothing: the problem has no head for the probe.")
+        return Spec(rules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `from_dict` is the inverse."""
+        out = asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in out.items()} | {
+            "targets": {name: list(patterns) for name, patterns in self.targets.items()}
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Study:
+        """Inverse of `to_dict`; unknown keys, missing ones and wrong types raise `StudyError`."""
+        _check(isinstance(data, Mapping), f"a study must be an object, not {type(data).__name__}.")
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(data) - set(known))
+        _check(not unknown, f"study has the unknown key {', '.join(map(repr, unknown))}; known: {', '.join(known)}.")
+        missing = sorted({"rank", "lr", "targets"} - set(data))
+        _check(not missing, f"study lacks {', '.join(map(repr, missing))}.")
+        return cls(**data)

@@ -1,0 +1,218 @@
+"""One compiled program that trains a pack of trials: `make_step`, mapped over the trial axis of the factors.
+
+Base and (with a shared stream) batch are not mapped, so XLA computes what precedes the first adapted site once.
+A trial's arithmetic is that of `lk.make_step` with its own rank, scale and rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lorax_kit.core.factors import Factors
+from lorax_kit.core.paths import Params
+from lorax_kit.core.plan import Plan
+from lorax_kit.parallel.mesh import TRIAL
+from lorax_kit.study.design import Study
+from lorax_kit.study.packing import Pack, Scalars
+from lorax_kit.study.problem import Problem
+from lorax_kit.training.evaluate import Score, mean_scores
+from lorax_kit.training.optim import partition
+from lorax_kit.training.step import Info, State, make_step
+from lorax_kit.transform.adapt import adapt
+
+
+class Running(NamedTuple):
+    """State of a pack; every leaf has a leading trial axis.
+
+    Attributes:
+      state: of `make_step`.
+      alive: bool; False once a trial's loss or gradient was not finite. Its factors no longer change.
+    """
+
+    state: State
+    alive: Array
+
+
+def rate(study: Study, peak: Array | float) -> Callable[[Array], Array]:
+    """The learning rate by step: linear warm-up, then the study's decay to zero."""
+
+    def schedule(count: Array) -> Array:
+        t = (count - study.warmup) / max(study.steps - study.warmup, 1)
+        decay = {"constant": jnp.ones_like(t), "linear": 1 - t, "cosine": 0.5 * (1 + jnp.cos(jnp.pi * t))}
+        grown = (count + 1) / max(study.warmup, 1)
+        return peak * jnp.where(count < study.warmup, grown, decay[study.schedule])
+
+    return schedule
+
+
+def optimizer(study: Study, plan: Plan, peak: Array | float) -> optax.GradientTransformation:
+    """The optimiser of one trial; `peak` may be traced."""
+    return partition(optax.adamw(rate(study, peak), weight_decay=study.weight_decay), plan, clip=study.clip)
+
+
+def with_scale(factors: Any, scale: Array) -> Any:
+    """Factors whose scale is a traced scalar instead of the plan's constant."""
+    return {p: f._replace(scale=scale) if isinstance(f, Factors) else f for p, f in factors.items()}
+
+
+class Programs(NamedTuple):
+    """Functions of a pack, not yet compiled: `init(factors)`, `step(running, scalars, base, batch)`,
+    `score(factors, scalars, base, batch)`."""
+
+    init: Callable[[Any], Running]
+    step: Callable[[Running, Scalars, Params, Any], tuple[Running, Info]]
+    score: Callable[[Any, Scalars, Params, Any], Score]
+
+
+def programs(study: Study, problem: Problem, plan: Plan, trials: int, seeds: np.ndarray | None = None) -> Programs:
+    """The programs of a pack of `trials`.
+
+    Args:
+      seeds: with a stream per seed, which of the stacked batches each trial reads, (trials,); None: one shared batch.
+    """
+    adapted = adapt(problem.apply, plan, trials=trials)
+
+    def solo_init(factors: Any) -> State:
+        init, _ = make_step(lambda *_: None, optimizer(study, plan, 1.0), jit=False)
+        return init(factors)
+
+    def solo_step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
+        def loss(base: Params, factors: Any, batch: Any) -> Array:
+            return problem.loss(adapted(base, with_scale(factors, scalars.scale), batch), batch)
+
+        _, step = make_step(loss, optimizer(study, plan, scalars.lr), jit=False)
+        state, info = step(running.state, base, batch)
+        state = jax.tree.map(lambda new, old: jnp.where(running.alive, new, old), state, running.state)
+        return Running(state, running.alive & info.finite), info
+
+    def solo_score(factors: Any, scalars: Scalars, base: Params, batch: Any) -> Score:
+        return problem.score(adapted(base, with_scale(factors, scalars.scale), batch), batch)
+
+    def init(factors: Any) -> Running:
+        return Running(jax.vmap(solo_init)(factors), jnp.ones((trials,), bool))
+
+    def step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
+        if seeds is not None:
+            batch = jax.tree.map(lambda x: x[seeds], batch)
+        mapped = jax.vmap(solo_step, in_axes=(0, 0, None, None if seeds is None else 0))
+        return mapped(running, scalars, base, batch)
+
+    return Programs(init, step, jax.vmap(solo_score, in_axes=(0, 0, None, None)))
+
+
+class Trained(NamedTuple):
+    """What a pack came to.
+
+    Attributes:
+      factors: stacked, as trained.
+      losses: fp32 (steps, trials).
+      failed: int (trials,): the first step (from 1) whose loss or gradient was not finite; 0 for none.
+      evaluations: (step, list of one metrics dict per trial).
+      seconds, compile_seconds: wall time of the steps, and of compiling them.
+      temp_bytes: temporaries of the compiled step, as XLA counts them.
+    """
+
+    factors: Any
+    losses: np.ndarray
+    failed: np.ndarray
+    evaluations: list[tuple[int, list[dict[str, float]]]]
+    seconds: float
+    compile_seconds: float
+    temp_bytes: int
+
+
+class Engine:
+    """Compiles the step of packs of one shape once, and runs any number of them.
+
+    Args:
+      study, problem, plan: what to train.
+      base: the frozen params, shared by all trials.
+      trials: the size of every pack.
+      mesh: with an axis "trial", packs are spread over its devices; None for one device.
+    """
+
+    def __init__(
+        self, study: Study, problem: Problem, plan: Plan, base: Params, trials: int, mesh: Mesh | None = None,
+        seeds: np.ndarray | None = None,
+    ) -> None:
+        self.study, self.plan, self.compiles = study, plan, 0
+        self._programs = programs(study, problem, plan, trials, seeds)
+        stacked = whole = None
+        if mesh is not None:
+            stacked, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(TRIAL), PartitionSpec()))
+        self._stacked = stacked
+        self._base = base if whole is None else jax.device_put(base, whole)
+        shardings = {} if mesh is None else {
+            "in_shardings": (stacked, stacked, whole, whole), "out_shardings": (stacked, stacked)
+        }
+        self._step = jax.jit(self._programs.step, donate_argnums=(0,), **shardings)
+        self._score = jax.jit(self._programs.score)
+        self._compiled: Any = None
+        self.compile_seconds = 0.0
+        self.temp_bytes = 0
+
+    def train(
+        self,
+        pack: Pack,
+        batches: Iterator[Any],
+        val: Any = (),
+        on_step: Callable[[int, np.ndarray, np.ndarray], None] = lambda *_: None,
+        on_eval: Callable[[int, list[dict[str, float]]], None] = lambda *_: None,
+    ) -> Trained:
+        """Train a pack to the end of the study's steps."""
+        running, scalars = jax.jit(self._programs.init)(pack.factors), pack.scalars
+        if self._stacked is not None:
+            running, scalars = jax.device_put((running, scalars), self._stacked)
+        losses: list[np.ndarray] = []
+        failed = np.zeros(len(pack.trials), int)
+        evaluations: list[tuple[int, list[dict[str, float]]]] = []
+        began, paused = perf_counter(), 0.0
+        for number in range(1, self.study.steps + 1):
+            batch = next(batches)
+            if self._compiled is None:
+                paused += self._compile(running, scalars, batch)
+            running, info = self._compiled(running, scalars, self._base, batch)
+            losses.append(np.asarray(info.loss))
+            failed = np.where((failed == 0) & ~np.asarray(running.alive), number, failed)
+            on_step(number, losses[-1], failed)
+            every = self.study.eval_every
+            if val and every and (number % every == 0 or number == self.study.steps):
+                at = perf_counter()
+                evaluations.append((number, self.evaluate(running.state.factors, scalars, val)))
+                on_eval(*evaluations[-1])
+                paused += perf_counter() - at
+        seconds = perf_counter() - began - paused
+        return Trained(
+            jax.device_get(running.state.factors),
+            np.stack(losses),
+            failed,
+            evaluations,
+            seconds,
+            self.compile_seconds,
+            self.temp_bytes,
+        )
+
+    def _compile(self, running: Running, scalars: Scalars, batch: Any) -> float:
+        """Compile ahead of time: the executable cannot be compiled again behind our back, only replaced here."""
+        began = perf_counter()
+        self._compiled = self._step.lower(running, scalars, self._base, batch).compile()
+        self.compiles += 1
+        self.compile_seconds = perf_counter() - began
+        memory = self._compiled.memory_analysis()
+        self.temp_bytes = int(getattr(memory, "temp_size_in_bytes", 0))
+        return self.compile_seconds
+
+    def evaluate(self, factors: Any, scalars: Scalars, batches: Any) -> list[dict[str, float]]:
+        """Mean scores of every trial of the pack."""
+        scores = [jax.device_get(self._score(factors, scalars, self._base, batch)) for batch in batches]
+        count = len(scores[0].weight)
+        return [mean_scores([Score(*(x[i] for x in s)) for s in scores]) for i in range(count)]
