@@ -63,8 +63,9 @@ def cautions(summary: Summary) -> list[str]:
         found.append("The study has not recorded its end; numbers on time may be missing.")
     if summary.failed:
         found.append(
-            f"Diverged: {_of_all(len(summary.failed), len(run.trials))}. They are marked with crosses, listed "
-            "below, and left out of every mean: read a mean beside a cross as conditional on not diverging."
+            f"Diverged: {_of_all(len(summary.failed), len(run.trials))}. They are marked with crosses, "
+            "listed below, and left out of every mean: read a mean beside a cross as conditional on not "
+            "diverging."
         )
     edges = at_edge_of_grid(summary)
     if edges:
@@ -101,8 +102,8 @@ def _headline(summary: Summary, best: Condition) -> str:
     highest = max(c.mean(summary.metric) for c in chosen if c.values(summary.metric).size)
     if highest > best.mean(summary.metric) and summary.metric == "test_accuracy":
         text += (
-            f" (Another condition has the higher mean on test data, {percent(highest)}; the choice is made on "
-            "validation data, as it must be.)"
+            f" (Another condition has the higher mean on test data, {percent(highest)}; the choice is made "
+            "on validation data, as it must be.)"
         )
     return text
 
@@ -118,9 +119,9 @@ def _against_smaller(summary: Summary, best: Condition, smaller: Condition) -> s
     )
     if found.pairs < seeds_needed():
         return (
-            f"{question} This run cannot tell: {evidence}. Fewer than {seeds_needed()} seeds cannot reach p < .05 "
-            f"(the smallest p that {plural(found.pairs, 'pair')} can give is {smallest_p(found.pairs):.3g}), "
-            "however large the difference."
+            f"{question} This run cannot tell: {evidence}. Fewer than {seeds_needed()} seeds cannot reach p "
+            f"< .05 (the smallest p that {plural(found.pairs, 'pair')} can give is "
+            f"{smallest_p(found.pairs):.3g}), however large the difference."
         )
     if found.p < 0.05:
         direction = "better" if found.difference < 0 else "worse on test data"
@@ -137,16 +138,16 @@ def _cheapest(summary: Summary, best: Condition) -> str:
     pairs = max((c.pairs for c in tests), default=0)
     if pairs < seeds_needed(len(tests)):
         return (
-            f"All ranks at once: with {plural(len(tests), 'comparison')} and Holm's correction no p-value can "
-            f"fall below .05 before {seeds_needed(len(tests))} seeds (here {pairs}), so read the intervals, "
-            "not the absence of a small p."
+            f"All ranks at once: with {plural(len(tests), 'comparison')} and Holm's correction no p-value "
+            f"can fall below .05 before {seeds_needed(len(tests))} seeds (here {pairs}), so read the "
+            "intervals, not the absence of a small p."
         )
     for condition in summary.ladder:
         found = summary.comparison(condition)
         if condition.rank < best.rank and found is not None and found.p_holm >= 0.05:
             return (
-                f"The smallest rank not distinguishable from rank {best.rank} is {condition.rank}: the difference "
-                f"is {_points(found)}, p = {p_text(found.p_holm)} after Holm's correction over "
+                f"The smallest rank not distinguishable from rank {best.rank} is {condition.rank}: the "
+                f"difference is {_points(found)}, p = {p_text(found.p_holm)} after Holm's correction over "
                 f"{plural(len(tests), 'comparison')}."
             )
     return f"Every smaller rank is distinguishable from rank {best.rank} after Holm's correction."

@@ -7,6 +7,7 @@ its labels and units and can be used alone; the caption says what is shown and h
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def draw(summary: Summary) -> tuple[list[Plot], list[str]]:
     Returns:
       The plots in reading order, and one sentence for each figure left out saying why.
     """
-    made = [render(maker.__name__, lambda maker=maker: maker(summary)) for maker in FIGURES]
+    made = [render(maker.__name__, partial(maker, summary)) for maker in FIGURES]
     return [m for m in made if isinstance(m, Plot)], [m for m in made if isinstance(m, str)]
 
 
@@ -65,8 +66,8 @@ def accuracy_by_rank(summary: Summary) -> Made:
             _interval(axes, x + shift, condition, summary, colour, marker)
             lost = len(condition.trials) - len(condition.done)
             if lost:
-                foot = {"xycoords": ("data", "axes fraction"), "ha": "center", "color": colour}
-                axes.annotate(f"×{lost}", (x, 0.015), **foot)
+                place = ("data", "axes fraction")
+                axes.annotate(f"×{lost}", (x, 0.015), xycoords=place, ha="center", color=colour)
         means = [100 * condition.mean(summary.metric) for condition in ladder]
         axes.plot([x + shift for x in xs], means, lw=0.8, color=colour, alpha=0.5)
         if many:
@@ -76,8 +77,8 @@ def accuracy_by_rank(summary: Summary) -> Made:
     axes.margins(y=0.12)
     legend_below(figure, axes, columns=2 if many else 1)
     caption = (
-        f"{_metric(summary).capitalize()} by rank. Large markers are means over seeds, bars their 95 % intervals "
-        f"({_methods(summary)}), small dots the single seeds.{_choice(summary)}"
+        f"{_metric(summary).capitalize()} by rank. Large markers are means over seeds, bars their 95 % "
+        f"intervals ({_methods(summary)}), small dots the single seeds.{_choice(summary)}"
     )
     if summary.probe is not None and summary.probe.values(summary.metric).size:
         caption += " The grey band is the frozen encoder with a trained head (mean and 95 % interval)."
@@ -103,12 +104,12 @@ def accuracy_by_parameters(summary: Summary) -> Made:
             x, y = condition.first("params") or 0, 100 * condition.mean(summary.metric)
             _interval(axes, x, condition, summary, colour, marker)
             if len(ladders) == 1:
-                beside = {"xytext": (6, -10), "textcoords": "offset points", "color": QUIET}
-                axes.annotate(f"r = {condition.rank}", (x, y), **beside)
+                name = f"r = {condition.rank}"
+                axes.annotate(name, (x, y), xytext=(6, -10), textcoords="offset points", color=QUIET)
         means = [100 * c.mean(summary.metric) for c in ladder]
-        name = str(family) if len(ladders) > 1 else None
+        label = str(family) if len(ladders) > 1 else None
         axes.plot([c.first("params") or 0 for c in ladder], means, lw=0.8, color=colour, alpha=0.6)
-        axes.plot([], [], marker + "-", color=colour, label=name)
+        axes.plot([], [], marker + "-", color=colour, label=label)
     log_axis(axes, "x", [c.first("params") or 0 for ladder in ladders.values() for c in ladder], _count)
     axes.set(xlabel="trained parameters (log scale)", ylabel=f"{_metric(summary)} (%)")
     axes.margins(y=0.12)
@@ -182,8 +183,8 @@ def rate_by_rank(summary: Summary) -> Made:
             axes.set_title(str(family))
     colour_bar(figure, panels[0][1], [axes for axes, _ in panels], "validation accuracy (%)")
     return figure, (
-        "Mean validation accuracy (%) over seeds for every rank and learning rate. A frame marks the rate chosen "
-        "for that rank; ×n: n seeds diverged and are not in the mean; empty cells were not run."
+        "Mean validation accuracy (%) over seeds for every rank and learning rate. A frame marks the rate "
+        "chosen for that rank; ×n: n seeds diverged and are not in the mean; empty cells were not run."
     )
 
 
@@ -216,9 +217,9 @@ def loss_curves(summary: Summary) -> Made:
     legend_below(figure, shown[0], columns=7)
     family = f" of {summary.ladder[0].family}" if len(summary.ladders) > 1 else ""
     return figure, (
-        f"Losses by step for each rank{family}.{_choice(summary)} Thick lines are means over the seeds that ran to "
-        "the end, thin lines single seeds. Training losses are averaged within up to 60 bins of steps. The "
-        "vertical axes differ."
+        f"Losses by step for each rank{family}.{_choice(summary)} Thick lines are means over the seeds that "
+        "ran to the end, thin lines single seeds. Training losses are averaged within up to 60 bins of "
+        "steps. The vertical axes differ."
     )
 
 
@@ -243,8 +244,9 @@ def singular_values(summary: Summary) -> Made:
     whole_numbers(axes, 8)
     axes.legend(ncols=2 if len(found) > 5 else 1)
     return figure, (
-        "Singular values of the trained deltas, scale included, largest first. Thin lines are single sites (mean "
-        "over seeds), thick lines the mean over sites. A steep fall: a smaller rank would hold most of the delta."
+        "Singular values of the trained deltas, scale included, largest first. Thin lines are single sites "
+        "(mean over seeds), thick lines the mean over sites. A steep fall: a smaller rank would hold most "
+        "of the delta."
     )
 
 
@@ -268,8 +270,9 @@ def effective_rank_by_site(summary: Summary) -> Made:
     rank_axis(axes, ranks, pad=0.5)
     colour_bar(figure, image, [axes], "effective rank")
     return figure, (
-        "Effective rank of each site's delta: exp of the entropy of its normalised singular values (Roy & Vetterli "
-        "2007), mean over seeds. Near the trained rank, the rank is used up; far below it, there is room to spare."
+        "Effective rank of each site's delta: exp of the entropy of its normalised singular values (Roy & "
+        "Vetterli 2007), mean over seeds. Near the trained rank, the rank is used up; far below it, there "
+        "is room to spare."
     )
 
 

@@ -1,8 +1,8 @@
 """Reads and checks the files of a run folder, and replaces files in it atomically.
 
 A run folder holds `study.json` (what was asked, where and when it ran), `trials.jsonl` (one object per trial
-that ended), `curves.jsonl` (losses by step) and `spectra.jsonl` (singular values by site); the last two may be
-absent. A run that was killed may leave half a line at the end of a file: it is left out and noted.
+that ended), `curves.jsonl` (losses by step) and `spectra.jsonl` (singular values by site); the last two may
+be absent. A run that was killed may leave half a line at the end of a file: it is left out and noted.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import os.path
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.analysis import effective_rank
@@ -19,12 +19,12 @@ BINS = 60
 def binned_curves(run: RunFolder, condition: Condition, key: str) -> list[tuple[Array, Array]]:
     """(steps, losses) of every seed of a condition, averaged within at most `BINS` bins of steps.
 
-    Bins are the same for all seeds; a bin's place is the mean of its steps. A loss that is not finite ends its
-    curve. Seeds without a record of `key` are left out.
+    Bins are the same for all seeds; a bin's place is the mean of its steps. A loss that is not finite ends
+    its curve. Seeds without a record of `key` are left out.
     """
-    lines = []
+    lines: list[Array] = []
     for trial in condition.trials:
-        points = []
+        points: list[tuple[float, float]] = []
         for record in run.curves:
             if record["trial"] == trial["trial"] and record.get(key) is not None:
                 if not math.isfinite(record[key]):
@@ -32,17 +32,16 @@ def binned_curves(run: RunFolder, condition: Condition, key: str) -> list[tuple[
                 points.append((record["step"], record[key]))
         if points:
             lines.append(np.array(points, dtype=np.float64))
-    last = max((points[-1, 0] for points in lines), default=0.0)
-    logged = max((len(points) for points in lines), default=0)
-    if logged <= BINS:
-        return [(points[:, 0], points[:, 1]) for points in lines]
+    if max(map(len, lines), default=0) <= BINS:
+        return [(line[:, 0], line[:, 1]) for line in lines]
+    last = max(line[-1, 0] for line in lines)
     binned = []
-    for points in lines:
-        place = np.minimum((points[:, 0] / last * BINS).astype(int), BINS - 1)
+    for line in lines:
+        place = np.minimum((line[:, 0] / last * BINS).astype(int), BINS - 1)
         binned.append(
             (
-                np.array([points[place == p, 0].mean() for p in np.unique(place)]),
-                np.array([points[place == p, 1].mean() for p in np.unique(place)]),
+                np.array([line[place == p, 0].mean() for p in np.unique(place)]),
+                np.array([line[place == p, 1].mean() for p in np.unique(place)]),
             )
         )
     return binned
@@ -89,7 +88,7 @@ def effective_ranks(summary: Summary) -> tuple[list[str], list[int], Array]:
             if record["trial"] in names:
                 value = record.get("effective_rank")
                 if value is None:
-                    value = float(effective_rank(np.array(record["singular_values"], np.float32)))
+                    value = float(effective_rank(jnp.asarray(record["singular_values"])))
                 found.setdefault((record["site"], condition.rank), []).append(value)
     sites = list(dict.fromkeys(site for site, _ in found))
     ranks = sorted({rank for _, rank in found})
@@ -107,6 +106,16 @@ def short_names(sites: Sequence[str]) -> list[str]:
     if len(sites) < 2:
         return list(sites)
     parts = [site.split("/") for site in sites]
-    head = len(os.path.commonprefix(parts))
-    tail = len(os.path.commonprefix([p[head:][::-1] for p in parts]))
-    return ["/".join(p[head : len(p) - tail]) or p[-1] for p in parts]
+    head = _shared(parts)
+    tail = _shared([part[head:][::-1] for part in parts])
+    return ["/".join(part[head : len(part) - tail]) or part[-1] for part in parts]
+
+
+def _shared(parts: Sequence[Sequence[str]]) -> int:
+    """How many leading elements all sequences have in common."""
+    count = 0
+    for names in zip(*parts, strict=False):
+        if len(set(names)) > 1:
+            break
+        count += 1
+    return count

@@ -31,7 +31,7 @@ def build(
     test=True,
     finished=True,
 ):
-    """Write a run folder; `keep` limits how many trials have finished, `alphas` may hold functions of rank."""
+    """Write a run folder; `keep` limits how many trials finished, `alphas` may hold functions of rank."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
