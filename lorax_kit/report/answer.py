@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from lorax_kit.report.conditions import Condition, Summary, at_edge_of_grid
-from lorax_kit.report.tables import bytes_text, interval_text, p_text, percent, plural
+from lorax_kit.report.tables import bytes_text, interval_text, p_text, percent, plural, signed
 from lorax_kit.study.statistics import Comparison, seeds_needed, smallest_p
 
 METRIC_NAMES = {"test_accuracy": "test accuracy", "val_accuracy": "validation accuracy"}
@@ -63,9 +63,9 @@ def cautions(summary: Summary) -> list[str]:
         found.append("The study has not recorded its end; numbers on time may be missing.")
     if summary.failed:
         found.append(
-            f"Diverged: {_of_all(len(summary.failed), len(run.trials))}. They are marked with crosses, "
-            "listed below, and left out of every mean: read a mean beside a cross as conditional on not "
-            "diverging."
+            f"Diverged: {_of_all(len(summary.failed), len(run.trials))}. They are listed below, "
+            "counted as ×n in the figures, and left out of every mean: read a mean beside ×n as conditional "
+            "on not diverging."
         )
     edges = at_edge_of_grid(summary)
     if edges:
@@ -167,9 +167,9 @@ def _against_probe(summary: Summary, probe: Condition) -> str:
 
 def _points(found: Comparison) -> str:
     """best - condition in percentage points with its interval."""
-    text = f"{-100 * found.difference:+.2f} points"
+    text = f"{signed(-100 * found.difference)} points"
     if not math.isnan(found.low):
-        text += f" (95 % interval {-100 * found.high:+.2f} to {-100 * found.low:+.2f})"
+        text += f" (95 % interval {signed(-100 * found.high)} to {signed(-100 * found.low)})"
     return text
 
 

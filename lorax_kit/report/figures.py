@@ -24,6 +24,7 @@ from lorax_kit.report.plots import (
     heat_map,
     legend_below,
     log_axis,
+    log_values,
     rank_axis,
     rank_colour,
     render,
@@ -82,7 +83,7 @@ def accuracy_by_rank(summary: Summary) -> Made:
     )
     if summary.probe is not None and summary.probe.values(summary.metric).size:
         caption += " The grey band is the frozen encoder with a trained head (mean and 95 % interval)."
-    if summary.failed:
+    if any(len(c.done) < len(c.trials) for ladder in summary.ladders.values() for c in ladder):
         caption += " ×n: n seeds diverged and are not in the mean."
     return figure, caption
 
@@ -240,7 +241,8 @@ def singular_values(summary: Summary) -> Made:
         axes.plot(range(1, shortest + 1), mean, "o-", ms=3.5, lw=1.6, color=colour, label=f"rank {rank}")
     scale = "log" if any((values > 0).any() for _, sites in found for values in sites) else "linear"
     axes.set(xlabel="index of the singular value", ylabel=f"singular value of the delta ({scale} scale)")
-    axes.set_yscale(scale)
+    if scale == "log":
+        log_values(axes)
     whole_numbers(axes, 8)
     axes.legend(ncols=2 if len(found) > 5 else 1)
     return figure, (

@@ -74,8 +74,7 @@ def _context(summary: Summary, plots: list[Plot], left_out: list[str]) -> dict[s
             {
                 "name": plot.name,
                 "caption": plot.caption,
-                # Drawn by us from numbers and escaped names: the one place where markup is let through.
-                "svg": jinja2.utils.markupsafe.Markup(inline_svg(plot)),
+                "svg": inline_svg(plot),
             }
             for plot in plots
         ],

@@ -46,6 +46,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "figure.facecolor": "white",
+    "text.parse_math": False,  # a $ in a name is a $
     "svg.hashsalt": "lorax_kit",  # the same run gives the same file
     "svg.fonttype": "path",
 }
@@ -148,6 +149,13 @@ def log_axis(axes: Axes, which: str, values: Sequence[float], text: Callable[[fl
     axis.set_ticks(ticks[::step])
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+
+
+def log_values(axes: Axes) -> None:
+    """A log y axis with plain numbers at powers of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def whole_numbers(axes: Axes, most: int) -> None:

@@ -134,7 +134,7 @@ def _row(summary: Summary, condition: Condition) -> dict[str, str]:
     if condition is summary.best:
         difference = "best"
     elif found is not None and found.pairs:
-        difference, p = f"{100 * found.difference:+.2f}", p_text(found.p_holm)
+        difference, p = signed(100 * found.difference), p_text(found.p_holm)
     return {
         "setting": "frozen encoder" if condition.rank == 0 else str(condition.family),
         "rank": "probe" if condition.rank == 0 else str(condition.rank),
@@ -185,6 +185,12 @@ def p_text(p: float) -> str:
     if math.isnan(p):
         return "–"
     return "< .001" if p < 0.001 else f"{p:.3f}"
+
+
+def signed(points: float) -> str:
+    """Two decimals with a sign, "−" for minus and no sign on zero."""
+    text = f"{points:+.2f}"
+    return "0.00" if float(text) == 0 else text.replace("-", "−")
 
 
 def bytes_text(size: float) -> str:

