@@ -1,6 +1,12 @@
-"""Low-rank adaptation for any JAX function."""
+"""Low-rank adaptation for any JAX function.
 
-from lorax_kit import variants as _variants  # fills core's table of methods
+Pure functions turn params into a frozen base plus low-rank factors (`resolve`, `split`, `adapt`, `merge`), train
+only the factors (`partition`, `make_step`, `fit`), keep them apart from the base (`save_adapter`,
+`load_adapter`), and run whole rank ablations as one compiled program (`Study`, `run`).
+"""
+
+from lorax_kit import variants as _variants  # noqa: F401  (fills core's table of methods)
+from lorax_kit.checkpoint import Adapter, fingerprint, load_adapter, save_adapter
 from lorax_kit.core import (
     AdapterError,
     Factors,
@@ -17,4 +23,43 @@ from lorax_kit.core import (
     paths,
     split,
 )
+from lorax_kit.parallel import device_mesh, pmap_step, sharded_step
+from lorax_kit.study import Problem, Results, Study, run
+from lorax_kit.training import fit, make_step, partition
 from lorax_kit.transform import adapt, explain, resolve
+from lorax_kit.version import __version__
+
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "Factors",
+    "Full",
+    "FullLeaf",
+    "LoRA",
+    "LoraxError",
+    "Plan",
+    "PlanError",
+    "Problem",
+    "Results",
+    "Spec",
+    "SpecError",
+    "Study",
+    "StudyError",
+    "__version__",
+    "adapt",
+    "device_mesh",
+    "explain",
+    "fingerprint",
+    "fit",
+    "load_adapter",
+    "make_step",
+    "merge",
+    "partition",
+    "paths",
+    "pmap_step",
+    "resolve",
+    "run",
+    "save_adapter",
+    "sharded_step",
+    "split",
+]

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import optax
 
-from lorax_kit.core.errors import StudyError
+from lorax_kit.checkpoint.adapter import load_adapter, read_document, save_adapter
+from lorax_kit.core.errors import AdapterError, StudyError
+from lorax_kit.core.merge import merge, split
+from lorax_kit.core.paths import paths
+from lorax_kit.core.spec import Full, LoRA, Spec
 from lorax_kit.models import BertClassifier, Tokenizer, classifier_params, load_bert
 from lorax_kit.study.problem import Problem
+from lorax_kit.study.run import evaluator
 from lorax_kit.tasks import (
     Batch,
     Encoded,
@@ -23,7 +32,9 @@ from lorax_kit.tasks import (
     split_reviews,
     train_batches,
 )
+from lorax_kit.training import fit, make_step, partition
 from lorax_kit.training.evaluate import Score
+from lorax_kit.transform import adapt, explain, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,3 +129,93 @@ class Sentiment:
                 "settings": self.to_dict(),
             },
         )
+
+
+def evaluate_adapter(path: str | Path) -> dict[str, Any]:
+    """Test metrics of a saved adapter, by the program that measured it when its study ended.
+
+    Raises:
+      AdapterError: no adapter, a damaged one, or one that names no problem known here.
+    """
+    meta = read_document(path)["meta"]
+    if "settings" not in meta:
+        raise AdapterError(f"the adapter at {str(path)!r} does not say which problem it was trained on.")
+    problem = Sentiment.from_dict(meta["settings"]).build()
+    base = problem.params(jax.random.key(0))
+    adapter = load_adapter(path, base=base)
+    measured = evaluator(problem, base, adapter.plan, problem.test)(merge(base, adapter.factors, adapter.plan))
+    return {
+        "adapter": str(path),
+        "test_accuracy": measured["accuracy"],
+        "test_loss": measured["loss"],
+        "examples": measured["examples"],
+    }
+
+
+def train_adapter(
+    workload: Sentiment, *, out: Path, rank: int, alpha: float, lr: float, seed: int, targets: Sequence[str], variant: str,
+    epochs: int, steps_per_epoch: int | None, progress: bool = True,
+) -> dict[str, Any]:
+    """Train one adapter by `lk.fit` and save it under `out`; the best epoch by validation loss is kept."""
+    setting = LoRA(rank=rank, alpha=alpha, variant=variant)
+    if not 0 < lr < float("inf"):
+        raise StudyError(f"lr is {lr}; it must be a positive number.")
+    if (out / "adapter").exists():
+        raise AdapterError(f"{str(out / 'adapter')!r} exists.\n  choose another folder")
+    problem = workload.build()
+    params = problem.params(jax.random.fold_in(jax.random.key(seed), 0))
+    spec = Spec([*((p, Full()) for p in problem.head), *((p, setting) for p in targets)])
+    stream = problem.train(seed, 0)
+    plan = resolve(spec, params, problem.apply, next(problem.train(seed, 0)))
+    base, factors = split(params, plan, jax.random.fold_in(jax.random.key(seed), 1))
+    adapted = adapt(problem.apply, plan)
+    per_epoch = steps_per_epoch or problem.facts["train"] // workload.batch_size
+    schedule = optax.linear_schedule(lr, 0.0, per_epoch * epochs)
+
+    def loss(base: Any, factors: Any, batch: Any) -> Any:
+        logits = adapted(base, factors, batch)
+        score = problem.score(logits, batch)
+        return problem.loss(logits, batch), {"accuracy": score.correct / score.weight}
+
+    init, step = make_step(loss, partition(optax.adamw(schedule), plan, clip=1.0))
+    validate, test = (evaluator(problem, base, plan, part) for part in (problem.val, problem.test))
+
+    def measure(factors: Any) -> dict[str, float]:
+        found = validate(merge(base, factors, plan))
+        return {"loss": found["loss"], "accuracy": found["accuracy"]}
+
+    out.mkdir(parents=True, exist_ok=True)
+    rounds = [list(itertools.islice(stream, per_epoch)) for _ in range(epochs)]
+    fitted = fit(step, init(factors), base, rounds, evaluate=measure, log=out / "metrics.jsonl", progress=progress)
+    if not fitted.history:
+        raise StudyError(f"training gave no usable adapter: {fitted.stopped}.\n  lower the learning rate")
+    final = test(merge(base, fitted.state.factors, plan))
+    meta = {"problem": problem.name, "settings": workload.to_dict()}
+    save_adapter(out / "adapter", spec, fitted.state.factors, base=base, plan=plan, meta=meta)
+    return {
+        "adapter": str(out / "adapter"),
+        "stopped": fitted.stopped,
+        "history": fitted.history,
+        "test_accuracy": final["accuracy"],
+        "test_loss": final["loss"],
+    }
+
+
+def inspect_model(source: str, spec: str | None, batch_size: int, tokens: int) -> tuple[dict[str, Any], str]:
+    """Parameters of a model, or with a spec (JSON text) how each site runs: as data, and as text."""
+    pretrained = load_bert(source)
+    model = BertClassifier(pretrained.config, num_classes=2)
+    params = classifier_params(pretrained, 2, jax.random.key(0))
+    if spec is None:
+        rows = [{"path": p, "shape": list(x.shape), "dtype": str(x.dtype)} for p, x in paths(params).items()]
+        text = "\n".join(f"{r['path']:<50} {'x'.join(map(str, r['shape'])):>12}  {r['dtype']}" for r in rows)
+        return {"model": source, "parameters": rows}, text
+    shape = jax.ShapeDtypeStruct((batch_size, tokens), jnp.int32)
+
+    def apply(params: Any, ids: Any, mask: Any) -> Any:
+        return model.apply({"params": params}, ids, mask)
+
+    plan = resolve(Spec.from_json(spec), params, apply, shape, shape)
+    base, factors = split(params, plan, jax.random.key(0))
+    found = explain(adapt(apply, plan), base, factors, shape, shape)
+    return {"model": source, **found.to_dict()}, str(found)

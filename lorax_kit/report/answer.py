@@ -90,10 +90,14 @@ def _headline(summary: Summary, best: Condition) -> str:
         if len(summary.ladders) > 1
         else f"learning rate {best.lr:g}"
     )
-    text = f"Rank {best.rank} ({setting}) has the best mean validation accuracy"
-    if any(c.values("val_accuracy").size < best.values("val_accuracy").size for c in chosen):
-        text += f" among the conditions with {plural(len(best.done), 'finished seed')}"
-    text += f". Its {METRIC_NAMES[summary.metric]} is {interval_text(value)}"
+    value_text = f"{METRIC_NAMES[summary.metric]} is {interval_text(value)}"
+    if len(chosen) == 1:
+        text = f"Rank {best.rank} ({setting}): the {value_text}"
+    else:
+        text = f"Rank {best.rank} ({setting}) has the best mean validation accuracy"
+        if any(c.values("val_accuracy").size < best.values("val_accuracy").size for c in chosen):
+            text += f" among the conditions with {plural(len(best.done), 'finished seed')}"
+        text += f". Its {value_text}"
     text += "." if not math.isnan(value.low) else ", from a single seed, so without an interval."
     params, size = best.first("params"), best.first("adapter_bytes")
     if params is not None:

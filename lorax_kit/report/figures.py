@@ -94,8 +94,8 @@ def accuracy_by_parameters(summary: Summary) -> Made:
         family: [c for c in ladder if c.first("params") and c.values(summary.metric).size]
         for family, ladder in summary.ladders.items()
     }
-    if not any(ladders.values()):
-        return "Accuracy against parameters: no finished trial has both."
+    if sum(map(len, ladders.values())) < 2:
+        return "Accuracy against parameters: it takes two finished conditions that have both."
     figure = canvas(3.4)
     axes = figure.add_subplot()
     _probe_band(axes, summary)
@@ -125,9 +125,9 @@ def cost_by_rank(summary: Summary) -> Made:
     """Trained parameters and adapter size by rank."""
     panels = [("params", "trained parameters", _count), ("adapter_bytes", "adapter on disk", bytes_text)]
     chosen = [condition for ladder in summary.ladders.values() for condition in ladder]
-    panels = [panel for panel in panels if any(c.first(panel[0]) for c in chosen)]
+    panels = [panel for panel in panels if sum(bool(c.first(panel[0])) for c in chosen) > 1]
     if not panels:
-        return "Cost by rank: no trial records its parameters or bytes."
+        return "Cost by rank: it takes two conditions that record parameters or bytes."
     # Families of equal cost would hide each other: they share one line and one name.
     lines: dict[tuple[tuple[float, ...], ...], list[str]] = {}
     for family, ladder in summary.ladders.items():

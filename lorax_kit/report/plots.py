@@ -89,7 +89,8 @@ def rank_colour(rank: int, ranks: Sequence[int]) -> Any:
     """Colour of a rank: light for small, dark for large; grey for the probe (0)."""
     if rank == 0:
         return QUIET
-    return matplotlib.colormaps["viridis"](0.88 * (1 - ranks.index(rank) / max(1, len(ranks) - 1)))
+    lightness = 1 - ranks.index(rank) / (len(ranks) - 1) if len(ranks) > 1 else 0.4
+    return matplotlib.colormaps["viridis"](0.88 * lightness)
 
 
 def heat_map(axes: Axes, values: Float[np.ndarray, "rows columns"], limits: tuple[float, float]) -> AxesImage:

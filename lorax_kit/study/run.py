@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -28,7 +28,7 @@ from lorax_kit.study.engine import Engine, Trained, with_scale
 from lorax_kit.study.packing import Pack, Scalars, kinds, pack, trial_plan, union_plan, unpack
 from lorax_kit.study.problem import Problem
 from lorax_kit.study.store import RunStore, environment
-from lorax_kit.training.evaluate import evaluate
+from lorax_kit.training.evaluate import SharedPrefix
 from lorax_kit.transform.adapt import adapt
 
 
@@ -51,6 +51,15 @@ class Results(NamedTuple):
         if not done:
             raise StudyError(f"no trial finished with a {metric}; see 'failed_step' in the rows.")
         return max(done, key=lambda row: row[metric])
+
+
+def evaluator(problem: Problem, params: Params, plan: Plan, batches: Sequence[Any]) -> SharedPrefix:
+    """Measures merged params of `plan`; a study and `lorax-kit evaluate` use this same program."""
+
+    def score(params: Params, batch: Any) -> Any:
+        return problem.score(problem.apply(params, batch), batch)
+
+    return SharedPrefix(score, params, plan.trained, batches)
 
 
 class _Group(NamedTuple):
@@ -188,10 +197,7 @@ class _Session:
         self.before = int(store.info.get("compiles", 0))
         self.before_seconds = float(store.info.get("seconds") or 0.0)
 
-        def score(params: Params, batch: Any) -> Any:
-            return problem.score(problem.apply(params, batch), batch)
-
-        self.score = score
+        self.tests: dict[Any, tuple[SharedPrefix, SharedPrefix]] = {}
 
     @property
     def compiles(self) -> int:
@@ -312,10 +318,10 @@ class _Session:
             return row
         spec = study.spec(trial, problem.head)
         merged = merge(self.params, factors, plan)
-        val, test = evaluate(self.score, merged, problem.val), evaluate(self.score, merged, problem.test)
+        val, test = (measure(merged) for measure in self._tests(plan))
         path = self.store.adapter_path(trial.name)
         save_adapter(
-            path, spec, factors, base=self.params, plan=plan, meta={"problem": problem.name, "trial": trial.name},
+            path, spec, factors, base=self.params, plan=plan, meta={"problem": problem.name, "settings": problem.facts.get("settings"), "trial": trial.name},
             overwrite=True,
         )
         last = trained.losses[-max(study.steps // 10, 1) :, i]
@@ -329,6 +335,13 @@ class _Session:
             "test_accuracy": test["accuracy"],
             "adapter": f"adapters/{trial.name}",
         }
+
+    def _tests(self, plan: Plan) -> tuple[SharedPrefix, SharedPrefix]:
+        """Validation and test of merged params; trials of one target set share them."""
+        if plan.trained not in self.tests:
+            made = (evaluator(self.problem, self.params, plan, part) for part in (self.problem.val, self.problem.test))
+            self.tests[plan.trained] = (next(made), next(made))
+        return self.tests[plan.trained]
 
     def _spectra(self, plan: Plan, factors: Any, trial: Trial) -> None:
         rows = []

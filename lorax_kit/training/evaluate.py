@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ from jax import Array
 
 from lorax_kit.core.errors import LoraxError
 from lorax_kit.core.paths import Params
+from lorax_kit.transform.prefix import Parts, split_prefix
 
 
 class Score(NamedTuple):
@@ -46,6 +47,38 @@ def evaluate(score: Scorer, params: Params, batches: Iterable[Any]) -> dict[str,
     run = jax.jit(score)
     scores = [run(params, batch) for batch in batches]
     return mean_scores(scores)
+
+
+class SharedPrefix:
+    """Evaluates many versions of one model on the same batches, computing once what does not differ between them.
+
+    The same versions, batches and machine give the same bits, one at a time or one after the other.
+
+    Args:
+      score: `score(params, batch) -> Score`.
+      params: any version.
+      trained: paths of the parameters in which versions differ.
+      batches: what to evaluate on; the shared part's values stay in memory, about one hidden state per batch.
+
+    Raises:
+      LoraxError: there are no batches.
+    """
+
+    def __init__(self, score: Scorer, params: Params, trained: Collection[str], batches: Sequence[Any]) -> None:
+        if not batches:
+            raise LoraxError("there are no examples to evaluate.")
+        compiled: dict[Any, Parts] = {}
+        self._parts: list[tuple[Parts, Any, list[Any]]] = []
+        for batch in batches:
+            shapes = tuple((x.shape, x.dtype) for x in jax.tree_util.tree_leaves(batch))
+            if shapes not in compiled:
+                compiled[shapes] = Parts(*map(jax.jit, split_prefix(score, params, trained, batch)))
+            parts = compiled[shapes]
+            self._parts.append((parts, batch, parts.prefix(params, batch)))
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """{"loss", "accuracy", "examples"} of one version."""
+        return mean_scores([parts.suffix(params, batch, shared) for parts, batch, shared in self._parts])
 
 
 def mean_scores(scores: list[Score]) -> dict[str, float]:

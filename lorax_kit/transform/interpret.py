@@ -103,7 +103,7 @@ def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
             outvars=list(eqn.outvars),
             eqns=[eqn],
             effects=eqn.effects,
-            debug_info=_DEBUG_INFO,
+            debug_info=NO_DEBUG_INFO,
         )
         arrays = [x for v, x in zip(eqn.invars, args, strict=True) if not isinstance(v, jex.Literal)]
         return list(jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*arrays))
@@ -111,7 +111,7 @@ def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-_DEBUG_INFO = jex.DebugInfo("lorax_kit", "bind", (), ())
+NO_DEBUG_INFO = jex.DebugInfo("lorax_kit", "bind", (), ())
 
 
 def evaluate(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:

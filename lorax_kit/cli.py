@@ -1,0 +1,214 @@
+"""The command line: `lorax-kit study|train|evaluate|inspect|report|bench`.
+
+Facts go to standard output (JSON with --json), progress and errors to standard error. Bad input exits with 2 and one
+clear message, an interruption with 130.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+INTERRUPTED = 130
+
+
+def _config(path: str) -> dict[str, Any]:
+    """A study's JSON file: {"problem": {...}, "study": {...}}."""
+    from lorax_kit.core.errors import StudyError
+
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        raise StudyError(f"{path!r} is not JSON: {e}.") from None
+    if not isinstance(data, dict):
+        raise StudyError(f"{path!r} must hold an object with 'problem' and 'study'.")
+    unknown = sorted(set(data) - {"problem", "study"})
+    if unknown:
+        raise StudyError(f"{path!r} has the unknown key {', '.join(map(repr, unknown))}; known: 'problem', 'study'.")
+    return data
+
+
+def _echo(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="lorax_kit")
+def cli() -> None:
+    """Low-rank adaptation for any JAX function: rank ablations from clone to report."""
+
+
+@cli.command()
+@click.option("--config", type=click.Path(exists=True, dir_okay=False), required=True, help="JSON: problem and study.")
+@click.option("--out", type=click.Path(file_okay=False), required=True, help="Run folder.")
+@click.option("--overwrite", is_flag=True, help="Discard what the folder holds.")
+@click.option("--devices", type=click.IntRange(1), default=1, show_default=True, help="Spread trials over so many devices.")
+@click.option("--memory-mib", type=click.IntRange(1), default=None, help="Memory budget per device; default: what is free.")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+def study(config: str, out: str, overwrite: bool, devices: int, memory_mib: int | None, as_json: bool) -> None:
+    """Run a rank ablation, or go on with one, and write its report."""
+    import jax
+
+    from lorax_kit.core.errors import StudyError
+    from lorax_kit.parallel import device_mesh
+    from lorax_kit.report import read_run, summary_table, write_report
+    from lorax_kit.study import Study, run
+    from lorax_kit.workloads import Sentiment
+
+    data = _config(config)
+    design = Study.from_dict(data.get("study"))
+    workload = Sentiment.from_dict(data.get("problem", {}))
+    if devices > len(jax.devices()):
+        raise StudyError(f"--devices {devices}: JAX sees {len(jax.devices())}.")
+    mesh = None if devices == 1 else device_mesh("trial", jax.devices()[:devices])
+    click.echo(f"{len(design.trials())} trials of {design.steps} steps; loading model and data", err=True)
+    problem = workload.build()
+    budget = None if memory_mib is None else memory_mib * 2**20
+    command = shlex.join(["lorax-kit", *sys.argv[1:]])
+    try:
+        results = run(design, problem, out=out, mesh=mesh, memory_bytes=budget, overwrite=overwrite, command=command)
+    except KeyboardInterrupt:
+        if (Path(out) / "trials.jsonl").exists():
+            click.echo(f"interrupted; the finished trials are in {write_report(out)}", err=True)
+        click.echo("the same command goes on from there", err=True)
+        raise
+    page = write_report(out)
+    if as_json:
+        _echo({"rows": results.rows, "compiles": results.compiles, "report": str(page)})
+        return
+    click.echo(summary_table(read_run(out)))
+    best = results.best()
+    click.echo(f"\nbest by validation: {best['trial']} (test accuracy {best['test_accuracy']:.4f})")
+    click.echo(f"report: {page}\ncheck it: lorax-kit evaluate {Path(out) / best['adapter']}")
+
+
+@cli.command()
+@click.option("--rank", type=int, default=8, show_default=True)
+@click.option("--alpha", type=float, default=16.0, show_default=True)
+@click.option("--lr", type=float, default=1e-3, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--target", "targets", multiple=True, default=("encoder/layer_*/**/kernel",), show_default=True)
+@click.option("--variant", default="lora", show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--steps-per-epoch", type=click.IntRange(1), default=None, help="Default: one pass over the data.")
+@click.option("--model", default="minilm", show_default=True, help="minilm, or a Hugging Face BERT folder.")
+@click.option("--source", default="rotten_tomatoes", show_default=True)
+@click.option("--out", type=click.Path(file_okay=False), required=True, help="Folder for the adapter and metrics.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def train(out: str, as_json: bool, **options: Any) -> None:
+    """Train one adapter, with a progress bar per epoch."""
+    from lorax_kit.workloads import Sentiment, train_adapter
+
+    workload = Sentiment(model=options.pop("model"), source=options.pop("source"))
+    result = train_adapter(workload, out=Path(out), **options)
+    if as_json:
+        _echo(result)
+    else:
+        click.echo(f"test accuracy {result['test_accuracy']:.4f}; adapter: {result['adapter']}")
+
+
+@cli.command()
+@click.argument("adapter", type=click.Path(exists=True, file_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
+def evaluate(adapter: str, as_json: bool) -> None:
+    """Measure a saved adapter on the test split of the problem it was trained on."""
+    from lorax_kit.workloads import evaluate_adapter
+
+    result = evaluate_adapter(adapter)
+    if as_json:
+        _echo(result)
+    else:
+        click.echo(f"test accuracy {result['test_accuracy']:.4f}, loss {result['test_loss']:.4f} ({result['examples']} examples)")
+
+
+@cli.command()
+@click.argument("model", default="minilm")
+@click.option("--spec", type=click.Path(exists=True, dir_okay=False), help="JSON of a Spec: show how each site runs.")
+@click.option("--tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens per example.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def inspect(model: str, spec: str | None, tokens: int, batch_size: int, as_json: bool) -> None:
+    """List a model's parameters; with --spec, the sites it adapts, how each runs and why. MODEL may be an adapter."""
+    from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
+    from lorax_kit.workloads import inspect_model
+
+    if (Path(model) / "spec").is_dir():
+        document = read_document(model)
+        facts = {k: document[k] for k in ("base", "versions", "meta")} | {"spec": document["spec"].to_dict()}
+        _echo(facts | {"bytes": adapter_bytes(model), "arrays": document["arrays"]})
+        return
+    text = None if spec is None else Path(spec).read_text(encoding="utf-8")
+    found, shown = inspect_model(model, text, batch_size, tokens)
+    if as_json:
+        _echo(found)
+    else:
+        click.echo(shown)
+
+
+@cli.command()
+@click.argument("run_folder", type=click.Path(exists=True, file_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+def report(run_folder: str, as_json: bool) -> None:
+    """Write the report of a run folder anew: report.html, plots and results.csv."""
+    from lorax_kit.report import read_run, summary_table, write_report
+
+    page = write_report(run_folder)
+    if as_json:
+        _echo({"rows": list(read_run(run_folder).trials), "report": str(page)})
+        return
+    click.echo(summary_table(read_run(run_folder)))
+    click.echo(f"report: {page}")
+
+
+@cli.group()
+def bench() -> None:
+    """Measure on this machine, side by side in one run."""
+
+
+@bench.command()
+@click.option("--width", type=click.IntRange(8), default=384, show_default=True)
+@click.option("--layers", type=click.IntRange(1), default=6, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--length", type=click.IntRange(2), default=128, show_default=True)
+@click.option("--rank", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--targets", type=click.Choice(["all-linear", "qv"]), default="all-linear", show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Alternating rounds; medians are printed.")
+@click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
+def step(as_json: bool, **options: Any) -> None:
+    """One training step: full fine-tuning, naive LoRA, ours."""
+    from lorax_kit.benchmarks import bench_step, table
+
+    rows = [bench_step(**options)]
+    if as_json:
+        _echo(rows)
+    else:
+        click.echo(table(rows))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: exit codes as the module says."""
+    try:
+        cli.main(args=None if argv is None else list(argv), prog_name="lorax-kit", standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("lorax-kit: interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt:
+        click.echo("lorax-kit: interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    except click.ClickException as e:
+        _fail(e.format_message())
+    except (ValueError, OSError) as e:
+        # Every error that this package raises on purpose is a ValueError, or an OSError about a file.
+        _fail(str(e))
+
+
+def _fail(message: str) -> None:
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    click.echo("lorax-kit: " + " | ".join(lines), err=True)
+    sys.exit(2)
