@@ -1,0 +1,105 @@
+"""Bad specs and functions: input -> what the message says."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lorax_kit as lk
+
+PARAMS = {
+    "q": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)},
+    "k": {"kernel": jnp.ones((4, 6))},
+    "ids": {"kernel": jnp.ones((4, 4), jnp.int32)},
+}
+
+
+def fn(p, x):
+    return x @ p["q"]["kernel"] + p["q"]["bias"][None] + 0 * p["ids"]["kernel"].sum()
+
+
+R1 = lk.LoRA(rank=1)
+PLANS = [
+    ({"**/attn/kernel": R1}, (), "rule 1 '**/attn/kernel' matches no parameter"),
+    ({"{q,valeu}/kernel": R1}, (), "with 'valeu/kernel'"),
+    ({"q/kernel": R1}, ("zzz",), "exclude 'zzz' matches no parameter"),
+    ({"q/*": R1}, (), "at least 2 axes"),
+    ({"q/kernel": R1, "q/k*": R1}, (), "rule 2 'q/k*' changes nothing"),
+    ({"q/kernel": lk.LoRA(rank=5)}, (), "above min(in, out) = 4"),
+    ({"ids/kernel": R1}, (), "dtype is int32"),
+    ({"k/kernel": R1}, (), "never uses 'k/kernel'"),
+    ({"q/kernel": lk.LoRA(rank=1, variant="lorra")}, (), "variant 'lorra' is unknown"),
+]
+
+
+@pytest.mark.parametrize(("rules", "exclude", "says"), PLANS)
+def test_bad_plans_say(rules, exclude, says):
+    with pytest.raises(lk.LoraxError) as e:
+        lk.resolve(lk.Spec(rules, exclude=exclude), PARAMS, fn, jnp.ones((2, 4)))
+    assert says in str(e.value)
+    assert len(str(e.value).splitlines()) <= 4
+
+
+SETTINGS = [
+    ({"rank": 0}, "rank is 0"),
+    ({"rank": -1}, "rank is -1"),
+    ({"rank": 1.5}, "rank is 1.5"),
+    ({"rank": True}, "rank is True"),
+    ({"rank": 1, "alpha": 0}, "alpha is 0"),
+    ({"rank": 1, "alpha": float("nan")}, "alpha is nan"),
+    ({"rank": 1, "dropout": 1.0}, "dropout is 1.0"),
+    ({"rank": 1, "init": "ones"}, "init is 'ones'"),
+    ({"rank": 1, "dtype": "int8"}, "dtype is 'int8'"),
+]
+
+
+@pytest.mark.parametrize(("settings", "says"), SETTINGS)
+def test_bad_settings_say(settings, says):
+    with pytest.raises(lk.SpecError, match=says):
+        lk.LoRA(**settings)
+
+
+JSON = [
+    ("{", "not JSON"),
+    ("[]", "must be an object"),
+    ('{"rules": []}', "list of [pattern, settings]"),
+    ('{"rules": [["q", {"rank": 1, "rnak": 2}]]}', "unknown key 'rnak'"),
+    ('{"rules": [["q", {"kind": "full"}]], "x": 1}', "unknown key 'x'"),
+    ('{"rules": [["q", {"kind": "half"}]]}', "kind 'half'"),
+    ('{"rules": [["re:(", {"rank": 1}]]}', "not a regular expression"),
+    ('{"rules": [["{a", {"rank": 1}]]}', "never closed"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), JSON)
+def test_bad_json_says(text, says):
+    with pytest.raises(lk.SpecError) as e:
+        lk.Spec.from_json(text)
+    assert says in str(e.value)
+
+
+def test_factors_of_another_plan_are_refused():
+    x = jnp.ones((2, 4))
+    plans = [lk.resolve(lk.Spec({"q/kernel": lk.LoRA(rank=r)}), PARAMS, fn, x) for r in (1, 2)]
+    base, factors = lk.split(PARAMS, plans[0], jax.random.key(0))
+    with pytest.raises(lk.AdapterError, match="rank 2"):
+        lk.adapt(fn, plans[1])(base, factors, x)
+    with pytest.raises(lk.AdapterError, match="lack"):
+        lk.adapt(fn, plans[0])(base, {}, x)
+
+
+def test_merge_refuses_what_is_not_finite():
+    plan = lk.resolve(lk.Spec({"q/kernel": R1}), PARAMS, fn, jnp.ones((2, 4)))
+    base, factors = lk.split(PARAMS, plan, jax.random.key(0))
+    bad = {"q/kernel": factors["q/kernel"]._replace(b=jnp.full((1, 6), jnp.nan))}
+    with pytest.raises(lk.AdapterError, match="not finite"):
+        lk.merge(base, bad, plan)
+
+
+def test_a_site_that_these_inputs_do_not_use_is_an_error():
+    def branchy(p, x, use):
+        return x @ p["q"]["kernel"] if use else x
+
+    plan = lk.resolve(lk.Spec({"q/kernel": R1}), PARAMS, branchy, jnp.ones((2, 4)), True)
+    base, factors = lk.split(PARAMS, plan, jax.random.key(0))
+    with pytest.raises(lk.PlanError, match="does not use 'q/kernel'"):
+        lk.adapt(branchy, plan)(base, factors, jnp.ones((2, 4)), False)

@@ -1,0 +1,175 @@
+"""Every model, every variant: the promises that DESIGN makes of split, merge and adapt."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lorax_kit as lk
+from tests.cases import CASES
+
+
+def prepare(name, variant="lora", kernel="auto"):
+    case = CASES[name]()
+    spec = lk.Spec(dict.fromkeys(case.targets, lk.LoRA(rank=2, alpha=3, variant=variant)))
+    plan = lk.resolve(spec, case.params, case.fn, *case.inputs)
+    base, factors = lk.split(case.params, plan, jax.random.key(1))
+    return case, plan, base, factors, lk.adapt(case.fn, plan, kernel=kernel)
+
+
+def moved(factors):
+    """Factors away from their zero update."""
+    leaves, tree = jax.tree.flatten(factors)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    new = [x + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, new)
+
+
+def arrays(tree):
+    return [np.asarray(x) for x in jax.tree.leaves(tree) if hasattr(x, "dtype")]
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("name", CASES)
+def test_merge_undoes_split_bit_for_bit(name, variant):
+    case, plan, base, factors, _ = prepare(name, variant)
+    for x, y in zip(arrays(lk.merge(base, factors, plan)), arrays(case.params), strict=True):
+        assert x.tobytes() == y.tobytes()
+
+
+def test_merge_keeps_negative_zeros():
+    params = {"w": jnp.full((3, 4), -0.0)}
+    plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), params)
+    merged = lk.merge(*lk.split(params, plan, jax.random.key(0)), plan)
+    assert np.signbit(np.asarray(merged["w"])).all()
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("name", CASES)
+def test_adapted_equals_the_function_at_init_and_the_merged_after(name, variant):
+    case, plan, base, factors, adapted = prepare(name, variant)
+    np.testing.assert_array_equal(adapted(base, factors, *case.inputs), case.fn(case.params, *case.inputs))
+    factors = moved(factors)
+    merged = case.fn(lk.merge(base, factors, plan), *case.inputs)
+    # fp32 sums in another order; values are of order 1 to 100.
+    np.testing.assert_allclose(adapted(base, factors, *case.inputs), merged, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kernel", ["factored", "merged", "plain"])
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_equal_autodiff_through_the_materialised_weights(name, kernel):
+    case, plan, base, factors, adapted = prepare(name, kernel=kernel)
+    factors = moved(factors)
+
+    def loss(out):
+        return jnp.sum(jnp.sin(out))
+
+    ours = jax.jit(jax.grad(lambda f: loss(adapted(base, f, *case.inputs))))(factors)
+    theirs = jax.grad(lambda f: loss(case.fn(lk.merge(base, f, plan), *case.inputs)))(factors)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(theirs))
+    chex.assert_trees_all_close(ours, theirs, atol=1e-5 * largest, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["factored", "merged"])
+def test_gradient_of_the_base_is_true_too(kernel):
+    case, plan, base, factors, adapted = prepare("mlp", kernel=kernel)
+    factors = moved(factors)
+    ours = jax.grad(lambda b: jnp.sum(adapted(b, factors, *case.inputs) ** 2))(base)
+    theirs = jax.grad(lambda b: jnp.sum(case.fn(lk.merge(b, factors, plan), *case.inputs) ** 2))(base)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_dora_gradients_detach_the_norm():
+    """Against the paper's equation in float64 numpy at one site: d/dB of m * V / |V| with |V| held fixed."""
+    x, w = np.random.default_rng(0).normal(size=(5, 4)), np.random.default_rng(1).normal(size=(4, 3))
+    params = {"w": jnp.asarray(w, jnp.float32)}
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=2, alpha=2, variant="dora")}), params, fn, jnp.asarray(x, jnp.float32))
+    base, factors = lk.split(params, plan, jax.random.key(0))
+    factors = moved(factors)
+    got = jax.grad(lambda f: jnp.sum(lk.adapt(fn, plan)(base, f, jnp.asarray(x, jnp.float32))))(factors)["w"]
+    a, b, m = (np.asarray(v, np.float64) for v in factors["w"][:3])
+    v = w + a.T @ b
+    norm = np.linalg.norm(v, axis=0)
+    g = np.ones((5, 3)) * (m / norm)
+    np.testing.assert_allclose(got.a, (x.T @ g @ b.T).T, rtol=1e-4)
+    np.testing.assert_allclose(got.b, a @ x.T @ g, rtol=1e-4)
+    np.testing.assert_allclose(got.magnitude, (x @ v).sum(0) / norm, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n != "materialised"])
+def test_only_the_unsupported_is_materialised(name):
+    case, _, base, factors, adapted = prepare(name)
+    assert lk.explain(adapted, base, factors, *case.inputs).materialised == ()
+
+
+def test_explain_reports_what_it_materialises_and_why():
+    case, _, base, factors, adapted = prepare("materialised")
+    found = lk.explain(adapted, base, factors, *case.inputs)
+    assert found.materialised == ("w",)
+    assert "conv_general_dilated" in found.rows[0].reason
+
+
+def test_a_straight_through_rule_keeps_its_derivative():
+    @jax.custom_vjp
+    def quantised(w):
+        return jnp.round(w)
+
+    quantised.defvjp(lambda w: (jnp.round(w), None), lambda _, g: (g,))
+    params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+    fn = lambda p, x: x @ quantised(p["w"])  # noqa: E731
+    plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=2)}), params, fn, x)
+    base, factors = lk.split(params, plan, jax.random.key(0))
+    adapted = lk.adapt(fn, plan)
+    grads = jax.grad(lambda f: jnp.sum(adapted(base, f, x)))(factors)
+    assert float(jnp.abs(grads["w"].b).max()) > 0.1
+    assert "custom_vjp" in lk.explain(adapted, base, factors, x).rows[0].reason
+
+
+def test_training_moves_every_factor_never_the_base_and_compiles_once():
+    case, plan, base, factors, adapted = prepare("tied")
+    before = [x.tobytes() for x in arrays(base)]
+    chex.clear_trace_counter()
+
+    @chex.assert_max_traces(n=1)
+    def loss(base, factors, ids):
+        return jnp.mean(adapted(base, factors, ids) ** 2)
+
+    init, step = lk.make_step(loss, lk.partition(optax.adamw(1e-2), plan))
+    state = init(factors)
+    for _ in range(5):
+        state, info = step(state, base, *case.inputs)
+    assert [x.tobytes() for x in arrays(base)] == before
+    for path, leaf in state.factors.items():
+        for name, x in leaf._asdict().items():
+            if x is not None:
+                assert float(jnp.abs(x - getattr(factors[path], name)).max()) > 1e-4, (path, name)
+    assert np.isfinite(info.loss)
+
+
+def test_bf16_base_with_fp32_factors_runs_under_strict_promotion():
+    params, x = {"w": jnp.ones((8, 6), jnp.bfloat16)}, jnp.ones((4, 8), jnp.bfloat16)
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    for compute in (None, "float32"):
+        spec = lk.Spec({"w": lk.LoRA(rank=2)}, compute_dtype=compute)
+        plan = lk.resolve(spec, params, fn, x)
+        base, factors = lk.split(params, plan, jax.random.key(0))
+        out, grads = jax.value_and_grad(lambda f: jnp.sum(lk.adapt(fn, plan)(base, f, x).astype(jnp.float32)))(factors)  # noqa: B023
+        assert factors["w"].a.dtype == grads["w"].b.dtype == jnp.float32
+        assert float(out) == 192.0
+
+
+def test_dropout_needs_a_key_and_keeps_the_mean():
+    params, x = {"w": jnp.zeros((64, 4))}, jnp.ones((2000, 64))
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=2, dropout=0.5)}), params, fn, x)
+    base, factors = lk.split(params, plan, jax.random.key(0))
+    factors = moved(factors)
+    adapted = lk.adapt(fn, plan)
+    dry = adapted(base, factors, x)
+    wet = adapted(base, factors, x, dropout_key=jax.random.key(5))
+    assert float(jnp.abs(wet - dry).max()) > 0.1
+    # Standard error of the mean over 2000 rows of sums over 64 inputs of weights of order 0.1.
+    np.testing.assert_allclose(wet.mean(0), dry.mean(0), atol=0.1)
