@@ -22,13 +22,31 @@ from lorax_kit.transform import adapt, resolve
 
 TARGETS = {"all-linear": "encoder/layer_*/**/kernel", "qv": "encoder/layer_*/attention/{query,value}/kernel"}
 COLUMNS = (
-    "width", "layers", "tokens", "rank", "targets", "full_ms", "naive_ms", "ours_ms", "ratio_full", "ratio_naive",
-    "flops_ratio", "temp_ratio",
+    "width",
+    "layers",
+    "tokens",
+    "rank",
+    "targets",
+    "full_ms",
+    "naive_ms",
+    "ours_ms",
+    "ratio_full",
+    "ratio_naive",
+    "flops_ratio",
+    "temp_ratio",
 )
 
 
 def bench_step(
-    *, width: int, layers: int, batch_size: int, length: int, rank: int, targets: str, rounds: int, progress: bool = True
+    *,
+    width: int,
+    layers: int,
+    batch_size: int,
+    length: int,
+    rank: int,
+    targets: str,
+    rounds: int,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """One row: AdamW steps of a BERT classifier on random weights and tokens.
 
@@ -36,13 +54,19 @@ def bench_step(
     "ours" is `lk.adapt` with its cost model. All three are `lk.make_step` under jit with a donated state.
     """
     config = BertConfig(
-        vocab_size=8192, hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(width // 32, 1),
-        intermediate_size=4 * width, max_position_embeddings=max(length, 16),
+        vocab_size=8192,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(width // 32, 1),
+        intermediate_size=4 * width,
+        max_position_embeddings=max(length, 16),
     )
     model = BertClassifier(config, num_classes=2)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 8192, (batch_size, length)).astype(np.int32)
-    batch = Batch(ids, np.ones_like(ids), rng.integers(0, 2, batch_size).astype(np.int32), np.ones(batch_size, np.float32))
+    batch = Batch(
+        ids, np.ones_like(ids), rng.integers(0, 2, batch_size).astype(np.int32), np.ones(batch_size, np.float32)
+    )
     batch = jax.tree.map(jnp.asarray, batch)
     params = jax.jit(model.init)(jax.random.key(0), batch.ids, batch.mask)["params"]
 
@@ -85,7 +109,8 @@ def bench_step(
         "naive": [naive_step, naive_init(textbook), base],
         "ours": [ours_step, ours_init(factors), base],
     }
-    flops, temps, times = {}, {}, {name: [] for name in runs}
+    flops, temps = {}, {}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for name, (step, state, own) in runs.items():
         compiled = step.lower(state, own, batch).compile()
         cost = compiled.cost_analysis()
@@ -106,11 +131,21 @@ def bench_step(
         return median(a / b for a, b in zip(times["ours"], times[other], strict=True))
 
     return {
-        "width": width, "layers": layers, "tokens": batch_size * length, "rank": rank, "targets": targets,
-        "full_ms": ms["full"], "naive_ms": ms["naive"], "ours_ms": ms["ours"],
-        "ratio_full": ratio("full"), "ratio_naive": ratio("naive"),
-        "flops_ratio": flops["ours"] / flops["full"], "temp_ratio": temps["ours"] / temps["full"],
-        "temp_bytes": temps["ours"], "full_temp_bytes": temps["full"], "backend": jax.default_backend(),
+        "width": width,
+        "layers": layers,
+        "tokens": batch_size * length,
+        "rank": rank,
+        "targets": targets,
+        "full_ms": ms["full"],
+        "naive_ms": ms["naive"],
+        "ours_ms": ms["ours"],
+        "ratio_full": ratio("full"),
+        "ratio_naive": ratio("naive"),
+        "flops_ratio": flops["ours"] / flops["full"],
+        "temp_ratio": temps["ours"] / temps["full"],
+        "temp_bytes": temps["ours"],
+        "full_temp_bytes": temps["full"],
+        "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
     }
 

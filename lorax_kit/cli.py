@@ -48,8 +48,12 @@ def cli() -> None:
 @click.option("--config", type=click.Path(exists=True, dir_okay=False), required=True, help="JSON: problem and study.")
 @click.option("--out", type=click.Path(file_okay=False), required=True, help="Run folder.")
 @click.option("--overwrite", is_flag=True, help="Discard what the folder holds.")
-@click.option("--devices", type=click.IntRange(1), default=1, show_default=True, help="Spread trials over so many devices.")
-@click.option("--memory-mib", type=click.IntRange(1), default=None, help="Memory budget per device; default: what is free.")
+@click.option(
+    "--devices", type=click.IntRange(1), default=1, show_default=True, help="Spread trials over so many devices."
+)
+@click.option(
+    "--memory-mib", type=click.IntRange(1), default=None, help="Memory budget per device; default: what is free."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 def study(config: str, out: str, overwrite: bool, devices: int, memory_mib: int | None, as_json: bool) -> None:
     """Run a rank ablation, or go on with one, and write its report."""
@@ -124,7 +128,9 @@ def evaluate(adapter: str, as_json: bool) -> None:
     if as_json:
         _echo(result)
     else:
-        click.echo(f"test accuracy {result['test_accuracy']:.4f}, loss {result['test_loss']:.4f} ({result['examples']} examples)")
+        click.echo(
+            f"test accuracy {result['test_accuracy']:.4f}, loss {result['test_loss']:.4f}, {result['examples']} examples"
+        )
 
 
 @cli.command()
@@ -178,7 +184,9 @@ def bench() -> None:
 @click.option("--length", type=click.IntRange(2), default=128, show_default=True)
 @click.option("--rank", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--targets", type=click.Choice(["all-linear", "qv"]), default="all-linear", show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Alternating rounds; medians are printed.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=15, show_default=True, help="Alternating rounds; medians are printed."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
 def step(as_json: bool, **options: Any) -> None:
     """One training step: full fine-tuning, naive LoRA, ours."""

@@ -96,7 +96,9 @@ class Sentiment:
         splits = split_reviews(load_reviews(self.source), val=self.val, test=self.test)
         longest = max(*self.buckets, self.length)
         if longest > pretrained.config.max_position_embeddings:
-            raise StudyError(f"length {longest} is above the model's {pretrained.config.max_position_embeddings} positions.")
+            raise StudyError(
+                f"length {longest} is above the model's {pretrained.config.max_position_embeddings} positions."
+            )
 
         def encode(part: Any) -> Encoded:
             return encoded(tokenizer.encode(part.texts, longest), part.labels, 2)
@@ -153,8 +155,18 @@ def evaluate_adapter(path: str | Path) -> dict[str, Any]:
 
 
 def train_adapter(
-    workload: Sentiment, *, out: Path, rank: int, alpha: float, lr: float, seed: int, targets: Sequence[str], variant: str,
-    epochs: int, steps_per_epoch: int | None, progress: bool = True,
+    workload: Sentiment,
+    *,
+    out: Path,
+    rank: int,
+    alpha: float,
+    lr: float,
+    seed: int,
+    targets: Sequence[str],
+    variant: str,
+    epochs: int,
+    steps_per_epoch: int | None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Train one adapter by `lk.fit` and save it under `out`; the best epoch by validation loss is kept."""
     setting = LoRA(rank=rank, alpha=alpha, variant=variant)

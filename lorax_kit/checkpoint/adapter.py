@@ -98,7 +98,7 @@ def save_adapter(
         raise AdapterError(f"{str(path)!r} exists.\n  choose another path, or pass overwrite=True")
     plan = make_plan(spec, base) if plan is None else plan
     arrays = _arrays(factors)
-    expected = {name: shape for name, shape in _shapes(plan).items()}
+    expected = _shapes(plan)
     found = {name: x.shape for name, x in arrays.items() if not name.endswith(":magnitude")}
     if expected != found:
         odd = min(set(expected.items()) ^ set(found.items()))[0]
@@ -146,7 +146,7 @@ def _write(path: Path, arrays: dict[str, np.ndarray], document: dict[str, Any]) 
         checkpointer.save(path, items)
 
 
-class _quiet:  # noqa: N801  (reads as a word at its call)
+class _quiet:
     """Orbax logs every save at INFO through absl; an adapter is small, and callers have their own progress."""
 
     def __enter__(self) -> None:
@@ -165,7 +165,9 @@ def read_document(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path).absolute()
     if not (path / "spec").is_dir():
-        raise AdapterError(f"{str(path)!r} is not an adapter: it has no 'spec' inside.\n  adapters are made by lk.save_adapter")
+        raise AdapterError(
+            f"{str(path)!r} is not an adapter: it has no 'spec' inside.\n  adapters are made by lk.save_adapter"
+        )
     try:
         with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             document = checkpointer.restore(path, ocp.args.Composite(spec=ocp.args.JsonRestore()))["spec"]

@@ -11,7 +11,7 @@ from jax import Array
 from lorax_kit.core.errors import AdapterError, PlanError
 from lorax_kit.core.factors import Factors, FactorTree, FullLeaf, check_factors
 from lorax_kit.core.paths import Params, flatten, unflatten
-from lorax_kit.core.plan import Plan, Site
+from lorax_kit.core.plan import FullSite, Plan, Site
 from lorax_kit.core.variant import variant
 
 
@@ -50,13 +50,18 @@ def split(params: Params, plan: Plan, key: Array) -> tuple[Params, dict[str, Fac
 
 def check_params(named: dict[str, Any], plan: Plan) -> None:
     """Raise `PlanError` unless every planned parameter is there with the planned shape."""
+    planned: Site | FullSite
     for planned in (*plan.sites, *plan.full):
         if planned.path not in named:
-            raise PlanError(f"the plan adapts {planned.path!r}, which these params do not have.\n"
-                            "  resolve the spec against these params: lk.resolve(spec, params, apply_fn, *inputs)")
+            raise PlanError(
+                f"the plan adapts {planned.path!r}, which these params do not have.\n"
+                "  resolve the spec against these params: lk.resolve(spec, params, apply_fn, *inputs)"
+            )
         if named[planned.path].shape != planned.shape:
-            raise PlanError(f"{planned.path!r} has shape {named[planned.path].shape}, the plan expects {planned.shape}.\n"
-                            "  resolve the spec against these params: lk.resolve(spec, params, apply_fn, *inputs)")
+            raise PlanError(
+                f"{planned.path!r} has shape {named[planned.path].shape}, the plan expects {planned.shape}.\n"
+                "  resolve the spec against these params: lk.resolve(spec, params, apply_fn, *inputs)"
+            )
 
 
 def delta(site: Site, factors: Factors) -> Array:
@@ -117,7 +122,9 @@ def merge(base: Params, factors: FactorTree, plan: Plan) -> Params:
     for path, leaf in factors.items():
         for name, x in leaf._asdict().items():
             if x is not None and not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all()):
-                raise AdapterError(f"{name} of {path!r} holds values that are not finite; merging would spoil the base.")
+                raise AdapterError(
+                    f"{name} of {path!r} holds values that are not finite; merging would spoil the base."
+                )
     named, treedef = flatten(base)
     check_params(named, plan)
     merged = dict(named)

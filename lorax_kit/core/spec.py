@@ -150,7 +150,7 @@ class Spec:
             _need(isinstance(pattern, str) and pattern != "", f"rule pattern {pattern!r} must be a string.")
             ok = isinstance(setting, LoRA | Full)
             _need(ok, f"rule {pattern!r} maps to {setting!r}; it must map to LoRA(...) or Full(...).")
-        for pattern in [p for p, _ in pairs] + list(exclude):
+        for pattern in (*(str(p) for p, _ in pairs), *exclude):
             for alternative in expand_braces(pattern):
                 compile_pattern(alternative)
         if compute_dtype is not None:
@@ -169,7 +169,10 @@ class Spec:
         """Inverse of `to_dict`; unknown keys and wrong types raise `SpecError`."""
         _need(isinstance(data, Mapping), f"a spec must be an object, not {type(data).__name__}.")
         unknown = sorted(set(data) - {"rules", "exclude", "compute_dtype"})
-        _need(not unknown, f"spec has the unknown key {', '.join(map(repr, unknown))}; known: rules, exclude, compute_dtype.")
+        _need(
+            not unknown,
+            f"spec has the unknown key {', '.join(map(repr, unknown))}; known: rules, exclude, compute_dtype.",
+        )
         rules = data.get("rules")
         if isinstance(rules, Mapping):
             rules = list(rules.items())

@@ -51,7 +51,7 @@ class BertConfig:
 
 
 @jax.custom_jvp
-def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
     """x Phi(x), the exact (erf) GELU of BERT.
 
     The derivative Phi(x) + x phi(x) is written out: autodiff of the erf form keeps three arrays of the

@@ -39,8 +39,10 @@ def torch_names(config: BertConfig) -> dict[str, str]:
 
     Kernels are (in, out) here and (out, in) there; everything else has one layout.
     """
-    names = {f"embeddings/{x}/embedding": f"embeddings.{y}_embeddings.weight" for x, y in
-             (("word", "word"), ("position", "position"), ("type", "token_type"))}
+    names = {
+        f"embeddings/{x}/embedding": f"embeddings.{y}_embeddings.weight"
+        for x, y in (("word", "word"), ("position", "position"), ("type", "token_type"))
+    }
     modules = {"embeddings/norm": "embeddings.LayerNorm"}
     for i in range(config.num_hidden_layers):
         ours, theirs = f"layer_{i}", f"encoder.layer.{i}"
@@ -72,8 +74,10 @@ def load_bert(source: str | Path = "minilm") -> Pretrained:
     folder = locate(*MINILM) if source == "minilm" else Path(source)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{str(folder)!r} has no {name}; a model folder holds config.json, model.safetensors "
-                                    "and tokenizer.json.")
+            raise FileNotFoundError(
+                f"{str(folder)!r} has no {name}; a model folder holds config.json, model.safetensors "
+                "and tokenizer.json."
+            )
     try:
         config = BertConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except json.JSONDecodeError as e:
@@ -94,7 +98,9 @@ def _read(file: Path, config: BertConfig) -> dict[str, Any]:
                 value = np.asarray(tensors.get_tensor(prefix + theirs), np.float32)
                 value = value.T if path.endswith("kernel") else value
                 if value.shape != shapes[path]:
-                    raise ValueError(f"{prefix + theirs!r} gives shape {value.shape} to {path!r}, config.json says {shapes[path]}.")
+                    raise ValueError(
+                        f"{prefix + theirs!r} gives shape {value.shape} to {path!r}, config.json says {shapes[path]}."
+                    )
                 node = params
                 *parents, leaf = path.split("/")
                 for parent in parents:

@@ -85,11 +85,7 @@ def cautions(summary: Summary) -> list[str]:
 def _headline(summary: Summary, best: Condition) -> str:
     value = best.interval(summary.metric)
     chosen = [c for ladder in summary.ladders.values() for c in ladder]
-    setting = (
-        f"{best.family}, learning rate {best.lr:g}"
-        if len(summary.ladders) > 1
-        else f"learning rate {best.lr:g}"
-    )
+    setting = f"{best.family}, learning rate {best.lr:g}" if len(summary.ladders) > 1 else f"learning rate {best.lr:g}"
     value_text = f"{METRIC_NAMES[summary.metric]} is {interval_text(value)}"
     if len(chosen) == 1:
         text = f"Rank {best.rank} ({setting}): the {value_text}"

@@ -58,9 +58,7 @@ class Condition:
     def interval(self, key: str) -> Interval:
         """Mean and 95 % interval of `key` over seeds; nan if no trial finished."""
         values = self.values(key)
-        return (
-            interval(values) if values.size else Interval(math.nan, math.nan, math.nan, "no finished trial")
-        )
+        return interval(values) if values.size else Interval(math.nan, math.nan, math.nan, "no finished trial")
 
     def first(self, key: str) -> float | None:
         """`key` of the first trial that has it: for numbers all seeds share, like `params`."""
@@ -133,9 +131,7 @@ def summarise(run: RunFolder) -> Summary:
     by_rank: dict[Family, dict[int, list[Condition]]] = {}
     for condition in adapted:
         by_rank.setdefault(condition.family, {}).setdefault(condition.rank, []).append(condition)
-    ladders = {
-        family: tuple(_best(rates) for _, rates in sorted(ranks.items())) for family, ranks in by_rank.items()
-    }
+    ladders = {family: tuple(_best(rates) for _, rates in sorted(ranks.items())) for family, ranks in by_rank.items()}
     chosen = [condition for ladder in ladders.values() for condition in ladder]
     probe = _best(probes) if probes else None
     best = _best(chosen) if chosen else None
@@ -162,9 +158,7 @@ def at_edge_of_grid(summary: Summary) -> tuple[Condition, ...]:
     """Chosen conditions of the headline ladder whose rate is the lowest or highest of three or more tried."""
     edges = []
     for condition in summary.ladder:
-        tried = sorted(
-            c.lr for c in summary.conditions if (c.family, c.rank) == (condition.family, condition.rank)
-        )
+        tried = sorted(c.lr for c in summary.conditions if (c.family, c.rank) == (condition.family, condition.rank))
         if len(tried) >= 3 and condition.lr in (tried[0], tried[-1]):
             edges.append(condition)
     return tuple(edges)
@@ -184,9 +178,7 @@ def _conditions(trials: Sequence[Record]) -> list[Condition]:
     for trial in trials:
         family = Family(_name(trial["targets"]), _name(trial["variant"]), policies[trial["trial"]])
         groups.setdefault((family, trial["rank"], trial["lr"]), []).append(trial)
-    return [
-        Condition(family, rank, lr, tuple(members)) for (family, rank, lr), members in sorted(groups.items())
-    ]
+    return [Condition(family, rank, lr, tuple(members)) for (family, rank, lr), members in sorted(groups.items())]
 
 
 def _name(value: object) -> str:

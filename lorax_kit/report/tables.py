@@ -86,8 +86,7 @@ def summary_table(run: RunFolder) -> str:
 
     def line(cells: dict[str, str]) -> str:
         return "  ".join(
-            cells[key].ljust(width) if key == "setting" else cells[key].rjust(width)
-            for key, width in widths.items()
+            cells[key].ljust(width) if key == "setting" else cells[key].rjust(width) for key, width in widths.items()
         ).rstrip()
 
     name = run.study.get("name") or run.path.name
@@ -171,9 +170,7 @@ def interval_text(value: Interval, *, short: bool = False) -> str:
         return "–"
     bounds = not math.isnan(value.low)
     if short:
-        return f"{100 * value.mean:.1f}" + (
-            f" [{100 * value.low:.1f}, {100 * value.high:.1f}]" if bounds else ""
-        )
+        return f"{100 * value.mean:.1f}" + (f" [{100 * value.low:.1f}, {100 * value.high:.1f}]" if bounds else "")
     text = percent(value.mean)
     if bounds:
         text += f" (95 % interval {100 * value.low:.1f} to {100 * value.high:.1f}, {value.method})"

@@ -134,7 +134,9 @@ class Study:
         _check(self.warmup < self.steps, f"study warmup {self.warmup} leaves none of {self.steps} steps.")
         _check(self.schedule in SCHEDULES, f"study schedule is {self.schedule!r}; choose from {', '.join(SCHEDULES)}.")
         _check(self.stream in STREAMS, f"study stream is {self.stream!r}; choose from {', '.join(STREAMS)}.")
-        _check(isinstance(self.weight_decay, number) and self.weight_decay >= 0, "study weight_decay must be at least 0.")
+        _check(
+            isinstance(self.weight_decay, number) and self.weight_decay >= 0, "study weight_decay must be at least 0."
+        )
         _check(self.clip is None or (isinstance(self.clip, number) and self.clip > 0), "study clip must be positive.")
         names = [t.name for t in self.trials()]
         _check(len(set(names)) == len(names), "two trials of the study have the same name: values differ too little.")
@@ -143,7 +145,12 @@ class Study:
         """Every trial, ranks outermost and seeds innermost, the probe last."""
         out = []
         for variant, targets, rank, alpha, lr, seed in product(
-            self.variant, self.targets, self.rank, self.alpha or (None,), self.lr, self.seed  # type: ignore[arg-type]
+            self.variant,
+            self.targets,
+            self.rank,
+            self.alpha or (None,),
+            self.lr,
+            self.seed,  # type: ignore[arg-type]
         ):
             a = float(rank if alpha is None else alpha)
             out.append(Trial(rank=rank, alpha=a, lr=float(lr), seed=seed, targets=targets, variant=variant))

@@ -141,7 +141,13 @@ class Engine:
     """
 
     def __init__(
-        self, study: Study, problem: Problem, plan: Plan, base: Params, trials: int, mesh: Mesh | None = None,
+        self,
+        study: Study,
+        problem: Problem,
+        plan: Plan,
+        base: Params,
+        trials: int,
+        mesh: Mesh | None = None,
         seeds: np.ndarray | None = None,
     ) -> None:
         self.study, self.plan, self.compiles = study, plan, 0
@@ -151,9 +157,11 @@ class Engine:
             stacked, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(TRIAL), PartitionSpec()))
         self._stacked = stacked
         self._base = base if whole is None else jax.device_put(base, whole)
-        shardings = {} if mesh is None else {
-            "in_shardings": (stacked, stacked, whole, whole), "out_shardings": (stacked, stacked)
-        }
+        shardings = (
+            {}
+            if mesh is None
+            else {"in_shardings": (stacked, stacked, whole, whole), "out_shardings": (stacked, stacked)}
+        )
         self._step = jax.jit(self._programs.step, donate_argnums=(0,), **shardings)
         self._score = jax.jit(self._programs.score)
         self._compiled: Any = None

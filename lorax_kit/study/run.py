@@ -114,12 +114,12 @@ def run(
     # Planned for the whole study first: a bad pattern or rank must not surface after an hour, nor leave a folder.
     budget = memory.available_bytes(jax.local_devices()[0]) if memory_bytes is None else memory_bytes
     devices = 1 if mesh is None else mesh.shape[TRIAL]
-    planned = [
-        (some, union_plan(study, problem, some, params, batch)) for some in kinds(study, trials)
-    ]
+    planned = [(some, union_plan(study, problem, some, params, batch)) for some in kinds(study, trials)]
     store = RunStore(out, {"design": study.to_dict(), "problem": problem.name}, overwrite=overwrite)
     missing = [
-        _grouped(study, problem, [t for t in some if t.name not in store.finished], plan, params, batch, budget, devices)
+        _grouped(
+            study, problem, [t for t in some if t.name not in store.finished], plan, params, batch, budget, devices
+        )
         for some, plan in planned
         if any(t.name not in store.finished for t in some)
     ]
@@ -159,7 +159,14 @@ def _stream_seeds(study: Study) -> list[int]:
 
 
 def _grouped(
-    study: Study, problem: Problem, trials: list[Trial], plan: Plan, params: Params, batch: Any, budget: int, devices: int
+    study: Study,
+    problem: Problem,
+    trials: list[Trial],
+    plan: Plan,
+    params: Params,
+    batch: Any,
+    budget: int,
+    devices: int,
 ) -> list[_Group]:
     """Equal groups of one kind of trials, from the memory that one and two stacked trials need."""
 
@@ -188,8 +195,15 @@ class _Session:
     """What the groups of one run share: engines by shape, so that equal groups share a compiled program."""
 
     def __init__(
-        self, study: Study, problem: Problem, params: Params, store: RunStore, mesh: Mesh | None, progress: bool,
-        total: int, began: float,
+        self,
+        study: Study,
+        problem: Problem,
+        params: Params,
+        store: RunStore,
+        mesh: Mesh | None,
+        progress: bool,
+        total: int,
+        began: float,
     ) -> None:
         self.study, self.problem, self.params, self.store = study, problem, params, store
         self.mesh, self.progress, self.total, self.began = mesh, progress, total, began
@@ -254,7 +268,7 @@ class _Session:
     def _keep(self, group: _Group, stacked: Pack, trained: Trained) -> None:
         """Curves, then each trial: merged and tested alone, saved, its row written."""
         count = len(group.trials)
-        every = {step: metrics for step, metrics in trained.evaluations}
+        every = dict(trained.evaluations)
         for i, trial in enumerate(group.trials):
             rows = []
             for step, loss in enumerate(trained.losses[:, i], 1):
@@ -321,7 +335,12 @@ class _Session:
         val, test = (measure(merged) for measure in self._tests(plan))
         path = self.store.adapter_path(trial.name)
         save_adapter(
-            path, spec, factors, base=self.params, plan=plan, meta={"problem": problem.name, "settings": problem.facts.get("settings"), "trial": trial.name},
+            path,
+            spec,
+            factors,
+            base=self.params,
+            plan=plan,
+            meta={"problem": problem.name, "settings": problem.facts.get("settings"), "trial": trial.name},
             overwrite=True,
         )
         last = trained.losses[-max(study.steps // 10, 1) :, i]
@@ -349,7 +368,9 @@ class _Session:
             found = factors[site.path]
             assert isinstance(found, Factors)
             stack = len(site.axes.stack)
-            s = np.asarray(delta_spectrum(found.a, found.b, site.scale, batch_axes=stack)).reshape(-1, site.setting.rank)
+            s = np.asarray(delta_spectrum(found.a, found.b, site.scale, batch_axes=stack)).reshape(
+                -1, site.setting.rank
+            )
             mean = s.mean(axis=0)
             rows.append(
                 {
@@ -362,4 +383,3 @@ class _Session:
                 }
             )
         self.store.append("spectra.jsonl", rows)
-

@@ -280,8 +280,6 @@ def compare(
         x = np.array([values[condition][seed] for seed in paired])
         y = np.array([values[against][seed] for seed in paired])
         gap = interval(x - y)
-        drafts.append(
-            Comparison(condition, against, len(paired), unpaired, *gap, paired_test(x, y), math.nan)
-        )
+        drafts.append(Comparison(condition, against, len(paired), unpaired, *gap, paired_test(x, y), math.nan))
     corrected = holm([draft.p for draft in drafts])
     return [draft._replace(p_holm=float(p)) for draft, p in zip(drafts, corrected, strict=True)]

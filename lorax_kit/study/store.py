@@ -1,10 +1,10 @@
 """The run folder of a study: written as trials finish, readable whatever interrupts it, resumed from as it is.
 
-    study.json     what was asked, where it ran, what it cost          replaced atomically
-    trials.jsonl   one line per finished trial                         appended, synced
-    curves.jsonl   losses by step, validations                         appended
-    spectra.jsonl  singular values of each site's delta                appended
-    adapters/      one folder per trial                                each appears whole
+study.json     what was asked, where it ran, what it cost          replaced atomically
+trials.jsonl   one line per finished trial                         appended, synced
+curves.jsonl   losses by step, validations                         appended
+spectra.jsonl  singular values of each site's delta                appended
+adapters/      one folder per trial                                each appears whole
 """
 
 from __future__ import annotations

@@ -89,7 +89,9 @@ def split_reviews(reviews: Reviews, *, seed: int = 0, val: int = 1000, test: int
         # Half of an odd size goes up for one class and down for the other.
         sizes = [(test + (1 - label)) // CLASSES, (val + (1 - label)) // CLASSES]
         if len(members) <= sum(sizes):
-            raise ValueError(f"class {label} has {len(members)} reviews, val={val} and test={test} would leave none to train.")
+            raise ValueError(
+                f"class {label} has {len(members)} reviews, val={val} and test={test} would leave none to train."
+            )
         cuts = np.split(members, np.cumsum(sizes))
         for name, cut in zip(parts, cuts, strict=True):
             parts[name].append(cut)

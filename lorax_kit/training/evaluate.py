@@ -72,7 +72,8 @@ class SharedPrefix:
         for batch in batches:
             shapes = tuple((x.shape, x.dtype) for x in jax.tree_util.tree_leaves(batch))
             if shapes not in compiled:
-                compiled[shapes] = Parts(*map(jax.jit, split_prefix(score, params, trained, batch)))
+                prefix, suffix = split_prefix(score, params, trained, batch)
+                compiled[shapes] = Parts(jax.jit(prefix), jax.jit(suffix))
             parts = compiled[shapes]
             self._parts.append((parts, batch, parts.prefix(params, batch)))
 

@@ -26,7 +26,9 @@ def labels(factors: FactorTree) -> dict[str, Factors | FullLeaf]:
         if isinstance(leaf, FullLeaf):
             return leaf if isinstance(leaf.value, optax.MaskedNode) else FullLeaf("full")  # type: ignore[arg-type]
         names = Factors("a", "b", "magnitude", "frozen")  # type: ignore[arg-type]
-        return Factors(*(x if x is None or isinstance(x, optax.MaskedNode) else name for x, name in zip(leaf, names, strict=True)))  # type: ignore[arg-type]
+        return Factors(
+            *(x if x is None or isinstance(x, optax.MaskedNode) else name for x, name in zip(leaf, names, strict=True))
+        )  # type: ignore[arg-type]
 
     return {path: of(leaf) for path, leaf in factors.items()}
 

@@ -53,7 +53,12 @@ Step = Callable[[State, Params, Any], tuple[State, Info]]
 
 
 def make_step(
-    loss_fn: Loss, tx: optax.GradientTransformation, *, accumulate: int = 1, axis_name: str | None = None, jit: bool = True
+    loss_fn: Loss,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    axis_name: str | None = None,
+    jit: bool = True,
 ) -> tuple[Init, Step]:
     """Build `(init, step)`.
 

@@ -106,7 +106,7 @@ def explain(adapted: Adapted, base: Params, factors: FactorTree, *args: Any, **k
     rows, counted = [], set()
     for use in found:
         site = adapted.plan.site(use.path)
-        leaves = [x for x in jax.tree_util.tree_leaves(factors[use.path])]
+        leaves = jax.tree_util.tree_leaves(factors[use.path])
         flops = full = 0
         if use.product is not None and use.how != "lookup":
             flops, full = (use.repeats * n for n in step_flops(use.product, use.how))

@@ -65,7 +65,7 @@ class Context:
         return choose(product, self.trials)
 
 
-Rule = Callable[[Context, Any, list[Any]], Sequence[Any] | None]
+Rule = Callable[[Context, Any, list[Any]], list[Any] | str]
 RULES: dict[str, Rule] = {}
 """Primitive name -> rule. A rule returns the outputs, or a reason (str) why it cannot keep the weight factored."""
 
@@ -126,9 +126,8 @@ def evaluate(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any
         values = [read(v) for v in eqn.invars]
         if any(isinstance(x, Weight) for x in values):
             apply = RULES.get(eqn.primitive.name)
-            out = apply(ctx, eqn, values) if apply else f"no low-rank rule for {eqn.primitive.name!r}"
-            if isinstance(out, str):
-                out = bind(eqn, materialise(ctx, eqn, values, out))
+            found = apply(ctx, eqn, values) if apply else f"no low-rank rule for {eqn.primitive.name!r}"
+            out = bind(eqn, materialise(ctx, eqn, values, found)) if isinstance(found, str) else found
         else:
             out = bind(eqn, values)
         env.update(zip(eqn.outvars, out, strict=True))

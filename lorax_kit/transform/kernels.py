@@ -9,6 +9,7 @@ for those who differentiate the base, and is dead code otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -123,4 +124,5 @@ def _merged_bwd(precision: Precision, residuals: tuple, g: Array) -> tuple:
 
 merged.defvjp(_merged_fwd, _merged_bwd)
 
-KERNELS = {"factored": factored, "merged": merged, "plain": plain}
+Kernel = Callable[[Array, Array, Array, Array, Array, Precision], Array]
+KERNELS: dict[str, Kernel] = {"factored": factored, "merged": merged, "plain": plain}

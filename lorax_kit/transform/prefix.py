@@ -42,7 +42,7 @@ def split_prefix(fn: Callable[[Params, Any], Any], params: Params, trained: Coll
     jaxpr, count = closed.jaxpr, sum(is_array(x) for x in named.values())
     touched = {v for v, path in zip(jaxpr.invars, named, strict=False) if path in trained}
     fed = set(jaxpr.invars[count:])
-    head, tail = [], []
+    head: list[Any] = []
     for eqn in jaxpr.eqns:
         inputs = {v for v in eqn.invars if not isinstance(v, jex.Literal)}
         if inputs & touched or eqn.effects:
@@ -50,7 +50,8 @@ def split_prefix(fn: Callable[[Params, Any], Any], params: Params, trained: Coll
         elif inputs & fed:
             fed.update(eqn.outvars)
         # What depends on neither (a bias spread to the batch's shape) is cheap to redo and large to keep.
-        (head if not touched.intersection(eqn.outvars) else tail).append(eqn)
+        if not touched.intersection(eqn.outvars):
+            head.append(eqn)
     kept = fed - set(jaxpr.invars)
     rest = [e for e in jaxpr.eqns if not kept.intersection(e.outvars)]
     wanted = {v for e in rest for v in e.invars if not isinstance(v, jex.Literal)}

@@ -51,16 +51,12 @@ def resolve(spec: Spec, params: Params, fn: Callable[..., Any] | None = None, *a
     if fn is None:
         return make_plan(spec, params)
     named, treedef = flatten(params)
-    abstract = {
-        p: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x for p, x in named.items()
-    }
+    abstract = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x for p, x in named.items()}
     ctx = Context()
 
     def probe(arrays: dict[str, Any], inputs: Any) -> Any:
         leaves = {**named, **arrays}
-        probes = {
-            p: Weight(path=p, axes=tuple(range(leaves[p].ndim)), w=leaves[p]) for p in settings
-        }
+        probes = {p: Weight(path=p, axes=tuple(range(leaves[p].ndim)), w=leaves[p]) for p in settings}
         return run(ctx, fn, leaves, treedef, probes, *inputs)
 
     inputs, tree = jax.tree_util.tree_flatten((args, kwargs))

@@ -118,7 +118,7 @@ def scan(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     xs = []
     for i, x in enumerate(args[n_consts + n_carry :]):
         if isinstance(x, Weight):
-            moved = _scanned(x)
+            moved: Any = _scanned(x)
             if isinstance(moved, str):
                 ctx.record(x, eqn, n_consts + n_carry + i, how="materialised", reason=moved)
                 moved = x.materialise()

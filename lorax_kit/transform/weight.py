@@ -58,9 +58,7 @@ class Weight:
         """Inverse of `tree_flatten`."""
         path, axes, site, stack = static
         w, a, b, column, scale, key = arrays
-        return cls(
-            path=path, axes=axes, site=site, stack=stack, w=w, a=a, b=b, column=column, scale=scale, key=key
-        )
+        return cls(path=path, axes=axes, site=site, stack=stack, w=w, a=a, b=b, column=column, scale=scale, key=key)
 
     def materialise(self) -> Array:
         """column * (W + s A^T B) in the current layout and dtype: what an unknown operation is given."""

@@ -15,7 +15,7 @@ from lorax_kit.core.plan import Site
 from lorax_kit.core.variant import Variant
 
 
-def _matrix(site: Site, w: Array) -> Float[Array, "stack in out"]:
+def _matrix(site: Site, w: Array) -> Float[Array, stack in out]:
     order = (*site.axes.stack, *site.axes.inputs, *site.axes.outputs)
     return jnp.transpose(w, order).reshape(_flat(site.stack_shape), _flat(site.in_shape), -1)
 
@@ -27,7 +27,7 @@ def _flat(shape: tuple[int, ...]) -> int:
     return size
 
 
-def norm(site: Site, w: Array, a: Array, b: Array, scale: Array | float) -> Float[Array, "..."]:
+def norm(site: Site, w: Array, a: Array, b: Array, scale: Array | float) -> Float[Array, ...]:
     """|W + s A^T B| per output, shape (*stack, *out), without forming the sum.
 
     |W + sAB|^2 = |W|^2 + 2s <B, AW> + s^2 <B, (A A^T) B>: r x out products only. At B = 0 it is |W| to the bit,
@@ -52,7 +52,7 @@ def init(site: Site, w: Array, key: Array) -> Factors:
     return factors._replace(magnitude=magnitude)
 
 
-def column_scale(site: Site, w: Array, factors: Factors, scale: Array | float) -> Float[Array, "..."]:
+def column_scale(site: Site, w: Array, factors: Factors, scale: Array | float) -> Float[Array, ...]:
     """m / |W + s A^T B|, the norm detached from the gradient (section 4.3 of the paper)."""
     assert factors.magnitude is not None
     return factors.magnitude / jax.lax.stop_gradient(norm(site, w, factors.a, factors.b, scale))

@@ -45,9 +45,7 @@ def test_vmap_over_trials_equals_a_loop():
     a, b = draw(0, 5, 2, 9), draw(1, 5, 2, 8)
     mapped = jax.vmap(delta_spectrum)(a, b, jnp.arange(5.0))
     for trial in range(5):
-        np.testing.assert_allclose(
-            mapped[trial], dense_spectrum(a[trial], b[trial], trial, 2), rtol=2e-5, atol=1e-6
-        )
+        np.testing.assert_allclose(mapped[trial], dense_spectrum(a[trial], b[trial], trial, 2), rtol=2e-5, atol=1e-6)
 
 
 def test_zero_rows_add_zero_singular_values():

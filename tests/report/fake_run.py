@@ -141,9 +141,7 @@ def curve(rng, record, steps):
 
 def spectrum(rng, record, depth, site):
     rank = record["rank"]
-    values = np.sort(
-        2 / rank**0.5 * np.exp(-np.arange(rank) / (1.5 + 0.2 * depth)) * rng.uniform(0.8, 1.2, rank)
-    )[::-1]
+    values = np.sort(2 / rank**0.5 * np.exp(-np.arange(rank) / (1.5 + 0.2 * depth)) * rng.uniform(0.8, 1.2, rank))[::-1]
     share = values / values.sum()
     held = np.cumsum(values**2) / (values**2).sum()
     return {

@@ -41,9 +41,7 @@ def test_two_to_five_values_give_the_student_interval():
     assert method == "Student t, n = 3"
     # Two values: t(0.975; 1) = tan(0.475 pi), the Cauchy quantile.
     assert interval([0.0, 2.0]).high - 1.0 == pytest.approx(math.tan(0.475 * math.pi), rel=1e-9)
-    assert interval([1.0, 2.0, 3.0], level=0.9).high - 2.0 == pytest.approx(
-        2.919985580353726 / math.sqrt(3), rel=1e-9
-    )
+    assert interval([1.0, 2.0, 3.0], level=0.9).high - 2.0 == pytest.approx(2.919985580353726 / math.sqrt(3), rel=1e-9)
 
 
 def bca_by_hand(x, level, resamples, rng):
@@ -178,9 +176,7 @@ def test_compare_pairs_by_seed_against_the_best():
         assert c.difference == pytest.approx(d.mean())
         assert c.p == pytest.approx(signflip_by_hand(table[rank], table[4]))
         assert (c.low, c.high) == pytest.approx(interval(d)[1:3])
-    np.testing.assert_allclose(
-        [result[r].p_holm for r in (1, 2)], holm_by_definition([result[r].p for r in (1, 2)])
-    )
+    np.testing.assert_allclose([result[r].p_holm for r in (1, 2)], holm_by_definition([result[r].p for r in (1, 2)]))
 
 
 def test_compare_drops_failed_and_missing_trials_and_counts_them():
