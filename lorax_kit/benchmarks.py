@@ -73,7 +73,7 @@ def bench_step(
     def apply(params: Any, batch: Batch) -> Any:
         return model.apply({"params": params}, batch.ids, batch.mask)
 
-    def loss(logits: Any, batch: Batch) -> Any:
+    def loss(logits: Any, batch: Any) -> Any:
         return cross_entropy(logits, batch.label, batch.weight)
 
     spec = Spec({"classifier/**": Full(), TARGETS[targets]: LoRA(rank=rank, alpha=2 * rank)})

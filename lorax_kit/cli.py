@@ -129,7 +129,7 @@ def evaluate(adapter: str, as_json: bool) -> None:
         _echo(result)
     else:
         click.echo(
-            f"test accuracy {result['test_accuracy']:.4f}, loss {result['test_loss']:.4f}, {result['examples']} examples"
+            f"test accuracy {result['test_accuracy']:.4f}, loss {result['test_loss']:.4f} ({result['examples']})"
         )
 
 

@@ -19,7 +19,7 @@ from lorax_kit.core.paths import paths
 from lorax_kit.core.spec import Full, LoRA, Spec
 from lorax_kit.models import BertClassifier, Tokenizer, classifier_params, load_bert
 from lorax_kit.study.problem import Problem
-from lorax_kit.study.run import evaluator
+from lorax_kit.study.session import evaluator
 from lorax_kit.tasks import (
     Batch,
     Encoded,
@@ -109,7 +109,7 @@ class Sentiment:
         def batches(seed: int, start: int) -> Iterator[Batch]:
             return train_batches(train, batch_size=self.batch_size, length=self.length, seed=seed, start=start)
 
-        def score(logits: Any, batch: Batch) -> Score:
+        def score(logits: Any, batch: Any) -> Score:
             losses = jnp.sum(cross_entropies(logits, batch.label) * batch.weight)
             return Score(losses, correct(logits, batch.label, batch.weight), jnp.sum(batch.weight))
 

@@ -17,3 +17,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def standard_promotion():
+    """Optax's bias correction mixes a float with an int32 count; what we wrote is traced strictly all the same."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

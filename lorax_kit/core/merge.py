@@ -50,8 +50,8 @@ def split(params: Params, plan: Plan, key: Array) -> tuple[Params, dict[str, Fac
 
 def check_params(named: dict[str, Any], plan: Plan) -> None:
     """Raise `PlanError` unless every planned parameter is there with the planned shape."""
-    planned: Site | FullSite
-    for planned in (*plan.sites, *plan.full):
+    everything: list[Site | FullSite] = [*plan.sites, *plan.full]
+    for planned in everything:
         if planned.path not in named:
             raise PlanError(
                 f"the plan adapts {planned.path!r}, which these params do not have.\n"

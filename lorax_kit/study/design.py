@@ -141,20 +141,25 @@ class Study:
         names = [t.name for t in self.trials()]
         _check(len(set(names)) == len(names), "two trials of the study have the same name: values differ too little.")
 
+    @property
+    def streams(self) -> tuple[int, ...]:
+        """Seeds of the data orders: one for all trials, or with `stream="seed"` one per seed."""
+        return tuple(self.seed) if self.stream == "seed" else (0,)  # type: ignore[arg-type]
+
+    def stream_of(self, trial: Trial) -> int:
+        """Index into `streams`."""
+        return self.streams.index(trial.seed) if self.stream == "seed" else 0
+
     def trials(self) -> tuple[Trial, ...]:
         """Every trial, ranks outermost and seeds innermost, the probe last."""
         out = []
-        for variant, targets, rank, alpha, lr, seed in product(
-            self.variant,
-            self.targets,
-            self.rank,
-            self.alpha or (None,),
-            self.lr,
-            self.seed,  # type: ignore[arg-type]
-        ):
+        # Tuples since __post_init__, whatever was given.
+        axes: Any = (self.variant, self.targets, self.rank, self.alpha or (None,), self.lr, self.seed)
+        for variant, targets, rank, alpha, lr, seed in product(*axes):
             a = float(rank if alpha is None else alpha)
             out.append(Trial(rank=rank, alpha=a, lr=float(lr), seed=seed, targets=targets, variant=variant))
-        for lr, seed in product(self.probe_lr, self.seed):  # type: ignore[arg-type]
+        probes: Any = (self.probe_lr, self.seed)
+        for lr, seed in product(*probes):
             out.append(Trial(rank=0, alpha=0.0, lr=float(lr), seed=seed, targets="head"))
         return tuple(out)
 

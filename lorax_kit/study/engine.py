@@ -73,12 +73,8 @@ class Programs(NamedTuple):
     score: Callable[[Any, Scalars, Params, Any], Score]
 
 
-def programs(study: Study, problem: Problem, plan: Plan, trials: int, seeds: np.ndarray | None = None) -> Programs:
-    """The programs of a pack of `trials`.
-
-    Args:
-      seeds: with a stream per seed, which of the stacked batches each trial reads, (trials,); None: one shared batch.
-    """
+def programs(study: Study, problem: Problem, plan: Plan, trials: int) -> Programs:
+    """The programs of a pack of `trials`. With a stream per seed, `batch` holds one batch per stream."""
     adapted = adapt(problem.apply, plan, trials=trials)
 
     def solo_init(factors: Any) -> State:
@@ -101,10 +97,10 @@ def programs(study: Study, problem: Problem, plan: Plan, trials: int, seeds: np.
         return Running(jax.vmap(solo_init)(factors), jnp.ones((trials,), bool))
 
     def step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
-        if seeds is not None:
-            batch = jax.tree.map(lambda x: x[seeds], batch)
-        mapped = jax.vmap(solo_step, in_axes=(0, 0, None, None if seeds is None else 0))
-        return mapped(running, scalars, base, batch)
+        own = study.stream == "seed"
+        if own:
+            batch = jax.tree.map(lambda x: jnp.asarray(x)[scalars.stream], batch)
+        return jax.vmap(solo_step, in_axes=(0, 0, None, 0 if own else None))(running, scalars, base, batch)
 
     return Programs(init, step, jax.vmap(solo_score, in_axes=(0, 0, None, None)))
 
@@ -148,20 +144,17 @@ class Engine:
         base: Params,
         trials: int,
         mesh: Mesh | None = None,
-        seeds: np.ndarray | None = None,
     ) -> None:
         self.study, self.plan, self.compiles = study, plan, 0
-        self._programs = programs(study, problem, plan, trials, seeds)
+        self._programs = programs(study, problem, plan, trials)
         stacked = whole = None
         if mesh is not None:
             stacked, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(TRIAL), PartitionSpec()))
         self._stacked = stacked
         self._base = base if whole is None else jax.device_put(base, whole)
-        shardings = (
-            {}
-            if mesh is None
-            else {"in_shardings": (stacked, stacked, whole, whole), "out_shardings": (stacked, stacked)}
-        )
+        shardings: dict[str, Any] = {}
+        if mesh is not None:
+            shardings = {"in_shardings": (stacked, stacked, whole, whole), "out_shardings": (stacked, stacked)}
         self._step = jax.jit(self._programs.step, donate_argnums=(0,), **shardings)
         self._score = jax.jit(self._programs.score)
         self._compiled: Any = None

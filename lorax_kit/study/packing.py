@@ -28,10 +28,16 @@ from lorax_kit.transform.resolve import resolve
 
 
 class Scalars(NamedTuple):
-    """What differs between stacked trials beside their factors; each (trials,), fp32."""
+    """What differs between stacked trials beside their factors; each (trials,).
+
+    Attributes:
+      lr, scale: fp32.
+      stream: int32, with a stream per seed, which of the stacked batches a trial reads.
+    """
 
     lr: Array
     scale: Array
+    stream: Array
 
 
 class Pack(NamedTuple):
@@ -92,8 +98,8 @@ def union_plan(study: Study, problem: Problem, trials: Sequence[Trial], params: 
 def trial_plan(study: Study, problem: Problem, plan: Plan, trial: Trial, params: Params) -> Plan:
     """The plan of one trial alone, from the union's."""
     settings = match(study.spec(trial, problem.head), params)
-    sites = [replace(s, setting=settings[s.path]) for s in plan.sites if isinstance(settings.get(s.path), LoRA)]
-    return replace(plan, sites=tuple(sites))
+    chosen = ((site, settings.get(site.path)) for site in plan.sites)
+    return replace(plan, sites=tuple(replace(site, setting=s) for site, s in chosen if isinstance(s, LoRA)))
 
 
 def start(problem: Problem, plan: Plan, seed: int) -> tuple[Params, dict[str, Factors | FullLeaf]]:
@@ -111,8 +117,12 @@ def pack(study: Study, problem: Problem, trials: Sequence[Trial], plan: Plan, pa
         stacks.append({path: _padded(plan, path, factors.get(path)) for path in plan.trained})
         scales.append(own.sites[0].scale if own.sites else 0.0)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacks)
-    lrs = jnp.asarray([trial.lr for trial in trials], jnp.float32)
-    return Pack(tuple(trials), plan, stacked, Scalars(lrs, jnp.asarray(scales, jnp.float32)))
+    scalars = Scalars(
+        lr=jnp.asarray([trial.lr for trial in trials], jnp.float32),
+        scale=jnp.asarray(scales, jnp.float32),
+        stream=jnp.asarray([study.stream_of(trial) for trial in trials], jnp.int32),
+    )
+    return Pack(tuple(trials), plan, stacked, scalars)
 
 
 def _padded(plan: Plan, path: str, factors: Factors | FullLeaf | None) -> Factors | FullLeaf:

@@ -24,6 +24,8 @@ import jax
 from lorax_kit.core.errors import StudyError
 from lorax_kit.version import __version__
 
+JSONL = ("trials.jsonl", "curves.jsonl", "spectra.jsonl")
+
 
 def environment() -> dict[str, Any]:
     """What a reader needs to know of the machine and the versions."""
@@ -51,12 +53,12 @@ def _plain(x: Any) -> Any:
 
 
 class RunStore:
-    """A run folder, opened for writing.
+    """A run folder. Opening it only reads: nothing on disk changes before `create`.
 
     Args:
-      path: the folder; made if missing.
+      path: the folder.
       design: what identifies the study: a folder holding another one is an error.
-      overwrite: discard what the folder holds.
+      overwrite: let `create` discard what the folder holds.
 
     Raises:
       StudyError: the folder holds something else, or another study.
@@ -65,26 +67,34 @@ class RunStore:
     def __init__(self, path: str | Path, design: Mapping[str, Any], *, overwrite: bool = False) -> None:
         self.path = Path(path)
         design = json.loads(json.dumps(design))
+        if self.path.exists() and not self.path.is_dir():
+            raise StudyError(f"{str(self.path)!r} is a file.\n  choose another folder")
         previous = self._previous()
-        if overwrite and previous is not None:
-            for name in ("study.json", "trials.jsonl", "curves.jsonl", "spectra.jsonl", "results.csv", "report.html"):
-                (self.path / name).unlink(missing_ok=True)
-            for name in ("adapters", "plots"):
-                shutil.rmtree(self.path / name, ignore_errors=True)
-            previous = None
         if previous is None and self.path.exists() and any(self.path.iterdir()):
             raise StudyError(f"{str(self.path)!r} is not empty and holds no study.\n  choose another folder")
-        if previous is not None and previous.get("identity") != design:
+        self._discard = overwrite and previous is not None
+        if not overwrite and previous is not None and previous.get("identity") != design:
             ours = {k: v for k, v in design.items() if previous.get("identity", {}).get(k) != v}
             raise StudyError(
                 f"{str(self.path)!r} holds another study (it differs in {', '.join(sorted(ours)) or 'its keys'}).\n"
                 "  choose another folder, or discard it: overwrite=True, --overwrite"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "adapters").mkdir(exist_ok=True)
         self.identity = design
-        self.info: dict[str, Any] = previous or {}
-        self.finished = {row["trial"]: row for row in self._rows("trials.jsonl")}
+        self.info: dict[str, Any] = {} if overwrite else previous or {}
+        self.finished = {} if overwrite else {row["trial"]: row for row in self._rows("trials.jsonl")}
+
+    def create(self) -> None:
+        """Make the folder; discard what was to be overwritten, and half a line that an interruption left."""
+        if self._discard:
+            for name in ("study.json", *JSONL, "results.csv", "report.html"):
+                (self.path / name).unlink(missing_ok=True)
+            for name in ("adapters", "plots"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+        (self.path / "adapters").mkdir(parents=True, exist_ok=True)
+        for name in JSONL:
+            file = self.path / name
+            if file.exists() and (text := file.read_bytes()) and not text.endswith(b"\n"):
+                file.write_bytes(text[: text.rfind(b"\n") + 1])
 
     def _previous(self) -> dict[str, Any] | None:
         file = self.path / "study.json"
@@ -96,15 +106,20 @@ class RunStore:
             raise StudyError(f"{str(file)!r} is not JSON: {e}.\n  restore it, or discard the folder") from None
 
     def _rows(self, name: str) -> list[dict[str, Any]]:
-        """Lines of a JSONL file; a last line cut off by an interruption is dropped from the file."""
+        """Whole lines of a JSONL file: one cut off by an interruption does not count."""
         file = self.path / name
         if not file.exists():
             return []
         text = file.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if whole != text:
-            file.write_bytes(whole)
-        return [json.loads(line) for line in whole.splitlines() if line.strip()]
+        rows = []
+        for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as e:
+                raise StudyError(
+                    f"{str(file)!r}, line {number} is not JSON: {e}.\n  delete that line: the trial is then run again"
+                ) from None
+        return rows
 
     def write_info(self, **values: Any) -> None:
         """Update `study.json`, replaced in one step."""

@@ -22,13 +22,12 @@ LABELS = ("a", "b", "magnitude", "full", "frozen")
 def labels(factors: FactorTree) -> dict[str, Factors | FullLeaf]:
     """The label of every trainable leaf: "a", "b", "magnitude", "full"; per-trial scales are "frozen"."""
 
+    names: Any = {"a": "a", "b": "b", "magnitude": "magnitude", "scale": "frozen", "value": "full"}
+
     def of(leaf: Factors | FullLeaf) -> Any:
-        if isinstance(leaf, FullLeaf):
-            return leaf if isinstance(leaf.value, optax.MaskedNode) else FullLeaf("full")  # type: ignore[arg-type]
-        names = Factors("a", "b", "magnitude", "frozen")  # type: ignore[arg-type]
-        return Factors(
-            *(x if x is None or isinstance(x, optax.MaskedNode) else name for x, name in zip(leaf, names, strict=True))
-        )  # type: ignore[arg-type]
+        # A nested partition sees its own leaves only, masked nodes in the places of the others.
+        seen = {k: x for k, x in leaf._asdict().items() if x is not None and not isinstance(x, optax.MaskedNode)}
+        return leaf._replace(**{k: names[k] for k in seen})
 
     return {path: of(leaf) for path, leaf in factors.items()}
 

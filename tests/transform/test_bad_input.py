@@ -14,7 +14,7 @@ PARAMS = {
 
 
 def fn(p, x):
-    return x @ p["q"]["kernel"] + p["q"]["bias"][None] + 0 * p["ids"]["kernel"].sum()
+    return x @ p["q"]["kernel"] + p["q"]["bias"][None] + 0 * p["ids"]["kernel"].sum().astype(jnp.float32)
 
 
 R1 = lk.LoRA(rank=1)

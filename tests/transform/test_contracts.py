@@ -128,14 +128,15 @@ def test_a_straight_through_rule_keeps_its_derivative():
     assert "custom_vjp" in lk.explain(adapted, base, factors, x).rows[0].reason
 
 
-def test_training_moves_every_factor_never_the_base_and_compiles_once():
+def test_training_moves_every_factor_never_the_base_and_compiles_once(standard_promotion):
     case, plan, base, factors, adapted = prepare("tied")
     before = [x.tobytes() for x in arrays(base)]
     chex.clear_trace_counter()
 
     @chex.assert_max_traces(n=1)
     def loss(base, factors, ids):
-        return jnp.mean(adapted(base, factors, ids) ** 2)
+        with jax.numpy_dtype_promotion("strict"):
+            return jnp.mean(adapted(base, factors, ids) ** 2)
 
     init, step = lk.make_step(loss, lk.partition(optax.adamw(1e-2), plan))
     state = init(factors)

@@ -1,0 +1,140 @@
+"""Groups of trials that fit the memory: what a pack needs is estimated before anything is compiled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from lorax_kit.core.errors import StudyError
+from lorax_kit.core.paths import Params, nbytes
+from lorax_kit.core.plan import Plan
+from lorax_kit.study.design import Study, Trial
+from lorax_kit.study.engine import with_scale
+from lorax_kit.study.packing import pack
+from lorax_kit.study.problem import Problem
+from lorax_kit.transform.adapt import adapt
+
+
+class Group(NamedTuple):
+    """Trials that train together.
+
+    Attributes:
+      trials: at most `size` of them; a smaller group is filled up with copies that are discarded.
+      size: of the pack, the same for all groups of a kind, so that they share one compiled program.
+      plan: of all their sites, at the highest rank.
+      estimated_bytes: of one training step beyond the base, per device.
+    """
+
+    trials: list[Trial]
+    size: int
+    plan: Plan
+    estimated_bytes: int
+
+
+def grouped(
+    study: Study,
+    problem: Problem,
+    trials: Sequence[Trial],
+    plan: Plan,
+    params: Params,
+    batch: Any,
+    *,
+    budget: int,
+    devices: int = 1,
+    size: int | None = None,
+) -> list[Group]:
+    """Equal groups of one kind of trials, from the memory that one and two stacked trials need.
+
+    Args:
+      budget: bytes per device.
+      size: that of an earlier session: kept if it still fits, so that going on gives the same bits.
+
+    Raises:
+      StudyError: not even one trial fits the budget.
+    """
+    one, two = (pack_bytes(study, problem, trials[0], plan, params, batch, n) for n in (1, 2))
+    largest = group_size(one, two, len(trials), budget, devices)
+    if size is None or size > largest or size % devices:
+        size = largest
+    estimated = one + (size // devices - 1) * max(two - one, 0)
+    return [Group(list(trials[i : i + size]), size, plan, estimated) for i in range(0, len(trials), size)]
+
+
+def pack_bytes(study: Study, problem: Problem, trial: Trial, plan: Plan, params: Params, batch: Any, count: int) -> int:
+    """Estimated peak bytes beyond the base of one training step of `count` trials like `trial`."""
+    adapted = adapt(problem.apply, plan, trials=count)
+    shapes = jax.eval_shape(lambda: pack(study, problem, [trial], plan, params).factors)
+    factors = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), shapes)
+    own = study.stream == "seed"
+
+    def one(factors: Any, batch: Any) -> Any:
+        return problem.loss(adapted(params, with_scale(factors, jnp.float32(1)), batch), batch)
+
+    def losses(factors: Any) -> Any:
+        batches = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), batch) if own else batch
+        return jax.vmap(one, (0, 0 if own else None))(factors, batches)
+
+    return step_bytes(losses, factors)
+
+
+def step_bytes(losses: Callable[[Any], Any], factors: Any) -> int:
+    """Estimated peak bytes beyond the base of one training step.
+
+    What the backward pass keeps is exactly what `jax.vjp` closes over, read here from shapes alone. To it come the
+    factors, their gradients and two moments, and twice the largest operation as workspace. On the demo's 18 trials
+    this comes to within a tenth of what XLA allocates.
+
+    Args:
+      losses: factors of the pack -> any array.
+      factors: stacked factors, or shapes standing for them.
+    """
+    kept = jax.eval_shape(lambda f: jax.vjp(losses, f)[1], factors)
+    step = jax.make_jaxpr(jax.grad(lambda f: jnp.sum(losses(f))))(factors)
+    return _tree_bytes(kept) + 4 * _tree_bytes(factors) + 2 * _largest_operation(step.jaxpr)
+
+
+def _largest_operation(jaxpr: Any) -> int:
+    """Most bytes that any one equation makes."""
+    most = 0
+    for eqn in jaxpr.eqns:
+        inner = [_largest_operation(j) for j in jex.jaxprs_in_params(eqn.params)]
+        most = max(most, *inner, sum(nbytes(v.aval.shape, v.aval.dtype) for v in eqn.outvars))
+    return most
+
+
+def _tree_bytes(tree: Any) -> int:
+    return sum(nbytes(x.shape, x.dtype) for x in jax.tree_util.tree_leaves(tree) if hasattr(x, "dtype"))
+
+
+def available_bytes(device: jax.Device) -> int:
+    """Memory that a study may plan with: 80 % of what the device reports free, or 60 % of the host's available."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(0.8 * (int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))))
+    return int(0.6 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def group_size(one: int, two: int, trials: int, budget: int, devices: int = 1) -> int:
+    """The size of equal groups of `trials` that fit `budget` bytes per device, from the estimates of one and two.
+
+    A pack of n is estimated at fixed + n * slope. Groups are balanced: 15 trials that fit by 8 run as 8 and 7.
+
+    Raises:
+      StudyError: not even one trial fits.
+    """
+    slope = max(two - one, 1)
+    fixed = max(one - slope, 0)
+    if fixed + slope > budget:
+        raise StudyError(
+            f"one trial needs about {(fixed + slope) / 2**20:.0f} MiB, the budget is {budget / 2**20:.0f} MiB.\n"
+            "  use a smaller batch, shorter inputs or lower ranks, or raise the budget: memory_bytes=, --memory-mib"
+        )
+    most = min((budget - fixed) // slope * devices, trials)
+    groups = -(-trials // most)
+    size = -(-trials // groups)
+    return min(-(-size // devices) * devices, max(most // devices * devices, devices))

@@ -1,0 +1,228 @@
+"""Trains the groups of a study one after the other, and keeps what each trial came to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from time import perf_counter
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from lorax_kit.analysis.spectra import delta_spectrum, effective_rank, rank_for_energy
+from lorax_kit.checkpoint.adapter import adapter_bytes, save_adapter
+from lorax_kit.core.factors import Factors
+from lorax_kit.core.merge import merge
+from lorax_kit.core.paths import Params, nbytes
+from lorax_kit.core.plan import Plan
+from lorax_kit.study.design import Study, Trial
+from lorax_kit.study.engine import Engine, Trained
+from lorax_kit.study.groups import Group
+from lorax_kit.study.packing import Pack, pack, trial_plan, unpack
+from lorax_kit.study.problem import Problem
+from lorax_kit.study.store import RunStore
+from lorax_kit.training.evaluate import SharedPrefix
+
+
+def evaluator(problem: Problem, params: Params, plan: Plan, batches: Sequence[Any]) -> SharedPrefix:
+    """Measures merged params of `plan`; a study and `lorax-kit evaluate` use this same program."""
+
+    def score(params: Params, batch: Any) -> Any:
+        return problem.score(problem.apply(params, batch), batch)
+
+    return SharedPrefix(score, params, plan.trained, batches)
+
+
+class Session:
+    """What the groups of one run share: engines by shape, so that equal groups share a compiled program.
+
+    Args:
+      study, problem, params, store: what to train, and where results go.
+      mesh: as for `lk.run`.
+      progress: draw bars.
+    """
+
+    def __init__(
+        self, study: Study, problem: Problem, params: Params, store: RunStore, mesh: Mesh | None, progress: bool
+    ) -> None:
+        self.study, self.problem, self.params, self.store = study, problem, params, store
+        self.mesh, self.progress, self.began = mesh, progress, perf_counter()
+        self.earlier_compiles = int(store.info.get("compiles") or 0)
+        self.earlier_seconds = float(store.info.get("seconds") or 0.0)
+        self.engines: dict[Any, Engine] = {}
+        self.tests: dict[Any, tuple[SharedPrefix, SharedPrefix]] = {}
+
+    @property
+    def compiles(self) -> int:
+        """Compilations of the train step, over all sessions of this run folder."""
+        return self.earlier_compiles + sum(engine.compiles for engine in self.engines.values())
+
+    @property
+    def seconds(self) -> float:
+        """Wall time, over all sessions of this run folder."""
+        return self.earlier_seconds + perf_counter() - self.began
+
+    def run_group(self, group: Group) -> None:
+        """Train a group and write what its trials came to."""
+        filled = [*group.trials, *[group.trials[-1]] * (group.size - len(group.trials))]
+        stacked = pack(self.study, self.problem, filled, group.plan, self.params)
+        key = (group.plan, group.size)
+        if key not in self.engines:
+            self.engines[key] = Engine(self.study, self.problem, group.plan, self.params, group.size, self.mesh)
+        self._keep(group, self._train(self.engines[key], stacked, group))
+
+    def _batches(self) -> Iterator[Any]:
+        streams = [self.problem.train(seed, 0) for seed in self.study.streams]
+        if self.study.stream == "shared":
+            return streams[0]
+        return (jax.tree.map(lambda *x: np.stack(x), *together) for together in zip(*streams, strict=True))
+
+    def _train(self, engine: Engine, stacked: Pack, group: Group) -> Trained:
+        names = [trial.name for trial in self.study.trials()]
+        first = names.index(group.trials[0].name) + 1
+        label = f"trials {first}-{first + len(group.trials) - 1} of {len(names)}"
+        bar = tqdm(total=self.study.steps, desc=label, unit="step", disable=not self.progress)
+        count = len(group.trials)
+        shown: dict[str, str] = {}
+
+        def on_step(number: int, losses: np.ndarray, failed: np.ndarray) -> None:
+            own = losses[:count][failed[:count] == 0]
+            shown["loss"] = f"{own.mean():.4f}" if len(own) else "nan"
+            for i in np.flatnonzero(failed[:count] == number):
+                name = stacked.trials[i].name
+                tqdm.write(f"{name}: loss is not finite at step {number}; this trial stops, the others go on")
+            bar.update()
+            bar.set_postfix(shown)
+
+        def on_eval(number: int, metrics: list[dict[str, float]]) -> None:
+            shown["val_loss"] = f"{np.mean([m['loss'] for m in metrics[:count]]):.4f}"
+            shown["val_accuracy"] = f"{np.mean([m['accuracy'] for m in metrics[:count]]):.4f}"
+            bar.set_postfix(shown)
+
+        with bar:
+            if engine.compiles == 0:
+                bar.set_postfix_str("compiling the step")
+            return engine.train(stacked, self._batches(), self.problem.val, on_step, on_eval)
+
+    def _keep(self, group: Group, trained: Trained) -> None:
+        """Curves, then each trial: merged and tested alone, saved, its row written."""
+        count = len(group.trials)
+        every = dict(trained.evaluations)
+        for i, trial in enumerate(group.trials):
+            rows = []
+            for step, loss in enumerate(trained.losses[:, i], 1):
+                row: dict[str, Any] = {"trial": trial.name, "step": step, "loss": float(loss)}
+                if step in every:
+                    row |= {"val_loss": every[step][i]["loss"], "val_accuracy": every[step][i]["accuracy"]}
+                rows.append(row)
+                if trained.failed[i] == step:
+                    break
+            self.store.append("curves.jsonl", rows)
+        described = {
+            "trials": count,
+            "size": group.size,
+            "estimated_bytes": group.estimated_bytes,
+            "temp_bytes": trained.temp_bytes,
+            "seconds": trained.seconds,
+            "compile_seconds": trained.compile_seconds,
+        }
+        self.store.write_info(
+            compiles=self.compiles,
+            groups=[*self.store.info.get("groups", []), described],
+            seconds=self.seconds,
+        )
+        bar = tqdm(range(count), desc="testing, saving", unit="trial", disable=not self.progress)
+        for i in bar:
+            if group.trials[i].name in self.store.finished:
+                continue
+            row = self._trial_row(group, trained, i)
+            bar.set_postfix_str(f"{row['trial']}: test_accuracy {row['test_accuracy']}")
+            self.store.finish_trial(row)
+            self.store.write_info(seconds=self.seconds)
+
+    def _trial_row(self, group: Group, trained: Trained, i: int) -> dict[str, Any]:
+        trial, study, problem = group.trials[i], self.study, self.problem
+        plan = trial_plan(study, problem, group.plan, trial, self.params)
+        factors = unpack(plan, trained.factors, i)
+        leaves = jax.tree_util.tree_leaves(factors)
+        failed = int(trained.failed[i]) or None
+        row: dict[str, Any] = {
+            "trial": trial.name,
+            "rank": trial.rank,
+            "alpha": trial.alpha,
+            "lr": trial.lr,
+            "seed": trial.seed,
+            "targets": trial.targets,
+            "variant": trial.variant,
+            "params": sum(x.size for x in leaves),
+            "factor_bytes": sum(nbytes(x.shape, x.dtype) for x in leaves),
+            "adapter_bytes": None,
+            "steps": failed or study.steps,
+            "train_loss": None,
+            "val_loss": None,
+            "val_accuracy": None,
+            "test_loss": None,
+            "test_accuracy": None,
+            "train_seconds": trained.seconds / len(group.trials),
+            "compiles": self.compiles,
+            "status": "diverged" if failed else "done",
+            "failed_step": failed,
+            "adapter": None,
+        }
+        if failed:
+            return row
+        spec = study.spec(trial, problem.head)
+        merged = merge(self.params, factors, plan)
+        val, test = (measure(merged) for measure in self._tests(plan))
+        path = self.store.adapter_path(trial.name)
+        save_adapter(
+            path,
+            spec,
+            factors,
+            base=self.params,
+            plan=plan,
+            meta={"problem": problem.name, "settings": problem.facts.get("settings"), "trial": trial.name},
+            overwrite=True,
+        )
+        last = trained.losses[-max(study.steps // 10, 1) :, i]
+        self._spectra(plan, factors, trial)
+        return row | {
+            "adapter_bytes": adapter_bytes(path),
+            "train_loss": float(last.mean()),
+            "val_loss": val["loss"],
+            "val_accuracy": val["accuracy"],
+            "test_loss": test["loss"],
+            "test_accuracy": test["accuracy"],
+            "adapter": f"adapters/{trial.name}",
+        }
+
+    def _tests(self, plan: Plan) -> tuple[SharedPrefix, SharedPrefix]:
+        """Validation and test of merged params; trials of one target set share them."""
+        if plan.trained not in self.tests:
+            made = (evaluator(self.problem, self.params, plan, part) for part in (self.problem.val, self.problem.test))
+            self.tests[plan.trained] = (next(made), next(made))
+        return self.tests[plan.trained]
+
+    def _spectra(self, plan: Plan, factors: Any, trial: Trial) -> None:
+        rows = []
+        for site in plan.sites:
+            found = factors[site.path]
+            assert isinstance(found, Factors)
+            stack = len(site.axes.stack)
+            s = np.asarray(delta_spectrum(found.a, found.b, site.scale, batch_axes=stack)).reshape(
+                -1, site.setting.rank
+            )
+            mean = s.mean(axis=0)
+            rows.append(
+                {
+                    "trial": trial.name,
+                    "site": site.path,
+                    "rank": trial.rank,
+                    "singular_values": [float(x) for x in mean],
+                    "effective_rank": float(effective_rank(mean)),
+                    "rank90": int(rank_for_energy(mean, 0.9)),
+                }
+            )
+        self.store.append("spectra.jsonl", rows)

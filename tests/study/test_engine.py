@@ -1,0 +1,179 @@
+"""Stacked trials against solo ones: the same numbers, one program, one copy of what they share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lorax_kit as lk
+from lorax_kit.study.engine import Engine
+from lorax_kit.study.packing import kinds, pack, start, trial_plan, union_plan, unpack
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+# Sums over a batch run in another order in the stacked program; 20 AdamW steps at 1e-2.
+TOLERANCE = 1e-5
+
+
+def trained(study, problem=None, trials=None, mesh=None):
+    problem = problem or tiny.problem()
+    trials = trials or kinds(study, study.trials())[0]
+    params = problem.params(jax.random.key(0))
+    plan = union_plan(study, problem, trials, params, next(problem.train(0, 0)))
+    stacked = pack(study, problem, trials, plan, params)
+    engine = Engine(study, problem, plan, params, len(trials), mesh)
+    if study.stream == "seed":
+        streams = [problem.train(seed, 0) for seed in study.streams]
+        batches = (jax.tree.map(lambda *x: np.stack(x), *together) for together in zip(*streams, strict=True))
+    else:
+        batches = problem.train(0, 0)
+    return engine.train(stacked, batches, problem.val), trials, plan, params, engine
+
+
+def solo(study, problem, plan, trial, params, seed):
+    """The trial alone, by the public functions a user would call, with the schedule written out."""
+    own = trial_plan(study, problem, plan, trial, params)
+    base, factors = start(problem, own, trial.seed)
+    adapted = lk.adapt(problem.apply, own)
+    schedule = optax.linear_schedule(trial.lr, 0.0, study.steps)
+    tx = lk.partition(optax.adamw(schedule, weight_decay=study.weight_decay), own, clip=study.clip)
+    init, step = lk.make_step(lambda base, f, batch: problem.loss(adapted(base, f, batch), batch), tx)
+    state, losses, batches = init(factors), [], problem.train(seed, 0)
+    for _ in range(study.steps):
+        state, info = step(state, base, next(batches))
+        losses.append(float(info.loss))
+    return state.factors, losses
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rslora": True, "weight_decay": 0.1},
+        {"stream": "seed"},
+        {"targets": {"up": ["up/kernel"], "both": ["{up,down}/kernel"]}, "rank": [1, 3], "seed": [0]},
+        {"variant": "dora", "probe_lr": ()},
+    ],
+    ids=["ladder", "rslora", "own streams", "target sets", "dora"],
+)
+def test_stacked_trial_equals_its_solo_run_after_20_steps(changes):
+    study, problem = tiny.study(**changes), tiny.problem()
+    result, trials, plan, params, _ = trained(study)
+    for i, trial in enumerate(trials):
+        own = trial_plan(study, problem, plan, trial, params)
+        mine = unpack(own, result.factors, i)
+        alone, losses = solo(study, problem, plan, trial, params, trial.seed if study.stream == "seed" else 0)
+        np.testing.assert_allclose(result.losses[:, i], losses, atol=TOLERANCE, err_msg=trial.name)
+        assert set(mine) == set(alone)
+        for path in mine:
+            for x, y in zip(jax.tree.leaves(mine[path]), jax.tree.leaves(alone[path]), strict=True):
+                np.testing.assert_allclose(x, y, atol=TOLERANCE, err_msg=f"{trial.name} {path}")
+
+
+def test_trials_differ_where_they_should():
+    """The test above would pass for trials that all do the same."""
+    result, trials, *_ = trained(tiny.study())
+    last = {trial.name: loss for trial, loss in zip(trials, result.losses[-1], strict=True)}
+    assert len({round(float(x), 6) for x in last.values()}) == len(trials)
+
+
+def test_all_ranks_and_the_probe_share_one_compiled_step():
+    study = tiny.study()
+    traces = []
+
+    def apply(p, batch):
+        traces.append(1)
+        return tiny.apply(p, batch)
+
+    *_, engine = trained(study, tiny.problem(apply=apply))
+    assert engine.compiles == 1
+    # The plan's trace, and the step's (adapt and vmap see the function once each); never one per trial or step.
+    assert len(traces) <= 4
+
+
+def test_rows_above_the_rank_stay_exactly_zero():
+    study = tiny.study(weight_decay=0.1)
+    result, trials, *_ = trained(study)
+    for i, trial in enumerate(trials):
+        a = result.factors["up/kernel"].a[i]
+        assert not np.any(a[trial.rank :])
+        assert trial.rank == 0 or np.all(np.any(a[: trial.rank], axis=1))
+
+
+def test_unpack_refuses_rows_that_moved():
+    study, problem = tiny.study(), tiny.problem()
+    result, trials, plan, params, _ = trained(study)
+    bad = jax.tree.map(lambda x: x + 1, result.factors)
+    with pytest.raises(lk.StudyError, match="no longer zero"):
+        unpack(trial_plan(study, problem, plan, trials[0], params), bad, 0)
+
+
+def flops(study, problem, trials):
+    params = problem.params(jax.random.key(0))
+    batch = next(problem.train(0, 0))
+    plan = union_plan(study, problem, trials, params, batch)
+    stacked = pack(study, problem, trials, plan, params)
+    engine = Engine(study, problem, plan, params, len(trials))
+    running = jax.jit(engine._programs.init)(stacked.factors)
+    cost = engine._step.lower(running, stacked.scalars, params, batch).compile().cost_analysis()
+    return cost["flops"]
+
+
+def test_the_frozen_prefix_is_computed_once_for_all_trials():
+    """Ten frozen layers before the first site: eight trials must not cost eight times one."""
+    deep = jnp.asarray(np.random.default_rng(0).normal(size=(10, 6, 6)) / 6**0.5, jnp.float32)
+
+    def apply(p, batch):
+        x = batch.x
+        for i in range(10):
+            x = jnp.tanh(x @ p["deep"][i])
+        return tiny.apply(p, batch._replace(x=x))
+
+    problem = tiny.problem(apply=apply, params=lambda key: tiny.params(key) | {"deep": deep})
+    study = tiny.study(rank=1, seed=range(8), probe_lr=())
+    trials = study.trials()
+    one, eight = (flops(study, problem, trials[:n]) for n in (1, 8))
+    without = [flops(study, tiny.problem(), trials[:n]) for n in (1, 8)]
+    # Eight trials add the same work with and without the prefix: it is not among what is repeated.
+    assert eight - one == pytest.approx(without[1] - without[0], rel=0.02)
+    assert one - without[0] >= 10 * 2 * 16 * 6 * 6
+
+
+def test_a_nan_stops_its_trial_and_only_that():
+    study = tiny.study(rank=[1, 2], lr=[1e-2], seed=[0, 1])
+    healthy, trials, *_ = trained(study)
+
+    def params(key):
+        """Seed 1 starts with a head so large that its loss overflows."""
+        p = tiny.params(key)
+        seed_one = jax.random.fold_in(jax.random.key(1), 0)
+        bad = jnp.all(jax.random.key_data(key) == jax.random.key_data(seed_one))
+        return p | {"head": jax.tree.map(lambda x: jnp.where(bad, jnp.inf, x), p["head"])}
+
+    result, *_ = trained(study, tiny.problem(params=params))
+    for i, trial in enumerate(trials):
+        if trial.seed == 1:
+            assert result.failed[i] == 1
+        else:
+            assert result.failed[i] == 0
+            np.testing.assert_array_equal(result.losses[:, i], healthy.losses[:, i])
+
+
+def test_trials_sharded_over_devices_equal_one_device():
+    study = tiny.study(rank=[1, 2, 3], probe_lr=3e-2)
+    assert len(study.trials()) == 8
+    alone, *_ = trained(study)
+    mesh = lk.device_mesh("trial", jax.devices()[:4])
+    spread, *_, engine = trained(study, mesh=mesh)
+    assert engine.compiles == 1
+    np.testing.assert_allclose(spread.losses, alone.losses, atol=TOLERANCE)
+    for x, y in zip(jax.tree.leaves(spread.factors), jax.tree.leaves(alone.factors), strict=True):
+        np.testing.assert_allclose(x, y, atol=TOLERANCE)
+
+
+def test_base_is_bitwise_unchanged():
+    *_, params, _ = trained(tiny.study())
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(tiny.params(jax.random.key(0))), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()

@@ -1,0 +1,266 @@
+"""The run folder: what is written, what survives an interruption, and that going on equals never stopping."""
+
+import csv
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import lorax_kit as lk
+from lorax_kit.report import write_report
+from lorax_kit.study.groups import grouped, step_bytes
+from lorax_kit.study.packing import kinds, pack, union_plan
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+# Small enough for three groups of the tiny study's eight trials.
+THREE_GROUPS = 22_000
+
+
+def run(out, study=None, problem=None, **options):
+    return lk.run(study or tiny.study(), problem or tiny.problem(), out=out, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    with jax.numpy_dtype_promotion("standard"):
+        return run(out, memory_bytes=THREE_GROUPS)
+
+
+def rows_of(results):
+    """What must not depend on when a run was interrupted."""
+    skip = ("train_seconds", "compiles", "adapter_bytes")
+    return [{k: v for k, v in row.items() if k not in skip} for row in results.rows]
+
+
+def test_groups_share_one_program_and_every_trial_has_a_row(finished):
+    info = json.loads((finished.path / "study.json").read_text())
+    assert [g["trials"] for g in info["groups"]] == [3, 3, 2]
+    assert finished.compiles == info["compiles"] == 1
+    names = [trial.name for trial in tiny.study().trials()]
+    assert [row["trial"] for row in finished.rows] == names
+    assert all(row["status"] == "done" for row in finished.rows)
+    assert info["trials"] == names
+
+
+def test_groups_do_not_change_the_results(finished, tmp_path):
+    whole = run(tmp_path / "one")
+    assert [g["trials"] for g in json.loads((whole.path / "study.json").read_text())["groups"]] == [8]
+    for ours, theirs in zip(finished.rows, whole.rows, strict=True):
+        assert ours["test_loss"] == pytest.approx(theirs["test_loss"], abs=1e-5)
+
+
+def test_csv_has_the_contract_columns_and_the_same_numbers(finished):
+    write_report(finished.path)
+    with open(finished.path / "results.csv", newline="") as file:
+        table = {row["trial"]: row for row in csv.DictReader(file)}
+    wanted = "rank alpha lr seed targets params adapter_bytes steps val_accuracy test_accuracy train_seconds compiles"
+    for row in finished.rows:
+        for column in wanted.split():
+            assert str(row[column]) == table[row["trial"]][column]
+
+
+def test_adapters_reproduce_their_rows_exactly(finished):
+    problem = tiny.problem()
+    base = problem.params(jax.random.key(0))
+    for row in finished.rows:
+        adapter = lk.load_adapter(finished.path / row["adapter"], base=base)
+        merged = lk.merge(base, adapter.factors, adapter.plan)
+        scores = [problem.score(problem.apply(merged, batch), batch) for batch in problem.test]
+        assert sum(float(s.correct) for s in scores) / 74 == row["test_accuracy"]
+        assert sum(float(s.loss) for s in scores) / 74 == pytest.approx(row["test_loss"], rel=1e-6)
+        assert row["params"] == sum(x.size for x in jax.tree.leaves(adapter.factors))
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [30, 45], ids=["in the second group", "in the third group"])
+def test_going_on_equals_no_interruption(finished, tmp_path, after):
+    """20 steps a group: `after` steps the stream breaks; half a line is left as by a kill."""
+    taken = []
+
+    def interrupted(seed, start):
+        for batch in tiny.stream(seed, start):
+            taken.append(1)
+            if len(taken) == after:
+                raise KeyboardInterrupt
+            yield batch
+
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(out, problem=tiny.problem(train=interrupted), memory_bytes=THREE_GROUPS)
+    done = [json.loads(line)["trial"] for line in (out / "trials.jsonl").read_text().splitlines()]
+    assert len(done) == 3 * ((after - 2) // 20)
+    assert f"{len(done)} of 8" in write_report(out).read_text()
+    with open(out / "trials.jsonl", "a") as file:
+        file.write('{"trial": "r1_a8')
+    resumed = run(out, memory_bytes=THREE_GROUPS)
+    assert rows_of(resumed) == rows_of(finished)
+    for row in resumed.rows:
+        ours, theirs = (
+            lk.load_adapter(r.path / row["adapter"], base=tiny.params(jax.random.key(0))).factors
+            for r in (resumed, finished)
+        )
+        for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def test_a_group_interrupted_while_it_was_saved_is_finished_exactly(finished, tmp_path, monkeypatch):
+    from lorax_kit.study import session
+
+    saved = []
+
+    def save(path, *args, **kwargs):
+        if len(saved) == 4:
+            raise Stop
+        saved.append(path)
+        return lk.save_adapter(path, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "save_adapter", save)
+        with pytest.raises(Stop):
+            run(tmp_path / "run", memory_bytes=THREE_GROUPS)
+    # More memory the second time: the groups stay as they were.
+    resumed = run(tmp_path / "run", memory_bytes=10 * THREE_GROUPS)
+    assert rows_of(resumed) == rows_of(finished)
+
+
+def test_a_finished_run_trains_nothing(finished):
+    def never(seed, start):
+        yield next(tiny.stream(seed, start))
+        raise AssertionError("a finished run must not train")
+
+    again = run(finished.path, problem=tiny.problem(train=never))
+    assert again.rows == finished.rows
+
+
+def test_a_diverged_trial_is_kept_apart_and_says_its_step(tmp_path):
+    # Adam's steps have the size of the rate: 1e30 overflows the second loss, whatever the data.
+    results = run(tmp_path / "run", tiny.study(rank=[1], lr=[1e-2, 1e30], clip=None, schedule="constant"))
+    by_rate = {(row["lr"], row["seed"]): row for row in results.rows if row["rank"]}
+    for seed in (0, 1):
+        bad, good = by_rate[1e30, seed], by_rate[1e-2, seed]
+        assert bad["status"] == "diverged"
+        assert bad["failed_step"] == bad["steps"] == 2
+        assert bad["adapter"] is bad["test_accuracy"] is None
+        assert good["status"] == "done"
+    assert results.best()["lr"] < 1
+    page = write_report(results.path).read_text()
+    assert "Failed trials" in page
+    assert "diverged" in page
+
+
+def snapshot(path):
+    return {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} if path.exists() else None
+
+
+def empty_stream(seed, start):
+    return iter(())
+
+
+BAD_RUNS = [
+    ({"targets": {"upper": ["zzz/kernel"]}}, {}, {}, "matches no parameter"),
+    ({"rank": 9}, {}, {}, "above min(in, out) = 8"),
+    ({"variant": "lorra"}, {}, {}, "variant 'lorra' is unknown"),
+    ({}, {"train": empty_stream}, {}, "the data set is empty"),
+    ({}, {"test": []}, {}, "no validation or test examples"),
+    ({}, {}, {"memory_bytes": 10}, "one trial needs about"),
+]
+
+
+@pytest.mark.parametrize(("study", "problem", "options", "says"), BAD_RUNS)
+def test_bad_runs_say_so_and_write_nothing(tmp_path, study, problem, options, says):
+    with pytest.raises(lk.LoraxError) as e:
+        run(tmp_path / "run", tiny.study(**study), tiny.problem(**problem), **options)
+    assert says in str(e.value)
+    assert len(str(e.value).splitlines()) <= 4
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_study_in_the_folder_is_refused_and_kept(finished):
+    before = snapshot(finished.path)
+    for study, problem in (
+        (tiny.study(steps=21), tiny.problem()),
+        (tiny.study(), tiny.problem(facts={"settings": {"width": 7}})),
+    ):
+        with pytest.raises(lk.StudyError, match="holds another study"):
+            run(finished.path, study, problem)
+    with pytest.raises(lk.PlanError):
+        run(finished.path, tiny.study(targets={"upper": ["zzz"]}), overwrite=True)
+    assert snapshot(finished.path) == before
+
+
+def test_a_folder_of_other_things_is_refused_and_kept(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(lk.StudyError, match="holds no study"):
+            run(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(lk.StudyError, match="is a file"):
+        run(tmp_path / "thesis.tex")
+
+
+def test_overwrite_starts_anew(tmp_path):
+    one = run(tmp_path / "run", tiny.study(rank=[1], probe_lr=()))
+    two = run(tmp_path / "run", tiny.study(rank=[2], probe_lr=()), overwrite=True)
+    assert {p.name for p in (tmp_path / "run" / "adapters").iterdir()} == {row["trial"] for row in two.rows}
+    assert one.rows[0]["trial"] not in (tmp_path / "run" / "trials.jsonl").read_text()
+
+
+def test_a_damaged_results_file_names_its_line(tmp_path):
+    results = run(tmp_path / "run", tiny.study(rank=[1], probe_lr=()))
+    file = results.path / "trials.jsonl"
+    file.write_text("{broken\n" + file.read_text())
+    with pytest.raises(lk.StudyError, match="line 1 is not JSON"):
+        run(results.path, tiny.study(rank=[1], probe_lr=()))
+
+
+def test_group_sizes_follow_the_budget_and_divide_over_devices():
+    study, problem = tiny.study(seed=range(4)), tiny.problem()
+    trials = kinds(study, study.trials())[0]
+    params = problem.params(jax.random.key(0))
+    batch = next(problem.train(0, 0))
+    plan = union_plan(study, problem, trials, params, batch)
+    for budget, devices in ((20_000, 1), (40_000, 1), (10**9, 1), (20_000, 4), (10**9, 3)):
+        groups = grouped(study, problem, trials, plan, params, batch, budget=budget, devices=devices)
+        assert [t for g in groups for t in g.trials] == list(trials)
+        assert all(g.size % devices == 0 and len(g.trials) <= g.size for g in groups)
+        assert len({g.size for g in groups}) == 1
+        assert groups[0].estimated_bytes <= budget
+
+
+def test_the_memory_estimate_is_near_what_xla_allocates():
+    """Wide layers, where workspace and alignment no longer matter; DESIGN asks for an estimate, not a bound."""
+
+    def params(key):
+        rng = np.random.default_rng(0)
+        sizes = {"first": (6, 256), "up": (256, 512), "down": (512, 256)}
+        p = {k: {"kernel": np.asarray(rng.normal(size=s) / 16, np.float32)} for k, s in sizes.items()}
+        return p | {"head": {"kernel": np.zeros((256, 2), np.float32), "bias": np.zeros(2, np.float32)}}
+
+    def train(seed, start):
+        while True:
+            yield tiny.points(seed, 512)
+
+    study, problem = tiny.study(seed=range(2)), tiny.problem(params=params, train=train)
+    trials = study.trials()
+    base, batch = params(None), next(train(0, 0))
+    plan = union_plan(study, problem, trials, base, batch)
+    stacked = pack(study, problem, trials, plan, base)
+    adapted = lk.adapt(problem.apply, plan, trials=len(trials))
+
+    def losses(factors):
+        return jax.vmap(lambda f: problem.loss(adapted(base, f, batch), batch))(factors)
+
+    from lorax_kit.study.engine import Engine
+
+    engine = Engine(study, problem, plan, base, len(trials))
+    running = jax.jit(engine._programs.init)(stacked.factors)
+    compiled = engine._step.lower(running, stacked.scalars, base, batch).compile().memory_analysis()
+    actual = compiled.temp_size_in_bytes + compiled.output_size_in_bytes
+    assert 0.6 < step_bytes(losses, stacked.factors) / actual < 1.6
