@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -21,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lorax_kit.checkpoint.fingerprint import fingerprint
+from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.core.errors import AdapterError, LoraxError
 from lorax_kit.core.factors import Factors, FactorTree, FullLeaf
 from lorax_kit.core.paths import Params
@@ -47,8 +46,12 @@ class Adapter(NamedTuple):
     meta: dict[str, Any]
 
 
-def _arrays(factors: FactorTree) -> dict[str, np.ndarray]:
-    """Flat names -> arrays: `path:a`, `path:b`, `path:magnitude`, `path:value`."""
+def named_arrays(factors: FactorTree) -> dict[str, np.ndarray]:
+    """Flat names -> arrays: `path:a`, `path:b`, `path:magnitude`, `path:value`.
+
+    Raises:
+      AdapterError: factors with a traced scale, which no file holds.
+    """
     out = {}
     for path, leaf in factors.items():
         if isinstance(leaf, Factors) and leaf.scale is not None:
@@ -60,6 +63,13 @@ def _arrays(factors: FactorTree) -> dict[str, np.ndarray]:
             if x is not None:
                 out[f"{path}:{name}"] = np.asarray(x)
     return out
+
+
+def check_finite(arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise `AdapterError` at the first array with a NaN or an infinity."""
+    for name, x in arrays.items():
+        if not np.isfinite(x.astype(np.float32)).all():
+            raise AdapterError(f"{name!r} holds values that are not finite; nothing was saved.")
 
 
 def _digest(x: np.ndarray) -> str:
@@ -94,10 +104,9 @@ def save_adapter(
       AdapterError: the path exists, the factors do not fit the spec, or are not finite.
     """
     path = Path(path).absolute()
-    if path.exists() and not overwrite:
-        raise AdapterError(f"{str(path)!r} exists.\n  choose another path, or pass overwrite=True")
+    refuse_existing(path, overwrite)
     plan = make_plan(spec, base) if plan is None else plan
-    arrays = _arrays(factors)
+    arrays = named_arrays(factors)
     expected = _shapes(plan)
     found = {name: x.shape for name, x in arrays.items() if not name.endswith(":magnitude")}
     if expected != found:
@@ -106,9 +115,7 @@ def save_adapter(
             f"the factors do not fit the spec at {odd!r}: {found.get(odd, 'missing')} against "
             f"{expected.get(odd, 'none planned')}.\n  save them with the spec they were split by"
         )
-    for name, x in arrays.items():
-        if not np.isfinite(x.astype(np.float32)).all():
-            raise AdapterError(f"{name!r} holds values that are not finite; nothing was saved.")
+    check_finite(arrays)
     document = {
         "format": FORMAT,
         "spec": spec.to_dict(),
@@ -118,19 +125,8 @@ def save_adapter(
         "versions": {"lorax_kit": __version__, **{name: version(name) for name in ("jax", "orbax-checkpoint")}},
         "meta": dict(meta or {}),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        _write(staged / "adapter", arrays, document)
-        if path.exists():
-            path.rename(staged / "replaced")
-        (staged / "adapter").rename(path)
-    except BaseException:
-        if (staged / "replaced").exists() and not path.exists():
-            (staged / "replaced").rename(path)
-        raise
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with staged(path) as new:
+        _write(new, arrays, document)
 
 
 def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 from lorax_kit.models.assets import MissingPackageError, locate
 from lorax_kit.models.bert import BertClassifier, BertConfig, BertEncoder
-from lorax_kit.models.pretrained import Pretrained, classifier_params, load_bert, torch_names
+from lorax_kit.models.pretrained import Pretrained, classifier_names, classifier_params, load_bert, torch_names
 from lorax_kit.models.tokenizer import Tokenizer
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "MissingPackageError",
     "Pretrained",
     "Tokenizer",
+    "classifier_names",
     "classifier_params",
     "load_bert",
     "locate",

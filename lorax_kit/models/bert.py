@@ -37,6 +37,8 @@ class BertConfig:
         Raises:
           ValueError: the file lacks a size, or describes an encoder that this one would not compute.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"config.json must be an object, not {type(data).__name__}.")
         for key, only in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
             if data.get(key, only) != only:
                 raise ValueError(f"config.json has {key} {data[key]!r}; this encoder computes only {only!r}.")
@@ -44,6 +46,12 @@ class BertConfig:
         missing = [name for name in names if name not in data]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}.")
+        for name in names:
+            integer = name != "layer_norm_eps"
+            kind = int if integer else (int, float)
+            if isinstance(data[name], bool) or not isinstance(data[name], kind) or data[name] <= 0:
+                wanted = "an integer of at least 1" if integer else "a number above 0"
+                raise ValueError(f"config.json has {name} {data[name]!r}; it must be {wanted}.")
         config = cls(**{name: data[name] for name in names})
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(f"{config.num_attention_heads} heads do not divide hidden_size {config.hidden_size}.")

@@ -59,6 +59,16 @@ def torch_names(config: BertConfig) -> dict[str, str]:
     return names
 
 
+def classifier_names(config: BertConfig) -> dict[str, str]:
+    """Our parameter path -> torch name, for every parameter of `BertClassifier`.
+
+    The torch names are those of a module with the encoder as `bert` and the head as `classifier`, as in
+    Hugging Face's BertForSequenceClassification (whose pooling is another: it reads the first token).
+    """
+    encoder = {f"encoder/{path}": f"bert.{name}" for path, name in torch_names(config).items()}
+    return encoder | {"classifier/kernel": "classifier.weight", "classifier/bias": "classifier.bias"}
+
+
 def load_bert(source: str | Path = "minilm") -> Pretrained:
     """Load a BERT encoder.
 

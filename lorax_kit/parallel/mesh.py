@@ -46,7 +46,8 @@ def sharded_step(
     """`lk.make_step`, data-parallel over the mesh's "data" axis under `jit` with `NamedSharding`.
 
     State and base are replicated, batches are split along their first axis; the gradient's reduction over devices
-    is what XLA derives from the mean in the loss. The returned step accepts host batches and places them.
+    is what XLA derives from the mean in the loss. The returned step accepts host batches and places them; a base that
+    lies on one device is copied at every step, so place it once: `replicate(base, mesh)`.
     """
     whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(DATA))
     init, step = make_step(loss_fn, tx, accumulate=accumulate, jit=False)

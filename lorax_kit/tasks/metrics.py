@@ -21,4 +21,4 @@ def cross_entropy(logits: Float[Array, "B C"], label: Int[Array, B], weight: Flo
 
 def correct(logits: Float[Array, "B C"], label: Int[Array, B], weight: Float[Array, B]) -> Float[Array, ""]:
     """Weighted number of examples whose largest logit is their label."""
-    return jnp.sum((jnp.argmax(logits, axis=-1) == label) * weight)
+    return jnp.sum((jnp.argmax(logits, axis=-1) == label).astype(weight.dtype) * weight)

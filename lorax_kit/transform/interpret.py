@@ -137,3 +137,8 @@ def evaluate(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any
 def evaluate_arrays(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """`evaluate`, with weights among the outputs materialised."""
     return materialise(ctx, "output", evaluate(ctx, jaxpr, consts, args), "returned as an array")
+
+
+def closed(jaxpr: Any) -> tuple[Any, Any]:
+    """A jaxpr of an equation's params, and its constants."""
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, jex.ClosedJaxpr) else (jaxpr, ())

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from lorax_kit.core.paths import is_array, unflatten
-from lorax_kit.transform import products, structure  # noqa: F401  (they register their rules)
+from lorax_kit.transform import rules  # noqa: F401  (it registers them)
 from lorax_kit.transform.interpret import Context, evaluate_arrays
 
 

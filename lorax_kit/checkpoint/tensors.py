@@ -1,0 +1,29 @@
+"""Tensors in a safetensors file.
+
+`models.pretrained` opens the same format by itself: neither folder may import the other (models know nothing
+of adapters), and all that both would share is one call.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from lorax_kit.core.errors import AdapterError
+
+
+def read_tensors(file: Path) -> dict[str, np.ndarray]:
+    """Every tensor by name; a damaged file raises `AdapterError`."""
+    try:
+        return load_file(file)
+    except (SafetensorError, KeyError) as e:  # KeyError: a dtype that numpy lacks
+        raise AdapterError(f"{str(file)!r} is damaged: {e}.\n  restore it from a copy") from None
+
+
+def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write tensors as torch's libraries expect them (they look for the format "pt")."""
+    # Copies of what is not contiguous: a transposed view would be written in the order it lies in memory.
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, file, metadata={"format": "pt"})

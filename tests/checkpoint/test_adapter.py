@@ -1,0 +1,191 @@
+"""Adapters on disk: the same bits back, or a clear refusal; small; whole or not at all."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lorax_kit as lk
+from lorax_kit.checkpoint import adapter as module
+from lorax_kit.checkpoint import adapter_bytes
+from tests.cases import CASES
+
+PARAMS = {
+    "up": {"kernel": jnp.arange(24.0).reshape(6, 4)},
+    "down": {"kernel": jnp.ones((4, 3), jnp.bfloat16), "bias": jnp.zeros(3)},
+}
+SPEC = lk.Spec({"**/kernel": lk.LoRA(rank=2, alpha=3), "**/bias": lk.Full()})
+
+
+def make(params=PARAMS, spec=SPEC, seed=0):
+    plan = lk.resolve(spec, params)
+    base, factors = lk.split(params, plan, jax.random.key(seed))
+    return base, jax.tree.map(lambda x: x + 1, factors)
+
+
+def files(path):
+    return {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def same_bits(x, y):
+    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_round_trip_is_bitwise_and_keeps_spec_plan_and_meta(tmp_path):
+    base, factors = make()
+    lk.save_adapter(tmp_path / "a", SPEC, factors, base=base, meta={"note": "å", "n": [1, None]})
+    found = lk.load_adapter(tmp_path / "a", base=base)
+    same_bits(found.factors, factors)
+    assert found.spec == SPEC
+    assert found.plan == lk.resolve(SPEC, PARAMS)
+    assert found.meta == {"note": "å", "n": [1, None]}
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_model_comes_back_with_its_contractions(tmp_path, name, variant):
+    case = CASES[name]()
+    spec = lk.Spec(dict.fromkeys(case.targets, lk.LoRA(rank=2, variant=variant)))
+    plan = lk.resolve(spec, case.params, case.fn, *case.inputs)
+    base, factors = lk.split(case.params, plan, jax.random.key(0))
+    lk.save_adapter(tmp_path / "a", spec, factors, base=base, plan=plan)
+    found = lk.load_adapter(tmp_path / "a", base=base)
+    assert found.plan == plan
+    same_bits(found.factors, factors)
+
+
+def test_an_adapter_is_hardly_larger_than_its_factors(tmp_path):
+    params = {f"layer_{i}": {"kernel": jnp.ones((256, 256))} for i in range(24)}
+    base, factors = make(params, lk.Spec({"**": lk.LoRA(rank=8)}))
+    key = jax.random.key(0)  # noise: nothing to compress
+    factors = jax.tree.map(lambda x: jax.random.normal(key, x.shape), factors)
+    lk.save_adapter(tmp_path / "a", lk.Spec({"**": lk.LoRA(rank=8)}), factors, base=base)
+    size = sum(x.nbytes for x in jax.tree.leaves(factors))
+    assert adapter_bytes(tmp_path / "a") <= 1.05 * size + 64 * 1024
+
+
+def test_another_base_is_refused(tmp_path):
+    base, factors = make()
+    lk.save_adapter(tmp_path / "a", SPEC, factors, base=base)
+    other = base | {"up": {"kernel": base["up"]["kernel"].at[3, 1].add(1e-3)}}
+    with pytest.raises(lk.AdapterError, match="belongs to another base"):
+        lk.load_adapter(tmp_path / "a", base=other)
+    # What the adapter trains in full is its own: another value there is not another base.
+    lk.load_adapter(tmp_path / "a", base=base | {"down": base["down"] | {"bias": jnp.ones(3)}})
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"up": {"kernel": jnp.ones((6, 5))}, "down": PARAMS["down"]}, "another base"),
+        ({"up": {"kernel": jnp.ones((6, 4, 2))}, "down": PARAMS["down"]}, "another base"),
+        ({"up": PARAMS["up"], "down": {"kernel": PARAMS["down"]["kernel"]}}, "matches no parameter"),
+    ],
+)
+def test_a_base_of_other_shapes_is_refused(tmp_path, other, says):
+    base, factors = make()
+    lk.save_adapter(tmp_path / "a", SPEC, factors, base=base)
+    with pytest.raises(lk.LoraxError, match=says):
+        lk.load_adapter(tmp_path / "a", base=other)
+
+
+def test_every_truncated_or_flipped_file_is_noticed(tmp_path):
+    """Each file of an adapter in turn: cut in half, a byte flipped, or gone. Never other numbers than were saved."""
+    base, factors = make()
+    lk.save_adapter(tmp_path / "a", SPEC, factors, base=base)
+    noticed = 0
+    for name, content in files(tmp_path / "a").items():
+        file = tmp_path / "a" / name
+        flipped = bytes(
+            [*content[: len(content) // 2], content[len(content) // 2] ^ 0x20, *content[len(content) // 2 + 1 :]]
+        )
+        for damage in (content[: len(content) // 2], flipped, None):
+            file.unlink() if damage is None else file.write_bytes(damage)
+            try:
+                found = lk.load_adapter(tmp_path / "a", base=base)
+            except lk.AdapterError as e:
+                noticed += 1
+                assert str(tmp_path / "a") in str(e)
+                assert len(str(e).splitlines()) <= 4
+            else:  # files that orbax keeps for itself
+                same_bits(found.factors, factors)
+                assert found.spec == SPEC
+            file.write_bytes(content)
+    assert noticed >= 6
+    same_bits(lk.load_adapter(tmp_path / "a", base=base).factors, factors)
+
+
+def test_rank_and_shape_mismatches_raise(tmp_path):
+    base, factors = make()
+    for spec, says in (
+        (lk.Spec({"**/kernel": lk.LoRA(rank=3), "**/bias": lk.Full()}), "do not fit the spec"),
+        (lk.Spec({"**/kernel": lk.LoRA(rank=2)}), "do not fit the spec at 'down/bias:value'"),
+    ):
+        with pytest.raises(lk.AdapterError, match=says):
+            lk.save_adapter(tmp_path / "a", spec, factors, base=base)
+    with pytest.raises(lk.AdapterError, match="traced scale"):
+        scaled = factors | {"up/kernel": factors["up/kernel"]._replace(scale=jnp.float32(2))}
+        lk.save_adapter(tmp_path / "a", SPEC, scaled, base=base)
+    with pytest.raises(lk.AdapterError, match="not finite"):
+        bad = factors | {"up/kernel": factors["up/kernel"]._replace(a=jnp.full((2, 6), jnp.nan))}
+        lk.save_adapter(tmp_path / "a", SPEC, bad, base=base)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_path_is_kept(tmp_path):
+    base, factors = make()
+    lk.save_adapter(tmp_path / "a", SPEC, factors, base=base)
+    before = files(tmp_path / "a")
+    with pytest.raises(lk.AdapterError, match="exists"):
+        lk.save_adapter(tmp_path / "a", SPEC, make(seed=1)[1], base=base)
+    assert files(tmp_path / "a") == before
+    lk.save_adapter(tmp_path / "a", SPEC, make(seed=1)[1], base=base, overwrite=True)
+    same_bits(lk.load_adapter(tmp_path / "a", base=base).factors, make(seed=1)[1])
+
+
+def test_a_save_that_breaks_leaves_the_old_adapter(tmp_path, monkeypatch):
+    base, factors = make()
+    lk.save_adapter(tmp_path / "a", SPEC, factors, base=base)
+    write = module._write
+
+    def breaks(path, arrays, document):
+        write(path, arrays, document)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module, "_write", breaks)
+    with pytest.raises(OSError, match="disk full"):
+        lk.save_adapter(tmp_path / "a", SPEC, make(seed=1)[1], base=base, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    same_bits(lk.load_adapter(tmp_path / "a", base=base).factors, factors)
+
+
+def test_what_is_not_an_adapter_says_so(tmp_path):
+    with pytest.raises(lk.AdapterError, match="is not an adapter"):
+        lk.load_adapter(tmp_path, base=PARAMS)
+    with pytest.raises(lk.AdapterError, match="is not an adapter"):
+        lk.load_adapter(tmp_path / "nothing", base=PARAMS)
+
+
+def test_fingerprint_depends_on_values_names_shapes_and_dtypes():
+    w = jnp.arange(6.0)
+    trees = [{"w": w}, {"v": w}, {"w": w.reshape(2, 3)}, {"w": w.astype(jnp.bfloat16)}, {"w": -w}, {"w": w, "u": w[:0]}]
+    assert len({lk.fingerprint(tree) for tree in trees}) == len(trees)
+    assert lk.fingerprint({"w": np.arange(6, dtype=np.float32)}) == lk.fingerprint({"w": w})
+
+
+def test_versions_and_format_are_recorded(tmp_path):
+    base, factors = make()
+    lk.save_adapter(tmp_path / "a", SPEC, factors, base=base)
+    document = module.read_document(tmp_path / "a")
+    assert document["format"] == module.FORMAT
+    assert document["versions"]["lorax_kit"] == lk.__version__
+    assert document["base"] == lk.fingerprint(base, ["down/bias"])
+    newer = next(p for p in (tmp_path / "a" / "spec").iterdir() if b'"format"' in p.read_bytes())
+    text = json.loads(newer.read_text())
+    newer.write_text(json.dumps(text | {"format": 99}))
+    with pytest.raises(lk.AdapterError, match="has format 99"):
+        lk.load_adapter(tmp_path / "a", base=base)

