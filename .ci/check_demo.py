@@ -16,6 +16,7 @@ assert all(int(r["compiles"]) == 1 for r in rows), "the study compiled its step 
 
 
 def mean(rank: int, column: str) -> float:
+    """Mean of a column over the seeds of a rank."""
     values = [float(r[column]) for r in rows if int(r["rank"]) == rank]
     return sum(values) / len(values)
 
@@ -37,4 +38,5 @@ found = json.loads(
     ).stdout
 )
 assert found["test_accuracy"] == float(row["test_accuracy"]), (found, row)
-print(f"demo: rank {best} reaches {mean(best, 'test_accuracy'):.4f} (probe {mean(0, 'test_accuracy'):.4f}), {info['seconds']:.0f} s")
+reached, probe = mean(best, "test_accuracy"), mean(0, "test_accuracy")
+print(f"demo: rank {best} reaches {reached:.4f}, the probe {probe:.4f}, in {info['seconds']:.0f} s")

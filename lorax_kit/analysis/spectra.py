@@ -14,8 +14,8 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 
 def delta_spectrum(
-    a: Float[Array, "r *batch_and_in"],
-    b: Float[Array, "r *batch_and_out"],
+    a: Float[Array, " r *batch_and_in"],
+    b: Float[Array, " r *batch_and_out"],
     scale: ArrayLike = 1.0,
     *,
     batch_axes: int = 0,

@@ -1,12 +1,11 @@
 """Adapters on disk: factors and spec, apart from the base, written by orbax in one atomic step.
 
-Beside the factors stands `spec` JSON: the spec, the contracted axes, a fingerprint of the base, digests of
-the factors, and the versions that wrote it. Nothing of the base is stored.
+Beside the factors stands `spec` JSON: the spec, the contracted axes, a fingerprint of the base, shapes, and the
+versions that wrote it; and the digests of all files. Nothing of the base is stored.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lorax_kit.checkpoint.fingerprint import fingerprint
+from lorax_kit.checkpoint.seal import check_seal, damaged, seal
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.core.errors import AdapterError, LoraxError
 from lorax_kit.core.factors import Factors, FactorTree, FullLeaf
@@ -72,11 +72,6 @@ def check_finite(arrays: Mapping[str, np.ndarray]) -> None:
             raise AdapterError(f"{name!r} holds values that are not finite; nothing was saved.")
 
 
-def _digest(x: np.ndarray) -> str:
-    head = f"{x.shape}\0{x.dtype}\0".encode()
-    return hashlib.sha256(head + np.ascontiguousarray(x).tobytes()).hexdigest()
-
-
 def save_adapter(
     path: str | Path,
     spec: Spec,
@@ -121,7 +116,7 @@ def save_adapter(
         "spec": spec.to_dict(),
         "axes": {s.path: {**asdict(s.axes), "lookup": s.lookup} for s in plan.sites},
         "base": fingerprint(base, [f.path for f in plan.full]),
-        "arrays": {n: {"shape": x.shape, "dtype": str(x.dtype), "sha256": _digest(x)} for n, x in arrays.items()},
+        "arrays": {n: {"shape": x.shape, "dtype": str(x.dtype)} for n, x in arrays.items()},
         "versions": {"lorax_kit": __version__, **{name: version(name) for name in ("jax", "orbax-checkpoint")}},
         "meta": dict(meta or {}),
     }
@@ -140,6 +135,7 @@ def _write(path: Path, arrays: dict[str, np.ndarray], document: dict[str, Any]) 
     with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         items = ocp.args.Composite(factors=ocp.args.StandardSave(arrays), spec=ocp.args.JsonSave(document))
         checkpointer.save(path, items)
+    seal(path)
 
 
 class _quiet:
@@ -164,6 +160,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
         raise AdapterError(
             f"{str(path)!r} is not an adapter: it has no 'spec' inside.\n  adapters are made by lk.save_adapter"
         )
+    check_seal(path)
     try:
         with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             document = checkpointer.restore(path, ocp.args.Composite(spec=ocp.args.JsonRestore()))["spec"]
@@ -174,13 +171,12 @@ def read_document(path: str | Path) -> dict[str, Any]:
     except LoraxError:
         raise
     except Exception as e:
-        raise AdapterError(_damaged(path, e)) from e
+        raise damaged(path, _first_line(e)) from e
     return document
 
 
-def _damaged(path: Path, e: Exception) -> str:
-    reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
-    return f"the adapter at {str(path)!r} is damaged: {reason}\n  restore it from a copy; it cannot be used as it is"
+def _first_line(e: Exception) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
 
 
 def load_adapter(path: str | Path, *, base: Params) -> Adapter:
@@ -222,10 +218,7 @@ def load_adapter(path: str | Path, *, base: Params) -> Adapter:
             items = ocp.args.Composite(factors=ocp.args.StandardRestore(target))
             arrays = checkpointer.restore(path, items)["factors"]
     except Exception as e:
-        raise AdapterError(_damaged(path, e)) from e
-    for name, x in arrays.items():
-        if _digest(np.asarray(x)) != stored[name]["sha256"]:
-            raise AdapterError(_damaged(path, ValueError(f"{name!r} does not match its digest")))
+        raise damaged(path, _first_line(e)) from e
     factors: dict[str, Factors | FullLeaf] = {}
     for site in plan.sites:
         factors[site.path] = Factors(*(arrays.get(f"{site.path}:{name}") for name in _FIELDS))  # type: ignore[arg-type]

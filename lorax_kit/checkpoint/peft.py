@@ -1,8 +1,6 @@
-"""Hugging Face PEFT LoRA folders: adapter_config.json and adapter_model.safetensors.
+"""Adapters as Hugging Face PEFT folders: adapter_config.json and adapter_model.safetensors.
 
-PEFT keeps y = x W^T + s (x A^T) B^T with A (r, in) and B (out, r): A is our `a`, B is `b` transposed; of an
-embedding, A (r, vocab) and B (dim, r). DoRA's magnitude is (out,) in both. Axes of an N-D kernel are
-flattened to (in, out) on the way out and found again from the base on the way in.
+`peft_config` reads and writes the one, `peft_layout` knows the tensors of the other.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +24,24 @@ from lorax_kit.checkpoint.peft_config import (
     setting_of,
     targeted,
 )
+from lorax_kit.checkpoint.peft_layout import (
+    PREFIX,
+    factors_of,
+    find_axes,
+    from_tensors,
+    sort_out,
+    to_tensors,
+    transposed,
+)
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.checkpoint.tensors import read_tensors, write_tensors
 from lorax_kit.core.errors import AdapterError, PlanError
 from lorax_kit.core.factors import Factors, FactorTree, FullLeaf, check_factors
 from lorax_kit.core.paths import Params, closest, flatten
-from lorax_kit.core.plan import Axes, Plan, Site, make_plan
+from lorax_kit.core.plan import Axes, Plan, make_plan
 from lorax_kit.core.spec import Full, LoRA, Setting, Spec
 
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_LINEAR = {"a": "lora_A.weight", "b": "lora_B.weight"}
-_EMBEDDING = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
-_MAGNITUDE = "lora_magnitude_vector"
-_FACTOR = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_[AB]|lora_magnitude_vector(?:\.weight)?)")
 
 
 def save_peft(
@@ -56,17 +57,18 @@ def save_peft(
 ) -> None:
     """Write an adapter as a PEFT LoRA folder, for `peft.PeftModel.from_pretrained(model, path)`.
 
-    The folder appears whole or not at all. Ranks, alphas and scales are kept exactly; arrays keep their dtype.
+    The folder appears whole or not at all. Ranks, alphas and scales are kept exactly, arrays bit for bit;
     `init` and `compute_dtype` of the spec have no place in the format.
 
     Args:
       path: folder to create.
       spec: what the factors adapt.
       factors: the trained tree.
-      base: the frozen params. A parameter that belongs to a module trained only in part is written from here.
+      base: the frozen params. PEFT trains modules, not parameters: where only some parameters of a module are
+        trained in full, its others are written as they stand here.
       names: path of a parameter -> its name in the torch model, such as `lorax_kit.models.torch_names(config)`
-        or `classifier_names(config)`. Trained in full, a matrix called `kernel` is (in, out) here and
-        (out, in) there; `embedding` and `weight` have one layout.
+        or `classifier_names(config)`. Of what is trained in full, a matrix called `kernel` is (in, out) here
+        and (out, in) there; `embedding` and `weight` have one layout.
       plan: the plan of the factors; needed where a site is not an (in, out) matrix.
       base_model: name or path of the torch model, for PEFT's AutoPeftModel.
       overwrite: replace an existing folder; otherwise it is an error.
@@ -92,28 +94,33 @@ def save_peft(
     check_factors(plan, factors)
     check_finite(named_arrays(factors))
     named, _ = flatten(base)
-    modules = {_module(name) for name in names.values()}
+    for p in plan.trained:
+        if p not in names:
+            raise AdapterError(f"`names` gives {p!r} no name in torch.\n  closest: {closest(p, list(names))}")
     tensors: dict[str, np.ndarray] = {}
     settings: dict[str, LoRA] = {}
     for site in plan.sites:
-        name, found = _name(names, site.path), factors[site.path]
-        assert isinstance(found, Factors)
-        if not name.endswith(".weight") or _module(name) in settings:
+        module, _, leaf = names[site.path].rpartition(".")
+        if leaf != "weight" or module in settings:
             raise AdapterError(
-                f"{site.path!r} is {name!r} in torch; PEFT adapts the weight of a module, each once.\n"
+                f"{site.path!r} is {names[site.path]!r} in torch; PEFT adapts the `weight` of a module, once.\n"
                 "  correct `names`, or use lk.save_adapter"
             )
-        settings[_module(name)] = site.setting
-        tensors |= {f"{_PREFIX}{_module(name)}.{part}": x for part, x in _site_tensors(site, found).items()}
+        settings[module] = site.setting
+        found = factors[site.path]
+        assert isinstance(found, Factors)
+        tensors |= {f"{PREFIX}{module}.{kind}": x for kind, x in to_tensors(site, found).items()}
     if not settings:
-        raise AdapterError("the adapter has no low-rank site; PEFT's LoRA needs one.\n  use lk.save_adapter")
-    whole = {_module(_name(names, leaf.path)) for leaf in plan.full}
-    values = {p: leaf.value for p, leaf in factors.items() if isinstance(leaf, FullLeaf)}
+        raise AdapterError("the adapter has no low-rank site, and PEFT's LoRA needs one.\n  use lk.save_adapter")
+    whole = {_module(names[leaf.path]) for leaf in plan.full}
     for p, name in names.items():
         if _module(name) in whole:
-            value = values[p] if p in values else _leaf(named, p)
-            tensors[_PREFIX + name] = _transposed(p, np.asarray(value))
-    config = make_config(settings, whole, modules, base_model)
+            if p not in named:
+                raise AdapterError(f"`names` has {p!r}, which the base lacks.\n  closest: {closest(p, list(named))}")
+            trained = factors.get(p)
+            value = trained.value if isinstance(trained, FullLeaf) else named[p]
+            tensors[PREFIX + name] = transposed(p, np.asarray(value))
+    config = make_config(settings, whole, {_module(name) for name in names.values()}, base_model)
     with staged(path) as new:
         new.mkdir()
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -124,41 +131,48 @@ def load_peft(path: str | Path, *, base: Params, names: Mapping[str, str], plan:
     """Read a PEFT LoRA folder as an adapter of `base`.
 
     PEFT adapts a module, this package a parameter: where one parameter serves two modules (a tied embedding),
-    the update reaches both uses here. The format names no base by its weights, so only shapes are compared.
+    the update reaches both uses here. The format knows its base by name only, so shapes are all that is
+    compared.
 
     Args:
       path: folder written by PEFT's `save_pretrained` or by `save_peft`.
       base: the frozen params.
       names: path of a parameter -> its name in the torch model; see `save_peft`.
-      plan: any plan of the same parameters (`lk.resolve`), to say which axes of them are contracted. Without it,
-        kernels are (*in, *out), and a matrix of another name is taken the way that its factors fit.
+      plan: any plan of the same parameters (`lk.resolve`), to say which axes of them are contracted. Without it
+        kernels are (*in, *out), and a matrix of another name is taken the way its factors fit.
 
     Returns:
-      An `Adapter`; one rule per parameter in its spec, the content of adapter_config.json as its meta.
+      An `Adapter`: one rule for each parameter in its spec, the content of adapter_config.json as its meta.
 
     Raises:
       AdapterError: no folder or damaged files; another method; a setting, target, layer or tensor that has no
         counterpart; factors missing, or of another rank or shape than config and base say.
+
+    Example:
+      adapter = lk.load_peft("folder", base=base, names=lorax_kit.models.torch_names(config))
+      merged = lk.merge(base, adapter.factors, adapter.plan)
     """
     path = Path(path).absolute()
     config = read_config(path)
     if not (path / WEIGHTS).is_file():
         raise AdapterError(
-            f"{str(path)!r} has no {WEIGHTS}.\n  pickled weights are not read: save_pretrained(safe_serialization=True)"
+            f"{str(path)!r} has no {WEIGHTS}.\n"
+            "  pickled weights are not read: write it by save_pretrained(..., safe_serialization=True)"
         )
     named, _ = flatten(base)
     paths = {name: p for p, name in names.items() if p in named}
-    parts, rest = _sorted_out(read_tensors(path / WEIGHTS))
-    wanted = targeted(config, {_module(n) for n in paths if n.endswith(".weight")})
-    _check_modules(config, parts, wanted, paths)
+    by_module, rest = sort_out(read_tensors(path / WEIGHTS))
+    _check_modules(config, by_module, paths)
+    known = {} if plan is None else {s.path: s.axes for s in plan.sites}
     rules: dict[str, Setting] = {}
     axes: dict[str, tuple[Axes, bool]] = {}
-    for module, found in parts.items():
-        p, (a, b, _) = paths[f"{module}.weight"], _factors(config, module, found)
-        known = {s.path: s.axes for s in plan.sites} if plan is not None else {}
-        lookup = _EMBEDDING["a"] in found
-        axes[p] = known.get(p) or _axes(p, named[p].shape, a.shape[1], b.shape[0], lookup), lookup
-        rules[_literal(p)] = setting_of(config, module, str(a.dtype))
+    arrays: dict[str, tuple[np.ndarray, ...]] = {}
+    for module, found in by_module.items():
+        p, lookup = paths[f"{module}.weight"], "embedding_a" in found
+        setting = setting_of(config, module, str(next(iter(found.values())).dtype))
+        a, b, *_ = arrays[p] = factors_of(module, found, setting.rank, setting.variant == "dora")
+        rules[_literal(p)] = setting
+        axes[p] = find_axes(p, named[p].shape, (a.shape[1], b.shape[0]), known.get(p), lookup), lookup
     full = _full_leaves(config, rest, paths, named)
     for p, value in full.items():
         rules[_literal(p)] = Full(dtype=None if value.dtype == named[p].dtype else str(value.dtype))
@@ -167,109 +181,63 @@ def load_peft(path: str | Path, *, base: Params, names: Mapping[str, str], plan:
         made = make_plan(spec, base, axes)
     except PlanError as e:
         raise AdapterError(f"the adapter at {str(path)!r} does not fit: {e}") from None
-    factors: dict[str, Factors | FullLeaf] = {}
-    for site in made.sites:
-        module = _module(names[site.path])
-        factors[site.path] = _site_factors(site, *_factors(config, module, parts[module]))
-    factors |= {p: FullLeaf(jnp.asarray(value)) for p, value in full.items()}
-    return Adapter(spec, made, factors, config)
+    factors: dict[str, Factors | FullLeaf] = {site.path: from_tensors(site, *arrays[site.path]) for site in made.sites}
+    return Adapter(spec, made, factors | {p: FullLeaf(jnp.asarray(value)) for p, value in full.items()}, config)
 
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _name(names: Mapping[str, str], path: str) -> str:
-    if path not in names:
-        raise AdapterError(f"`names` gives {path!r} no name in torch.\n  closest: {closest(path, list(names))}")
-    return names[path]
-
-
-def _leaf(named: Mapping[str, Any], path: str) -> Any:
-    if path not in named:
-        raise AdapterError(f"`names` has {path!r}, which the base lacks.\n  see them all: lk.paths(params)")
-    return named[path]
-
-
 def _literal(path: str) -> str:
     """A spec's pattern for this path alone."""
-    return "re:" + re.escape(path) if set(path) & set("*?{}") or path.startswith("re:") else path
+    return f"re:{re.escape(path)}" if set(path) & set("*?{}") or path.startswith("re:") else path
 
 
-def _transposed(path: str, x: np.ndarray) -> np.ndarray:
-    """A parameter in torch's layout, or one of torch's in ours: the same exchange both ways."""
-    leaf = path.rpartition("/")[2]
-    if x.ndim < 2 or leaf in ("embedding", "weight"):
-        return x
-    if x.ndim == 2 and leaf == "kernel":
-        return x.T
-    raise AdapterError(
-        f"{path!r} of shape {x.shape} is trained in full, and its layout in torch cannot be told from its name.\n"
-        "  use lk.save_adapter, or name a matrix 'kernel' (in, out), 'weight' or 'embedding'"
-    )
-
-
-def _site_tensors(site: Site, found: Factors) -> dict[str, np.ndarray]:
-    """PEFT's tensors of one site."""
-    if site.axes.stack or len(site.axes.inputs) > 2:
-        what = "is stacked over layers or experts" if site.axes.stack else "contracts three axes, like a convolution"
-        raise AdapterError(f"{site.path!r} of shape {site.shape} {what}: PEFT's LoRA has no such factors.\n"
-                           "  use lk.save_adapter")
-    a, b = (np.asarray(x).reshape(site.setting.rank, -1) for x in (found.a, found.b))
-    keys = _EMBEDDING if site.lookup or site.path.rpartition("/")[2] == "embedding" else _LINEAR
-    out = {keys["a"]: a, keys["b"]: b.T}
-    if site.setting.variant == "dora":
-        if found.magnitude is None or found.magnitude.shape != site.out_shape:
-            raise AdapterError(f"the factors at {site.path!r} lack a magnitude of shape {site.out_shape}.")
-        out[_MAGNITUDE] = np.asarray(found.magnitude).reshape(-1)
-    return out
-
-
-def _site_factors(site: Site, a: np.ndarray, b: np.ndarray, magnitude: np.ndarray | None) -> Factors:
-    """Inverse of `_site_tensors`."""
-    if (a.shape[1], b.shape[0]) != (prod(site.in_shape), prod(site.out_shape)):
-        raise AdapterError(_misfit(site.path, site.shape, a.shape[1], b.shape[0]))
-    m = None if magnitude is None else jnp.asarray(magnitude.reshape(site.out_shape))
-    return Factors(jnp.asarray(a.reshape(site.a_shape)), jnp.asarray(b.T.reshape(site.b_shape)), m)
-
-
-def _misfit(path: str, shape: tuple[int, ...], n_in: int, n_out: int) -> str:
-    return (
-        f"the adapter's factors take {n_in} to {n_out}, which {path!r} of shape {shape} does not.\n"
-        "  load the base it was trained on; where axes are contracted in another order, pass plan=lk.resolve(...)"
-    )
-
-
-def _axes(path: str, shape: tuple[int, ...], n_in: int, n_out: int, lookup: bool) -> Axes:
-    """Which axes of a parameter are its input, from the sizes of its factors."""
-    ways = [(range(k), range(k, len(shape))) for k in range(1, len(shape))]
-    if len(shape) == 2 and not lookup and path.rpartition("/")[2] != "kernel":
-        ways.append((range(1, 2), range(1)))
-    fits = [w for w in ways if [prod(shape[i] for i in side) for side in w] == [n_in, n_out]]
-    if not fits:
-        raise AdapterError(_misfit(path, shape, n_in, n_out))
-    if len(fits) > 1:
+def _check_modules(config: Mapping[str, Any], found: Mapping[str, Any], paths: Mapping[str, str]) -> None:
+    """Raise `AdapterError` unless the modules with factors are those that the config targets, and the base has them."""
+    modules = {_module(name) for name in paths if name.endswith(".weight")}
+    wanted = targeted(config, modules)
+    if not found:
+        raise AdapterError(f"{WEIGHTS} holds no factors: there is nothing to adapt.")
+    for module in sorted(set(found) - modules):
         raise AdapterError(
-            f"the factors fit {path!r} of shape {shape} in {len(fits)} ways: which axes are contracted?\n"
-            "  say it by a plan: plan=lk.resolve(spec, params, apply_fn, *inputs)"
+            f"{WEIGHTS} adapts {module!r}, which is no module of this base.\n"
+            f"  closest: {closest(module, sorted(modules))}\n"
+            "  is it the adapter of another model, or does `names` lack a prefix or a module?"
         )
-    return Axes(inputs=tuple(fits[0][0]), outputs=tuple(fits[0][1]))
+    if wanted is not None:
+        for module in sorted(set(found) - wanted):
+            raise AdapterError(f"{WEIGHTS} adapts {module!r}, which {CONFIG} does not target.")
+        for module in sorted(wanted - set(found)):
+            raise AdapterError(f"{WEIGHTS} has no factors for {module!r}, which {CONFIG} targets.")
 
 
-def _sorted_out(
-    tensors: Mapping[str, np.ndarray],
-) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """Factors by module and kind, and what is left, all without PEFT's prefix."""
-    parts: dict[str, dict[str, np.ndarray]] = {}
-    rest: dict[str, np.ndarray] = {}
-    for key, x in tensors.items():
-        if not key.startswith(_PREFIX):
-            raise AdapterError(f"{WEIGHTS} has the tensor {key!r}; PEFT's start with {_PREFIX!r}.")
-        if str(x.dtype) not in ("float32", "bfloat16", "float16"):
-            raise AdapterError(f"{WEIGHTS} has {key!r} as {x.dtype}; float32, bfloat16 and float16 can be read.")
-        found = _FACTOR.fullmatch(key.removeprefix(_PREFIX))
-        if found:
-            parts.setdefault(found[1], {})[found[2].removesuffix(".weight") if _MAGNITUDE in key else found[2]] = x
-        else:
-            rest[key.removeprefix(_PREFIX)] = x
-    return parts, rest
+def _full_leaves(
+    config: Mapping[str, Any], rest: Mapping[str, np.ndarray], paths: Mapping[str, str], named: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Path -> value of what modules_to_save trained; every other tensor must be a copy of the base's."""
+    out: dict[str, np.ndarray] = {}
+    check_kept(config, rest)
+    for key, x in rest.items():
+        name = key.replace(".base_layer.", ".")  # so PEFT keeps an adapted embedding itself
+        if name not in paths:
+            raise AdapterError(
+                f"{WEIGHTS} has the tensor {key!r}, which is no parameter of this base.\n"
+                f"  closest: {closest(name, list(paths))}"
+            )
+        p = paths[name]
+        value = transposed(p, x)
+        if value.shape != named[p].shape:
+            raise AdapterError(f"{WEIGHTS} has {key!r} of shape {x.shape}, which does not fit {p!r} {named[p].shape}.")
+        if name == key and kept_whole(config, name):
+            out[p] = value
+        elif not np.array_equal(value.astype(np.float32), np.asarray(named[p]).astype(np.float32)):
+            raise AdapterError(
+                f"{WEIGHTS} has the tensor {key!r}, which differs from the base and is not in modules_to_save.\n"
+                f"  load the base with this value at {p!r}"
+            )
+    for name, p in paths.items():
+        if kept_whole(config, name) and p not in out:
+            raise AdapterError(f"{WEIGHTS} has no tensor {name!r}, which {CONFIG} keeps by modules_to_save.")
+    return out

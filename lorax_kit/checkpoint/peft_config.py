@@ -42,7 +42,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / CONFIG
     if not file.is_file():
-        raise AdapterError(f"{str(folder)!r} is not a PEFT adapter: it has no {CONFIG}.\n  PEFT's save_pretrained makes it")
+        raise AdapterError(
+            f"{str(folder)!r} is not a PEFT adapter: it has no {CONFIG}.\n  PEFT's save_pretrained makes it"
+        )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as e:
@@ -62,7 +64,7 @@ def read_config(folder: Path) -> dict[str, Any]:
                 f"{str(file)!r} has {key} {value!r}, which has no counterpart here: without it the adapter would "
                 "compute something else.\n  train it with the default, or merge it in PEFT and load the merged weights"
             )
-    kinds: dict[str, Any] = dict(rank_pattern=dict, alpha_pattern=dict, use_rslora=bool, use_dora=bool)
+    kinds: dict[str, Any] = {"rank_pattern": dict, "alpha_pattern": dict, "use_rslora": bool, "use_dora": bool}
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         kinds[key] = (str, list)
     for key, kind in (kinds | {"modules_to_save": list, "layers_to_transform": (int, list)}).items():

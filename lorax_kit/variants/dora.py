@@ -15,7 +15,7 @@ from lorax_kit.core.plan import Site
 from lorax_kit.core.variant import Variant
 
 
-def _matrix(site: Site, w: Array) -> Float[Array, stack in out]:
+def _matrix(site: Site, w: Array) -> Float[Array, " stack in out"]:
     order = (*site.axes.stack, *site.axes.inputs, *site.axes.outputs)
     return jnp.transpose(w, order).reshape(_flat(site.stack_shape), _flat(site.in_shape), -1)
 

@@ -10,6 +10,7 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.checkpoint import adapter as module
 from lorax_kit.checkpoint import adapter_bytes
+from lorax_kit.checkpoint.seal import seal
 from tests.cases import CASES
 
 PARAMS = {
@@ -93,29 +94,21 @@ def test_a_base_of_other_shapes_is_refused(tmp_path, other, says):
         lk.load_adapter(tmp_path / "a", base=other)
 
 
-def test_every_truncated_or_flipped_file_is_noticed(tmp_path):
+def test_every_truncated_or_flipped_file_is_noticed(tmp_path, caplog):
     """Each file of an adapter in turn: cut in half, a byte flipped, or gone. Never other numbers than were saved."""
     base, factors = make()
     lk.save_adapter(tmp_path / "a", SPEC, factors, base=base)
-    noticed = 0
     for name, content in files(tmp_path / "a").items():
-        file = tmp_path / "a" / name
-        flipped = bytes(
-            [*content[: len(content) // 2], content[len(content) // 2] ^ 0x20, *content[len(content) // 2 + 1 :]]
-        )
-        for damage in (content[: len(content) // 2], flipped, None):
+        file, half = tmp_path / "a" / name, len(content) // 2
+        flipped = bytes([*content[:half], content[half] ^ 0x20, *content[half + 1 :]]) if content else b"x"
+        for damage in (content[:half] if content else b"y", flipped, None):
             file.unlink() if damage is None else file.write_bytes(damage)
-            try:
-                found = lk.load_adapter(tmp_path / "a", base=base)
-            except lk.AdapterError as e:
-                noticed += 1
-                assert str(tmp_path / "a") in str(e)
-                assert len(str(e).splitlines()) <= 4
-            else:  # files that orbax keeps for itself
-                same_bits(found.factors, factors)
-                assert found.spec == SPEC
+            with pytest.raises(lk.AdapterError, match=r"is damaged|is not an adapter") as e:
+                lk.load_adapter(tmp_path / "a", base=base)
+            assert str(tmp_path / "a") in str(e.value)
+            assert len(str(e.value).splitlines()) <= 4
             file.write_bytes(content)
-    assert noticed >= 6
+    assert caplog.records == []  # orbax never saw the damage, so it did not fill the log with it
     same_bits(lk.load_adapter(tmp_path / "a", base=base).factors, factors)
 
 
@@ -187,5 +180,6 @@ def test_versions_and_format_are_recorded(tmp_path):
     newer = next(p for p in (tmp_path / "a" / "spec").iterdir() if b'"format"' in p.read_bytes())
     text = json.loads(newer.read_text())
     newer.write_text(json.dumps(text | {"format": 99}))
+    seal(tmp_path / "a")
     with pytest.raises(lk.AdapterError, match="has format 99"):
         lk.load_adapter(tmp_path / "a", base=base)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lorax_kit.transform.interpret import Context, bind, evaluate, rule
+from lorax_kit.transform.interpret import Context, bind, closed, evaluate, rule
 from lorax_kit.transform.weight import Weight
 
 

@@ -1,0 +1,41 @@
+"""Digests of a folder's files: damage is noticed before any library reads the damaged file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from lorax_kit.core.errors import AdapterError
+
+SEAL = "digests.json"
+
+
+def seal(folder: Path) -> None:
+    """Write the SHA-256 of every file of `folder` into it."""
+    (folder / SEAL).write_text(json.dumps(_digests(folder), indent=1))
+
+
+def check_seal(folder: Path) -> None:
+    """Raise `AdapterError` unless every sealed file is there, byte for byte."""
+    try:
+        expected = json.loads((folder / SEAL).read_text())
+        assert isinstance(expected, dict)
+    except (OSError, ValueError, AssertionError):
+        raise damaged(folder, f"{SEAL} is missing or not readable") from None
+    found = _digests(folder)
+    for name, digest in expected.items():
+        if name not in found:
+            raise damaged(folder, f"the file {name} is missing")
+        if found[name] != digest:
+            raise damaged(folder, f"the file {name} is not as it was written")
+
+
+def damaged(folder: Path, reason: str) -> AdapterError:
+    """The error for an adapter that cannot be used as it is."""
+    return AdapterError(f"the adapter at {str(folder)!r} is damaged: {reason}.\n  restore it from a copy")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != SEAL)
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}

@@ -1,0 +1,258 @@
+"""PEFT folders that cannot be read, and adapters that PEFT cannot hold: input -> what the message says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lorax_kit as lk
+from lorax_kit.models import classifier_names
+from tests.checkpoint.peft_folder import Folder
+from tests.fixtures.recorded import CONFIG, NAMES, base
+
+Q = "encoder.layer.0.attention.self.query"
+V = "encoder.layer.1.attention.self.value"
+
+
+@pytest.fixture(scope="module")
+def params():
+    return base()
+
+
+def config(**changes):
+    return lambda folder: folder.config.update(changes)
+
+
+def tensor(name, change):
+    def apply(folder):
+        found = change(folder.tensors.pop(name, None))
+        if found is not None:
+            folder.tensors[name] = found
+
+    return apply
+
+
+def gone(x):
+    return None
+
+
+def ones(*shape, dtype=np.float32):
+    return lambda x: np.ones(shape, dtype)
+
+
+FOLDERS = [
+    ("lora", config(peft_type="IA3"), "has peft_type 'IA3'; only 'LORA' can be read"),
+    ("lora", lambda f: f.config.pop("peft_type"), "has peft_type None"),
+    ("lora", config(bias="all"), "has bias 'all', which has no counterpart here"),
+    ("lora", config(bias="lora_only"), "has bias 'lora_only'"),
+    ("lora", config(lora_bias=True), "has lora_bias True"),
+    ("lora", config(layer_replication=[[0, 1]]), "has layer_replication [[0, 1]]"),
+    ("lora", config(target_parameters=["experts.up"]), "has target_parameters ['experts.up']"),
+    ("lora", config(trainable_token_indices=[1]), "has trainable_token_indices [1]"),
+    ("lora", config(alora_invocation_tokens=[1, 2]), "has alora_invocation_tokens"),
+    ("lora", config(a_setting_of_tomorrow=3), "has a_setting_of_tomorrow 3"),
+    ("lora", config(init_lora_weights="pissa"), "has init_lora_weights 'pissa', which also changed the base"),
+    ("lora", config(target_modules=["query", "valeu"]), "targets 'valeu', which is no module of this base"),
+    ("lora", config(target_modules=[]), "which adapter_config.json does not target"),
+    ("lora", config(target_modules=".*qurey"), "targets '.*qurey', which is no module"),
+    ("lora", config(target_modules="("), "the pattern '(', not a regular expression"),
+    ("lora", config(target_modules=3), "has target_modules 3, which is malformed"),
+    (
+        "lora",
+        config(target_modules=["query", "value", "key"]),
+        "has no factors for 'encoder.layer.0.attention.self.key'",
+    ),
+    ("lora", config(target_modules=["query"]), "self.value', which adapter_config.json does not target"),
+    ("lora", config(exclude_modules=["value"]), "self.value', which adapter_config.json does not target"),
+    ("rslora", config(layers_to_transform=[1, 5]), "layer 5 has no targeted module in this base"),
+    (
+        "rslora",
+        config(layers_to_transform=[0]),
+        "encoder.layer.1.attention.self.key', which adapter_config.json does not",
+    ),
+    ("rslora", config(layers_pattern="blocks"), "layer 1 has no targeted module in this base"),
+    ("lora", config(r=4), "its config says rank 4"),
+    ("lora", config(r=0), "rank is 0; it must be an integer of at least 1"),
+    ("lora", config(lora_alpha="5"), "alpha is '5'; it must be a positive number"),
+    (
+        "lora",
+        config(rank_pattern={"value": 2}),
+        "self.value' has factors of shapes (3, 16) and (16, 3); its config says",
+    ),
+    ("lora", config(rank_pattern={"(": 2}), "not a regular expression"),
+    ("lora", config(rank_pattern=[3]), "has rank_pattern [3], which is malformed"),
+    ("lora", config(use_dora=True), "has no lora_magnitude_vector"),
+    (
+        "dora",
+        config(use_dora=False),
+        "has a lora_magnitude_vector that its config and its other tensors do not call for",
+    ),
+    ("lora", config(modules_to_save=["pooler"]), "has 'pooler' in modules_to_save, but no tensor of it was saved"),
+    ("whole", config(modules_to_save=["embeddings.LayerNorm"]), "differs from the base and is not in modules_to_save"),
+    ("whole", tensor("embeddings.LayerNorm.bias", gone), "has no tensor 'embeddings.LayerNorm.bias'"),
+    ("whole", tensor("embeddings.LayerNorm.bias", ones(5)), "of shape (5,), which does not fit"),
+    ("lora", tensor(f"{V}.lora_A.weight", gone), f"'{V}' has no lora_A.weight"),
+    ("lora", tensor(f"{V}.lora_B.weight", gone), f"'{V}' has no lora_B.weight"),
+    ("lora", tensor(f"{V}.lora_embedding_A", ones(3, 16)), f"'{V}' has no lora_embedding_B"),
+    ("lora", lambda f: f.tensors.clear(), "holds no factors"),
+    (
+        "lora",
+        tensor(f"{Q}.lora_A.default.weight", ones(3, 16)),
+        "lora_A.default.weight', which is no parameter of this",
+    ),
+    (
+        "lora",
+        tensor("pooler.dense.lora_A.weight", ones(3, 16)),
+        "adapts 'pooler.dense', which is no module of this base",
+    ),
+    (
+        "lora",
+        tensor("pooler.dense.weight", ones(16, 16)),
+        "has the tensor 'pooler.dense.weight', which is no parameter",
+    ),
+    ("lora", tensor(f"{Q}.weight", ones(16, 16)), "differs from the base and is not in modules_to_save"),
+    ("lora", tensor(f"{Q}.lora_A.weight", ones(3, 8)), "take 8 to 16, which 'layer_0/attention/query/kernel' of shape"),
+    ("lora", tensor(f"{Q}.lora_B.weight", ones(24, 3)), "take 16 to 24, which 'layer_0/attention/query/kernel'"),
+    ("lora", tensor(f"{Q}.lora_B.weight", ones(16, 2)), "shapes (3, 16) and (16, 2); its config says rank 3"),
+    ("lora", tensor(f"{Q}.lora_A.weight", ones(3, 4, 2, 2)), "only matrices can be read, no convolutions"),
+    ("lora", tensor(f"{Q}.lora_A.weight", ones(3, 16, dtype=np.float16)), "of dtypes float16 and float32"),
+    ("lora", tensor(f"{Q}.lora_A.weight", ones(3, 16, dtype=np.float64)), "is float64; float32, bfloat16 and float16"),
+    ("dora", tensor(f"{Q}.lora_magnitude_vector", ones(24)), "a magnitude of shape (24,) for 16 outputs"),
+]
+
+
+@pytest.mark.parametrize(("case", "change", "says"), FOLDERS)
+def test_bad_folders_say(tmp_path, params, case, change, says):
+    folder = Folder(tmp_path, case)
+    change(folder)
+    with pytest.raises(lk.AdapterError) as e:
+        lk.load_peft(folder.write(), base=params, names=NAMES)
+    assert says in str(e.value)
+    assert len(str(e.value).splitlines()) <= 4
+
+
+def text(name, content):
+    return lambda path: (path / name).write_text(content)
+
+
+def cut(path):
+    file = path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+FILES = [
+    (lambda path: (path / "adapter_config.json").unlink(), "is not a PEFT adapter: it has no adapter_config.json"),
+    (lambda path: (path / "adapter_model.safetensors").unlink(), "pickled weights are not read"),
+    (text("adapter_config.json", "{"), "is not JSON"),
+    (text("adapter_config.json", "[]"), "must hold an object, not list"),
+    (text("adapter_model.safetensors", "nothing"), "is damaged"),
+    (cut, "is damaged"),
+]
+
+
+@pytest.mark.parametrize(("damage", "says"), FILES)
+def test_damaged_files_say(tmp_path, params, damage, says):
+    path = Folder(tmp_path, "lora").write()
+    damage(path)
+    with pytest.raises(lk.AdapterError) as e:
+        lk.load_peft(path, base=params, names=NAMES)
+    assert says in str(e.value)
+
+
+def test_names_of_another_model_say(tmp_path, params):
+    path = Folder(tmp_path, "lora").write()
+    with pytest.raises(lk.AdapterError, match="targets 'query', which is no module of this base"):
+        lk.load_peft(path, base=params, names=classifier_names(CONFIG))
+    with pytest.raises(lk.AdapterError) as e:
+        lk.load_peft(path, base={"encoder": params}, names=classifier_names(CONFIG))
+    assert "is no module of this base" in str(e.value)
+    assert f"closest: 'bert.{Q}'" in str(e.value)
+
+
+def test_heads_that_peft_lists_by_itself_may_be_absent(tmp_path, params):
+    folder = Folder(tmp_path, "whole")
+    folder.config["modules_to_save"] += ["classifier", "score"]
+    with pytest.raises(lk.AdapterError, match="has 'classifier' in modules_to_save"):
+        lk.load_peft(folder.write(), base=params, names=NAMES)
+    folder.config["task_type"] = "SEQ_CLS"
+    assert len(lk.load_peft(folder.write(), base=params, names=NAMES).plan.full) == 4
+
+
+def test_a_rank_that_only_peft_allows_says(tmp_path, params):
+    folder = Folder(tmp_path, "lora")
+    folder.config["r"] = 40
+    folder.tensors = {n: np.ones((40, 16) if "lora_A" in n else (16, 40), np.float32) for n in folder.tensors}
+    with pytest.raises(lk.AdapterError, match=r"does not fit: rank 40 at .* is above min\(in, out\) = 16"):
+        lk.load_peft(folder.write(), base=params, names=NAMES)
+
+
+R1 = lk.LoRA(rank=1)
+PARAMS = {
+    "q": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)},
+    "k": {"kernel": jnp.ones((4, 4))},
+    "stack": {"kernel": jnp.ones((3, 4, 4))},
+    "window": {"kernel": jnp.ones((3, 3, 4, 4))},
+    "raw": jnp.ones((4, 4)),
+}
+TORCH = {
+    "q/kernel": "q.weight",
+    "q/bias": "q.bias",
+    "k/kernel": "k.weight",
+    "stack/kernel": "stack.weight",
+    "window/kernel": "window.weight",
+    "raw": "raw",
+}
+
+
+def fn(p, x):
+    y = x @ p["q"]["kernel"] + x @ p["k"]["kernel"] + p["q"]["bias"][None] + x @ p["raw"]
+    y, _ = jax.lax.scan(lambda c, w: (c @ w, None), y, p["stack"]["kernel"])
+    image = jnp.broadcast_to(y[:, None, None], (2, 3, 3, 4))
+    convolved = jax.lax.conv_general_dilated(
+        image, p["window"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return y + convolved[:, 0, 0]
+
+
+SAVES = [
+    ({"stack/kernel": R1}, {}, "'stack/kernel' of shape (3, 4, 4) is stacked over layers or experts"),
+    ({"window/kernel": R1}, {}, "contracts three axes, as a convolution does"),
+    ({"raw": R1}, {}, "'raw' is 'raw' in torch; PEFT adapts the `weight` of a module"),
+    ({"{q,k}/kernel": R1}, {"k/kernel": "q.weight"}, "'k/kernel' is 'q.weight' in torch"),
+    ({"q/kernel": R1, "k/kernel": lk.LoRA(rank=1, variant="dora")}, {}, "PEFT has one variant for all modules"),
+    ({"q/kernel": R1, "k/kernel": lk.LoRA(rank=1, rslora=True)}, {}, "PEFT has one rslora for all modules"),
+    ({"q/kernel": R1, "k/kernel": lk.LoRA(rank=1, dropout=0.1)}, {}, "PEFT has one dropout for all modules"),
+    ({"q/kernel": R1, "q/bias": lk.Full()}, {}, "'q' is adapted and also has a parameter trained in full"),
+    ({"k/kernel": R1, "q/*": lk.Full()}, {"k/kernel": "seq.weight"}, "takes 'q' for the end of 'seq', and trains both"),
+    ({"q/*": lk.Full()}, {}, "has no low-rank site"),
+    ({"q/kernel": R1, "stack/kernel": lk.Full()}, {}, "its name does not tell its layout in torch"),
+    ({"q/kernel": R1}, {"q/kernel": None}, "`names` gives 'q/kernel' no name in torch"),
+]
+
+
+@pytest.mark.parametrize(("rules", "renamed", "says"), SAVES)
+def test_what_peft_cannot_hold_says(tmp_path, rules, renamed, says):
+    spec = lk.Spec(rules)
+    plan = lk.resolve(spec, PARAMS, fn, jnp.ones((2, 4)))
+    _, factors = lk.split(PARAMS, plan, jax.random.key(0))
+    names = {p: name for p, name in (TORCH | renamed).items() if name}
+    with pytest.raises(lk.AdapterError) as e:
+        lk.save_peft(tmp_path / "x", spec, factors, base=PARAMS, names=names, plan=plan)
+    assert says in str(e.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_factors_that_do_not_fit_or_are_not_finite_say(tmp_path):
+    spec = lk.Spec({"q/kernel": R1})
+    _, factors = lk.split(PARAMS, lk.resolve(spec, PARAMS), jax.random.key(0))
+    bad = [
+        ({}, "the factors lack 'q/kernel'"),
+        ({"q/kernel": factors["q/kernel"]._replace(b=jnp.ones((2, 4)))}, "expects a (1, 4), b (1, 4)"),
+        ({"q/kernel": factors["q/kernel"]._replace(b=jnp.full((1, 4), jnp.nan))}, "not finite; nothing was saved"),
+        ({"q/kernel": factors["q/kernel"]._replace(scale=jnp.float32(2))}, "carry a traced scale"),
+    ]
+    for found, says in bad:
+        with pytest.raises(lk.AdapterError) as e:
+            lk.save_peft(tmp_path / "x", spec, found, base=PARAMS, names=TORCH)
+        assert says in str(e.value)
+    assert list(tmp_path.iterdir()) == []
