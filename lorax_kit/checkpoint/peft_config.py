@@ -64,14 +64,28 @@ def read_config(folder: Path) -> dict[str, Any]:
                 f"{str(file)!r} has {key} {value!r}, which has no counterpart here: without it the adapter would "
                 "compute something else.\n  train it with the default, or merge it in PEFT and load the merged weights"
             )
-    kinds: dict[str, Any] = {"rank_pattern": dict, "alpha_pattern": dict, "use_rslora": bool, "use_dora": bool}
-    for key in ("target_modules", "exclude_modules", "layers_pattern"):
-        kinds[key] = (str, list)
-    for key, kind in (kinds | {"modules_to_save": list, "layers_to_transform": (int, list)}).items():
-        value = config.get(key)
-        if value is not None and not isinstance(value, kind):
-            raise AdapterError(f"{str(file)!r} has {key} {value!r}, which is malformed.")
+    _check_types(file, config)
     return config
+
+
+def _check_types(file: Path, config: Mapping[str, Any]) -> None:
+    """What is walked through below; `LoRA` itself checks ranks, alphas and dropout."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "rank_pattern": (dict,),
+        "alpha_pattern": (dict,),
+        "use_rslora": (bool,),
+        "use_dora": (bool,),
+        "target_modules": (str, list),
+        "exclude_modules": (str, list),
+        "layers_pattern": (str, list),
+        "modules_to_save": (list,),
+        "layers_to_transform": (int, list),
+    }
+    for key, kind in kinds.items():
+        value, element = config.get(key), int if key == "layers_to_transform" else str
+        ok = value is None or isinstance(value, kind)
+        if not ok or (isinstance(value, list) and not all(isinstance(x, element) for x in value)):
+            raise AdapterError(f"{str(file)!r} has {key} {value!r}, which is malformed.")
 
 
 def _listed(value: str | list[str] | None) -> list[str]:
@@ -82,21 +96,22 @@ def _suffix(name: str, entry: str) -> bool:
     return name == entry or name.endswith(f".{entry}")
 
 
-def _fullmatch(pattern: str, name: str) -> bool:
+def _matches(pattern: str, name: str, around: str = "{}") -> re.Match[str] | None:
+    """Whether a pattern of the config, with what PEFT puts around it, matches a whole name."""
     try:
-        return re.fullmatch(pattern, name) is not None
+        return re.fullmatch(around.replace("{}", pattern), name)
     except re.error as e:
         raise AdapterError(f"{CONFIG} has the pattern {pattern!r}, not a regular expression: {e}.") from None
 
 
 def _layer(config: Mapping[str, Any], name: str) -> int | None:
-    """The number of the layer that a module lies in: the first number after a list of modules."""
-    patterns = _listed(config.get("layers_pattern")) or [r"[^.]*"]
-    for pattern in patterns:
-        start = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
-        found = re.match(rf"{start}{pattern}\.(\d+)\.", name)
+    """The number of the layer that a module lies in: the first one, or the one after a name in layers_pattern."""
+    patterns = _listed(config.get("layers_pattern"))
+    around = r"(?:|.*?\.){}\.(\d+)\..*" if patterns else r".*?\.{}\.(\d+)\..*"
+    for pattern in patterns or [r"[^.]*"]:
+        found = _matches(pattern, name, around)
         if found:
-            return int(found.group(1))
+            return int(found.groups()[-1])
     return None
 
 
@@ -111,8 +126,7 @@ def targeted(config: Mapping[str, Any], modules: Collection[str]) -> set[str] | 
         return None
     hits: set[str] = set()
     for entry in [wanted] if isinstance(wanted, str) else wanted:
-        match = _fullmatch if isinstance(wanted, str) else lambda pattern, name: _suffix(name, pattern)
-        found = {name for name in modules if match(entry, name)}
+        found = {n for n in modules if (_matches(entry, n) if isinstance(wanted, str) else _suffix(n, entry))}
         if not found:
             raise AdapterError(
                 f"{CONFIG} targets {entry!r}, which is no module of this base.\n"
@@ -133,11 +147,11 @@ def targeted(config: Mapping[str, Any], modules: Collection[str]) -> set[str] | 
         hits = {name for name, layer in by_name.items() if layer in layers}
     excluded = config.get("exclude_modules")
     if isinstance(excluded, str):
-        hits = {name for name in hits if not _fullmatch(excluded, name)}
+        hits = {name for name in hits if not _matches(excluded, name)}
     elif excluded:
         hits = {name for name in hits if not any(_suffix(name, entry) for entry in excluded)}
     saved = config.get("modules_to_save") or ()
-    return {name for name in hits if not any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in saved)}
+    return {name for name in hits if not any(_matches(entry, name, r"(|.*\.){}(|\..*)") for entry in saved)}
 
 
 def kept_whole(config: Mapping[str, Any], name: str) -> str | None:
@@ -162,7 +176,7 @@ def setting_of(config: Mapping[str, Any], module: str, dtype: str) -> LoRA:
 
     def of(patterns: str, default: str, fallback: int) -> Any:
         for pattern, value in (config.get(patterns) or {}).items():
-            if _fullmatch(rf"(.*\.)?({pattern})", module):
+            if _matches(pattern, module, r"(.*\.)?({})"):
                 return value
         return config.get(default, fallback)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from lorax_kit.report.conditions import Condition, Summary, at_edge_of_grid
+from lorax_kit.report.conditions import Condition, Summary, at_edge_of_grid, rates_tried
 from lorax_kit.report.tables import bytes_text, interval_text, p_text, percent, plural, signed
 from lorax_kit.study.statistics import Comparison, seeds_needed, smallest_p
 
@@ -23,7 +23,7 @@ def answer(summary: Summary) -> list[str]:
 
     Example:
       >>> print("\\n".join(answer(summarise(read_run("runs/demo")))))  # doctest: +SKIP
-      Rank 8 has the best mean validation accuracy; its test accuracy is 87.3 % ...
+      Rank 4 (learning rate 0.002) has the best mean validation accuracy. Its test accuracy is 78.3 % ...
     """
     best = summary.best
     if best is None:
@@ -39,19 +39,20 @@ def answer(summary: Summary) -> list[str]:
     smaller = [c for c in summary.ladder if c.rank < best.rank and c.values(summary.metric).size]
     if smaller:
         paragraphs.append(_against_smaller(summary, best, smaller[-1]))
-    elif len(summary.ladder) > 1:
-        paragraphs.append(f"Rank {best.rank} is also the smallest rank that finished; try smaller ones.")
+    elif len([c for c in summary.ladder if c.values(summary.metric).size]) > 1:
+        advice = ": no larger rank did better on validation data." if best.rank == 1 else "; try smaller ones."
+        paragraphs.append(f"Rank {best.rank} is also the smallest rank that finished{advice}")
     else:
-        paragraphs.append("Only one rank was trained, so nothing can be said about the choice of rank.")
-    if len(smaller) > 1 or len(summary.ladder) > len(smaller) + 1:
-        paragraphs.append(_cheapest(summary, best))
+        paragraphs.append("Only one rank finished, so nothing can be said about the choice of rank.")
+    if len(smaller) > 1:
+        paragraphs.append(_cheapest(summary, best, smaller))
     if summary.probe is not None:
-        paragraphs.append(_against_probe(summary, summary.probe))
+        paragraphs.append(_against_probe(summary, best, summary.probe))
     return [paragraph for paragraph in paragraphs if paragraph]
 
 
 def cautions(summary: Summary) -> list[str]:
-    """What limits the answer: an unfinished run, diverged trials, rates at the edge of the grid, notes."""
+    """What limits the answer: an unfinished run, diverged trials, too few rates or one at the edge, notes."""
     run = summary.run
     found = []
     if len(run.trials) < run.planned:
@@ -68,6 +69,12 @@ def cautions(summary: Summary) -> list[str]:
             "on not diverging."
         )
     edges = at_edge_of_grid(summary)
+    few = max((rates_tried(summary, condition) for condition in summary.ladder), default=0)
+    if len(summary.ladder) > 1 and few < 3:
+        found.append(
+            f"At most {plural(few, 'learning rate')} per rank: ranks may differ only because the rate suits some "
+            "of them better. To compare ranks, try at least three rates around the best."
+        )
     if edges:
         ranks = ", ".join(str(condition.rank) for condition in edges)
         found.append(
@@ -94,16 +101,17 @@ def _headline(summary: Summary, best: Condition) -> str:
         if any(c.values("val_accuracy").size < best.values("val_accuracy").size for c in chosen):
             text += f" among the conditions with {plural(len(best.done), 'finished seed')}"
         text += f". Its {value_text}"
-    text += "." if not math.isnan(value.low) else ", from a single seed, so without an interval."
+    text += "." if not math.isnan(value.low) else " from a single seed, so without an interval."
     params, size = best.first("params"), best.first("adapter_bytes")
     if params is not None:
         text += f" It trains {params:,.0f} parameters"
         text += f" ({bytes_text(size)} on disk)." if size is not None else "."
-    highest = max(c.mean(summary.metric) for c in chosen if c.values(summary.metric).size)
-    if highest > best.mean(summary.metric) and summary.metric == "test_accuracy":
+    highest = max((c for c in chosen if c.values(summary.metric).size), key=lambda c: c.mean(summary.metric))
+    if highest.mean(summary.metric) > best.mean(summary.metric) and summary.metric == "test_accuracy":
+        other = f"Rank {highest.rank}" + (f" ({highest.family})" if highest.family != best.family else "")
         text += (
-            f" (Another condition has the higher mean on test data, {percent(highest)}; the choice is made "
-            "on validation data, as it must be.)"
+            f" ({other} has a higher mean on test data, {percent(highest.mean(summary.metric))}; the choice is "
+            "made on validation data, as it must be.)"
         )
     return text
 
@@ -114,13 +122,13 @@ def _against_smaller(summary: Summary, best: Condition, smaller: Condition) -> s
     if found is None or not found.pairs:
         return f"{question} The two share no finished seed, so they cannot be compared."
     evidence = (
-        f"mean paired difference {_points(found)}, paired sign-flip test p = {p_text(found.p)}, "
+        f"mean paired difference {_points(found)}, sign-flip test of this pair alone {_p(found.p)}, "
         f"{plural(found.pairs, 'seed')}"
     )
     if found.pairs < seeds_needed():
         return (
-            f"{question} This run cannot tell: {evidence}. Fewer than {seeds_needed()} seeds cannot reach p "
-            f"< .05 (the smallest p that {plural(found.pairs, 'pair')} can give is "
+            f"{question} This run cannot tell: {evidence}. Fewer than {seeds_needed()} seeds cannot reach "
+            f"p < 0.05 (the smallest p that {plural(found.pairs, 'pair')} can give is "
             f"{smallest_p(found.pairs):.3g}), however large the difference."
         )
     if found.p < 0.05:
@@ -132,37 +140,47 @@ def _against_smaller(summary: Summary, best: Condition, smaller: Condition) -> s
     )
 
 
-def _cheapest(summary: Summary, best: Condition) -> str:
+def _cheapest(summary: Summary, best: Condition, smaller: list[Condition]) -> str:
     """The smallest rank the corrected tests cannot tell from the best; or why they cannot tell."""
     tests = [c for c in summary.comparisons if c.pairs]
-    pairs = max((c.pairs for c in tests), default=0)
-    if pairs < seeds_needed(len(tests)):
+    needed = seeds_needed(len(tests))
+    most = max((c.pairs for c in tests), default=0)
+    if most < needed:
         return (
-            f"All ranks at once: with {plural(len(tests), 'comparison')} and Holm's correction no p-value "
-            f"can fall below .05 before {seeds_needed(len(tests))} seeds (here {pairs}), so read the "
-            "intervals, not the absence of a small p."
+            f"All rows of the table at once: with {plural(len(tests), 'comparison')} and Holm's correction no "
+            f"p-value can fall below 0.05 before {needed} seeds (here {most}), so read the intervals, not the "
+            "absence of a small p."
         )
-    for condition in summary.ladder:
-        found = summary.comparison(condition)
-        if condition.rank < best.rank and found is not None and found.p_holm >= 0.05:
+    found = {c.rank: summary.comparison(c) for c in smaller}
+    alike = {rank: c for rank, c in found.items() if c is not None and not c.p_holm < 0.05}  # nan without a pair
+    unclear = [rank for rank, c in alike.items() if c.pairs < needed]
+    aside = f" (Rank {', '.join(map(str, unclear))}: too few seeds finished to tell.)" if unclear else ""
+    over = f"Holm's correction over {plural(len(tests), 'comparison')}"
+    for rank, c in alike.items():
+        if rank not in unclear:
             return (
-                f"The smallest rank not distinguishable from rank {best.rank} is {condition.rank}: the "
-                f"difference is {_points(found)}, p = {p_text(found.p_holm)} after Holm's correction over "
-                f"{plural(len(tests), 'comparison')}."
+                f"The smallest rank not distinguishable from rank {best.rank} is {rank}: the difference is "
+                f"{_points(c)}, {_p(c.p_holm)} after {over}.{aside}"
             )
-    return f"Every smaller rank is distinguishable from rank {best.rank} after Holm's correction."
+    which = "Every other smaller rank" if unclear else "Every smaller rank"
+    return f"{which} is distinguishable from rank {best.rank} after {over}.{aside}"
 
 
-def _against_probe(summary: Summary, probe: Condition) -> str:
+def _against_probe(summary: Summary, best: Condition, probe: Condition) -> str:
     found = next((c for c in summary.comparisons if c.condition == (*probe.family, 0)), None)
     if found is None or not found.pairs:
         return ""
-    gain = -100 * found.difference
     return (
-        f"The frozen encoder with a trained head reaches {percent(probe.mean(summary.metric))}; adapting it "
-        f"{'adds' if gain >= 0 else 'costs'} {abs(gain):.2f} points (sign-flip p = {p_text(found.p)}, "
-        f"{plural(found.pairs, 'seed')})."
+        f"The frozen encoder with a trained head reaches {percent(probe.mean(summary.metric))}; rank "
+        f"{best.rank} differs from it by {_points(found)}, sign-flip test of this pair alone {_p(found.p)}, "
+        f"{plural(found.pairs, 'seed')}."
     )
+
+
+def _p(p: float) -> str:
+    """0.031 -> "p = 0.031", 0.0001 -> "p < 0.001"."""
+    text = p_text(p)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
 def _points(found: Comparison) -> str:

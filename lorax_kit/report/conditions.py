@@ -154,6 +154,11 @@ def summarise(run: RunFolder) -> Summary:
     return Summary(run, metric, tuple(adapted), ladders, probe, best, tuple(comparisons), tuple(notes))
 
 
+def rates_tried(summary: Summary, condition: Condition) -> int:
+    """How many learning rates the family and rank of a condition were trained at."""
+    return sum((c.family, c.rank) == (condition.family, condition.rank) for c in summary.conditions)
+
+
 def at_edge_of_grid(summary: Summary) -> tuple[Condition, ...]:
     """Chosen conditions of the headline ladder whose rate is the lowest or highest of three or more tried."""
     edges = []

@@ -25,14 +25,15 @@ from lorax_kit.report.plots import (
     legend_below,
     log_axis,
     log_values,
+    numbered,
     rank_axis,
     rank_colour,
     render,
     whole_numbers,
     write_cells,
 )
-from lorax_kit.report.series import binned_curves, effective_ranks, mean_spectra, rate_map, short_names
-from lorax_kit.report.tables import bytes_text
+from lorax_kit.report.series import BINS, binned_curves, effective_ranks, mean_spectra, rate_map, short_names
+from lorax_kit.report.tables import bytes_text, count_text
 
 Made = tuple[Figure, str] | str
 
@@ -96,34 +97,40 @@ def accuracy_by_parameters(summary: Summary) -> Made:
     }
     if sum(map(len, ladders.values())) < 2:
         return "Accuracy against parameters: it takes two finished conditions that have both."
+
+    def spot(condition: Condition, k: int) -> float:
+        """Families of equal counts would hide each other: drawn 3 % apart."""
+        return (condition.first("params") or 0) * 1.03 ** (k - (len(ladders) - 1) / 2)
+
     figure = canvas(3.4)
     axes = figure.add_subplot()
     _probe_band(axes, summary)
     for k, (family, ladder) in enumerate(ladders.items()):
         colour, marker = family_style(k)
         for condition in ladder:
-            x, y = condition.first("params") or 0, 100 * condition.mean(summary.metric)
+            x, y = spot(condition, k), 100 * condition.mean(summary.metric)
             _interval(axes, x, condition, summary, colour, marker)
             if len(ladders) == 1:
                 name = f"r = {condition.rank}"
                 axes.annotate(name, (x, y), xytext=(6, -10), textcoords="offset points", color=QUIET)
         means = [100 * c.mean(summary.metric) for c in ladder]
         label = str(family) if len(ladders) > 1 else None
-        axes.plot([c.first("params") or 0 for c in ladder], means, lw=0.8, color=colour, alpha=0.6)
+        axes.plot([spot(c, k) for c in ladder], means, lw=0.8, color=colour, alpha=0.6)
         axes.plot([], [], marker + "-", color=colour, label=label)
-    log_axis(axes, "x", [c.first("params") or 0 for ladder in ladders.values() for c in ladder], _count)
+    log_axis(axes, "x", [c.first("params") or 0 for ladder in ladders.values() for c in ladder], count_text)
     axes.set(xlabel="trained parameters (log scale)", ylabel=f"{_metric(summary)} (%)")
     axes.margins(y=0.12)
     legend_below(figure, axes, columns=2 if len(ladders) > 1 else 1)
     return figure, (
         f"{_metric(summary).capitalize()} against the number of trained parameters. Points are means over "
         f"seeds, bars 95 % intervals ({_methods(summary)}).{_choice(summary)}"
+        + (" Settings are drawn 3 % apart, so that equal counts do not hide each other." if len(ladders) > 1 else "")
     )
 
 
 def cost_by_rank(summary: Summary) -> Made:
     """Trained parameters and adapter size by rank."""
-    panels = [("params", "trained parameters", _count), ("adapter_bytes", "adapter on disk", bytes_text)]
+    panels = [("params", "trained parameters", count_text), ("adapter_bytes", "adapter on disk", bytes_text)]
     chosen = [condition for ladder in summary.ladders.values() for condition in ladder]
     panels = [panel for panel in panels if sum(bool(c.first(panel[0])) for c in chosen) > 1]
     if not panels:
@@ -160,7 +167,8 @@ def rate_by_rank(summary: Summary) -> Made:
     finite = np.concatenate([values[np.isfinite(values)] for values, _ in maps.values()])
     if not finite.size:
         return "Rate by rank: no trial finished with a validation accuracy."
-    limits = (float(finite.min()), float(max(finite.max(), finite.min() + 0.1)))
+    # At least a point wide: noise between equal cells must not look like structure.
+    limits = (float(min(finite.min(), finite.max() - 1)), float(finite.max()))
     columns = min(2, len(maps))
     rows = math.ceil(len(maps) / columns)
     figure = canvas((0.4 * len(summary.rates) + 0.9) * rows + 0.3)
@@ -178,6 +186,7 @@ def rate_by_rank(summary: Summary) -> Made:
             if condition.values("val_accuracy").size:
                 frame_cell(axes, summary.rates.index(condition.lr), summary.ranks.index(condition.rank))
         axes.set_yticks(range(len(summary.rates)), [f"{rate:g}" for rate in summary.rates])
+        axes.invert_yaxis()
         axes.set_ylabel("learning rate" if k % columns == 0 else "")
         rank_axis(axes, summary.ranks, pad=0.5)
         if len(maps) > 1:
@@ -216,11 +225,10 @@ def loss_curves(summary: Summary) -> Made:
         axes.set(xlabel="step", ylabel=names[key])
         whole_numbers(axes, 5)
     legend_below(figure, shown[0], columns=7)
-    family = f" of {summary.ladder[0].family}" if len(summary.ladders) > 1 else ""
     return figure, (
-        f"Losses by step for each rank{family}.{_choice(summary)} Thick lines are means over the seeds that "
-        "ran to the end, thin lines single seeds. Training losses are averaged within up to 60 bins of "
-        "steps. The vertical axes differ."
+        f"Losses by step for each rank{_whose(summary)}.{_choice(summary)} Thick lines are means over the seeds that "
+        f"ran to the end, thin lines single seeds. Losses of more than {BINS} steps are averaged within {BINS} equal "
+        "stretches of steps." + (" The vertical axes differ." if len(panels) > 1 else "")
     )
 
 
@@ -238,17 +246,19 @@ def singular_values(summary: Summary) -> Made:
             axes.plot(range(1, len(values) + 1), values, lw=0.5, color=colour, alpha=0.3)
         shortest = min(map(len, sites))
         mean = np.mean([values[:shortest] for values in sites], axis=0)
-        axes.plot(range(1, shortest + 1), mean, "o-", ms=3.5, lw=1.6, color=colour, label=f"rank {rank}")
+        # Shorter lines in front: where ranks agree, the end of each stays visible.
+        style = {"ms": 3.5, "lw": 1.6, "color": colour, "label": f"rank {rank}", "zorder": 3 + 1 / rank}
+        axes.plot(range(1, shortest + 1), mean, "o-", **style)
     scale = "log" if any((values > 0).any() for _, sites in found for values in sites) else "linear"
     axes.set(xlabel="index of the singular value", ylabel=f"singular value of the delta ({scale} scale)")
     if scale == "log":
         log_values(axes)
-    whole_numbers(axes, 8)
+    numbered(axes, max(len(values) for _, sites in found for values in sites))
     axes.legend(ncols=2 if len(found) > 5 else 1)
     return figure, (
-        "Singular values of the trained deltas, scale included, largest first. Thin lines are single sites "
-        "(mean over seeds), thick lines the mean over sites. A steep fall: a smaller rank would hold most "
-        "of the delta."
+        f"Singular values of the trained deltas{_whose(summary)}, scale included, largest first. Thin lines are "
+        "single sites (mean over seeds), thick lines the mean over sites. A steep fall: a smaller rank would hold most "
+        "of this delta, which is not to say that training at that rank finds it."
     )
 
 
@@ -272,9 +282,9 @@ def effective_rank_by_site(summary: Summary) -> Made:
     rank_axis(axes, ranks, pad=0.5)
     colour_bar(figure, image, [axes], "effective rank")
     return figure, (
-        "Effective rank of each site's delta: exp of the entropy of its normalised singular values (Roy & "
-        "Vetterli 2007), mean over seeds. Near the trained rank, the rank is used up; far below it, there "
-        "is room to spare."
+        f"Effective rank of each site's delta{_whose(summary)}: exp of the entropy of its normalised singular values "
+        "(Roy & Vetterli 2007), mean over seeds. Near the trained rank, all directions carry weight; far below "
+        "it, few do."
     )
 
 
@@ -293,7 +303,7 @@ def _interval(axes: Axes, x: float, condition: Condition, summary: Summary, colo
     mean, low, high, _ = condition.interval(summary.metric)
     if not math.isnan(low):
         axes.plot([x, x], [100 * low, 100 * high], lw=1.5, color=colour, solid_capstyle="butt")
-    axes.plot([x], [100 * mean], marker, ms=5.5, color=colour, mec="white", mew=0.8)
+    axes.plot([x], [100 * mean], marker, ms=5, color=colour, mew=0)
 
 
 def _probe_band(axes: Axes, summary: Summary) -> None:
@@ -305,13 +315,6 @@ def _probe_band(axes: Axes, summary: Summary) -> None:
     axes.axhline(100 * mean, color=QUIET, lw=1, ls="--", label="frozen encoder, trained head")
 
 
-def _count(value: float) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:g}"
-
-
 def _metric(summary: Summary) -> str:
     return "test accuracy" if summary.metric == "test_accuracy" else "validation accuracy"
 
@@ -319,6 +322,11 @@ def _metric(summary: Summary) -> str:
 def _methods(summary: Summary) -> str:
     used = {c.interval(summary.metric).method for ladder in summary.ladders.values() for c in ladder}
     return "; ".join(sorted(used - {"no finished trial"})) or "none"
+
+
+def _whose(summary: Summary) -> str:
+    """The family that a figure of one ladder shows, where the run has several."""
+    return f" ({summary.ladder[0].family})" if len(summary.ladders) > 1 else ""
 
 
 def _choice(summary: Summary) -> str:

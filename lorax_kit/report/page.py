@@ -6,8 +6,10 @@ The only file that uses jinja2; the page itself is `page.html` beside it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from lorax_kit.report.conditions import Summary, summarise
 from lorax_kit.report.figures import draw
 from lorax_kit.report.plots import Plot
 from lorax_kit.report.run_folder import RunFolder, read_run, replace_file
-from lorax_kit.report.tables import bytes_text, plural, summary_rows, trial_rows, write_csv
+from lorax_kit.report.tables import CHOSEN, bytes_text, plural, summary_rows, trial_rows, write_csv
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
@@ -82,10 +84,13 @@ def _context(summary: Summary, plots: list[Plot], left_out: list[str]) -> dict[s
         "rows": summary_rows(summary),
         "several": len(summary.ladders) > 1,
         "metric": summary.metric.replace("_", " "),
+        "chosen": CHOSEN,
+        "limits": _limits(summary),
         "trials": trial_rows(summary),
         "failed": summary.failed,
         "environment": _flat(run.study.get("environment")),
         "task": _flat(run.study.get("task")),
+        "compiles": _compiles(run),
         "groups": _groups(run),
         "command": str(run.study.get("command") or ""),
         "design": _json(run.study.get("design")),
@@ -114,8 +119,28 @@ def _subtitle(run: RunFolder) -> str:
     sizes = [f"{task[key]:,} {key}" for key in ("train", "val", "test") if isinstance(task.get(key), int)]
     parts.append(", ".join(sizes))
     started = str(run.study.get("started") or "")
-    parts.append(started.replace("T", " ")[:16])
+    parts.append(started.replace("T", " ")[:16] + (" UTC" if started.endswith("+00:00") else ""))
     return " · ".join(part for part in parts if part)
+
+
+def _limits(summary: Summary) -> str:
+    """What the intervals over seeds leave out: the sample of examples and, with a shared stream, the data order."""
+    parts = []
+    part = summary.metric.split("_")[0]
+    count = (summary.run.study.get("task") or {}).get(part)
+    share = summary.best.mean(summary.metric) if summary.best else math.nan
+    if isinstance(count, int) and count > 0 and not math.isnan(share):
+        error = 100 * math.sqrt(share * (1 - share) / count)
+        parts.append(
+            f"Every trial is measured on the same {count:,} examples: over another sample of so many, an accuracy of "
+            f"{100 * share:.1f} % has a standard error of {error:.1f} points, which the intervals leave out."
+        )
+    if (summary.run.study.get("design") or {}).get("stream") == "shared":
+        parts.append(
+            "All trials saw the same batches in the same order: the seeds vary the initial factors and the head, "
+            "not the order of the data."
+        )
+    return " ".join(parts)
 
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:
@@ -139,18 +164,33 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _groups(run: RunFolder) -> list[str]:
-    lines = []
-    for group in run.study.get("groups") or ():
-        parts = [plural(int(group.get("trials") or 0), "trial")]
-        if group.get("seconds") is not None:
-            parts.append(f"{group['seconds']:.1f} s")
-        if group.get("compile_seconds") is not None:
-            parts.append(f"{group['compile_seconds']:.1f} s of it compiling")
-        if group.get("estimated_bytes") is not None:
-            parts.append(f"about {bytes_text(group['estimated_bytes'])}")
-        lines.append(", ".join(parts))
-    return lines
+def _compiles(run: RunFolder) -> str:
+    """How many programs were compiled for how many trained groups."""
+    groups = run.study.get("groups") or ()
+    compiles = run.study.get("compiles")
+    if not isinstance(compiles, int) or not groups:
+        return ""
+    return f"The training step was compiled {_times(compiles)} for {plural(len(groups), 'group')} of stacked trials."
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _groups(run: RunFolder) -> list[dict[str, str]]:
+    """One row per trained group, formatted; what a group did not record is left blank."""
+    forms: dict[str, Callable[[Any], str]] = {
+        "trials": str,
+        "size": str,
+        "estimated_bytes": bytes_text,
+        "temp_bytes": lambda size: bytes_text(size) if size else "not reported",
+        "seconds": "{:.1f}".format,
+        "compile_seconds": "{:.1f}".format,
+    }
+    return [
+        {key: "" if group.get(key) is None else form(group[key]) for key, form in forms.items()}
+        for group in run.study.get("groups") or ()
+    ]
 
 
 def _flat(value: Any) -> list[tuple[str, str]]:
@@ -159,4 +199,21 @@ def _flat(value: Any) -> list[tuple[str, str]]:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) if value else ""
+    """A config's value per line: `json.dumps(indent=2)` spends a page on lists of numbers."""
+    if not isinstance(value, dict) or not value:
+        return ""
+    lines = (f"  {json.dumps(key)}: {_nested(item)}" for key, item in value.items())
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def _nested(value: Any) -> str:
+    """On one line if it is short; otherwise an item per line."""
+    text = json.dumps(value, ensure_ascii=False)
+    if len(text) <= 80 or not isinstance(value, dict | list):
+        return text
+    if isinstance(value, dict):
+        items = [f"{json.dumps(key)}: {json.dumps(item, ensure_ascii=False)}" for key, item in value.items()]
+    else:
+        items = [json.dumps(item, ensure_ascii=False) for item in value]
+    opening, closing = text[0], text[-1]
+    return f"{opening}\n" + ",\n".join(f"    {item}" for item in items) + f"\n  {closing}"

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5b5b5b", "#000000")
 MARKERS = "osD^vPXh"
@@ -153,8 +153,10 @@ def log_axis(axes: Axes, which: str, values: Sequence[float], text: Callable[[fl
 
 
 def log_values(axes: Axes) -> None:
-    """A log y axis with plain numbers at powers of ten."""
+    """A log y axis with plain numbers at powers of ten, and at 2 and 5 times them where there are few."""
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
@@ -162,6 +164,12 @@ def log_values(axes: Axes) -> None:
 def whole_numbers(axes: Axes, most: int) -> None:
     """Integer ticks along x, at most about `most` of them."""
     axes.xaxis.set_major_locator(MaxNLocator(most, integer=True))
+
+
+def numbered(axes: Axes, last: int) -> None:
+    """Ticks at 1 to `last` along x, the first always among them, at most about eight."""
+    axes.set_xlim(0.5, last + 0.5)
+    axes.set_xticks(range(1, last + 1, max(1, math.ceil((last - 1) / 7))))
 
 
 def legend_below(figure: Figure, axes: Axes, columns: int = 4) -> None:

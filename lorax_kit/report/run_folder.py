@@ -22,6 +22,9 @@ REQUIRED = {
     "spectra.jsonl": ("trial", "site", "singular_values"),
 }
 OPTIONAL_TRIAL_KEYS: Record = {"alpha": None, "targets": "", "variant": ""}
+NUMBERS = ("rank", "lr", "step")
+COSTS = ("alpha", "params", "adapter_bytes", "train_seconds")
+SCORES = ("loss", "train_loss", "val_loss", "test_loss", "val_accuracy", "test_accuracy", "effective_rank")
 
 
 class RunFolderError(ValueError):
@@ -50,9 +53,8 @@ class RunFolder:
 
     @property
     def planned(self) -> int:
-        """Number of trials the design asked for: the larger of what the groups say and what is there."""
-        groups = self.study.get("groups") or ()
-        return max(len(self.trials), sum(int(group.get("trials") or 0) for group in groups))
+        """Number of trials the design asked for, as `study.json` lists them before the first one starts."""
+        return max(len(self.trials), len(self.study.get("trials") or ()))
 
     @property
     def finished(self) -> bool:
@@ -75,7 +77,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFolder:
     Example:
       >>> run = read_run("runs/demo")  # doctest: +SKIP
       >>> len(run.trials), run.planned  # doctest: +SKIP
-      (30, 30)
+      (18, 18)
     """
     path = Path(run_dir)
     if not path.is_dir():
@@ -93,7 +95,10 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFolder:
         )
     latest = {record["trial"]: OPTIONAL_TRIAL_KEYS | record for record in trials}
     if len(latest) < len(trials):
-        notes.append(f"{len(trials) - len(latest)} trials were recorded twice; the later record counts.")
+        notes.append(
+            f"Trials recorded more than once (a resumed run): {len(trials) - len(latest)} earlier records are "
+            "superseded by the later one."
+        )
     curves: dict[tuple[str, int], Record] = {}
     for record in _lines(path / "curves.jsonl", notes):
         curves.setdefault((record["trial"], record["step"]), {}).update(record)
@@ -183,8 +188,10 @@ def _record(name: str, line: bytes) -> Record:
     missing = [key for key in REQUIRED[name] if key not in record]
     if missing:
         raise ValueError(f"lacks {', '.join(map(repr, missing))} (has {', '.join(record) or 'nothing'}).")
-    for key in ("rank", "lr", "step"):
+    for key in (*NUMBERS, *COSTS, *SCORES):
         value = record.get(key, 0)
+        if value is None and key not in NUMBERS:  # a trial that diverged has none
+            continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{key!r} is {value!r}, expected a number.")
     return record

@@ -13,7 +13,7 @@ from lorax_kit.report.conditions import Condition, Family, Summary
 from lorax_kit.report.run_folder import RunFolder
 
 Array = np.ndarray
-BINS = 60
+BINS = 25  # fewer, and falls are lost; more, and the noise of single batches hides the ranks
 
 
 def binned_curves(run: RunFolder, condition: Condition, key: str) -> list[tuple[Array, Array]]:

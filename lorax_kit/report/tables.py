@@ -20,17 +20,21 @@ COLUMNS = (
     "targets",
     "variant",
     "params",
+    "factor_bytes",
     "adapter_bytes",
     "steps",
     "train_loss",
     "val_loss",
     "val_accuracy",
+    "test_loss",
     "test_accuracy",
     "train_seconds",
     "compiles",
     "status",
     "failed_step",
 )
+
+CHOSEN = "chosen"
 
 
 def write_csv(run: RunFolder, path: str | Path) -> Path:
@@ -48,10 +52,11 @@ def write_csv(run: RunFolder, path: str | Path) -> Path:
 
 
 def summary_rows(summary: Summary) -> list[dict[str, str]]:
-    """One row of formatted cells per chosen condition, the probe first.
+    """One row of formatted cells per condition at its chosen rate, the probe first.
 
-    Keys: setting, rank, rate, seeds, accuracy, validation, loss, params, size, seconds, difference, p.
-    `difference` is the condition's mean minus the best one's in percentage points; `p` is Holm-corrected.
+    Keys: setting, rank, rate, seeds, accuracy, validation, loss, params, size, difference, p.
+    `difference` is the mean paired difference to the condition with the best mean validation accuracy (its
+    own cell says "chosen"), in percentage points; `p` is Holm-corrected.
     """
     chosen = [condition for ladder in summary.ladders.values() for condition in ladder]
     return [_row(summary, condition) for condition in [*([summary.probe] if summary.probe else []), *chosen]]
@@ -62,8 +67,8 @@ def summary_table(run: RunFolder) -> str:
 
     Example:
       >>> print(summary_table(read_run("runs/demo")))  # doctest: +SKIP
-      demo: 30 of 30 trials
-      rank     lr  seeds  test accuracy        params  adapter   vs best  p (Holm)
+      demo: 18 of 18 trials
+       rank     lr  seeds  test accuracy (95 %)   params   adapter  vs chosen  p (Holm)
       ...
     """
     summary = summarise(run)
@@ -76,7 +81,7 @@ def summary_table(run: RunFolder) -> str:
         "accuracy": f"{metric} (95 %)",
         "params": "params",
         "size": "adapter",
-        "difference": "vs best",
+        "difference": "vs chosen",
         "p": "p (Holm)",
     }
     rows = summary_rows(summary)
@@ -128,10 +133,9 @@ def trial_rows(summary: Summary) -> list[dict[str, tuple[str, float | str]]]:
 def _row(summary: Summary, condition: Condition) -> dict[str, str]:
     found = summary.comparison(condition)
     params, size = condition.first("params"), condition.first("adapter_bytes")
-    seconds = condition.mean("train_seconds")
     difference = p = ""
     if condition is summary.best:
-        difference = "best"
+        difference = CHOSEN
     elif found is not None and found.pairs:
         difference, p = signed(100 * found.difference), p_text(found.p_holm)
     return {
@@ -140,11 +144,10 @@ def _row(summary: Summary, condition: Condition) -> dict[str, str]:
         "rate": f"{condition.lr:g}",
         "seeds": _seeds(condition),
         "accuracy": interval_text(condition.interval(summary.metric), short=True),
-        "validation": percent(condition.mean("val_accuracy")),
+        "validation": _number(100 * condition.mean("val_accuracy"), ".1f"),
         "loss": _number(condition.mean("val_loss"), ".4f"),
         "params": "" if params is None else f"{params:,.0f}",
         "size": "" if size is None else bytes_text(size),
-        "seconds": _number(seconds, ".1f"),
         "difference": difference,
         "p": p,
     }
@@ -178,16 +181,24 @@ def interval_text(value: Interval, *, short: bool = False) -> str:
 
 
 def p_text(p: float) -> str:
-    """Three decimals, a bound below .001, a dash for nan."""
+    """Three decimals, a bound below 0.001, a dash for nan."""
     if math.isnan(p):
         return "–"
-    return "< .001" if p < 0.001 else f"{p:.3f}"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def signed(points: float) -> str:
     """Two decimals with a sign, "−" for minus and no sign on zero."""
     text = f"{points:+.2f}"
     return "0.00" if float(text) == 0 else text.replace("-", "−")
+
+
+def count_text(value: float) -> str:
+    """Three digits: 83714 -> "83.7k"."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:g}"
 
 
 def bytes_text(size: float) -> str:

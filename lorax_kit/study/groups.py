@@ -86,8 +86,8 @@ def step_bytes(losses: Callable[[Any], Any], factors: Any) -> int:
     """Estimated peak bytes beyond the base of one training step.
 
     What the backward pass keeps is exactly what `jax.vjp` closes over, read here from shapes alone. To it come the
-    factors, their gradients and two moments, and twice the largest operation as workspace. On the demo's 18 trials
-    this comes to within a tenth of what XLA allocates.
+    factors, their gradients and two moments, and twice the largest operation as workspace. For the demo's 18 trials
+    this gives 1.25 GB, where XLA on CPU allocates 1.51 GB: the budget of `available_bytes` leaves room for that.
 
     Args:
       losses: factors of the pack -> any array.
@@ -112,10 +112,10 @@ def _tree_bytes(tree: Any) -> int:
 
 
 def available_bytes(device: jax.Device) -> int:
-    """Memory that a study may plan with: 80 % of what the device reports free, or 60 % of the host's available."""
+    """Memory that a study may plan with: 75 % of what the device reports free, or 60 % of the host's available."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
-        return int(0.8 * (int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))))
+        return int(0.75 * (int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))))
     return int(0.6 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 

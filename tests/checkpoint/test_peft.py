@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import lorax_kit as lk
-from tests.fixtures.recorded import CASES, NAMES, PEFT, base, encode, outputs
+from lorax_kit.models import classifier_names
+from tests.fixtures.recorded import CASES, CONFIG, NAMES, PEFT, base, encode, outputs
 
 SCALES = {
     "lora": {"layer_0/attention/query/kernel": 5 / 3, "layer_1/attention/value/kernel": 5 / 3},
@@ -113,11 +114,11 @@ def test_written_patterns_hit_one_module_each(params, tmp_path):
     config = json.loads((tmp_path / "x/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (2, 4, "me/bert")
     assert len(config["target_modules"]) == 6
-    for key, value in (*config["rank_pattern"].items(), *config["alpha_pattern"].items()):
-        # PEFT's own way to look a pattern up.
-        hits = [m for m in config["target_modules"] if re.match(rf"(.*\.)?({key})$", m)]
-        assert len(hits) == 1
-        assert value != 2 or key in config["alpha_pattern"]
+    for pattern, values in (("rank_pattern", [1, 5, 5]), ("alpha_pattern", [7])):
+        assert sorted(config[pattern].values()) == values
+        for key in config[pattern]:
+            # PEFT's own way to look a pattern up.
+            assert sum(re.match(rf"(.*\.)?({key})$", m) is not None for m in config["target_modules"]) == 1
 
 
 def test_a_module_trained_in_part_is_written_whole(params, tmp_path):
@@ -133,6 +134,20 @@ def test_a_module_trained_in_part_is_written_whole(params, tmp_path):
     again = lk.load_peft(tmp_path / "x", base=params, names=NAMES)
     assert {leaf.path for leaf in again.plan.full} == {"layer_1/mlp/down/bias", "layer_1/mlp/down/kernel"}
     same(lk.merge(params, again.factors, again.plan), lk.merge(params, factors, plan))
+
+
+def test_a_classifiers_adapter_and_head_go_out_and_come_back(params, tmp_path):
+    head = {"kernel": jax.random.normal(jax.random.key(1), (16, 3)), "bias": jnp.arange(3.0)}
+    whole = {"encoder": params, "classifier": head}
+    spec = lk.Spec({"classifier/*": lk.Full(), "**/{query,value}/kernel": lk.LoRA(rank=2)})
+    _, factors = lk.split(whole, lk.resolve(spec, whole), jax.random.key(0))
+    names = classifier_names(CONFIG)
+    lk.save_peft(tmp_path / "x", spec, factors, base=whole, names=names)
+    tensors = load_file(tmp_path / "x/adapter_model.safetensors")
+    np.testing.assert_array_equal(tensors["base_model.model.classifier.weight"], head["kernel"].T)
+    a = tensors["base_model.model.bert.encoder.layer.1.attention.self.value.lora_A.weight"]
+    np.testing.assert_array_equal(a, factors["encoder/layer_1/attention/value/kernel"].a)
+    same(lk.load_peft(tmp_path / "x", base=whole, names=names).factors, dict(sorted(factors.items())))
 
 
 def test_a_name_that_ends_as_another_is_told_apart(tmp_path):
