@@ -40,8 +40,8 @@ def answer(summary: Summary) -> list[str]:
     if smaller:
         paragraphs.append(_against_smaller(summary, best, smaller[-1]))
     elif len([c for c in summary.ladder if c.values(summary.metric).size]) > 1:
-        advice = ": no larger rank did better on validation data." if best.rank == 1 else "; try smaller ones."
-        paragraphs.append(f"Rank {best.rank} is also the smallest rank that finished{advice}")
+        advice = "" if best.rank == 1 else "; try smaller ones"
+        paragraphs.append(f"Rank {best.rank} is also the smallest rank that finished{advice}.")
     else:
         paragraphs.append("Only one rank finished, so nothing can be said about the choice of rank.")
     if len(smaller) > 1:
@@ -72,8 +72,8 @@ def cautions(summary: Summary) -> list[str]:
     few = max((rates_tried(summary, condition) for condition in summary.ladder), default=0)
     if len(summary.ladder) > 1 and few < 3:
         found.append(
-            f"At most {plural(few, 'learning rate')} per rank: ranks may differ only because the rate suits some "
-            "of them better. To compare ranks, try at least three rates around the best."
+            f"Only {'one learning rate was' if few == 1 else 'two learning rates were'} tried per rank: a rank may "
+            "look better only because that suits it. To compare ranks, try at least three rates around the best."
         )
     if edges:
         ranks = ", ".join(str(condition.rank) for condition in edges)
@@ -92,28 +92,38 @@ def cautions(summary: Summary) -> list[str]:
 def _headline(summary: Summary, best: Condition) -> str:
     value = best.interval(summary.metric)
     chosen = [c for ladder in summary.ladders.values() for c in ladder]
+    seeds = {c: c.values("val_accuracy").size for c in chosen}
+    passed_over = [c for c in chosen if seeds[c] < seeds[best]]
     setting = f"{best.family}, learning rate {best.lr:g}" if len(summary.ladders) > 1 else f"learning rate {best.lr:g}"
     value_text = f"{METRIC_NAMES[summary.metric]} is {interval_text(value)}"
     if len(chosen) == 1:
         text = f"Rank {best.rank} ({setting}): the {value_text}"
     else:
         text = f"Rank {best.rank} ({setting}) has the best mean validation accuracy"
-        if any(c.values("val_accuracy").size < best.values("val_accuracy").size for c in chosen):
-            text += f" among the conditions with {plural(len(best.done), 'finished seed')}"
+        if passed_over:
+            text += f" among the conditions with {plural(best.values('val_accuracy').size, 'finished seed')}"
         text += f". Its {value_text}"
     text += "." if not math.isnan(value.low) else " from a single seed, so without an interval."
     params, size = best.first("params"), best.first("adapter_bytes")
     if params is not None:
         text += f" It trains {params:,.0f} parameters"
         text += f" ({bytes_text(size)} on disk)." if size is not None else "."
-    highest = max((c for c in chosen if c.values(summary.metric).size), key=lambda c: c.mean(summary.metric))
+    rivals = [c for c in chosen if c not in passed_over and c.values(summary.metric).size]
+    highest = max(rivals, key=lambda c: c.mean(summary.metric))
     if highest.mean(summary.metric) > best.mean(summary.metric) and summary.metric == "test_accuracy":
-        other = f"Rank {highest.rank}" + (f" ({highest.family})" if highest.family != best.family else "")
         text += (
-            f" ({other} has a higher mean on test data, {percent(highest.mean(summary.metric))}; the choice is "
-            "made on validation data, as it must be.)"
+            f" (Rank {_which(highest, best)} has a higher mean on test data, {percent(highest.mean(summary.metric))}; "
+            "the choice is made on validation data, as it must be.)"
         )
+    if passed_over:
+        names = ", ".join(f"{_which(c, best)} with {seeds[c]}" for c in passed_over)
+        text += f" Not considered, having fewer finished seeds: rank {names}."
     return text
+
+
+def _which(condition: Condition, best: Condition) -> str:
+    """The rank, and the family where it is not that of the best."""
+    return f"{condition.rank}" + (f" ({condition.family})" if condition.family != best.family else "")
 
 
 def _against_smaller(summary: Summary, best: Condition, smaller: Condition) -> str:
