@@ -34,6 +34,8 @@ COLUMNS = (
     "ratio_naive",
     "flops_ratio",
     "temp_ratio",
+    "temp_bytes",
+    "full_temp_bytes",
 )
 
 
@@ -145,13 +147,15 @@ def bench_step(
         "temp_ratio": temps["ours"] / temps["full"],
         "temp_bytes": temps["ours"],
         "full_temp_bytes": temps["full"],
+        "naive_temp_bytes": temps["naive"],
+        "naive_flops_ratio": flops["naive"] / flops["full"],
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
     }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The contract's columns as aligned text."""
+    """`COLUMNS` of the rows as aligned text."""
     cells = [list(COLUMNS)]
     for row in rows:
         cells.append([f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in COLUMNS])

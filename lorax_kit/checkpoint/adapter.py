@@ -114,7 +114,7 @@ def save_adapter(
     document = {
         "format": FORMAT,
         "spec": spec.to_dict(),
-        "axes": {s.path: {**asdict(s.axes), "lookup": s.lookup} for s in plan.sites},
+        "axes": {s.path: {**asdict(s.axes), "use": s.use} for s in plan.sites},
         "base": fingerprint(base, [f.path for f in plan.full]),
         "arrays": {n: {"shape": x.shape, "dtype": str(x.dtype)} for n, x in arrays.items()},
         "versions": {"lorax_kit": __version__, **{name: version(name) for name in ("jax", "orbax-checkpoint")}},
@@ -193,7 +193,7 @@ def load_adapter(path: str | Path, *, base: Params) -> Adapter:
     document = read_document(path)
     spec = document["spec"]
     axes = {
-        p: (Axes(inputs=tuple(x["inputs"]), outputs=tuple(x["outputs"]), stack=tuple(x["stack"])), bool(x["lookup"]))
+        p: (Axes(inputs=tuple(x["inputs"]), outputs=tuple(x["outputs"]), stack=tuple(x["stack"])), str(x["use"]))
         for p, x in document["axes"].items()
     }
     plan = make_plan(spec, base, axes)

@@ -165,14 +165,15 @@ def load_peft(path: str | Path, *, base: Params, names: Mapping[str, str], plan:
     _check_modules(config, by_module, paths)
     known = {} if plan is None else {s.path: s.axes for s in plan.sites}
     rules: dict[str, Setting] = {}
-    axes: dict[str, tuple[Axes, bool]] = {}
+    axes: dict[str, tuple[Axes, str]] = {}
     arrays: dict[str, tuple[np.ndarray, ...]] = {}
     for module, found in by_module.items():
         p, lookup = paths[f"{module}.weight"], "embedding_a" in found
         setting = setting_of(config, module, str(next(iter(found.values())).dtype))
         a, b, *_ = arrays[p] = factors_of(module, found, setting.rank, setting.variant == "dora")
         rules[_literal(p)] = setting
-        axes[p] = find_axes(p, named[p].shape, (a.shape[1], b.shape[0]), known.get(p), lookup), lookup
+        contracted = find_axes(p, named[p].shape, (a.shape[1], b.shape[0]), known.get(p), lookup)
+        axes[p] = contracted, "lookup" if lookup else "product"
     full = _full_leaves(config, rest, paths, named)
     for p, value in full.items():
         rules[_literal(p)] = Full(dtype=None if value.dtype == named[p].dtype else str(value.dtype))

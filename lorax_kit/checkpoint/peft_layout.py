@@ -89,8 +89,8 @@ def to_tensors(site: Site, factors: Factors) -> dict[str, np.ndarray]:
     Raises:
       AdapterError: a site that PEFT cannot express, a missing magnitude.
     """
-    if site.axes.stack or len(site.axes.inputs) > 2:
-        what = "is stacked over layers or experts" if site.axes.stack else "contracts three axes, as a convolution does"
+    if site.axes.stack or site.use == "other":
+        what = "is stacked over layers or experts" if site.axes.stack else "is neither multiplied nor looked up"
         raise AdapterError(
             f"{site.path!r} of shape {site.shape} {what}: PEFT's LoRA has no such factors.\n  use lk.save_adapter"
         )

@@ -34,7 +34,8 @@ class Site:
       path: name of the leaf in the params.
       shape, dtype: of the parameter.
       axes: how the function contracts it.
-      lookup: the function's first use is a lookup (embedding), so `b` is drawn and `a` starts at zero.
+      use: the function's first use: "product", "lookup" (an embedding, so `b` is drawn and `a` starts at zero), or
+        "other" (a convolution, say), whose axes follow the convention that the last one is the output.
       setting: rank, alpha, variant and the rest, from the rule that matched.
     """
 
@@ -42,7 +43,7 @@ class Site:
     shape: tuple[int, ...]
     dtype: str
     axes: Axes
-    lookup: bool
+    use: str
     setting: LoRA
 
     def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -72,6 +73,11 @@ class Site:
     def b_shape(self) -> tuple[int, ...]:
         """Shape of `b`: (rank, *stack, *out)."""
         return (self.setting.rank, *self.stack_shape, *self.out_shape)
+
+    @property
+    def lookup(self) -> bool:
+        """Whether rows are looked up."""
+        return self.use == "lookup"
 
     @property
     def scale(self) -> float:
@@ -170,11 +176,11 @@ def _check_target(path: str, leaf: jax.ShapeDtypeStruct, setting: Setting, rule:
         )
 
 
-def make_plan(spec: Spec, params: Params, axes: dict[str, tuple[Axes, bool]] | None = None) -> Plan:
+def make_plan(spec: Spec, params: Params, axes: dict[str, tuple[Axes, str]] | None = None) -> Plan:
     """Build the plan from matched settings and the axes found by tracing (`lorax_kit.transform.resolve`).
 
     Args:
-      axes: path -> (axes, lookup). None: no function was traced, so every low-rank target must be a
+      axes: path -> (axes, use). None: no function was traced, so every low-rank target must be a
         matrix in the (in, out) layout of JAX kernels.
 
     Raises:
@@ -193,10 +199,10 @@ def make_plan(spec: Spec, params: Params, axes: dict[str, tuple[Axes, bool]] | N
                     f"{path!r} has shape {leaf.shape}: which axes are contracted is known only to the function.\n"
                     "  give it: lk.resolve(spec, params, apply_fn, *inputs)"
                 )
-            found, lookup = Axes(inputs=(0,), outputs=(1,)), False
+            found, use = Axes(inputs=(0,), outputs=(1,)), "product"
         else:
-            found, lookup = axes[path]
-        site = Site(path=path, shape=leaf.shape, dtype=str(leaf.dtype), axes=found, lookup=lookup, setting=setting)
+            found, use = axes[path]
+        site = Site(path=path, shape=leaf.shape, dtype=str(leaf.dtype), axes=found, use=use, setting=setting)
         if setting.rank > site.max_rank:
             raise PlanError(
                 f"rank {setting.rank} at {path!r} is above min(in, out) = {site.max_rank} "

@@ -73,7 +73,8 @@ def cautions(summary: Summary) -> list[str]:
     if len(summary.ladder) > 1 and few < 3:
         found.append(
             f"Only {'one learning rate was' if few == 1 else 'two learning rates were'} tried per rank: a rank may "
-            "look better only because that suits it. To compare ranks, try at least three rates around the best."
+            f"look better only because {'that rate suits' if few == 1 else 'those rates suit'} it. To compare ranks, "
+            "try at least three rates around the best."
         )
     if edges:
         ranks = ", ".join(str(condition.rank) for condition in edges)
@@ -92,8 +93,9 @@ def cautions(summary: Summary) -> list[str]:
 def _headline(summary: Summary, best: Condition) -> str:
     value = best.interval(summary.metric)
     chosen = [c for ladder in summary.ladders.values() for c in ladder]
-    seeds = {c: c.values("val_accuracy").size for c in chosen}
-    passed_over = [c for c in chosen if seeds[c] < seeds[best]]
+    seeds = best.values("val_accuracy").size
+    passed_over = [c for c in chosen if c.values("val_accuracy").size < seeds]
+    rivals = [c for c in chosen if c.values("val_accuracy").size >= seeds and c.values(summary.metric).size]
     setting = f"{best.family}, learning rate {best.lr:g}" if len(summary.ladders) > 1 else f"learning rate {best.lr:g}"
     value_text = f"{METRIC_NAMES[summary.metric]} is {interval_text(value)}"
     if len(chosen) == 1:
@@ -101,14 +103,13 @@ def _headline(summary: Summary, best: Condition) -> str:
     else:
         text = f"Rank {best.rank} ({setting}) has the best mean validation accuracy"
         if passed_over:
-            text += f" among the conditions with {plural(best.values('val_accuracy').size, 'finished seed')}"
+            text += f" among the conditions with {plural(seeds, 'finished seed')}"
         text += f". Its {value_text}"
     text += "." if not math.isnan(value.low) else " from a single seed, so without an interval."
     params, size = best.first("params"), best.first("adapter_bytes")
     if params is not None:
         text += f" It trains {params:,.0f} parameters"
         text += f" ({bytes_text(size)} on disk)." if size is not None else "."
-    rivals = [c for c in chosen if c not in passed_over and c.values(summary.metric).size]
     highest = max(rivals, key=lambda c: c.mean(summary.metric))
     if highest.mean(summary.metric) > best.mean(summary.metric) and summary.metric == "test_accuracy":
         text += (
@@ -116,7 +117,7 @@ def _headline(summary: Summary, best: Condition) -> str:
             "the choice is made on validation data, as it must be.)"
         )
     if passed_over:
-        names = ", ".join(f"{_which(c, best)} with {seeds[c]}" for c in passed_over)
+        names = ", ".join(f"{_which(c, best)} with {c.values('val_accuracy').size}" for c in passed_over)
         text += f" Not considered, having fewer finished seeds: rank {names}."
     return text
 

@@ -18,7 +18,7 @@ import jinja2
 
 from lorax_kit.report.answer import answer, cautions
 from lorax_kit.report.conditions import Summary, summarise
-from lorax_kit.report.figures import draw
+from lorax_kit.report.figures import FIGURES, draw
 from lorax_kit.report.plots import Plot
 from lorax_kit.report.run_folder import RunFolder, read_run, replace_file
 from lorax_kit.report.tables import CHOSEN, bytes_text, plural, summary_rows, trial_rows, write_csv
@@ -51,6 +51,9 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     for plot in plots:
         replace_file(run.path / "plots" / f"{plot.name}.svg", plot.svg.encode())
         replace_file(run.path / "plots" / f"{plot.name}.png", plot.png)
+    for stale in {maker.__name__ for maker in FIGURES} - {plot.name for plot in plots}:
+        for kind in ("svg", "png"):
+            (run.path / "plots" / f"{stale}.{kind}").unlink(missing_ok=True)
     target = run.path / "report.html"
     replace_file(target, page.encode())
     return target

@@ -38,7 +38,8 @@ class RunFolder:
     Attributes:
       path: The folder.
       study: `study.json` as it stands.
-      trials: One record per finished or diverged trial, ordered by targets, variant, alpha, rank, lr, seed.
+      trials: One record per finished or diverged trial, the probe's first, then by targets,
+        variant, rank, alpha, lr and seed.
       curves: Records {"trial", "step", and "loss" and/or "val_loss", "val_accuracy"} in order of step.
       spectra: Records {"trial", "site", "rank", "singular_values", "effective_rank", "rank90"}.
       notes: Sentences about what was tolerated while reading, for the reader of the report.
@@ -129,6 +130,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def _trial_order(record: Record) -> tuple[Any, ...]:
     return (
+        record["rank"] > 0,
         str(record["targets"]),
         str(record["variant"]),
         record["rank"],

@@ -97,7 +97,7 @@ def summary_table(run: RunFolder) -> str:
     name = run.study.get("name") or run.path.name
     lines = [f"{name}: {len(run.trials)} of {run.planned} trials", line(heads), *map(line, rows)]
     if summary.failed:
-        lines.append(f"{plural(len(summary.failed), 'trial')} diverged and are left out of the means.")
+        lines.append(f"{plural(len(summary.failed), 'trial')} diverged; left out of the means.")
     return "\n".join(lines)
 
 

@@ -67,7 +67,7 @@ def resolve(spec: Spec, params: Params, fn: Callable[..., Any] | None = None, *a
         probe(arrays, jax.tree_util.tree_unflatten(tree, values))
 
     jax.eval_shape(shaped, {p: x for p, x in abstract.items() if is_array(x)}, dynamic)
-    axes: dict[str, tuple[Axes, bool]] = {}
+    axes: dict[str, tuple[Axes, str]] = {}
     for path, setting in settings.items():
         uses = [u for u in ctx.uses.values() if u.path == path]
         if not uses:
@@ -82,5 +82,6 @@ def resolve(spec: Spec, params: Params, fn: Callable[..., Any] | None = None, *a
             convention = Axes(inputs=tuple(range(last)), outputs=(last,))
             found = known[0].axes if known else convention
             assert found is not None
-            axes[path] = (found, bool(known) and known[0].how == "lookup")
+            use = "other" if not known else "lookup" if known[0].how == "lookup" else "product"
+            axes[path] = (found, use)
     return make_plan(spec, params, axes)

@@ -221,7 +221,7 @@ def fn(p, x):
 
 SAVES = [
     ({"stack/kernel": R1}, {}, "'stack/kernel' of shape (3, 4, 4) is stacked over layers or experts"),
-    ({"window/kernel": R1}, {}, "contracts three axes, as a convolution does"),
+    ({"window/kernel": R1}, {}, "is neither multiplied nor looked up"),
     ({"raw": R1}, {}, "'raw' is 'raw' in torch; PEFT adapts the `weight` of a module"),
     ({"{q,k}/kernel": R1}, {"k/kernel": "q.weight"}, "'q/kernel' is 'q.weight' in torch"),
     ({"q/kernel": R1, "k/kernel": lk.LoRA(rank=1, variant="dora")}, {}, "PEFT has one variant for all modules"),
