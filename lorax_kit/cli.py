@@ -88,7 +88,7 @@ def study(config: str, out: str, overwrite: bool, devices: int, memory_mib: int 
         return
     click.echo(summary_table(read_run(out)))
     best = results.best()
-    click.echo(f"\nbest by validation: {best['trial']} (test accuracy {best['test_accuracy']:.4f})")
+    click.echo(f"\nbest single trial by validation: {best['trial']} (test accuracy {best['test_accuracy']:.4f})")
     click.echo(f"report: {page}\ncheck it: lorax-kit evaluate {Path(out) / best['adapter']}")
 
 

@@ -1,0 +1,134 @@
+"""Rates are chosen on validation, results reported on test, and diverged trials counted but never averaged."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lorax_kit.report import read_run
+from lorax_kit.report.conditions import Family, at_edge_of_grid, rates_tried, summarise
+from tests.report import fake_run
+
+LORA = Family("attention", "lora", "α = 16")
+
+
+def summary(folder, scores):
+    return summarise(read_run(fake_run.from_scores(folder, scores)))
+
+
+def test_the_rate_is_chosen_on_validation_and_the_result_reported_on_test(tmp_path):
+    scores = {(4, 1e-3): [(0.80, 0.70), (0.82, 0.72)], (4, 1e-2): [(0.78, 0.90), (0.79, 0.92)]}
+    found = summary(tmp_path, scores)
+    assert found.metric == "test_accuracy"
+    assert (found.best.rank, found.best.lr) == (4, 1e-3)
+    assert found.best.mean("test_accuracy") == pytest.approx(0.71, abs=1e-15)
+    assert found.best.mean("val_accuracy") == pytest.approx(0.81, abs=1e-15)
+
+
+def test_the_best_rank_is_chosen_on_validation_too(tmp_path):
+    found = summary(tmp_path, {(1, 1e-3): [(0.80, 0.95)] * 2, (8, 1e-3): [(0.81, 0.75)] * 2})
+    assert found.best.rank == 8
+    assert [c.difference for c in found.comparisons] == [pytest.approx(0.20)]
+
+
+def test_without_test_accuracies_validation_is_reported(tmp_path):
+    found = summary(tmp_path, {(1, 1e-3): [(0.80, None), (0.70, None)]})
+    assert found.metric == "val_accuracy"
+    assert found.best.interval(found.metric).mean == pytest.approx(0.75)
+
+
+def test_diverged_trials_are_left_out_of_means_and_counted(tmp_path):
+    found = summary(tmp_path, {(2, 1e-3): [(0.6, 0.5), None, (0.8, 0.7), None]})
+    (condition,) = found.conditions
+    assert condition.values("test_accuracy").tolist() == [0.5, 0.7]
+    assert condition.mean("test_accuracy") == pytest.approx(0.6)
+    assert (len(condition.trials), len(condition.done), len(found.failed)) == (4, 2, 2)
+
+
+def test_a_rate_that_diverged_for_some_seeds_cannot_win_by_its_survivors(tmp_path):
+    found = summary(tmp_path, {(2, 1e-3): [(0.6, 0.6)] * 3, (2, 1e-2): [(0.9, 0.9), None, None]})
+    assert found.best.lr == 1e-3
+    assert [c.lr for c in found.ladders[LORA]] == [1e-3]
+
+
+def test_nothing_is_best_if_everything_diverged(tmp_path):
+    found = summary(tmp_path, {(2, 1e-3): [None, None], (4, 1e-3): [None, None]})
+    assert found.best is None
+    assert found.comparisons == ()
+    assert math.isnan(found.conditions[0].mean("test_accuracy"))
+    assert found.conditions[0].interval("test_accuracy").method == "no finished trial"
+    assert [c.rank for c in found.ladder] == [2, 4]
+
+
+def test_the_probe_is_apart_from_the_ladder_and_compared(tmp_path):
+    found = summary(tmp_path, {(0, 1e-2): [(0.7, 0.6)] * 2, (0, 1e-1): [(0.6, 0.9)] * 2, (1, 1e-3): [(0.8, 0.8)] * 2})
+    assert (found.probe.rank, found.probe.lr) == (0, 1e-2)
+    assert (found.ranks, found.rates) == ((1,), (1e-3,))
+    (comparison,) = found.comparisons
+    assert comparison.condition == ("head", "lora", "", 0)
+    assert comparison.difference == pytest.approx(-0.2)
+
+
+def test_comparisons_pair_the_seeds_that_finished_in_both(tmp_path):
+    found = summary(
+        tmp_path,
+        {(1, 1e-3): [(0.5, 0.50), None, (0.5, 0.60)], (4, 1e-3): [(0.7, 0.70), (0.7, 0.10), (0.7, 0.90)]},
+    )
+    (comparison,) = found.comparisons
+    assert (comparison.pairs, comparison.unpaired) == (2, 1)
+    assert comparison.difference == pytest.approx(((0.5 - 0.7) + (0.6 - 0.9)) / 2)
+
+
+def test_only_three_or_more_rates_have_an_edge(tmp_path):
+    two = summary(tmp_path / "a", {(1, 1e-3): [(0.8, 0.8)], (1, 1e-2): [(0.7, 0.7)]})
+    assert at_edge_of_grid(two) == ()
+    scores = {(r, lr): [(0.8 - abs(lr - best), 0.8)] for r, best in ((1, 1e-2), (4, 2e-2)) for lr in (5e-3, 1e-2, 2e-2)}
+    three = summary(tmp_path / "b", scores)
+    assert [c.rank for c in at_edge_of_grid(three)] == [4]
+    assert [rates_tried(three, c) for c in three.ladder] == [3, 3]
+
+
+ALPHAS = {
+    "constant": ((16,), {"α = 16"}),
+    "two constants": ((8, 16), {"α = 8", "α = 16"}),
+    "the rank": ((lambda r: r,), {"α = r"}),
+    "twice the rank": ((lambda r: 2 * r,), {"α = 2r"}),
+    "free": ((lambda r: {1: 8, 4: 12, 8: 40}[r],), {"α set per rank"}),
+}
+
+
+@pytest.mark.parametrize(("alphas", "names"), ALPHAS.values(), ids=ALPHAS)
+def test_an_alpha_policy_is_one_family_along_the_ranks(tmp_path, alphas, names):
+    run = fake_run.build(tmp_path, ranks=(1, 4, 8), seeds=1, steps=1, alphas=alphas, spectra=False, probe=False)
+    found = summarise(read_run(run))
+    assert {family.policy for family in found.ladders} == names
+    assert all([c.rank for c in ladder] == [1, 4, 8] for ladder in found.ladders.values())
+
+
+def test_target_sets_and_variants_are_families_with_their_own_trials(tmp_path):
+    run = fake_run.build(
+        tmp_path, ranks=(1, 4), seeds=2, steps=1, targets=("attention", "all"), variants=("lora", "dora"), spectra=False
+    )
+    found = summarise(read_run(run))
+    assert len(found.ladders) == 4
+    for family, ladder in found.ladders.items():
+        for condition in ladder:
+            own = [
+                t["test_accuracy"]
+                for t in found.run.trials
+                if (t["targets"], t["variant"], t["rank"]) == (family.targets, family.variant, condition.rank)
+            ]
+            assert condition.values("test_accuracy").tolist() == own
+            assert len(own) == 2
+
+
+def test_two_trials_of_one_seed_are_noted_not_an_error(tmp_path):
+    run = fake_run.build(
+        tmp_path, ranks=(1, 4), seeds=2, steps=1, spectra=False, probe=False, change=lambda t: {"seed": 0}
+    )
+    found = summarise(read_run(run))
+    assert found.notes[0] == "Rank 1 (attention, lora, α = 16) has several trials of the same seed."
+    values = {c.rank: c.values("test_accuracy") for c in found.conditions}
+    (other,) = {1, 4} - {found.best.rank}
+    assert found.comparisons[0].pairs == 2
+    assert found.comparisons[0].difference == pytest.approx(np.mean(values[other] - values[found.best.rank]))
