@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,25 +28,6 @@ class Score(NamedTuple):
 
 
 Scorer = Callable[[Params, Any], Score]
-
-
-def evaluate(score: Scorer, params: Params, batches: Iterable[Any]) -> dict[str, float]:
-    """Mean loss and accuracy.
-
-    Args:
-      score: `score(params, batch) -> Score`; compiled once per batch shape.
-      params: of the model, merged or plain.
-      batches: any number of batches.
-
-    Returns:
-      {"loss", "accuracy", "examples"}.
-
-    Raises:
-      LoraxError: there is nothing to evaluate.
-    """
-    run = jax.jit(score)
-    scores = [run(params, batch) for batch in batches]
-    return mean_scores(scores)
 
 
 class SharedPrefix:

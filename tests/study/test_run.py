@@ -155,6 +155,18 @@ def test_a_diverged_trial_is_kept_apart_and_says_its_step(tmp_path):
     assert "diverged" in page
 
 
+def test_validations_along_the_way_are_in_the_curves_and_end_at_the_rows_numbers(tmp_path):
+    results = run(tmp_path / "run", tiny.study(rank=[1, 2], eval_every=8))
+    curves = [json.loads(line) for line in (results.path / "curves.jsonl").read_text().splitlines()]
+    for row in results.rows:
+        own = [c for c in curves if c["trial"] == row["trial"]]
+        assert [c["step"] for c in own] == list(range(1, 21))
+        assert [c["step"] for c in own if "val_loss" in c] == [8, 16, 20]
+        assert own[-1]["val_loss"] == pytest.approx(row["val_loss"], abs=1e-6)
+        assert own[-1]["val_accuracy"] == row["val_accuracy"]
+        assert row["train_loss"] == pytest.approx(np.mean([c["loss"] for c in own[-2:]]), rel=1e-6)
+
+
 def snapshot(path):
     return {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} if path.exists() else None
 

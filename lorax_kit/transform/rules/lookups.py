@@ -36,6 +36,8 @@ def gather(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     axes = weight.site.axes
     if weight.stack:
         return "a lookup in a stacked parameter"
+    if weight.column is not None and eqn.params["fill_value"] is not None:
+        return "rows out of bounds are filled, and magnitudes must not scale what fills them"
     if axes.inputs == (axis,):
         down, up, outs = weight.a, weight.b, axes.outputs
     elif axes.outputs == (axis,):
@@ -57,7 +59,7 @@ def gather(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
         lax.GatherDimensionNumbers(offset_dims=(len(lead),), collapsed_slice_dims=(0,), start_index_map=(0,)),
         slice_sizes=(1, rank),
         mode=eqn.params["mode"],
-        fill_value=eqn.params["fill_value"],
+        fill_value=0,  # a row out of bounds has no update; the base's lookup fills it
     )
     update = (jnp.asarray(weight.scale, dtype) * rows.reshape(-1, rank)) @ up.reshape(rank, n).astype(dtype)
     # The slices' axes sit at offset_dims, in the layout of w; the lookup's own axes fill the other places.
