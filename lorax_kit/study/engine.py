@@ -29,6 +29,8 @@ from lorax_kit.training.optim import partition
 from lorax_kit.training.step import Info, State, make_step
 from lorax_kit.transform.adapt import adapt
 
+SAVE_SECONDS = 30.0
+
 
 class Running(NamedTuple):
     """State of a pack; every leaf has a leading trial axis.
@@ -105,6 +107,21 @@ def programs(study: Study, problem: Problem, plan: Plan, trials: int) -> Program
     return Programs(init, step, jax.vmap(solo_score, in_axes=(0, 0, None, None)))
 
 
+class Progress(NamedTuple):
+    """A training under way, on the host: all that going on needs.
+
+    Attributes:
+      running: the leaves of `Running`.
+      losses, failed, evaluations, seconds: as in `Trained`, so far.
+    """
+
+    running: list[np.ndarray]
+    losses: np.ndarray
+    failed: np.ndarray
+    evaluations: list[tuple[int, list[dict[str, float]]]]
+    seconds: float
+
+
 class Trained(NamedTuple):
     """What a pack came to.
 
@@ -164,43 +181,75 @@ class Engine:
     def train(
         self,
         pack: Pack,
-        batches: Iterator[Any],
+        batches: Callable[[int], Iterator[Any]],
         val: Any = (),
+        *,
+        progress: Progress | None = None,
         on_step: Callable[[int, np.ndarray, np.ndarray], None] = lambda *_: None,
         on_eval: Callable[[int, list[dict[str, float]]], None] = lambda *_: None,
+        on_save: Callable[[Progress], None] = lambda _: None,
     ) -> Trained:
-        """Train a pack to the end of the study's steps."""
+        """Train a pack to the end of the study's steps.
+
+        Args:
+          pack: the trials.
+          batches: step -> the batches from there on.
+          val: batches to validate on.
+          progress: where an interrupted training goes on, to the same bits.
+          on_step, on_eval: called after each step and validation.
+          on_save: given the progress every half minute, at the end, and when an exception ends the training.
+        """
         running, scalars = jax.jit(self._programs.init)(pack.factors), pack.scalars
+        losses: list[np.ndarray] = []
+        evaluations: list[tuple[int, list[dict[str, float]]]] = []
+        failed, earlier, paused = np.zeros(len(pack.trials), int), 0.0, 0.0
+        if progress is not None:
+            running = jax.tree.unflatten(jax.tree.structure(running), map(jnp.asarray, progress.running))
+            losses, failed = list(progress.losses), progress.failed
+            evaluations, earlier = list(progress.evaluations), progress.seconds
         if self._stacked is not None:
             running, scalars = jax.device_put((running, scalars), self._stacked)
-        losses: list[np.ndarray] = []
-        failed = np.zeros(len(pack.trials), int)
-        evaluations: list[tuple[int, list[dict[str, float]]]] = []
-        began, paused = perf_counter(), 0.0
-        for number in range(1, self.study.steps + 1):
-            batch = next(batches)
-            if self._compiled is None:
-                paused += self._compile(running, scalars, batch)
-            running, info = self._compiled(running, scalars, self._base, batch)
-            losses.append(np.asarray(info.loss))
-            failed = np.where((failed == 0) & ~np.asarray(running.alive), number, failed)
-            on_step(number, losses[-1], failed)
-            every = self.study.eval_every
-            if val and every and (number % every == 0 or number == self.study.steps):
-                at = perf_counter()
+        began = saved = perf_counter()
+
+        def snapshot() -> Progress:
+            arrays = [np.asarray(x) for x in jax.tree.leaves(running)]
+            seconds = earlier + perf_counter() - began - paused
+            return Progress(arrays, np.stack(losses), failed, evaluations, seconds)
+
+        def validate(number: int) -> float:
+            """Validate where it is due and was not done; seconds it took."""
+            at, every = perf_counter(), self.study.eval_every
+            due = val and every and number and (number % every == 0 or number == self.study.steps)
+            if due and number not in [n for n, _ in evaluations]:
                 evaluations.append((number, self.evaluate(running.state.factors, scalars, val)))
                 on_eval(*evaluations[-1])
-                paused += perf_counter() - at
-        seconds = perf_counter() - began - paused
-        return Trained(
-            jax.device_get(running.state.factors),
-            np.stack(losses),
-            failed,
-            evaluations,
-            seconds,
-            self.compile_seconds,
-            self.temp_bytes,
-        )
+            return perf_counter() - at
+
+        paused += validate(len(losses))
+        stream = batches(len(losses)) if len(losses) < self.study.steps else iter(())
+        try:
+            for number in range(len(losses) + 1, self.study.steps + 1):
+                batch = next(stream)
+                if self._compiled is None:
+                    paused += self._compile(running, scalars, batch)
+                running, info = self._compiled(running, scalars, self._base, batch)
+                losses.append(np.asarray(info.loss))
+                failed = np.where((failed == 0) & ~np.asarray(running.alive), number, failed)
+                on_step(number, losses[-1], failed)
+                paused += validate(number)
+                if perf_counter() - saved > SAVE_SECONDS:
+                    on_save(snapshot())
+                    saved = perf_counter()
+        except BaseException:
+            # Interrupted inside a step its state is gone or ahead of the losses: then the last save counts.
+            leaves = jax.tree.leaves(running)
+            if losses and not any(x.is_deleted() for x in leaves) and int(running.state.step.max()) == len(losses):
+                on_save(snapshot())
+            raise
+        done = snapshot()
+        on_save(done)
+        factors = jax.device_get(running.state.factors)
+        return Trained(factors, done.losses, failed, evaluations, done.seconds, self.compile_seconds, self.temp_bytes)
 
     def _compile(self, running: Running, scalars: Scalars, batch: Any) -> float:
         """Compile ahead of time: the executable cannot be compiled again behind our back, only replaced here."""

@@ -55,8 +55,8 @@ def run(
 
     Trials are stacked on one axis and trained by one compiled program, in equal groups that fit the memory; a group
     that is filled up repeats a trial whose copy is discarded, so that groups share the program. Each trained
-    trial is then merged and tested alone, saved as an adapter, and its row written: an interruption loses only
-    the group under way, and the same call goes on from there.
+    trial is then merged and tested alone, saved as an adapter, and its row written. The training under way is
+    saved every half minute and at an interruption; the same call goes on from there, to the same bits.
 
     Args:
       study, problem: what to train.
@@ -91,7 +91,7 @@ def run(
         grouped(study, problem, some, plan, params, batch, budget=budget, devices=devices, size=size)
         for (some, plan), size in zip(planned, sizes, strict=True)
     ]
-    # A group that was interrupted is trained again as a whole: the same program, so the same bits.
+    # A group of which a trial is missing goes on as a whole: the same program, so the same bits.
     groups = [g for kind in by_kind for g in kind if any(t.name not in store.finished for t in g.trials)]
     store.create()
     head = problem.head
@@ -112,8 +112,9 @@ def run(
             sizes=[kind[0].size for kind in by_kind],
         )
     session = Session(study, problem, params, store, mesh, progress)
-    for group in groups:
-        session.run_group(group)
+    for i, group in enumerate(groups, 1):
+        several = f"group {i} of {len(groups)}, " if len(groups) > 1 else ""
+        session.run_group(group, f"{several}{len(group.trials)} trials")
     if groups:
         store.write_info(finished=_now())
     rows = [store.finished[t.name] for t in trials]

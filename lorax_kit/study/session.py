@@ -18,7 +18,7 @@ from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params, nbytes
 from lorax_kit.core.plan import Plan
 from lorax_kit.study.design import Study, Trial
-from lorax_kit.study.engine import Engine, Trained
+from lorax_kit.study.engine import Engine, Progress, Trained
 from lorax_kit.study.groups import Group
 from lorax_kit.study.packing import Pack, pack, trial_plan, unpack
 from lorax_kit.study.problem import Problem
@@ -33,6 +33,10 @@ def evaluator(problem: Problem, params: Params, plan: Plan, batches: Sequence[An
         return problem.score(problem.apply(params, batch), batch)
 
     return SharedPrefix(score, params, plan.trained, batches)
+
+
+def _result(row: dict[str, Any]) -> str:
+    return f"test accuracy {row['test_accuracy']:.4f}" if row["status"] == "done" else row["status"]
 
 
 class Session:
@@ -64,27 +68,31 @@ class Session:
         """Wall time, over all sessions of this run folder."""
         return self.earlier_seconds + perf_counter() - self.began
 
-    def run_group(self, group: Group) -> None:
-        """Train a group and write what its trials came to."""
+    def run_group(self, group: Group, label: str) -> None:
+        """Train a group, or go on with it, and write what its trials came to."""
+        names = [trial.name for trial in group.trials]
+        earlier = self.store.load_progress(names)
         filled = [*group.trials, *[group.trials[-1]] * (group.size - len(group.trials))]
         stacked = pack(self.study, self.problem, filled, group.plan, self.params)
         key = (group.plan, group.size)
         if key not in self.engines:
             self.engines[key] = Engine(self.study, self.problem, group.plan, self.params, group.size, self.mesh)
-        self._keep(group, self._train(self.engines[key], stacked, group))
+        trained = self._train(self.engines[key], stacked, group, label, earlier)
+        self._keep_curves(group, trained)
+        if earlier is None or len(earlier.losses) < self.study.steps:
+            self._keep_facts(group, trained)
+        self._keep_trials(group, trained)
+        self.store.drop_progress()
 
-    def _batches(self) -> Iterator[Any]:
-        streams = [self.problem.train(seed, 0) for seed in self.study.streams]
+    def _batches(self, start: int) -> Iterator[Any]:
+        streams = [self.problem.train(seed, start) for seed in self.study.streams]
         if self.study.stream == "shared":
             return streams[0]
         return (jax.tree.map(lambda *x: np.stack(x), *together) for together in zip(*streams, strict=True))
 
-    def _train(self, engine: Engine, stacked: Pack, group: Group) -> Trained:
-        names = [trial.name for trial in self.study.trials()]
-        first = names.index(group.trials[0].name) + 1
-        label = f"trials {first}-{first + len(group.trials) - 1} of {len(names)}"
-        bar = tqdm(total=self.study.steps, desc=label, unit="step", disable=not self.progress)
-        count = len(group.trials)
+    def _train(self, engine: Engine, stacked: Pack, group: Group, label: str, earlier: Progress | None) -> Trained:
+        done, count = 0 if earlier is None else len(earlier.losses), len(group.trials)
+        bar = tqdm(total=self.study.steps, initial=done, desc=label, unit="step", disable=not self.progress)
         shown: dict[str, str] = {}
 
         def on_step(number: int, losses: np.ndarray, failed: np.ndarray) -> None:
@@ -101,14 +109,25 @@ class Session:
             shown["val_accuracy"] = f"{np.mean([m['accuracy'] for m in metrics[:count]]):.4f}"
             bar.set_postfix(shown)
 
-        with bar:
-            if engine.compiles == 0:
-                bar.set_postfix_str("compiling the step")
-            return engine.train(stacked, self._batches(), self.problem.val, on_step, on_eval)
+        def on_save(progress: Progress) -> None:
+            self.store.save_progress([trial.name for trial in group.trials], progress)
+            self.store.write_info(compiles=self.compiles, seconds=self.seconds)
 
-    def _keep(self, group: Group, trained: Trained) -> None:
-        """Curves, then each trial: merged and tested alone, saved, its row written."""
-        count = len(group.trials)
+        with bar:
+            if engine.compiles == 0 and done < self.study.steps:
+                bar.set_postfix_str("compiling the step")
+            return engine.train(
+                stacked,
+                self._batches,
+                self.problem.val,
+                progress=earlier,
+                on_step=on_step,
+                on_eval=on_eval,
+                on_save=on_save,
+            )
+
+    def _keep_curves(self, group: Group, trained: Trained) -> None:
+        """Losses by step, and validations along the way."""
         every = dict(trained.evaluations)
         for i, trial in enumerate(group.trials):
             rows = []
@@ -119,9 +138,13 @@ class Session:
                 rows.append(row)
                 if trained.failed[i] == step:
                     break
-            self.store.append("curves.jsonl", rows)
+            if self.store.curves[trial.name] < len(rows):
+                self.store.append("curves.jsonl", rows)
+
+    def _keep_facts(self, group: Group, trained: Trained) -> None:
+        """What the group's program needed."""
         described = {
-            "trials": count,
+            "trials": len(group.trials),
             "size": group.size,
             "estimated_bytes": group.estimated_bytes,
             "temp_bytes": trained.temp_bytes,
@@ -133,12 +156,15 @@ class Session:
             groups=[*self.store.info.get("groups", []), described],
             seconds=self.seconds,
         )
-        bar = tqdm(range(count), desc="testing, saving", unit="trial", disable=not self.progress)
+
+    def _keep_trials(self, group: Group, trained: Trained) -> None:
+        """Each trial: merged and tested alone, saved, its row written."""
+        bar = tqdm(range(len(group.trials)), desc="testing, saving", unit="trial", disable=not self.progress)
         for i in bar:
             if group.trials[i].name in self.store.finished:
                 continue
             row = self._trial_row(group, trained, i)
-            bar.set_postfix_str(f"{row['trial']}: test_accuracy {row['test_accuracy']}")
+            bar.set_postfix_str(f"{row['trial']}: {_result(row)}")
             self.store.finish_trial(row)
             self.store.write_info(seconds=self.seconds)
 

@@ -5,6 +5,8 @@ trials.jsonl   one line per finished trial                         appended, syn
 curves.jsonl   losses by step, validations                         appended
 spectra.jsonl  singular values of each site's delta                appended
 adapters/      one folder per trial                                each appears whole
+training.npz   the group under way at its last save                replaced atomically, gone at its end
+    training.npz   the group under way, at its last save  replaced atomically
 """
 
 from __future__ import annotations
@@ -14,16 +16,22 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Mapping
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from lorax_kit.core.errors import StudyError
+from lorax_kit.study.engine import Progress
 from lorax_kit.version import __version__
 
+TRAINING = "training.npz"
 JSONL = ("trials.jsonl", "curves.jsonl", "spectra.jsonl")
 
 
@@ -82,11 +90,12 @@ class RunStore:
         self.identity = design
         self.info: dict[str, Any] = {} if overwrite else previous or {}
         self.finished = {} if overwrite else {row["trial"]: row for row in self._rows("trials.jsonl")}
+        self.curves = Counter(() if overwrite else (row["trial"] for row in self._rows("curves.jsonl")))
 
     def create(self) -> None:
         """Make the folder; discard what was to be overwritten, and half a line that an interruption left."""
         if self._discard:
-            for name in ("study.json", *JSONL, "results.csv", "report.html"):
+            for name in ("study.json", *JSONL, TRAINING, "results.csv", "report.html"):
                 (self.path / name).unlink(missing_ok=True)
             for name in ("adapters", "plots"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
@@ -141,6 +150,41 @@ class RunStore:
         """A trial's row: from here on it is finished."""
         self.append("trials.jsonl", [row])
         self.finished[row["trial"]] = dict(row)
+
+    def save_progress(self, trials: Sequence[str], progress: Progress) -> None:
+        """Keep the training under way of a group of trials."""
+        facts = {"trials": list(trials), "evaluations": progress.evaluations, "seconds": progress.seconds}
+        arrays: dict[str, Any] = {f"running_{i}": x for i, x in enumerate(progress.running)}
+        staged = self.path / f".{TRAINING}.tmp"
+        with open(staged, "wb") as file:
+            np.savez(file, facts=np.array(json.dumps(facts)), losses=progress.losses, failed=progress.failed, **arrays)
+        os.replace(staged, self.path / TRAINING)
+
+    def load_progress(self, trials: Sequence[str]) -> Progress | None:
+        """The training under way of these trials, if that is what was interrupted.
+
+        Raises:
+          StudyError: the file is damaged.
+        """
+        file = self.path / TRAINING
+        if not file.exists():
+            return None
+        try:
+            with np.load(file, allow_pickle=False) as stored:
+                facts = json.loads(str(stored["facts"]))
+                if facts["trials"] != list(trials):
+                    return None
+                running = [stored[f"running_{i}"] for i in range(len(stored.files) - 3)]
+                evaluations = [(int(step), metrics) for step, metrics in facts["evaluations"]]
+                return Progress(running, stored["losses"], stored["failed"], evaluations, float(facts["seconds"]))
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+            raise StudyError(
+                f"{str(file)!r} is damaged: {e}.\n  delete it: the group under way is then trained from its start"
+            ) from None
+
+    def drop_progress(self) -> None:
+        """The group under way is finished."""
+        (self.path / TRAINING).unlink(missing_ok=True)
 
     def adapter_path(self, trial: str) -> Path:
         """Where a trial's adapter goes."""

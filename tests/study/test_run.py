@@ -79,27 +79,25 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [30, 45], ids=["in the second group", "in the third group"])
-def test_going_on_equals_no_interruption(finished, tmp_path, after):
-    """20 steps a group: `after` steps the stream breaks; half a line is left as by a kill."""
+class Killed(BaseException):
+    """As if by kill -9: nothing is saved on the way out."""
+
+
+def breaking(after, error):
+    """A stream that raises at its batch number `after`, counted over all groups."""
     taken = []
 
-    def interrupted(seed, start):
+    def stream(seed, start):
         for batch in tiny.stream(seed, start):
             taken.append(1)
             if len(taken) == after:
-                raise KeyboardInterrupt
+                raise error
             yield batch
 
-    out = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt):
-        run(out, problem=tiny.problem(train=interrupted), memory_bytes=THREE_GROUPS)
-    done = [json.loads(line)["trial"] for line in (out / "trials.jsonl").read_text().splitlines()]
-    assert len(done) == 3 * ((after - 2) // 20)
-    assert f"{len(done)} of 8" in write_report(out).read_text()
-    with open(out / "trials.jsonl", "a") as file:
-        file.write('{"trial": "r1_a8')
-    resumed = run(out, memory_bytes=THREE_GROUPS)
+    return stream
+
+
+def check_same(resumed, finished):
     assert rows_of(resumed) == rows_of(finished)
     for row in resumed.rows:
         ours, theirs = (
@@ -108,9 +106,53 @@ def test_going_on_equals_no_interruption(finished, tmp_path, after):
         )
         for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
             assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    ours, theirs = ((r.path / "curves.jsonl").read_text() for r in (resumed, finished))
+    assert ours == theirs
+    assert not (resumed.path / "training.npz").exists()
 
 
-def test_a_group_interrupted_while_it_was_saved_is_finished_exactly(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize("after", [10, 30, 45], ids=["in the first group", "in the second", "in the third"])
+def test_going_on_equals_no_interruption(finished, tmp_path, after):
+    """20 steps a group; at batch `after` Ctrl-C, and half a line is left as by a kill."""
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(out, problem=tiny.problem(train=breaking(after, KeyboardInterrupt)), memory_bytes=THREE_GROUPS)
+    done = (out / "trials.jsonl").read_text().splitlines() if (out / "trials.jsonl").exists() else []
+    assert len(done) == 3 * ((after - 2) // 20)
+    if done:
+        assert f"{len(done)} of 8" in write_report(out).read_text()
+    with open(out / "trials.jsonl", "a") as file:
+        file.write('{"trial": "r1_a8')
+    taken = []
+
+    def counted(seed, start):
+        for batch in tiny.stream(seed, start):
+            taken.append(1)
+            yield batch
+
+    check_same(run(out, problem=tiny.problem(train=counted), memory_bytes=THREE_GROUPS), finished)
+    # One batch is looked at before the run; the steps taken before the interruption are not taken again.
+    assert len(taken) == 1 + 60 - (after - 2)
+
+
+def test_going_on_after_a_kill_starts_at_the_last_save(finished, tmp_path, monkeypatch):
+    from lorax_kit.study import engine
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "SAVE_SECONDS", 0.0)
+        stop = breaking(11, Killed)
+        with pytest.raises(Killed):
+            run(out, problem=tiny.problem(train=stop), memory_bytes=THREE_GROUPS)
+    saved = (out / "training.npz").read_bytes()
+    check_same(run(out, memory_bytes=THREE_GROUPS), finished)
+    (out / "trials.jsonl").unlink()
+    (out / "training.npz").write_bytes(saved[: len(saved) // 2])
+    with pytest.raises(lk.StudyError, match=r"training.npz' is damaged"):
+        run(out, memory_bytes=THREE_GROUPS)
+
+
+def test_a_group_interrupted_while_it_was_saved_is_not_trained_again(finished, tmp_path, monkeypatch):
     from lorax_kit.study import session
 
     saved = []
@@ -127,7 +169,7 @@ def test_a_group_interrupted_while_it_was_saved_is_finished_exactly(finished, tm
             run(tmp_path / "run", memory_bytes=THREE_GROUPS)
     # More memory the second time: the groups stay as they were.
     resumed = run(tmp_path / "run", memory_bytes=10 * THREE_GROUPS)
-    assert rows_of(resumed) == rows_of(finished)
+    check_same(resumed, finished)
 
 
 def test_a_finished_run_trains_nothing(finished):
