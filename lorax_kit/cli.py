@@ -7,6 +7,7 @@ clear message, an interruption with 130.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -38,14 +39,19 @@ def _echo(data: Any) -> None:
     click.echo(json.dumps(data, indent=2))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
 @click.version_option(package_name="lorax_kit")
 def cli() -> None:
     """Low-rank adaptation for any JAX function: rank ablations from clone to report."""
 
 
 @cli.command()
-@click.option("--config", type=click.Path(exists=True, dir_okay=False), required=True, help="JSON: problem and study.")
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False),
+    required=True,
+    help="JSON of problem and study, as experiments/demo.json.",
+)
 @click.option("--out", type=click.Path(file_okay=False), required=True, help="Run folder.")
 @click.option("--overwrite", is_flag=True, help="Discard what the folder holds.")
 @click.option(
@@ -79,8 +85,8 @@ def study(config: str, out: str, overwrite: bool, devices: int, memory_mib: int 
         results = run(design, problem, out=out, mesh=mesh, memory_bytes=budget, overwrite=overwrite, command=command)
     except KeyboardInterrupt:
         if (Path(out) / "trials.jsonl").exists():
-            click.echo(f"interrupted; the finished trials are in {write_report(out)}", err=True)
-        click.echo("the same command goes on from there", err=True)
+            click.echo(f"the finished trials are in {write_report(out)}", err=True)
+        click.echo("the same command goes on from where it stopped", err=True)
         raise
     page = write_report(out)
     if as_json:
@@ -93,23 +99,32 @@ def study(config: str, out: str, overwrite: bool, devices: int, memory_mib: int 
 
 
 @cli.command()
-@click.option("--rank", type=int, default=8, show_default=True)
-@click.option("--alpha", type=float, default=16.0, show_default=True)
-@click.option("--lr", type=float, default=1e-3, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--target", "targets", multiple=True, default=("encoder/layer_*/**/kernel",), show_default=True)
-@click.option("--variant", default="lora", show_default=True)
+@click.option("--rank", type=int, default=8, show_default=True, help="Rows of the factors.")
+@click.option("--alpha", type=float, default=16.0, show_default=True, help="The update is scaled by alpha / rank.")
+@click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak rate of AdamW, decaying linearly.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of factors, head and data order.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=("encoder/layer_*/**/kernel",),
+    show_default=True,
+    help="Pattern of parameters to adapt, may be repeated: * within a name, ** over names, {a,b} either.",
+)
+@click.option("--variant", default="lora", show_default=True, help="lora or dora.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--length", type=click.IntRange(2), default=48, show_default=True, help="Tokens per training example.")
 @click.option("--epochs", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--steps-per-epoch", type=click.IntRange(1), default=None, help="Default: one pass over the data.")
 @click.option("--model", default="minilm", show_default=True, help="minilm, or a Hugging Face BERT folder.")
-@click.option("--source", default="rotten_tomatoes", show_default=True)
+@click.option("--source", default="rotten_tomatoes", show_default=True, help="rotten_tomatoes, imdb or all.")
 @click.option("--out", type=click.Path(file_okay=False), required=True, help="Folder for the adapter and metrics.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train(out: str, as_json: bool, **options: Any) -> None:
     """Train one adapter, with a progress bar per epoch."""
     from lorax_kit.workloads import Sentiment, train_adapter
 
-    workload = Sentiment(model=options.pop("model"), source=options.pop("source"))
+    workload = Sentiment(**{name: options.pop(name) for name in ("model", "source", "batch_size", "length")})
     result = train_adapter(workload, out=Path(out), **options)
     if as_json:
         _echo(result)
@@ -147,7 +162,8 @@ def inspect(model: str, spec: str | None, tokens: int, batch_size: int, as_json:
     if (Path(model) / "spec").is_dir():
         document = read_document(model)
         facts = {k: document[k] for k in ("base", "versions", "meta")} | {"spec": document["spec"].to_dict()}
-        _echo(facts | {"bytes": adapter_bytes(model), "arrays": document["arrays"]})
+        facts |= {"bytes": adapter_bytes(model), "arrays": document["arrays"]}
+        click.echo(json.dumps(facts, indent=2) if as_json else _adapter_text(facts))
         return
     text = None if spec is None else Path(spec).read_text(encoding="utf-8")
     found, shown = inspect_model(model, text, batch_size, tokens)
@@ -155,6 +171,24 @@ def inspect(model: str, spec: str | None, tokens: int, batch_size: int, as_json:
         _echo(found)
     else:
         click.echo(shown)
+
+
+def _adapter_text(facts: dict[str, Any]) -> str:
+    rules = (f"{pattern}: {', '.join(f'{k} {v}' for k, v in s.items())}" for pattern, s in facts["spec"]["rules"])
+    arrays = (f"{n}  {'x'.join(map(str, x['shape']))}  {x['dtype']}" for n, x in facts["arrays"].items())
+    size = sum(math.prod(x["shape"]) for x in facts["arrays"].values())
+    versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
+    return "\n".join(
+        [
+            *rules,
+            "",
+            *arrays,
+            "",
+            f"{size:,} parameters, {facts['bytes']:,} bytes on disk",
+            f"base {facts['base']}",
+            versions,
+        ]
+    )
 
 
 @cli.command()
@@ -209,6 +243,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         click.echo("lorax-kit: interrupted", err=True)
         sys.exit(INTERRUPTED)
+    except click.exceptions.NoArgsIsHelpError as e:
+        click.echo(e.format_message(), err=True)
+        sys.exit(2)
     except click.ClickException as e:
         _fail(e.format_message())
     except (ValueError, OSError) as e:

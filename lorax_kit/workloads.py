@@ -220,7 +220,8 @@ def inspect_model(source: str, spec: str | None, batch_size: int, tokens: int) -
     params = classifier_params(pretrained, 2, jax.random.key(0))
     if spec is None:
         rows = [{"path": p, "shape": list(x.shape), "dtype": str(x.dtype)} for p, x in paths(params).items()]
-        text = "\n".join(f"{r['path']:<50} {'x'.join(map(str, r['shape'])):>12}  {r['dtype']}" for r in rows)
+        lines = [f"{r['path']:<50} {'x'.join(map(str, r['shape'])):>12}  {r['dtype']}" for r in rows]
+        text = "\n".join([*lines, f"{sum(x.size for x in jax.tree_util.tree_leaves(params)):,} parameters"])
         return {"model": source, "parameters": rows}, text
     shape = jax.ShapeDtypeStruct((batch_size, tokens), jnp.int32)
 

@@ -94,6 +94,8 @@ def test_inspect_lists_parameters_sites_and_adapters(finished, tmp_path, capsys)
     assert "73,728 trained of" in capsys.readouterr().out
     out, printed, _ = finished
     call("inspect", out / printed["rows"][0]["adapter"])
+    assert "layer_5/attention/query/kernel:a  1x384  float32" in capsys.readouterr().out
+    call("inspect", out / printed["rows"][0]["adapter"], "--json")
     assert json.loads(capsys.readouterr().out)["meta"]["trial"] == printed["rows"][0]["trial"]
 
 
@@ -122,6 +124,14 @@ def test_bench_step_prints_the_contract_columns(capsys, standard_promotion):
     assert set(wanted.split()) <= set(row)
     assert (row["width"], row["layers"], row["tokens"], row["rank"]) == (32, 1, 16, 2)
     assert row["ours_ms"] > 0
+
+
+@pytest.mark.parametrize("command", [[], ["bench"]])
+def test_no_command_shows_the_help(command, capsys):
+    with pytest.raises(SystemExit) as e:
+        call(*command)
+    assert e.value.code == 2
+    assert "\nCommands:\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in cli.commands), ["bench", "step"]])

@@ -84,6 +84,11 @@ def init_lowrank(site: Site, key: Array) -> Factors:
 
 def check_factors(plan: Plan, factors: FactorTree) -> None:
     """Raise `AdapterError` unless `factors` has exactly the plan's paths and shapes."""
+    if not isinstance(factors, Mapping):
+        raise AdapterError(
+            f"the factors are a {type(factors).__name__}; they must be the dict that lk.split returns.\n"
+            "  call adapted(base, factors, *inputs)"
+        )
     expected = set(plan.trained)
     for word, names in (("lack", expected - set(factors)), ("hold the unplanned", set(factors) - expected)):
         if names:

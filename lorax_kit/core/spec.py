@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 
 from lorax_kit.core.errors import SpecError
 from lorax_kit.core.patterns import compile_pattern, expand_braces
@@ -31,6 +32,11 @@ def _is_int(x: Any) -> bool:
 
 def _is_number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def plain(x: Any) -> Any:
+    """A numpy scalar as Python's own number, so that settings compare, hash and turn into JSON alike."""
+    return x.item() if isinstance(x, np.generic) else x
 
 
 def _float_dtype(name: Any, where: str) -> None:
@@ -65,6 +71,8 @@ class LoRA:
     kind: ClassVar[str] = "lora"
 
     def __post_init__(self) -> None:
+        for name in ("rank", "alpha", "dropout"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         _need(
             _is_int(self.rank) and self.rank >= 1,
             f"rank is {self.rank!r}; it must be an integer of at least 1.\n"
@@ -106,7 +114,7 @@ def _from_dict(cls: type, data: Any, where: str) -> Any:
     _need(isinstance(data, Mapping), f"{where} is {data!r}; it must be an object of settings.")
     known = [f.name for f in fields(cls)]
     unknown = sorted(set(data) - set(known))
-    _need(not unknown, f"{where} has the unknown key {', '.join(map(repr, unknown))}; known: {', '.join(known)}.")
+    _need(not unknown, f"{where} has the unknown key {', '.join(map(repr, unknown))}; known: kind, {', '.join(known)}.")
     try:
         return cls(**data)
     except TypeError as e:
@@ -116,6 +124,9 @@ def _from_dict(cls: type, data: Any, where: str) -> Any:
 @dataclass(frozen=True)
 class Spec:
     """Ordered rules: path pattern -> `LoRA` or `Full`. Hashable; equal specs plan equally.
+
+    A pattern matches whole paths (`lk.paths(params)` lists them): `*` and `?` stay within one name, `**` spans any
+    number of names, `{a,b}` is either, each of which must match; `re:` starts a regular expression.
 
     Args:
       rules: a mapping or a sequence of pairs; order matters, the first match wins.

@@ -35,7 +35,7 @@ def answer(summary: Summary) -> list[str]:
         ]
     if not best.values(summary.metric).size:
         return ["Trials finished, but none of them recorded an accuracy; see the losses below."]
-    paragraphs = [_headline(summary, best)]
+    paragraphs = [_headline(summary, best), _choice_error(summary, best)]
     smaller = [c for c in summary.ladder if c.rank < best.rank and c.values(summary.metric).size]
     if smaller:
         paragraphs.append(_against_smaller(summary, best, smaller[-1]))
@@ -104,6 +104,9 @@ def _headline(summary: Summary, best: Condition) -> str:
         text = f"Rank {best.rank} ({setting}) has the best mean validation accuracy"
         if passed_over:
             text += f" among the conditions with {plural(seeds, 'finished seed')}"
+        tied = [c for c in rivals if c is not best and c.mean("val_accuracy") == best.mean("val_accuracy")]
+        if tied:
+            text += f", tied with {plural(len(tied), 'other')}; it has the fewest parameters, then the lowest loss"
         text += f". Its {value_text}"
     text += "." if not math.isnan(value.low) else " from a single seed, so without an interval."
     params, size = best.first("params"), best.first("adapter_bytes")
@@ -120,6 +123,23 @@ def _headline(summary: Summary, best: Condition) -> str:
         names = ", ".join(f"{_which(c, best)} with {c.values('val_accuracy').size}" for c in passed_over)
         text += f" Not considered, having fewer finished seeds: rank {names}."
     return text
+
+
+def _choice_error(summary: Summary, best: Condition) -> str:
+    """What the finite validation set leaves open: ranks within one standard error of the best mean."""
+    size = (summary.run.study.get("task") or {}).get("val")
+    mean = best.mean("val_accuracy")
+    if not isinstance(size, int) or size < 1 or len(summary.ladder) < 2:
+        return ""
+    error = math.sqrt(mean * (1 - mean) / size)
+    near = [c for c in summary.ladder if c is not best and mean - c.mean("val_accuracy") <= error]
+    if not near:
+        return ""
+    ranks = ", ".join(str(c.rank) for c in near)
+    return (
+        f"The choice rests on {size:,} validation examples, whose finite number alone gives a standard error of "
+        f"{100 * error:.1f} points: rank {ranks} lie{'s' if len(near) == 1 else ''} within it."
+    )
 
 
 def _which(condition: Condition, best: Condition) -> str:

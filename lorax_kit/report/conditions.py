@@ -121,7 +121,8 @@ def summarise(run: RunFolder) -> Summary:
     """Group the trials of a run; see `Summary`.
 
     The rate of a rank is the one with the best mean validation accuracy among the rates with the most
-    finished seeds, so a rate that diverged for some seeds cannot win by its survivors.
+    finished seeds, so a rate that diverged for some seeds cannot win by its survivors. Of equal means the one with
+    fewer parameters counts, then the one with the lower validation loss; `best` likewise.
     """
     metric = "val_accuracy"
     if any(t["status"] == "done" and t.get("test_accuracy") is not None for t in run.trials):
@@ -174,7 +175,7 @@ def _best(conditions: Sequence[Condition]) -> Condition:
     fullest = [c for c in conditions if c.values("val_accuracy").size == most]
     if not most:
         return max(conditions, key=lambda c: len(c.done))
-    return max(fullest, key=lambda c: c.mean("val_accuracy"))
+    return max(fullest, key=lambda c: (c.mean("val_accuracy"), -(c.first("params") or 0), -c.mean("val_loss")))
 
 
 def _conditions(trials: Sequence[Record]) -> list[Condition]:

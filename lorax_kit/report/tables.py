@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lorax_kit.report.conditions import Condition, Summary, summarise
 from lorax_kit.report.run_folder import RunFolder, replace_file
-from lorax_kit.study.statistics import Interval
+from lorax_kit.study.statistics import Interval, seeds_needed
 
 COLUMNS = (
     "trial",
@@ -81,7 +81,7 @@ def summary_table(run: RunFolder) -> str:
         "accuracy": f"{metric} (95 %)",
         "params": "params",
         "size": "adapter",
-        "difference": "vs chosen",
+        "difference": "vs chosen (95 %)",
         "p": "p (Holm)",
     }
     rows = summary_rows(summary)
@@ -96,6 +96,13 @@ def summary_table(run: RunFolder) -> str:
 
     name = run.study.get("name") or run.path.name
     lines = [f"{name}: {len(run.trials)} of {run.planned} trials", line(heads), *map(line, rows)]
+    tests = [c for c in summary.comparisons if c.pairs]
+    needed = seeds_needed(len(tests))
+    if tests and max(c.pairs for c in tests) < needed:
+        lines.append(
+            f"p cannot fall below 0.05 with fewer than {needed} seeds ({plural(len(tests), 'comparison')}, Holm): "
+            "read the intervals."
+        )
     if summary.failed:
         lines.append(f"{plural(len(summary.failed), 'trial')} diverged; left out of the means.")
     return "\n".join(lines)
@@ -138,6 +145,8 @@ def _row(summary: Summary, condition: Condition) -> dict[str, str]:
         difference = CHOSEN
     elif found is not None and found.pairs:
         difference, p = signed(100 * found.difference), p_text(found.p_holm)
+        if not math.isnan(found.low):
+            difference += f" [{signed(100 * found.low)}, {signed(100 * found.high)}]"
     return {
         "setting": "frozen encoder" if condition.rank == 0 else str(condition.family),
         "rank": "probe" if condition.rank == 0 else str(condition.rank),
@@ -172,6 +181,7 @@ def interval_text(value: Interval, *, short: bool = False) -> str:
     if math.isnan(value.mean):
         return "–"
     bounds = not math.isnan(value.low)
+    value = value._replace(low=max(value.low, 0.0), high=min(value.high, 1.0))  # a share: t intervals do not know
     if short:
         return f"{100 * value.mean:.1f}" + (f" [{100 * value.low:.1f}, {100 * value.high:.1f}]" if bounds else "")
     text = percent(value.mean)

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from lorax_kit.core.errors import StudyError
-from lorax_kit.core.spec import Full, LoRA, Spec
+from lorax_kit.core.spec import Full, LoRA, Spec, plain
 
 PROBE = "probe"
 SCHEDULES = ("constant", "linear", "cosine")
@@ -43,7 +43,7 @@ def _check(ok: bool, message: str) -> None:
 def _values(name: str, given: Any, kind: type | tuple[type, ...], word: str) -> tuple:
     if isinstance(given, str) or not isinstance(given, Iterable):
         given = [given]
-    values = tuple(given)
+    values = tuple(plain(x) for x in given)
     for x in values:
         ok = isinstance(x, kind) and not isinstance(x, bool)
         _check(ok, f"study {name} holds {x!r}; it must be {word}.")
@@ -59,8 +59,8 @@ class Study:
       rank: ranks, each at least 1; an int or a sequence, as all of the next five.
       alpha: numerators of the scale; None means alpha = rank.
       lr: peak learning rates.
-      seed: seeds. A seed fixes factors, head and (with `stream="seed"`) the order of the data, so trials of
-        one seed are paired.
+      seed: seeds, one or a sequence (`seed=2` is seed number 2). A seed fixes factors, head and (with
+        `stream="seed"`) the order of the data, so trials of one seed are paired.
       targets: name -> patterns of the parameters to adapt, one or several sets.
       variant: methods from `lorax_kit.variants`.
       probe_lr: learning rates of the frozen-encoder probe; empty for none.

@@ -33,11 +33,11 @@ class Results(NamedTuple):
     compiles: int
 
     def best(self, metric: str = "val_accuracy") -> dict[str, Any]:
-        """The finished trial with the highest `metric`."""
+        """The finished trial with the highest `metric`; of equal ones the smallest, then the lowest validation loss."""
         done = [row for row in self.rows if row["status"] == "done" and row.get(metric) is not None]
         if not done:
             raise StudyError(f"no trial finished with a {metric}; see 'failed_step' in the rows.")
-        return max(done, key=lambda row: row[metric])
+        return max(done, key=lambda row: (row[metric], -row["params"], -row["val_loss"]))
 
 
 def run(

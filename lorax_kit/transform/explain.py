@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import jax
+from jax import Array
 
 from lorax_kit.core.factors import FactorTree
 from lorax_kit.core.paths import Params, is_array, nbytes
@@ -81,13 +82,16 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(adapted: Adapted, base: Params, factors: FactorTree, *args: Any, **kwargs: Any) -> Explanation:
+def explain(
+    adapted: Adapted, base: Params, factors: FactorTree, *args: Any, dropout_key: Array | None = None, **kwargs: Any
+) -> Explanation:
     """How each site of an adapted function runs for these inputs. Nothing is computed, only traced.
 
     Args:
       adapted: from `lk.adapt`.
       base, factors: from `lk.split`.
       *args, **kwargs: inputs as for `adapted`.
+      dropout_key: as for `adapted`: with it, the sites with dropout are shown as they run in training.
 
     Returns:
       An `Explanation`: print it, or read `.rows`, `.materialised`, `.to_dict()`, `.to_json()`.
@@ -99,7 +103,7 @@ def explain(adapted: Adapted, base: Params, factors: FactorTree, *args: Any, **k
     def trace(factors: FactorTree, dynamic: dict[int, Any]) -> None:
         values = [dynamic.get(i, x) for i, x in enumerate(inputs)]
         whole, some, named = jax.tree_util.tree_unflatten(tree, values)
-        _, ctx = adapted.traced(whole, factors, some, named)
+        _, ctx = adapted.traced(whole, factors, some, named, dropout_key)
         found.extend(ctx.uses.values())
 
     jax.eval_shape(trace, dict(factors), dynamic)

@@ -70,7 +70,7 @@ def test_the_terminal_table_holds_the_rows_of_the_page(run):
     found = read_run(run)
     first, head, *lines, last = summary_table(found).splitlines()
     assert first == "demo: 9 of 9 trials"
-    heads = ["rank", "lr", "seeds", "test accuracy (95 %)", "params", "adapter", "vs chosen", "p (Holm)"]
+    heads = ["rank", "lr", "seeds", "test accuracy (95 %)", "params", "adapter", "vs chosen (95 %)", "p (Holm)"]
     assert [h.strip() for h in head.replace("  ", "|").split("|") if h] == heads
     for line, row in zip(lines, summary_rows(summarise(found)), strict=True):
         wanted = [row[k] for k in ("rank", "rate", "seeds", "accuracy", "params", "size", "difference", "p")]
