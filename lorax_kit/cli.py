@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except click.ClickException as e:
         _fail(e.format_message())
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, OverflowError, RecursionError) as e:
         # Every error that this package raises on purpose is a ValueError, or an OSError about a file.
         _fail(str(e))
 

@@ -104,6 +104,12 @@ class Sentiment:
             return encoded(tokenizer.encode(part.texts, longest), part.labels, 2)
 
         train, val, test = (encode(part) for part in splits)
+        largest = max(max(row) for part in (train, val, test) for row in part.ids)
+        if largest >= pretrained.config.vocab_size:
+            raise StudyError(
+                f"the tokenizer of {self.model!r} gives the id {largest}; its model has {pretrained.config.vocab_size} "
+                "word embeddings.\n  use the tokenizer.json that belongs to these weights"
+            )
         model = BertClassifier(pretrained.config, num_classes=2)
 
         def batches(seed: int, start: int) -> Iterator[Batch]:

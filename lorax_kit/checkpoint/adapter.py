@@ -6,6 +6,7 @@ versions that wrote it; and the digests of all files. Nothing of the base is sto
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,13 +19,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lorax_kit.checkpoint.fingerprint import fingerprint
-from lorax_kit.checkpoint.seal import check_seal, damaged, seal
+from lorax_kit.checkpoint.seal import SEAL, check_seal, damaged, seal
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.core.errors import AdapterError, LoraxError
 from lorax_kit.core.factors import Factors, FactorTree, FullLeaf
-from lorax_kit.core.paths import Params
-from lorax_kit.core.plan import Axes, Plan, make_plan
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.merge import check_params
+from lorax_kit.core.paths import Params, flatten
+from lorax_kit.core.plan import Axes, Plan, make_plan, match
+from lorax_kit.core.spec import LoRA, Spec
 from lorax_kit.version import __version__
 
 FORMAT = 1
@@ -99,8 +101,9 @@ def save_adapter(
       AdapterError: the path exists, the factors do not fit the spec, or are not finite.
     """
     path = Path(path).absolute()
-    refuse_existing(path, overwrite)
-    plan = make_plan(spec, base) if plan is None else plan
+    refuse_existing(path, overwrite, SEAL)
+    plan = make_plan(spec, base) if plan is None else _checked(plan, spec, base)
+    check_params(flatten(base)[0], plan)
     arrays = named_arrays(factors)
     expected = _shapes(plan)
     found = {name: x.shape for name, x in arrays.items() if not name.endswith(":magnitude")}
@@ -111,6 +114,10 @@ def save_adapter(
             f"{expected.get(odd, 'none planned')}.\n  save them with the spec they were split by"
         )
     check_finite(arrays)
+    try:
+        json.dumps(dict(meta or {}))
+    except (TypeError, ValueError) as e:
+        raise AdapterError(f"meta is not JSON data: {e}; nothing was saved.") from None
     document = {
         "format": FORMAT,
         "spec": spec.to_dict(),
@@ -120,8 +127,27 @@ def save_adapter(
         "versions": {"lorax_kit": __version__, **{name: version(name) for name in ("jax", "orbax-checkpoint")}},
         "meta": dict(meta or {}),
     }
-    with staged(path) as new:
+    with staged(path, overwrite) as new:
         _write(new, arrays, document)
+
+
+def _checked(plan: Plan, spec: Spec, base: Params) -> Plan:
+    """The plan, if it is what the spec says of this base; on disk only the spec is kept."""
+    settings = match(spec, base)
+    sites = {p for p, setting in settings.items() if isinstance(setting, LoRA)}
+    axes = {site.path: (site.axes, site.use) for site in plan.sites}
+    if sites != set(axes):
+        odd = min(sites ^ set(axes))
+    else:
+        made = make_plan(spec, base, axes)
+        if made == plan:
+            return plan
+        ours, theirs = ({x.path: x for x in [*p.sites, *p.full]} for p in (made, plan))  # type: ignore[attr-defined]
+        odd = min((p for p in {*ours, *theirs} if ours.get(p) != theirs.get(p)), default="compute_dtype")
+    raise AdapterError(
+        f"the plan is not that of the spec and this base: they differ at {odd!r}.\n"
+        "  save with the spec the plan was resolved from"
+    )
 
 
 def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
@@ -143,7 +169,7 @@ class _quiet:
 
     def __enter__(self) -> None:
         self._level = logging.getLogger("absl").level
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
 
     def __exit__(self, *_: object) -> None:
         logging.getLogger("absl").setLevel(self._level)

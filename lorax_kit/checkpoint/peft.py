@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def save_peft(
       2.0
     """
     path = Path(path).absolute()
-    refuse_existing(path, overwrite)
+    refuse_existing(path, overwrite, CONFIG)
     plan = make_plan(spec, base) if plan is None else plan
     check_factors(plan, factors)
     check_finite(named_arrays(factors))
@@ -112,6 +113,9 @@ def save_peft(
         tensors |= {f"{PREFIX}{module}.{kind}": x for kind, x in to_tensors(site, found).items()}
     if not settings:
         raise AdapterError("the adapter has no low-rank site, and PEFT's LoRA needs one.\n  use lk.save_adapter")
+    repeated = [name for name, n in Counter(names.values()).items() if n > 1]
+    if repeated:
+        raise AdapterError(f"`names` gives {repeated[0]!r} to several parameters.")
     whole = {_module(names[leaf.path]) for leaf in plan.full}
     for p, name in names.items():
         if _module(name) in whole:
@@ -121,7 +125,7 @@ def save_peft(
             value = trained.value if isinstance(trained, FullLeaf) else named[p]
             tensors[PREFIX + name] = transposed(p, np.asarray(value))
     config = make_config(settings, whole, {_module(name) for name in names.values()}, base_model)
-    with staged(path) as new:
+    with staged(path, overwrite) as new:
         new.mkdir()
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_tensors(new / WEIGHTS, tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,14 +12,18 @@ from pathlib import Path
 from lorax_kit.core.errors import AdapterError
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise `AdapterError` if `path` exists and may not be replaced."""
-    if path.exists() and not overwrite:
+def refuse_existing(path: Path, overwrite: bool, marker: str) -> None:
+    """Raise `AdapterError` if `path` exists and may not be replaced: only a folder that holds `marker` ever is."""
+    if not path.exists() and not path.is_symlink():
+        return
+    if not overwrite:
         raise AdapterError(f"{str(path)!r} exists.\n  choose another path, or pass overwrite=True")
+    if path.is_symlink() or not (path / marker).exists():
+        raise AdapterError(f"{str(path)!r} exists and is no such adapter: it is not replaced.\n  choose another path")
 
 
 @contextmanager
-def staged(path: Path) -> Iterator[Path]:
+def staged(path: Path, overwrite: bool) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the place of `path` when the block ends without an error.
 
     What stood at `path` is replaced then, and stays as it was if anything fails.
@@ -27,9 +32,14 @@ def staged(path: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield folder / "written"
-        if path.exists():
+        if overwrite and path.exists():
             path.rename(folder / "replaced")
-        (folder / "written").rename(path)
+        try:
+            (folder / "written").rename(path)
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise AdapterError(f"{str(path)!r} was written by another process meanwhile.") from None
     except BaseException:
         if (folder / "replaced").exists() and not path.exists():
             (folder / "replaced").rename(path)

@@ -106,6 +106,11 @@ def check_factors(plan: Plan, factors: FactorTree) -> None:
                 f"the factors at {site.path!r} have shapes a {found.a.shape}, b {found.b.shape}.\n"
                 f"  the plan (rank {site.setting.rank}) expects a {site.a_shape}, b {site.b_shape}"
             )
+        size = (*site.stack_shape, *site.out_shape)
+        if found.magnitude is not None and found.magnitude.shape != size:
+            raise AdapterError(
+                f"the magnitude at {site.path!r} has shape {found.magnitude.shape}, the plan expects {size}."
+            )
     for leaf in plan.full:
         value = factors[leaf.path]
         if not isinstance(value, FullLeaf) or value.value.shape != leaf.shape:

@@ -62,6 +62,11 @@ def check_params(named: dict[str, Any], plan: Plan) -> None:
                 f"{planned.path!r} has shape {named[planned.path].shape}, the plan expects {planned.shape}.\n"
                 "  resolve the spec against these params: lk.resolve(spec, params, apply_fn, *inputs)"
             )
+        if isinstance(planned, Site) and str(named[planned.path].dtype) != planned.dtype:
+            raise PlanError(
+                f"{planned.path!r} has dtype {named[planned.path].dtype}, the plan expects {planned.dtype}.\n"
+                "  resolve the spec against these params: lk.resolve(spec, params, apply_fn, *inputs)"
+            )
 
 
 def delta(site: Site, factors: Factors) -> Array:
@@ -99,7 +104,18 @@ def effective_weight(site: Site, w: Array, factors: Factors) -> Array:
         c = spread_outputs(site, column_scale(site, w, factors, scale))
         total = c * (w.astype(update.dtype) + update)
         unchanged = (update == 0) & (c == 1)
-    return jnp.where(unchanged, w, total.astype(w.dtype))
+    return _kept(unchanged, w, total.astype(w.dtype))
+
+
+@jax.custom_jvp
+def _kept(unchanged: Array, w: Array, total: Array) -> Array:
+    """`total`, but the bits of `w` where nothing changed; its derivative is that of `total` everywhere."""
+    return jnp.where(unchanged, w, total)
+
+
+@_kept.defjvp
+def _kept_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    return _kept(*primals), tangents[2]
 
 
 def spread_outputs(site: Site, c: Array) -> Array:

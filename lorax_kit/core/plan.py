@@ -191,7 +191,13 @@ def make_plan(spec: Spec, params: Params, axes: dict[str, tuple[Axes, str]] | No
     for path, setting in match(spec, params).items():
         leaf = arrays[path]
         if isinstance(setting, Full):
-            full.append(FullSite(path=path, shape=leaf.shape, dtype=setting.dtype or str(leaf.dtype)))
+            dtype = setting.dtype or str(leaf.dtype)
+            if jnp.promote_types(dtype, leaf.dtype) != jnp.dtype(dtype):
+                raise PlanError(
+                    f"{path!r} is {leaf.dtype}; Full(dtype={dtype!r}) would round it.\n"
+                    "  give a dtype at least as wide, or none"
+                )
+            full.append(FullSite(path=path, shape=leaf.shape, dtype=dtype))
             continue
         if axes is None:
             if len(leaf.shape) != 2:

@@ -96,7 +96,7 @@ class LoRA:
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
-    """Train a parameter in full: a head, biases, norms. `dtype` None keeps the parameter's own."""
+    """Train a parameter in full: a head, biases, norms. `dtype` at least as wide as its own; None keeps that."""
 
     dtype: str | None = None
     kind: ClassVar[str] = "full"

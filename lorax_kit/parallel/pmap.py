@@ -30,6 +30,9 @@ def pmap_step(
     State and base keep their plain shapes: `init` replicates the state, and every step broadcasts the base, unless
     `replicate(base, device_mesh("devices", devices))` has placed it once. The signature is that of `make_step`.
 
+    Loss and gradients are means over devices: exact for losses that weigh every example alike, while a mean over
+    weights that differ between devices is what `sharded_step` computes.
+
     Raises:
       LoraxError: when called with a batch that the devices do not divide.
     """

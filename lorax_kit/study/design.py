@@ -11,6 +11,7 @@ from lorax_kit.core.errors import StudyError
 from lorax_kit.core.spec import Full, LoRA, Spec, plain
 
 PROBE = "probe"
+FLOAT32_MAX = 3.4e38
 SCHEDULES = ("constant", "linear", "cosine")
 STREAMS = ("shared", "seed")
 
@@ -117,7 +118,9 @@ class Study:
             _check(r >= 1, f"study rank holds {r}; it must be at least 1.\n  for the frozen probe give probe_lr")
         for name in ("lr", "probe_lr", "alpha"):
             for x in getattr(self, name) or ():
-                _check(0 < x < float("inf"), f"study {name} holds {x!r}; it must be a positive number.")
+                _check(
+                    0 < x < FLOAT32_MAX, f"study {name} holds {x!r}; it must be a positive number of float32's range."
+                )
         for s in self.seed:  # type: ignore[union-attr]
             _check(0 <= s < 2**31, f"study seed holds {s}; it must lie in [0, 2^31).")
         _check(isinstance(self.targets, Mapping) and len(self.targets) > 0, "study targets must map names to patterns.")
@@ -134,11 +137,17 @@ class Study:
         _check(self.warmup < self.steps, f"study warmup {self.warmup} leaves none of {self.steps} steps.")
         _check(self.schedule in SCHEDULES, f"study schedule is {self.schedule!r}; choose from {', '.join(SCHEDULES)}.")
         _check(self.stream in STREAMS, f"study stream is {self.stream!r}; choose from {', '.join(STREAMS)}.")
+        ok = isinstance(self.weight_decay, number) and 0 <= self.weight_decay < FLOAT32_MAX
+        _check(ok, "study weight_decay must be a number of at least 0.")
         _check(
-            isinstance(self.weight_decay, number) and self.weight_decay >= 0, "study weight_decay must be at least 0."
+            self.clip is None or (isinstance(self.clip, number) and 0 < self.clip < FLOAT32_MAX),
+            "study clip must be positive.",
         )
-        _check(self.clip is None or (isinstance(self.clip, number) and self.clip > 0), "study clip must be positive.")
         names = [t.name for t in self.trials()]
+        longest = max(names, key=len)
+        _check(
+            len(longest.encode()) <= 200, f"the trial name {longest[:60]!r}... is too long for a file: shorten targets."
+        )
         _check(len(set(names)) == len(names), "two trials of the study have the same name: values differ too little.")
 
     @property

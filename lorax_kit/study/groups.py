@@ -79,6 +79,12 @@ def pack_bytes(study: Study, problem: Problem, trial: Trial, plan: Plan, params:
         batches = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), batch) if own else batch
         return jax.vmap(one, (0, 0 if own else None))(factors, batches)
 
+    found = jax.eval_shape(losses, factors)
+    if found.shape != (count,) or not jnp.issubdtype(found.dtype, jnp.floating):
+        raise StudyError(
+            f"the loss of problem {problem.name!r} has shape {found.shape[1:]} and dtype {found.dtype}; it must be a "
+            "float scalar.\n  return the mean over the batch"
+        )
     return step_bytes(losses, factors)
 
 

@@ -139,8 +139,11 @@ def _padded(plan: Plan, path: str, factors: Factors | FullLeaf | None) -> Factor
     return factors._replace(a=rows(factors.a), b=rows(factors.b))
 
 
-def unpack(plan: Plan, factors: Any, index: int) -> dict[str, Factors | FullLeaf]:
+def unpack(plan: Plan, factors: Any, index: int, *, diverged: bool = False) -> dict[str, Factors | FullLeaf]:
     """The factors of trial `index`, by its own plan: only its rows and its targets, as numpy arrays.
+
+    Args:
+      diverged: the trial is lost; what its other rows hold does not matter.
 
     Raises:
       StudyError: a row that should be zero is not; the optimiser does not keep zero rows.
@@ -153,7 +156,7 @@ def unpack(plan: Plan, factors: Any, index: int) -> dict[str, Factors | FullLeaf
             out[path] = one
             continue
         rank = ranks.get(path, 0)
-        if np.any(one.a[rank:]) or np.any(one.b[rank:]):
+        if not diverged and (np.any(one.a[rank:]) or np.any(one.b[rank:])):
             raise StudyError(f"rows of {path!r} above rank {rank} are no longer zero: the optimiser moves zero rows.")
         if rank:
             out[path] = one._replace(a=one.a[:rank], b=one.b[:rank])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +11,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from lorax_kit.checkpoint.fingerprint import fingerprint
 from lorax_kit.core.errors import StudyError
+from lorax_kit.core.paths import Params
 from lorax_kit.parallel.mesh import TRIAL
 from lorax_kit.study.design import Study
 from lorax_kit.study.groups import available_bytes, grouped
@@ -85,8 +89,12 @@ def run(
     budget = available_bytes(jax.local_devices()[0]) if memory_bytes is None else memory_bytes
     devices = 1 if mesh is None else mesh.shape[TRIAL]
     planned = [(some, union_plan(study, problem, some, params, batch)) for some in kinds(study, trials)]
-    store = RunStore(out, identity(study, problem), overwrite=overwrite)
-    sizes = store.info.get("sizes") or [None] * len(planned)
+    specs = [study.spec(trial, problem.head) for trial in trials]
+    head = {leaf.path for _, plan in planned for leaf in plan.full}
+    store = RunStore(out, identity(study, problem, params, batch, head), overwrite=overwrite)
+    sizes = store.info.get("sizes")
+    if not isinstance(sizes, list) or [type(x) for x in sizes] != [int] * len(planned) or min(sizes) < 1:
+        sizes = [None] * len(planned)
     by_kind = [
         grouped(study, problem, some, plan, params, batch, budget=budget, devices=devices, size=size)
         for (some, plan), size in zip(planned, sizes, strict=True)
@@ -94,13 +102,12 @@ def run(
     # A group of which a trial is missing goes on as a whole: the same program, so the same bits.
     groups = [g for kind in by_kind for g in kind if any(t.name not in store.finished for t in g.trials)]
     store.create()
-    head = problem.head
     if store.info.get("started") is None or groups:
         store.write_info(
             name=Path(out).name,
             command=command or store.info.get("command", ""),
             design=study.to_dict(),
-            spec=study.spec(max(trials, key=lambda t: t.rank), head).to_dict(),
+            spec=max(zip(trials, specs, strict=True), key=lambda pair: pair[0].rank)[1].to_dict(),
             environment=environment(),
             task=dict(problem.facts),
             started=store.info.get("started") or _now(),
@@ -121,9 +128,25 @@ def run(
     return Results(rows, Path(out), int(store.info.get("compiles", 0)))
 
 
-def identity(study: Study, problem: Problem) -> dict[str, Any]:
-    """What makes two runs the same study: a folder holds only one."""
-    return {"design": study.to_dict(), "problem": problem.name, "settings": problem.facts.get("settings")}
+def identity(study: Study, problem: Problem, params: Params, batch: Any, head: Collection[str]) -> dict[str, Any]:
+    """What makes two runs the same study: a folder holds only one. Weights and data count by their digests.
+
+    Args:
+      batch: the first training batch.
+      head: paths of the parameters that every trial draws anew.
+    """
+    found = {
+        "design": study.to_dict(),
+        "problem": problem.name,
+        "settings": problem.facts.get("settings"),
+        "base": fingerprint(params, head),
+        "data": fingerprint([batch, *problem.val, *problem.test]),
+    }
+    try:
+        json.dumps([found, dict(problem.facts)])
+    except (TypeError, ValueError) as e:
+        raise StudyError(f"the facts of problem {problem.name!r} are not plain data: {e}.") from None
+    return found
 
 
 def _now() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import Any
@@ -71,7 +72,7 @@ class Session:
     def run_group(self, group: Group, label: str) -> None:
         """Train a group, or go on with it, and write what its trials came to."""
         names = [trial.name for trial in group.trials]
-        earlier = self.store.load_progress(names)
+        earlier = self.store.load_progress(names, group.size)
         filled = [*group.trials, *[group.trials[-1]] * (group.size - len(group.trials))]
         stacked = pack(self.study, self.problem, filled, group.plan, self.params)
         key = (group.plan, group.size)
@@ -100,7 +101,9 @@ class Session:
             shown["loss"] = f"{own.mean():.4f}" if len(own) else "nan"
             for i in np.flatnonzero(failed[:count] == number):
                 name = stacked.trials[i].name
-                tqdm.write(f"{name}: loss is not finite at step {number}; this trial stops, the others go on")
+                tqdm.write(
+                    f"{name}: loss is not finite at step {number}; this trial stops, the others go on", file=sys.stderr
+                )
             bar.update()
             bar.set_postfix(shown)
 
@@ -171,9 +174,9 @@ class Session:
     def _trial_row(self, group: Group, trained: Trained, i: int) -> dict[str, Any]:
         trial, study, problem = group.trials[i], self.study, self.problem
         plan = trial_plan(study, problem, group.plan, trial, self.params)
-        factors = unpack(plan, trained.factors, i)
-        leaves = jax.tree_util.tree_leaves(factors)
         failed = int(trained.failed[i]) or None
+        factors = unpack(plan, trained.factors, i, diverged=failed is not None)
+        leaves = jax.tree_util.tree_leaves(factors)
         row: dict[str, Any] = {
             "trial": trial.name,
             "rank": trial.rank,

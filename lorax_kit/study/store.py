@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.core.errors import StudyError
@@ -78,6 +79,8 @@ class RunStore:
         if self.path.exists() and not self.path.is_dir():
             raise StudyError(f"{str(self.path)!r} is a file.\n  choose another folder")
         previous = self._previous()
+        if previous is not None and not isinstance(previous.get("identity"), Mapping):
+            previous = None  # somebody else's study.json
         if previous is None and self.path.exists() and any(self.path.iterdir()):
             raise StudyError(f"{str(self.path)!r} is not empty and holds no study.\n  choose another folder")
         self._discard = overwrite and previous is not None
@@ -110,9 +113,10 @@ class RunStore:
         if not file.exists():
             return None
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as e:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as e:
             raise StudyError(f"{str(file)!r} is not JSON: {e}.\n  restore it, or discard the folder") from None
+        return found if isinstance(found, dict) else {}
 
     def _rows(self, name: str) -> list[dict[str, Any]]:
         """Whole lines of a JSONL file: one cut off by an interruption does not count."""
@@ -123,10 +127,12 @@ class RunStore:
         rows = []
         for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as e:
+                row = json.loads(line)
+                rows.append(row | {"trial": str(row["trial"])})
+            except (ValueError, TypeError, KeyError, RecursionError) as e:
                 raise StudyError(
-                    f"{str(file)!r}, line {number} is not JSON: {e}.\n  delete that line: the trial is then run again"
+                    f"{str(file)!r}, line {number} is not the JSON of a trial: {e!r}.\n"
+                    "  delete that line: the trial is then run again"
                 ) from None
         return rows
 
@@ -154,14 +160,17 @@ class RunStore:
     def save_progress(self, trials: Sequence[str], progress: Progress) -> None:
         """Keep the training under way of a group of trials."""
         facts = {"trials": list(trials), "evaluations": progress.evaluations, "seconds": progress.seconds}
-        arrays: dict[str, Any] = {f"running_{i}": x for i, x in enumerate(progress.running)}
+        facts["dtypes"] = [str(x.dtype) for x in progress.running]
+        # As bytes: the format knows no bfloat16.
+        raw = (np.ascontiguousarray(x).view(np.uint8) for x in progress.running)
+        arrays: dict[str, Any] = {f"running_{i}": x for i, x in enumerate(raw)}
         staged = self.path / f".{TRAINING}.tmp"
         with open(staged, "wb") as file:
             np.savez(file, facts=np.array(json.dumps(facts)), losses=progress.losses, failed=progress.failed, **arrays)
         os.replace(staged, self.path / TRAINING)
 
-    def load_progress(self, trials: Sequence[str]) -> Progress | None:
-        """The training under way of these trials, if that is what was interrupted.
+    def load_progress(self, trials: Sequence[str], size: int) -> Progress | None:
+        """The training under way of these trials in a pack of `size`, if that is what was interrupted.
 
         Raises:
           StudyError: the file is damaged.
@@ -172,12 +181,13 @@ class RunStore:
         try:
             with np.load(file, allow_pickle=False) as stored:
                 facts = json.loads(str(stored["facts"]))
-                if facts["trials"] != list(trials):
+                if facts["trials"] != list(trials) or len(stored["failed"]) != size:
                     return None
-                running = [stored[f"running_{i}"] for i in range(len(stored.files) - 3)]
+                dtypes = enumerate(facts["dtypes"])
+                running = [stored[f"running_{i}"].view(jnp.dtype(name)) for i, name in dtypes]
                 evaluations = [(int(step), metrics) for step, metrics in facts["evaluations"]]
                 return Progress(running, stored["losses"], stored["failed"], evaluations, float(facts["seconds"]))
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
             raise StudyError(
                 f"{str(file)!r} is damaged: {e}.\n  delete it: the group under way is then trained from its start"
             ) from None

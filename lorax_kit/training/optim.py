@@ -51,7 +51,8 @@ def partition(
       An `optax.GradientTransformation` over the factor tree.
 
     Raises:
-      PlanError: a label that the plan needs has no transformation, or one is given that does not exist.
+      PlanError: a label that the plan needs has no transformation, or one is given that does not exist; a clip that is
+        not positive.
 
     Example:
       >>> import jax.numpy as jnp
@@ -59,6 +60,8 @@ def partition(
       >>> plan = resolve(Spec({"w": LoRA(rank=2)}), {"w": jnp.ones((4, 3))})
       >>> tx = partition({"a": optax.adam(1e-3), "b": optax.adam(1.6e-2)}, plan)
     """
+    if clip is not None and not 0 < clip < float("inf"):
+        raise PlanError(f"clip is {clip!r}; it must be a positive number, or None.")
     if isinstance(tx, Mapping):
         needed = _needed(plan)
         for word, names in (("lacks", needed - set(tx)), ("names the unknown", set(tx) - set(LABELS))):

@@ -37,7 +37,7 @@ class Info(NamedTuple):
     Attributes:
       loss: fp32 (), mean over the batch.
       grad_norm: fp32 (), global norm over the trained leaves, before clipping.
-      finite: bool (), whether loss and gradients were finite; if not, the step changed no factor.
+      finite: bool (), whether loss, gradients and new factors were finite; if not, the step changed no factor.
       aux: whatever the loss returned beside its value, mean over accumulated micro-batches.
     """
 
@@ -76,7 +76,8 @@ def make_step(
       `init(factors, key=None) -> State` and `step(state, base, batch) -> (State, Info)`.
 
     Raises:
-      LoraxError: `accumulate` below 1; at the first call, a batch that does not divide by it.
+      LoraxError: `accumulate` below 1; at the first call, a batch that does not divide by it, or a loss that is
+        not a float scalar.
 
     Example:
       >>> init, step = make_step(lambda base, f, x: jnp.sum((x * f["w"]) ** 2), optax.sgd(0.1))
@@ -96,7 +97,13 @@ def make_step(
         def loss(factors: Any) -> tuple[Array, Any]:
             out = loss_fn(base, factors, batch) if key is None else loss_fn(base, factors, batch, key)
             value, aux = out if isinstance(out, tuple) else (out, None)
-            return value.astype(jnp.float32), aux
+            if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+                kind = f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}"
+                raise LoraxError(
+                    f"the loss has {kind}; it must be a float scalar.\n"
+                    "  return jnp.mean(losses), or (jnp.mean(losses), aux)"
+                )
+            return jnp.asarray(value, jnp.float32), aux
 
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(factors)
         return value, aux, grads
@@ -110,9 +117,11 @@ def make_step(
         if axis_name is not None:
             value, aux, grads = jax.lax.pmean((value, aux, grads), axis_name)
         norm = optax.tree.norm(grads).astype(jnp.float32)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.factors)
         factors = optax.apply_updates(state.factors, updates)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        # A rate of infinity makes NaN of finite gradients: the factors themselves count, too.
+        finite = jax.tree.reduce(lambda ok, x: ok & jnp.isfinite(x).all(), factors, finite)
         # One bad batch must not spoil the factors: the state stays, and `finite` tells.
         new, old = (factors, opt_state), (state.factors, state.opt_state)
         factors, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

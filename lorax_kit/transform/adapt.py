@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ class Adapted:
         for full in self.plan.full:
             leaf = factors[full.path]
             assert isinstance(leaf, FullLeaf)
-            leaves[full.path] = leaf.value
+            leaves[full.path] = leaf.value.astype(named[full.path].dtype)  # as merge does
         weights = {}
         for site in self.plan.sites:
             found = factors[site.path]
@@ -98,7 +99,8 @@ def adapt(fn: Callable[..., Any], plan: Plan, *, kernel: str = "auto", trials: i
       the call is an evaluation.
 
     Raises:
-      PlanError: `kernel` is unknown; when called, a base or a use that does not fit the plan.
+      PlanError: `kernel` is unknown, or `fn` has a keyword `dropout_key` of its own; when called, a base or a
+        use that does not fit the plan.
       AdapterError: when called, factors that do not fit the plan.
 
     Example:
@@ -113,4 +115,16 @@ def adapt(fn: Callable[..., Any], plan: Plan, *, kernel: str = "auto", trials: i
     """
     if kernel != "auto" and kernel not in KERNELS:
         raise PlanError(f"kernel {kernel!r} is unknown; choose from auto, {', '.join(KERNELS)}.")
+    if "dropout_key" in _keywords(fn):
+        raise PlanError(
+            "the function has a keyword dropout_key, which adapted functions keep for the dropout of their sites.\n"
+            "  wrap it: lambda params, *inputs, key: fn(params, *inputs, dropout_key=key)"
+        )
     return Adapted(fn, plan, kernel, trials)
+
+
+def _keywords(fn: Callable[..., Any]) -> set[str]:
+    try:
+        return set(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):  # some callables do not tell
+        return set()

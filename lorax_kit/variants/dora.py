@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.factors import Factors, init_lowrank
 from lorax_kit.core.plan import Site
 from lorax_kit.core.variant import Variant
@@ -54,7 +55,8 @@ def init(site: Site, w: Array, key: Array) -> Factors:
 
 def column_scale(site: Site, w: Array, factors: Factors, scale: Array | float) -> Float[Array, ...]:
     """m / |W + s A^T B|, the norm detached from the gradient (section 4.3 of the paper)."""
-    assert factors.magnitude is not None
+    if factors.magnitude is None:
+        raise AdapterError(f"the factors at {site.path!r} have no magnitude, which DoRA needs.")
     return factors.magnitude / jax.lax.stop_gradient(norm(site, w, factors.a, factors.b, scale))
 
 

@@ -53,11 +53,11 @@ def test_the_other_factor_is_zero():
 
 
 def test_split_copies_nothing_of_the_base_and_everything_of_full_leaves():
-    plan = lk.resolve(lk.Spec({"q/kernel": lk.LoRA(rank=2), "table": lk.Full(dtype="bfloat16")}), PARAMS)
+    plan = lk.resolve(lk.Spec({"q/kernel": lk.LoRA(rank=2), "table": lk.Full()}), PARAMS)
     base, trained = lk.split(PARAMS, plan, jax.random.key(0))
     for x, y in zip(jax.tree.leaves(base), jax.tree.leaves(PARAMS), strict=True):
         assert x is y
-    assert trained["table"].value.dtype == jnp.bfloat16
+    assert trained["table"].value.dtype == jnp.float32
     assert trained["table"].value.unsafe_buffer_pointer() != PARAMS["table"].unsafe_buffer_pointer()
 
 

@@ -68,13 +68,14 @@ def test_diverged_trials_are_counted_beside_the_finished_seeds(run):
 
 def test_the_terminal_table_holds_the_rows_of_the_page(run):
     found = read_run(run)
-    first, head, *lines, last = summary_table(found).splitlines()
+    first, head, *lines, hint, last = summary_table(found).splitlines()
     assert first == "demo: 9 of 9 trials"
     heads = ["rank", "lr", "seeds", "test accuracy (95 %)", "params", "adapter", "vs chosen (95 %)", "p (Holm)"]
     assert [h.strip() for h in head.replace("  ", "|").split("|") if h] == heads
     for line, row in zip(lines, summary_rows(summarise(found)), strict=True):
         wanted = [row[k] for k in ("rank", "rate", "seeds", "accuracy", "params", "size", "difference", "p")]
         assert line.split() == " ".join(wanted).split()
+    assert hint.startswith("p cannot fall below 0.05 with fewer than ")
     assert last == "1 trial diverged; left out of the means."
 
 

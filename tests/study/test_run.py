@@ -270,7 +270,7 @@ def test_a_damaged_results_file_names_its_line(tmp_path):
     results = run(tmp_path / "run", tiny.study(rank=[1], probe_lr=()))
     file = results.path / "trials.jsonl"
     file.write_text("{broken\n" + file.read_text())
-    with pytest.raises(lk.StudyError, match="line 1 is not JSON"):
+    with pytest.raises(lk.StudyError, match="line 1 is not the JSON of a trial"):
         run(results.path, tiny.study(rank=[1], probe_lr=()))
 
 
