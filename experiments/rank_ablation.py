@@ -1,7 +1,8 @@
 """Rank ablation of MiniLM on all rotten_tomatoes training reviews: 5 ranks and a probe, 6 paired seeds.
 
 Command:   python experiments/rank_ablation.py
-Hardware:  2 CPU cores
+Hardware:  2 CPU cores, about an hour
+Result:    best rank (2) 0.817 [0.813, 0.822] test accuracy, frozen probe 0.747
 Writes:    runs/rank_ablation/ (report.html, results.csv, adapters/); after an interruption the same command goes on.
 """
 
