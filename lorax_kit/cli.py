@@ -102,7 +102,9 @@ def study(config: str, out: str, overwrite: bool, devices: int, memory_mib: int 
 @click.option("--rank", type=int, default=8, show_default=True, help="Rows of the factors.")
 @click.option("--alpha", type=float, default=16.0, show_default=True, help="The update is scaled by alpha / rank.")
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak rate of AdamW, decaying linearly.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of factors, head and data order.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of factors, head and data order."
+)
 @click.option(
     "--target",
     "targets",

@@ -146,7 +146,7 @@ def evaluate_adapter(path: str | Path) -> dict[str, Any]:
       AdapterError: no adapter, a damaged one, or one that names no problem known here.
     """
     meta = read_document(path)["meta"]
-    if "settings" not in meta:
+    if not isinstance(meta.get("settings"), dict):
         raise AdapterError(f"the adapter at {str(path)!r} does not say which problem it was trained on.")
     problem = Sentiment.from_dict(meta["settings"]).build()
     base = problem.params(jax.random.key(0))
@@ -229,6 +229,10 @@ def inspect_model(source: str, spec: str | None, batch_size: int, tokens: int) -
         lines = [f"{r['path']:<50} {'x'.join(map(str, r['shape'])):>12}  {r['dtype']}" for r in rows]
         text = "\n".join([*lines, f"{sum(x.size for x in jax.tree_util.tree_leaves(params)):,} parameters"])
         return {"model": source, "parameters": rows}, text
+    if tokens > pretrained.config.max_position_embeddings:
+        raise StudyError(
+            f"{tokens} tokens are above the model's {pretrained.config.max_position_embeddings} positions."
+        )
     shape = jax.ShapeDtypeStruct((batch_size, tokens), jnp.int32)
 
     def apply(params: Any, ids: Any, mask: Any) -> Any:

@@ -96,11 +96,15 @@ def load_bert(source: str | Path = "minilm") -> Pretrained:
 
 
 def _read(file: Path, config: BertConfig) -> dict[str, Any]:
-    shapes = _shapes(config)
     params: dict[str, Any] = {}
     try:
         with safe_open(file, framework="numpy") as tensors:
             stored = set(tensors.keys())
+            if config.num_hidden_layers > len(stored):  # before anything as long is built
+                raise ValueError(
+                    f"{str(file)!r} has {len(stored)} tensors, config.json says {config.num_hidden_layers} layers."
+                )
+            shapes = _shapes(config)
             prefix = "bert." if any(name.startswith("bert.") for name in stored) else ""
             for path, theirs in torch_names(config).items():
                 if prefix + theirs not in stored:

@@ -102,28 +102,31 @@ def run(
     # A group of which a trial is missing goes on as a whole: the same program, so the same bits.
     groups = [g for kind in by_kind for g in kind if any(t.name not in store.finished for t in g.trials)]
     store.create()
-    if store.info.get("started") is None or groups:
-        store.write_info(
-            name=Path(out).name,
-            command=command or store.info.get("command", ""),
-            design=study.to_dict(),
-            spec=max(zip(trials, specs, strict=True), key=lambda pair: pair[0].rank)[1].to_dict(),
-            environment=environment(),
-            task=dict(problem.facts),
-            started=store.info.get("started") or _now(),
-            finished=store.info.get("finished") if not groups else None,
-            seconds=store.info.get("seconds"),
-            trials=[t.name for t in trials],
-            compiles=store.info.get("compiles", 0),
-            groups=store.info.get("groups", []),
-            sizes=[kind[0].size for kind in by_kind],
-        )
-    session = Session(study, problem, params, store, mesh, progress)
-    for i, group in enumerate(groups, 1):
-        several = f"group {i} of {len(groups)}, " if len(groups) > 1 else ""
-        session.run_group(group, f"{several}{len(group.trials)} trials")
-    if groups:
-        store.write_info(finished=_now())
+    try:
+        if store.info.get("started") is None or groups:
+            store.write_info(
+                name=Path(out).name,
+                command=command or store.info.get("command", ""),
+                design=study.to_dict(),
+                spec=max(zip(trials, specs, strict=True), key=lambda pair: pair[0].rank)[1].to_dict(),
+                environment=environment(),
+                task=dict(problem.facts),
+                started=store.info.get("started") or _now(),
+                finished=store.info.get("finished") if not groups else None,
+                seconds=store.info.get("seconds"),
+                trials=[t.name for t in trials],
+                compiles=store.info.get("compiles", 0),
+                groups=store.info.get("groups", []),
+                sizes=[kind[0].size for kind in by_kind],
+            )
+        session = Session(study, problem, params, store, mesh, progress)
+        for i, group in enumerate(groups, 1):
+            several = f"group {i} of {len(groups)}, " if len(groups) > 1 else ""
+            session.run_group(group, f"{several}{len(group.trials)} trials")
+        if groups:
+            store.write_info(finished=_now())
+    finally:
+        store.close()
     rows = [store.finished[t.name] for t in trials]
     return Results(rows, Path(out), int(store.info.get("compiles", 0)))
 

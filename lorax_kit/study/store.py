@@ -11,6 +11,7 @@ training.npz   the group under way at its last save                replaced atom
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -90,23 +91,41 @@ class RunStore:
                 f"{str(self.path)!r} holds another study (it differs in {', '.join(sorted(ours)) or 'its keys'}).\n"
                 "  choose another folder, or discard it: overwrite=True, --overwrite"
             )
+        self._lock: IO[str] | None = None
         self.identity = design
         self.info: dict[str, Any] = {} if overwrite else previous or {}
         self.finished = {} if overwrite else {row["trial"]: row for row in self._rows("trials.jsonl")}
         self.curves = Counter(() if overwrite else (row["trial"] for row in self._rows("curves.jsonl")))
 
     def create(self) -> None:
-        """Make the folder; discard what was to be overwritten, and half a line that an interruption left."""
+        """Make the folder; discard what was to be overwritten, and half a line that an interruption left.
+
+        Raises:
+          StudyError: another process is writing to it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  (held until close)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise StudyError(f"another process is writing to {str(self.path)!r}.\n  wait for it, or stop it") from None
         if self._discard:
             for name in ("study.json", *JSONL, TRAINING, "results.csv", "report.html"):
                 (self.path / name).unlink(missing_ok=True)
             for name in ("adapters", "plots"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
-        (self.path / "adapters").mkdir(parents=True, exist_ok=True)
+        (self.path / "adapters").mkdir(exist_ok=True)
         for name in JSONL:
             file = self.path / name
             if file.exists() and (text := file.read_bytes()) and not text.endswith(b"\n"):
                 file.write_bytes(text[: text.rfind(b"\n") + 1])
+
+    def close(self) -> None:
+        """Let other processes write."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _previous(self) -> dict[str, Any] | None:
         file = self.path / "study.json"

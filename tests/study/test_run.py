@@ -209,6 +209,23 @@ def test_validations_along_the_way_are_in_the_curves_and_end_at_the_rows_numbers
         assert row["train_loss"] == pytest.approx(np.mean([c["loss"] for c in own[-2:]]), rel=1e-6)
 
 
+def test_two_runs_at_once_are_refused(tmp_path):
+    """The second comes while the first trains: it says so, and the first ends as if alone."""
+    refused = []
+
+    def train(seed, start):
+        for i, batch in enumerate(tiny.stream(seed, start)):
+            if i == 5 and start == 0 and not refused:
+                refused.append(1)
+                with pytest.raises(lk.StudyError, match="another process is writing"):
+                    run(tmp_path / "run", tiny.study(rank=[1], probe_lr=()))
+            yield batch
+
+    results = run(tmp_path / "run", tiny.study(rank=[1], probe_lr=()), tiny.problem(train=train))
+    assert refused
+    assert [row["status"] for row in results.rows] == ["done", "done"]
+
+
 def snapshot(path):
     return {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} if path.exists() else None
 
