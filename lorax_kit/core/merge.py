@@ -52,21 +52,18 @@ def check_params(named: dict[str, Any], plan: Plan) -> None:
     """Raise `PlanError` unless every planned parameter is there with the planned shape."""
     everything: list[Site | FullSite] = [*plan.sites, *plan.full]
     for planned in everything:
-        if planned.path not in named:
-            raise PlanError(
-                f"the plan adapts {planned.path!r}, which these params do not have.\n"
-                "  resolve the spec against these params: lk.resolve(spec, params, apply_fn, *inputs)"
-            )
-        if named[planned.path].shape != planned.shape:
-            raise PlanError(
-                f"{planned.path!r} has shape {named[planned.path].shape}, the plan expects {planned.shape}.\n"
-                "  resolve the spec against these params: lk.resolve(spec, params, apply_fn, *inputs)"
-            )
-        if isinstance(planned, Site) and str(named[planned.path].dtype) != planned.dtype:
-            raise PlanError(
-                f"{planned.path!r} has dtype {named[planned.path].dtype}, the plan expects {planned.dtype}.\n"
-                "  resolve the spec against these params: lk.resolve(spec, params, apply_fn, *inputs)"
-            )
+        path, found = planned.path, named.get(planned.path)
+        if found is None:
+            wrong = f"the plan adapts {path!r}, which these params do not have."
+        elif found.shape != planned.shape:
+            wrong = f"{path!r} has shape {found.shape}, the plan expects {planned.shape}."
+        elif isinstance(planned, Site) and str(found.dtype) != planned.dtype:
+            wrong = f"{path!r} has dtype {found.dtype}, the plan expects {planned.dtype}."
+        else:
+            continue
+        raise PlanError(
+            f"{wrong}\n  resolve the spec against these params: lk.resolve(spec, params, apply_fn, *inputs)"
+        )
 
 
 def delta(site: Site, factors: Factors) -> Array:

@@ -6,7 +6,6 @@ curves.jsonl   losses by step, validations                         appended
 spectra.jsonl  singular values of each site's delta                appended
 adapters/      one folder per trial                                each appears whole
 training.npz   the group under way at its last save                replaced atomically, gone at its end
-    training.npz   the group under way, at its last save  replaced atomically
 """
 
 from __future__ import annotations
