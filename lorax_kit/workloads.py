@@ -44,7 +44,8 @@ class Sentiment:
     Args:
       model: "minilm", or a Hugging Face BERT folder.
       source: "rotten_tomatoes", "imdb" or "all".
-      batch_size, length: of a training batch, in examples and tokens; longer texts are cut.
+      batch_size, length: of a training batch, in examples and tokens; longer texts are cut. Length None: a batch holds
+        texts of similar length, padded to the next of `buckets`; the step is compiled once for each.
       val, test: sizes of the held-out parts.
       buckets: padded lengths for evaluation; longer texts are cut to the last.
     """
@@ -52,7 +53,7 @@ class Sentiment:
     model: str = "minilm"
     source: str = "rotten_tomatoes"
     batch_size: int = 16
-    length: int = 48
+    length: int | None = 48
     val: int = 1000
     test: int = 1066
     buckets: tuple[int, ...] = (24, 32, 48, 64)
@@ -60,6 +61,8 @@ class Sentiment:
     def __post_init__(self) -> None:
         for name in ("batch_size", "length", "val", "test"):
             x = getattr(self, name)
+            if name == "length" and x is None:
+                continue
             if not isinstance(x, int) or isinstance(x, bool) or x < 1:
                 raise StudyError(f"problem {name} is {x!r}; it must be an integer of at least 1.")
         for name in ("model", "source"):
@@ -94,7 +97,7 @@ class Sentiment:
         pretrained = load_bert(self.model)
         tokenizer = Tokenizer.from_file(pretrained.tokenizer_file)
         splits = split_reviews(load_reviews(self.source), val=self.val, test=self.test)
-        longest = max(*self.buckets, self.length)
+        longest = max(*self.buckets, self.length or 0)
         if longest > pretrained.config.max_position_embeddings:
             raise StudyError(
                 f"length {longest} is above the model's {pretrained.config.max_position_embeddings} positions."
@@ -113,7 +116,8 @@ class Sentiment:
         model = BertClassifier(pretrained.config, num_classes=2)
 
         def batches(seed: int, start: int) -> Iterator[Batch]:
-            return train_batches(train, batch_size=self.batch_size, length=self.length, seed=seed, start=start)
+            length = self.length or self.buckets
+            return train_batches(train, batch_size=self.batch_size, length=length, seed=seed, start=start)
 
         def score(logits: Any, batch: Any) -> Score:
             losses = jnp.sum(cross_entropies(logits, batch.label) * batch.weight)

@@ -131,7 +131,7 @@ class Trained(NamedTuple):
       failed: int (trials,): the first step (from 1) whose loss or gradient was not finite; 0 for none.
       evaluations: (step, list of one metrics dict per trial).
       seconds, compile_seconds: wall time of the steps, and of compiling them.
-      temp_bytes: temporaries of the compiled step, as XLA counts them.
+      temp_bytes: temporaries of the compiled step, as XLA counts them; of the largest, when batches differ in shape.
     """
 
     factors: Any
@@ -144,7 +144,7 @@ class Trained(NamedTuple):
 
 
 class Engine:
-    """Compiles the step of packs of one shape once, and runs any number of them.
+    """Compiles the step of packs of one shape once (for each shape of batch), and runs any number of them.
 
     Args:
       study, problem, plan: what to train.
@@ -174,7 +174,7 @@ class Engine:
             shardings = {"in_shardings": (stacked, stacked, whole, whole), "out_shardings": (stacked, stacked)}
         self._step = jax.jit(self._programs.step, donate_argnums=(0,), **shardings)
         self._score = jax.jit(self._programs.score)
-        self._compiled: Any = None
+        self._compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
         self.compile_seconds = 0.0
         self.temp_bytes = 0
 
@@ -230,9 +230,12 @@ class Engine:
         try:
             for number in range(len(losses) + 1, self.study.steps + 1):
                 batch = next(stream)
-                if self._compiled is None:
-                    paused += self._compile(running, scalars, batch)
-                running, info = self._compiled(running, scalars, self._base, batch)
+                shapes = tuple(np.shape(x) for x in jax.tree.leaves(batch))
+                if shapes not in self._compiled:
+                    began_compiling = perf_counter()
+                    self._compiled[shapes] = self._compile(running, scalars, batch)
+                    paused += perf_counter() - began_compiling
+                running, info = self._compiled[shapes](running, scalars, self._base, batch)
                 losses.append(np.asarray(info.loss))
                 failed = np.where((failed == 0) & ~np.asarray(running.alive), number, failed)
                 on_step(number, losses[-1], failed)
@@ -251,15 +254,15 @@ class Engine:
         factors = jax.device_get(running.state.factors)
         return Trained(factors, done.losses, failed, evaluations, done.seconds, self.compile_seconds, self.temp_bytes)
 
-    def _compile(self, running: Running, scalars: Scalars, batch: Any) -> float:
+    def _compile(self, running: Running, scalars: Scalars, batch: Any) -> Any:
         """Compile ahead of time: the executable cannot be compiled again behind our back, only replaced here."""
         began = perf_counter()
-        self._compiled = self._step.lower(running, scalars, self._base, batch).compile()
+        compiled = self._step.lower(running, scalars, self._base, batch).compile()
         self.compiles += 1
-        self.compile_seconds = perf_counter() - began
-        memory = self._compiled.memory_analysis()
-        self.temp_bytes = int(getattr(memory, "temp_size_in_bytes", 0))
-        return self.compile_seconds
+        self.compile_seconds += perf_counter() - began
+        memory = compiled.memory_analysis()
+        self.temp_bytes = max(self.temp_bytes, int(getattr(memory, "temp_size_in_bytes", 0)))
+        return compiled
 
     def evaluate(self, factors: Any, scalars: Scalars, batches: Any) -> list[dict[str, float]]:
         """Mean scores of every trial of the pack."""

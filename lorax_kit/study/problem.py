@@ -23,7 +23,8 @@ class Problem:
       loss: (outputs, batch) -> mean loss, fp32 ().
       score: (outputs, batch) -> sums over the batch's examples.
       head: patterns of the parameters trained in full.
-      train: (seed, start) -> endless batches of one shape, from step `start`.
+      train: (seed, start) -> endless batches from step `start`. They may have a few shapes: the step is compiled once
+        for each, the first must be the largest, and at one step all seeds must have the same.
       val, test: batches that cover each example once.
       facts: plain data for the report: sizes, sources.
     """

@@ -1,4 +1,4 @@
-"""Batches of token ids: an endless training stream of one shape, and bucketed batches for evaluation."""
+"""Batches of token ids: an endless training stream of one shape or a few, and bucketed batches for evaluation."""
 
 from __future__ import annotations
 
@@ -64,31 +64,67 @@ def _batch(data: Encoded, index: np.ndarray, size: int, length: int) -> Batch:
     return Batch(ids, mask, label, weight)
 
 
-def train_batches(data: Encoded, *, batch_size: int, length: int, seed: int, start: int = 0) -> Iterator[Batch]:
-    """Endless batches (batch_size, length), each epoch in a new order fixed by (seed, epoch).
+def train_batches(
+    data: Encoded, *, batch_size: int, length: int | Sequence[int], seed: int, start: int = 0
+) -> Iterator[Batch]:
+    """Endless batches, each epoch in a new order fixed by (seed, epoch).
 
+    With one length all batches are (batch_size, length). With several, a batch holds examples of similar length and
+    is padded to the next of them; what does not fill a batch moves to the next length. Which shape comes when depends
+    on the epoch alone, so that the streams of several seeds can be stacked, and the first batch is of the greatest.
     Longer examples keep their first tokens and their last. The remainder of an epoch that does not fill a batch is
     left out of it. `start` skips that many batches without building them.
 
     Raises:
       ValueError: fewer examples than a batch, a length below 2.
     """
-    if length < 2 or batch_size < 1:
+    lengths = [length] if isinstance(length, int) else sorted(set(length))
+    if not lengths or lengths[0] < 2 or batch_size < 1:
         raise ValueError(f"batches of {batch_size} x {length} tokens; need at least 1 x 2.")
-    per_epoch = len(data.ids) // batch_size
-    if per_epoch == 0:
+    if len(data.ids) < batch_size:
         raise ValueError(f"{len(data.ids)} examples do not fill one batch of {batch_size}.")
+    members = _buckets(data, lengths)
+    counts = _batches_per_bucket([len(m) for m in members], batch_size)
+    shapes = np.repeat(np.arange(len(lengths)), counts)
+    per_epoch = len(shapes)
+
+    def epoch_of(epoch: int) -> list[tuple[int, np.ndarray]]:
+        """(length, examples) of each batch of an epoch."""
+        rng = np.random.Generator(np.random.PCG64([seed, epoch]))
+        pools, left = [], np.zeros(0, int)
+        for own, count in zip(members, counts, strict=True):
+            order = np.concatenate([left, own])[rng.permutation(len(left) + len(own))]
+            pools.append(order[: count * batch_size].reshape(count, batch_size))
+            left = order[count * batch_size :]
+        order = np.random.Generator(np.random.PCG64(epoch)).permutation(shapes[:-1])
+        turn = [shapes[-1], *order]
+        ready = [iter(pool) for pool in pools]
+        return [(lengths[b], next(ready[b])) for b in turn]
 
     def stream() -> Iterator[Batch]:
         step = start
         while True:
             epoch, at = divmod(step, per_epoch)
-            order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(data.ids))
-            for k in range(at, per_epoch):
-                yield _batch(data, order[k * batch_size : (k + 1) * batch_size], batch_size, length)
+            for size, index in epoch_of(epoch)[at:]:
+                yield _batch(data, index, batch_size, size)
                 step += 1
 
     return stream()
+
+
+def _buckets(data: Encoded, lengths: Sequence[int]) -> list[np.ndarray]:
+    """For each of the ascending `lengths`, the examples that fit it and no shorter one; the last takes longer ones."""
+    bucket = np.minimum(np.searchsorted(lengths, [len(row) for row in data.ids]), len(lengths) - 1)
+    return [np.flatnonzero(bucket == b) for b in range(len(lengths))]
+
+
+def _batches_per_bucket(sizes: Sequence[int], batch_size: int) -> list[int]:
+    """Full batches of each bucket, when what does not fill one moves to the next."""
+    counts, left = [], 0
+    for size in sizes:
+        count, left = divmod(left + size, batch_size)
+        counts.append(count)
+    return counts
 
 
 def eval_batches(data: Encoded, *, batch_size: int, buckets: Sequence[int]) -> list[Batch]:
@@ -102,10 +138,8 @@ def eval_batches(data: Encoded, *, batch_size: int, buckets: Sequence[int]) -> l
     lengths = sorted(set(buckets))
     if not lengths or lengths[0] < 2 or batch_size < 1:
         raise ValueError(f"buckets {list(buckets)} with batches of {batch_size}; need lengths of at least 2.")
-    bucket = np.minimum(np.searchsorted(lengths, [len(row) for row in data.ids]), len(lengths) - 1)
     out = []
-    for b, length in enumerate(lengths):
-        members = np.flatnonzero(bucket == b)
+    for length, members in zip(lengths, _buckets(data, lengths), strict=True):
         for i in range(0, len(members), batch_size):
             out.append(_batch(data, members[i : i + batch_size], batch_size, length))
     return out

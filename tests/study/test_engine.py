@@ -72,6 +72,19 @@ def test_stacked_trial_equals_its_solo_run_after_20_steps(changes):
                 np.testing.assert_allclose(x, y, atol=TOLERANCE, err_msg=f"{trial.name} {path}")
 
 
+def test_batches_of_two_shapes_compile_twice_and_equal_the_solo_run():
+    def stream(seed, begin):
+        for step, batch in enumerate(tiny.stream(seed, begin), begin):
+            yield jax.tree.map(lambda x: x[: 8 + 8 * (step % 2 == 0)], batch)  # noqa: B023
+
+    study, problem = tiny.study(), tiny.problem(train=stream)
+    result, trials, plan, params, engine = trained(study, problem)
+    assert engine.compiles == 2
+    for i in (0, len(trials) - 1):
+        _, losses = solo(study, problem, plan, trials[i], params, 0)
+        np.testing.assert_allclose(result.losses[:, i], losses, atol=TOLERANCE)
+
+
 def test_trials_differ_where_they_should():
     """The test above would pass for trials that all do the same."""
     result, trials, *_ = trained(tiny.study())

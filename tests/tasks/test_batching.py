@@ -60,6 +60,31 @@ def test_training_batches_have_one_shape_and_full_weight():
         np.testing.assert_array_equal(batch.label, np.array(who(batch)) % 3)
 
 
+SEVERAL = {"length": (6, 12, 20)}
+
+
+def test_several_lengths_pad_no_more_than_needed_and_start_with_the_greatest():
+    per_epoch = len(DATA.ids) // 4
+    for epoch in range(3):
+        batches = take(per_epoch * (epoch + 1), **SEVERAL)[per_epoch * epoch :]
+        assert batches[0].ids.shape == (4, 20)
+        seen = [i for b in batches for i in who(b)]
+        assert len(set(seen)) == len(seen) == 4 * per_epoch
+        for batch in batches:
+            length, longest = batch.ids.shape[1], max(LENGTHS[i] for i in who(batch))
+            # What fills no batch of its own length moves up by one: at least one example needs this length.
+            assert length == min(n for n in SEVERAL["length"] if n >= longest)
+
+
+def test_several_lengths_come_in_an_order_that_depends_on_the_epoch_alone():
+    shapes = [[b.ids.shape for b in take(15, seed=s, **SEVERAL)] for s in (0, 1)]
+    assert shapes[0] == shapes[1]
+    assert [who(b) for b in take(5, **SEVERAL)] != [who(b) for b in take(5, seed=1, **SEVERAL)]
+    for start in (1, 5, 13):
+        for one, two in zip(take(start + 7, **SEVERAL)[start:], take(7, start=start, **SEVERAL), strict=True):
+            np.testing.assert_array_equal(one.ids, two.ids)
+
+
 @pytest.mark.parametrize("buckets", [(6, 12), (4,), (30, 8, 8)])
 def test_evaluation_covers_each_example_exactly_once(buckets):
     batches = eval_batches(DATA, batch_size=4, buckets=buckets)
@@ -121,6 +146,8 @@ BATCHES = [
     (lambda: train_batches(DATA, batch_size=24, length=8, seed=0), "23 examples do not fill one batch of 24"),
     (lambda: train_batches(DATA, batch_size=0, length=8, seed=0), "batches of 0 x 8 tokens"),
     (lambda: train_batches(DATA, batch_size=4, length=1, seed=0), "batches of 4 x 1 tokens"),
+    (lambda: train_batches(DATA, batch_size=4, length=[], seed=0), "batches of 4 x [] tokens"),
+    (lambda: train_batches(DATA, batch_size=4, length=(1, 8), seed=0), "need at least 1 x 2"),
     (lambda: eval_batches(DATA, batch_size=4, buckets=[]), "buckets [] with batches of 4"),
     (lambda: eval_batches(DATA, batch_size=4, buckets=[1, 8]), "need lengths of at least 2"),
     (lambda: eval_batches(DATA, batch_size=0, buckets=[8]), "with batches of 0"),
