@@ -155,13 +155,16 @@ def evaluate(adapter: str, as_json: bool) -> None:
 @click.option("--spec", type=click.Path(exists=True, dir_okay=False), help="JSON of a Spec: show how each site runs.")
 @click.option("--tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens per example.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--html", type=click.Path(dir_okay=False), help="Write a picture of the parameter tree to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def inspect(model: str, spec: str | None, tokens: int, batch_size: int, as_json: bool) -> None:
+def inspect(model: str, spec: str | None, tokens: int, batch_size: int, html: str | None, as_json: bool) -> None:
     """List a model's parameters; with --spec, the sites it adapts, how each runs and why. MODEL may be an adapter."""
     from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
     from lorax_kit.workloads import inspect_model
 
     if (Path(model) / "spec").is_dir():
+        if html is not None:
+            raise click.UsageError("--html draws a model's parameters; MODEL is an adapter.")
         document = read_document(model)
         facts = {k: document[k] for k in ("base", "versions", "meta")} | {"spec": document["spec"].to_dict()}
         facts |= {"bytes": adapter_bytes(model), "arrays": document["arrays"]}
@@ -169,6 +172,10 @@ def inspect(model: str, spec: str | None, tokens: int, batch_size: int, as_json:
         return
     text = None if spec is None else Path(spec).read_text(encoding="utf-8")
     found, shown = inspect_model(model, text, batch_size, tokens)
+    if html is not None:
+        from lorax_kit.report.parameters import write_parameters
+
+        write_parameters(html, found)
     if as_json:
         _echo(found)
     else:

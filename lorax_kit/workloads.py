@@ -228,8 +228,8 @@ def inspect_model(source: str, spec: str | None, batch_size: int, tokens: int) -
     pretrained = load_bert(source)
     model = BertClassifier(pretrained.config, num_classes=2)
     params = classifier_params(pretrained, 2, jax.random.key(0))
+    rows = [{"path": p, "shape": list(x.shape), "dtype": str(x.dtype)} for p, x in paths(params).items()]
     if spec is None:
-        rows = [{"path": p, "shape": list(x.shape), "dtype": str(x.dtype)} for p, x in paths(params).items()]
         lines = [f"{r['path']:<50} {'x'.join(map(str, r['shape'])):>12}  {r['dtype']}" for r in rows]
         text = "\n".join([*lines, f"{sum(x.size for x in jax.tree_util.tree_leaves(params)):,} parameters"])
         return {"model": source, "parameters": rows}, text
@@ -245,4 +245,5 @@ def inspect_model(source: str, spec: str | None, batch_size: int, tokens: int) -
     plan = resolve(Spec.from_json(spec), params, apply, shape, shape)
     base, factors = split(params, plan, jax.random.key(0))
     found = explain(adapt(apply, plan), base, factors, shape, shape)
-    return {"model": source, **found.to_dict()}, str(found)
+    full = [leaf.path for leaf in plan.full]
+    return {"model": source, **found.to_dict(), "full": full, "parameters": rows}, str(found)

@@ -83,7 +83,7 @@ def custom_rules() -> Case:
     return Case(params, fn, (_normal(2, 6, 4),), ("{w,v}",))
 
 
-def materialised() -> Case:
+def convolution() -> Case:
     params = {"w": _normal(0, 3, 2, 4)}
 
     def fn(p, x):
@@ -92,4 +92,8 @@ def materialised() -> Case:
     return Case(params, fn, (_normal(1, 2, 6, 2),), ("w",))
 
 
-CASES = {f.__name__: f for f in (mlp, tied, experts, equinox, custom_rules, materialised)}
+def materialised() -> Case:
+    return Case({"w": _normal(0, 4, 5)}, lambda p, x: x @ jnp.tanh(p["w"]), (_normal(1, 6, 4),), ("w",))
+
+
+CASES = {f.__name__: f for f in (mlp, tied, experts, equinox, custom_rules, convolution, materialised)}

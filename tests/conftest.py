@@ -24,3 +24,20 @@ def standard_promotion():
     """Optax's bias correction mixes a float with an int32 count; what we wrote is traced strictly all the same."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the coverage tests proved: primitive or module x frontend x contract."""
+    proved = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "coverage":
+                proved.setdefault(tuple(value[:2]), set()).add(value[2])
+    if not proved:
+        return
+    contracts = ("merged", "jit", "grad", "vmap")
+    terminalreporter.section("factored, and equal to the merged parameters")
+    terminalreporter.line(f"{'primitive or module':24}{'frontend':12}" + "".join(f"{c:8}" for c in contracts))
+    for (what, frontend), done in sorted(proved.items(), key=lambda pair: pair[0][::-1]):
+        marks = "".join(f"{'yes' if c in done else '-':8}" for c in contracts)
+        terminalreporter.line(f"{what:24}{frontend:12}{marks}")

@@ -92,6 +92,9 @@ def test_inspect_lists_parameters_sites_and_adapters(finished, tmp_path, capsys)
     assert found["materialised"] == []
     call("inspect", "minilm", "--spec", spec)
     assert "73,728 trained of" in capsys.readouterr().out
+    call("inspect", "minilm", "--spec", spec, "--html", tmp_path / "tree.html")
+    assert (tmp_path / "tree.html").read_text().count('class="bar low-rank"') == 12
+    capsys.readouterr()
     out, printed, _ = finished
     call("inspect", out / printed["rows"][0]["adapter"])
     assert "layer_5/attention/query/kernel:a  1x384  float32" in capsys.readouterr().out

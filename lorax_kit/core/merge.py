@@ -50,6 +50,12 @@ def split(params: Params, plan: Plan, key: Array) -> tuple[Params, dict[str, Fac
 
 def check_params(named: dict[str, Any], plan: Plan) -> None:
     """Raise `PlanError` unless every planned parameter is there with the planned shape."""
+    for path, x in named.items():
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
+            raise PlanError(
+                f"the buffer of {path!r} was deleted: the base was donated to a function.\n"
+                "  never donate the base (donate_argnums must leave it out), or load the params again"
+            )
     everything: list[Site | FullSite] = [*plan.sites, *plan.full]
     for planned in everything:
         path, found = planned.path, named.get(planned.path)

@@ -59,6 +59,8 @@ class LoRA:
       rslora: scale by alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732).
       dropout: probability in [0, 1) of dropping inputs of the low-rank path while training.
       dtype: dtype in which the factors are stored and trained.
+      inputs: which axes of the parameter `a` reads; None: those that the function contracts. To be given only
+        where the function uses the parameter in ways that do not agree.
     """
 
     rank: int
@@ -68,6 +70,7 @@ class LoRA:
     rslora: bool = False
     dropout: float = 0.0
     dtype: str = "float32"
+    inputs: tuple[int, ...] | None = None
     kind: ClassVar[str] = "lora"
 
     def __post_init__(self) -> None:
@@ -86,6 +89,11 @@ class LoRA:
         ok = _is_number(self.dropout) and 0 <= self.dropout < 1
         _need(ok, f"dropout is {self.dropout!r}; it must lie in [0, 1).")
         _float_dtype(self.dtype, "dtype")
+        if self.inputs is not None:
+            axes = self.inputs if isinstance(self.inputs, list | tuple) else (None,)
+            ok = bool(axes) and all(_is_int(i) and i >= 0 for i in axes) and len(set(axes)) == len(axes)
+            _need(ok, f"inputs is {self.inputs!r}; it must list axes of the parameter, such as (0,).")
+            object.__setattr__(self, "inputs", tuple(sorted(axes)))
 
     @property
     def scale(self) -> float:

@@ -1,6 +1,6 @@
 """Writes the report of a run: one self-contained HTML page, its plots as files, and results.csv.
 
-The only file that uses jinja2; the page itself is `page.html` beside it.
+The only file that uses jinja2; the pages themselves are in `templates`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     run = read_run(run_dir)
     summary = summarise(run)
     plots, left_out = draw(summary)
-    page = _template().render(_context(summary, plots, left_out))
+    page = render("run.html", **_context(summary, plots, left_out))
     write_csv(run, run.path / "results.csv")
     for plot in plots:
         replace_file(run.path / "plots" / f"{plot.name}.svg", plot.svg.encode())
@@ -59,12 +59,13 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _template() -> jinja2.Template:
-    source = resources.files("lorax_kit.report").joinpath("page.html").read_text(encoding="utf-8")
+def render(template: str, **context: Any) -> str:
+    """Fill a page of `templates`; a name that the context lacks is an error."""
+    source = resources.files("lorax_kit.report").joinpath("templates", template).read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(source)
+    return environment.from_string(source).render(**context)
 
 
 def _context(summary: Summary, plots: list[Plot], left_out: list[str]) -> dict[str, Any]:

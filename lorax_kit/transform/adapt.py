@@ -13,13 +13,13 @@ from jax import Array
 from lorax_kit.core.errors import PlanError
 from lorax_kit.core.factors import Factors, FactorTree, FullLeaf, check_factors, site_key
 from lorax_kit.core.merge import check_params
-from lorax_kit.core.paths import Params, flatten
+from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import Plan, Site
 from lorax_kit.core.variant import variant
 from lorax_kit.transform.interpret import Context
 from lorax_kit.transform.kernels import KERNELS
 from lorax_kit.transform.trace import run
-from lorax_kit.transform.weight import Weight
+from lorax_kit.transform.weight import Weight, make_weight
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Adapted:
             found = factors[site.path]
             assert isinstance(found, Factors)
             weights[site.path] = _weight(site, jnp.asarray(leaves[site.path]), found, key)
+        if not weights:
+            return self.fn(unflatten(leaves, treedef), *args, **kwargs), Context()
         ctx = Context(kernel=self.kernel, trials=self.trials, compute_dtype=self.plan.compute_dtype)
         out = run(ctx, self.fn, leaves, treedef, weights, args, kwargs)
         unused = set(weights) - {use.path for use in ctx.uses.values()}
@@ -69,17 +71,9 @@ def _weight(site: Site, w: Array, factors: Factors, key: Array | None) -> Weight
     scale = site.scale if factors.scale is None else factors.scale
     column_scale = variant(site.setting.variant).column_scale
     dropped = key is not None and site.setting.dropout > 0
-    return Weight(
-        path=site.path,
-        axes=tuple(range(w.ndim)),
-        site=site,
-        stack=site.axes.stack,
-        w=w,
-        a=factors.a,
-        b=factors.b,
-        column=None if column_scale is None else column_scale(site, w, factors, scale),
-        scale=jnp.asarray(scale, jnp.float32),
-        key=site_key(key, site.path) if dropped and key is not None else None,
+    column = None if column_scale is None else column_scale(site, w, factors, scale)
+    return make_weight(
+        site, w, factors, column, scale, site_key(key, site.path) if dropped and key is not None else None
     )
 
 

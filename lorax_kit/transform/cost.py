@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -30,6 +31,16 @@ def choose(product: Product, trials: int) -> tuple[str, str]:
     if 2 * k * n <= m * (k + n):
         return "merged", f"{m} tokens outweigh two passes over {k}x{n}"
     return "factored", f"{m} tokens are few against {k}x{n}"
+
+
+def together(products: Sequence[Product], trials: int) -> bool:
+    """Whether products of one input with several bases run as one wide product.
+
+    Narrow products run below peak (three 384-wide ones at half the speed of one 1152-wide one), but the bases
+    are copied side by side for it: K N entries written and read, worth it from about as many tokens as that costs.
+    """
+    del trials
+    return products[0].stack == 1 and products[0].tokens >= 64 and max(p.outputs for p in products) <= 1024
 
 
 def forward_flops(product: Product, how: str) -> int:

@@ -19,7 +19,11 @@ from lorax_kit.transform.interpret import Use
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One use of one site. FLOPs count forward and backward of its products; 0 where unknown."""
+    """One use of one site.
+
+    FLOPs count forward and backward of its products, adapted and in full fine-tuning; 0 where unknown. `params` and
+    `bytes` are those of the factors, `full_bytes` those of the parameter itself, each at the site's first use.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -27,6 +31,7 @@ class Row:
     rank: int
     params: int
     bytes: int
+    full_bytes: int
     primitive: str
     how: str
     reason: str
@@ -56,6 +61,8 @@ class Explanation:
             "base_params": self.base_params,
             "flops": flops,
             "full_flops": full,
+            "bytes": sum(r.bytes for r in self.rows),
+            "full_bytes": sum(r.full_bytes for r in self.rows),
             "flops_ratio": flops / full if full else None,
             "materialised": list(self.materialised),
         }
@@ -65,16 +72,24 @@ class Explanation:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        head = ("site", "shape", "rank", "params", "runs", "MFLOP", "of full", "why")
+        head = ("site", "shape", "rank", "params", "bytes", "of full", "runs", "MFLOP", "of full", "why")
         table = [head]
         for r in self.rows:
             ratio = f"{r.flops / r.full_flops:.2f}x" if r.full_flops else "-"
             shape = "x".join(map(str, r.shape))
             rank = str(r.rank) + ("" if r.variant == "lora" else f" {r.variant}")
-            cells = (r.path, shape, rank, f"{r.params:,}", r.how, f"{r.flops / 1e6:.1f}", ratio, r.reason)
+            held = f"{r.bytes / r.full_bytes:.3f}x" if r.full_bytes else "-"
+            flops = f"{r.flops / 1e6:.1f}"
+            cells = (r.path, shape, rank, f"{r.params:,}", f"{r.bytes:,}", held, r.how, flops, ratio, r.reason)
             table.append(cells)
         widths = [max(len(row[i]) for row in table) for i in range(len(head) - 1)]
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in table]
+        facts = self.to_dict()
+        if facts["flops_ratio"]:
+            lines.append(
+                f"forward and backward of these products: {facts['flops'] / 1e6:,.1f} MFLOP, "
+                f"{facts['flops_ratio']:.2f}x of full fine-tuning"
+            )
         share = self.trained_params / max(self.base_params, 1)
         lines.append(f"{self.trained_params:,} trained of {self.base_params:,} parameters ({share:.2%})")
         if self.materialised:
@@ -122,6 +137,7 @@ def explain(
                 rank=site.setting.rank,
                 params=0 if use.path in counted else sum(prod(x.shape) for x in leaves),
                 bytes=0 if use.path in counted else sum(nbytes(x.shape, x.dtype) for x in leaves),
+                full_bytes=0 if use.path in counted else nbytes(site.shape, site.dtype),
                 primitive=use.primitive,
                 how=use.how,
                 reason="; ".join(filter(None, (use.reason, use.note))),

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
+import jax
 import jax.extend.core as jex
 
 from lorax_kit.core.plan import Axes
-from lorax_kit.transform.cost import Product, choose
+from lorax_kit.transform.cost import Product, choose, together
 from lorax_kit.transform.weight import Weight
 
 
@@ -43,7 +45,16 @@ class Use:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What the rules share: the kernel wanted, the number of stacked trials, and the record of uses."""
+    """What the rules share.
+
+    Attributes:
+      kernel: the one wanted, or "auto".
+      trials: how many stacked trials a surrounding vmap runs.
+      compute_dtype: of the plan.
+      repeats, note: for the uses recorded next.
+      uses: the record.
+      narrow: variable -> an array that was broadcast to it, of the same number of dimensions.
+    """
 
     kernel: str = "auto"
     trials: int = 1
@@ -51,12 +62,45 @@ class Context:
     repeats: int = 1
     note: str = ""
     uses: dict[tuple[str, int, int], Use] = field(default_factory=dict)
+    narrow: dict[Any, Any] = field(default_factory=dict)
 
-    def record(self, weight: Weight, eqn: Any, operand: int, **use: Any) -> None:
-        """Note a use. A scan body may be traced several times: the equation tells uses apart."""
-        key = (weight.path, id(eqn), operand)
+    def record(
+        self,
+        weight: Weight,
+        eqn: Any,
+        operand: int,
+        *,
+        how: str,
+        reason: str = "",
+        dims: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+        product: Product | None = None,
+    ) -> None:
+        """Note a use of each of the weight's parts. A loop's body may be traced twice: the equation tells uses apart.
+
+        Args:
+          eqn: the equation, or a word for what is none.
+          dims: the dimensions contracted and the free ones, where it is a product; it tells the plan's axes.
+          product: of the whole weight; each part is given its share.
+        """
         name = eqn if isinstance(eqn, str) else eqn.primitive.name
-        self.uses[key] = Use(path=weight.path, primitive=name, repeats=self.repeats, note=self.note, **use)
+        total = sum(prod(part.shape) for part in weight.parts)
+        for part in weight.parts:
+            share = None
+            if product is not None:
+                share = product._replace(outputs=product.outputs * prod(part.shape) // total)
+                if len(weight.parts) > 1:
+                    share = share._replace(rank=product.rank // len(weight.parts))
+            table = part.as_table() if weight.probe and dims is None else None
+            self.uses[part.path, id(eqn), operand] = Use(
+                path=part.path,
+                primitive=name,
+                how="lookup" if table else how,
+                reason=reason,
+                axes=table if dims is None else part.axes(*dims),
+                product=share,
+                repeats=self.repeats,
+                note=self.note,
+            )
 
     def select(self, product: Product) -> tuple[str, str]:
         """The kernel for a product, and why."""
@@ -64,18 +108,41 @@ class Context:
             return self.kernel, "asked for by adapt(kernel=...)"
         return choose(product, self.trials)
 
+    def together(self, products: Sequence[Product]) -> bool:
+        """Whether products with the same input run as one."""
+        return self.kernel != "plain" and together(products, self.trials)
+
 
 Rule = Callable[[Context, Any, list[Any]], list[Any] | str]
 RULES: dict[str, Rule] = {}
 """Primitive name -> rule. A rule returns the outputs, or a reason (str) why it cannot keep the weight factored."""
+CALLS: set[str] = set()
+"""Primitives that run other functions: what enters them is not used yet."""
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(*names: str, calls: bool = False) -> Callable[[Rule], Rule]:
     """Register a rule under the names a primitive has had."""
 
     def register(function: Rule) -> Rule:
         for name in names:
             RULES[name] = function
+            if calls:
+                CALLS.add(name)
+        return function
+
+    return register
+
+
+Joint = Callable[[Context, list[Any], list[list[Any]]], list[Any] | None]
+JOINT: dict[str, Joint] = {}
+"""Primitive name -> rule that runs several equations with the same other operand at once, or declines by None."""
+
+
+def joint(name: str) -> Callable[[Joint], Joint]:
+    """Register a rule for equations that share an operand."""
+
+    def register(function: Joint) -> Joint:
+        JOINT[name] = function
         return function
 
     return register
@@ -86,7 +153,7 @@ def materialise(ctx: Context, eqn: Any, args: Sequence[Any], reason: str) -> lis
     out = []
     for i, x in enumerate(args):
         if isinstance(x, Weight):
-            ctx.record(x, eqn, i, how="materialised", reason=reason)
+            ctx.record(x, eqn, i, how="full" if x.trained_in_full else "materialised", reason=reason)
             x = x.materialise()
         out.append(x)
     return out
@@ -122,16 +189,76 @@ def evaluate(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any
     def read(v: Any) -> Any:
         return v.val if isinstance(v, jex.Literal) else env[v]
 
-    for eqn in jaxpr.eqns:
+    def run(eqn: Any) -> None:
         values = [read(v) for v in eqn.invars]
+        if eqn.primitive.name not in CALLS:
+            values = [_watched(ctx, eqn, i, x) for i, x in enumerate(values)]
         if any(isinstance(x, Weight) for x in values):
             apply = RULES.get(eqn.primitive.name)
             found = apply(ctx, eqn, values) if apply else f"no low-rank rule for {eqn.primitive.name!r}"
             out = bind(eqn, materialise(ctx, eqn, values, found)) if isinstance(found, str) else found
         else:
             out = bind(eqn, values)
+            if eqn.primitive.name == "broadcast_in_dim":
+                ctx.narrow[eqn.outvars[0]] = _narrow(eqn, values[0])
         env.update(zip(eqn.outvars, out, strict=True))
+
+    def run_together(eqns: list[Any]) -> None:
+        """Equations that share an operand, where each other operand is a weight by now, or can be."""
+        ready = [eqn for eqn in eqns if all(_weight_made(v, env, makers, run) for v in eqn.invars)]
+        if len(ready) > 1 and all(sum(isinstance(read(v), Weight) for v in e.invars) == 1 for e in ready):
+            found = JOINT[ready[0].primitive.name](ctx, ready, [[read(v) for v in e.invars] for e in ready])
+            for eqn, y in zip(ready, found or (), strict=False):
+                env[eqn.outvars[0]] = y
+
+    groups, makers = _same_input(jaxpr), {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    for eqn in jaxpr.eqns:
+        if id(eqn) in groups:
+            run_together(groups.pop(id(eqn)))
+        if not all(v in env for v in eqn.outvars):
+            run(eqn)
     return [read(v) for v in jaxpr.outvars]
+
+
+def _same_input(jaxpr: Any) -> dict[int, list[Any]]:
+    """Equations that a joint rule may run at once, by the id of the first: they share an operand and all settings."""
+    alike: dict[Any, list[Any]] = {}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in JOINT:
+            for side, v in enumerate(eqn.invars):
+                if not isinstance(v, jex.Literal):
+                    alike.setdefault((v, side, str(eqn.params)), []).append(eqn)
+    return {id(eqns[0]): eqns for eqns in alike.values() if len(eqns) > 1}
+
+
+def _weight_made(v: Any, env: dict[Any, Any], makers: dict[Any, Any], run: Callable[[Any], None]) -> bool:
+    """Whether a value is there, or was made just now out of a parameter (cast, transposed) ahead of its turn."""
+    if isinstance(v, jex.Literal) or v in env:
+        return True
+    eqn = makers.get(v)
+    if eqn is None or eqn.primitive.name not in RULES or eqn.primitive.name in CALLS or len(eqn.invars) != 1:
+        return False
+    (source,) = eqn.invars
+    if not _weight_made(source, env, makers, run) or not isinstance(env.get(source), Weight):
+        return False
+    run(eqn)
+    return True
+
+
+def _watched(ctx: Context, eqn: Any, operand: int, x: Any) -> Any:
+    """A parameter trained in full is an array to every operation; that it is used is noted."""
+    if isinstance(x, Weight) and x.trained_in_full:
+        ctx.record(x, eqn, operand, how="full")
+        return x.w
+    return x
+
+
+def _narrow(eqn: Any, x: Any) -> Any:
+    """What `broadcast_in_dim` spreads, with axes of size 1 where it is spread: (shape, array)."""
+    shape = [1] * len(eqn.params["shape"])
+    for d, n in zip(eqn.params["broadcast_dimensions"], jax.numpy.shape(x), strict=True):
+        shape[d] = n
+    return (tuple(shape), x)
 
 
 def evaluate_arrays(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:

@@ -1,17 +1,18 @@
-"""The low-rank product y = x W + s (x A^T) B, in three forms that differ only in cost.
+"""The low-rank products y_i = x W_i + s_i (x A_i^T) B_i of one x with one or more sites, in forms that differ in cost.
 
-All take x (*S, M, K), w (*S, K, N), a (r, *S, K), b (r, *S, N) with at most one stack axis S, and return
-(*S, M, N). The derivative rules write both factor gradients as (thin)^T (wide): XLA's CPU backend runs the
-tall, thin `x.T @ g` (1536x1024 by 1024x8) over ten times slower than `g.T @ x`, which is what autodiff of
-the textbook form with A (in, r) asks for. No full dW is ever needed; the cotangent of `w` is returned
-for those who differentiate the base, and is dead code otherwise.
+All take x (*S, M, K) and operands with w (*S, K, N_i), a (r_i, *S, K), b (r_i, *S, N_i), at most one stack axis S, and
+return one (*S, M, N_i) per operand. Sites that read the same x (q, k and v) share one thin product with all their A,
+and one wide one with all their W. The derivative rules write both factor gradients as (thin)^T (wide): XLA's CPU
+backend runs the tall, thin `x.T @ g` (1536x1024 by 1024x8) over ten times slower than `g.T @ x`, what autodiff of
+the textbook form with A (in, r) asks for. No full dW is ever needed; the cotangent of `w` is returned for those who
+differentiate the base, and is dead code otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,24 +21,65 @@ from jax import Array, lax
 Precision = Any
 
 
+class Operand(NamedTuple):
+    """One site.
+
+    Attributes:
+      w: (*S, K, N).
+      a, b: (r, *S, K), (r, *S, N).
+      scale: ().
+    """
+
+    w: Array
+    a: Array
+    b: Array
+    scale: Array
+
+
+Operands = tuple[Operand, ...]
+Outputs = tuple[Array, ...]
+
+
+def alike(x: Array, sites: Operands) -> tuple[Array, Operands]:
+    """Inside `shard_map`: arrays that differ by device, if any of them does; derivative rules need it said."""
+
+    def varying(x: Array) -> frozenset[Any]:
+        aval = jax.typeof(x)
+        manual = getattr(aval, "manual_axis_type", None)  # since JAX 0.10.2
+        return manual.varying if manual is not None else getattr(aval, "vma", frozenset())
+
+    leaves, tree = jax.tree.flatten((x, sites))
+    every = frozenset().union(*map(varying, leaves))
+    lacks = [tuple(sorted(every - varying(x))) for x in leaves]
+    return jax.tree.unflatten(
+        tree, [lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(leaves, lacks, strict=True)]
+    )
+
+
 def _dot(x: Array, y: Array, contract: tuple[int, int], stack: tuple[int, int] | None, precision: Precision) -> Array:
     """dot_general over one contracting axis each, and one stack axis each if there is one."""
     batch = ((), ()) if stack is None else ((stack[0],), (stack[1],))
     return lax.dot_general(x, y, (((contract[0],), (contract[1],)), batch), precision=precision)
 
 
+def _matmul(x: Array, w: Array, precision: Precision) -> Array:
+    """x W: (*S, M, K), (*S, K, N) -> (*S, M, N)."""
+    return _dot(x, w, (1, 0), None, precision) if x.ndim == 2 else _dot(x, w, (2, 1), (0, 0), precision)
+
+
+def _matmul_back(g: Array, w: Array, precision: Precision) -> Array:
+    """g W^T: (*S, M, N), (*S, K, N) -> (*S, M, K)."""
+    return _dot(g, w, (1, 1), None, precision) if g.ndim == 2 else _dot(g, w, (2, 2), (0, 0), precision)
+
+
 def _down(x: Array, a: Array, precision: Precision) -> Array:
     """x A^T: (*S, M, K), (r, *S, K) -> (*S, M, r)."""
-    if x.ndim == 2:
-        return _dot(x, a, (1, 1), None, precision)
-    return _dot(x, a, (2, 2), (0, 1), precision)
+    return _dot(x, a, (1, 1), None, precision) if x.ndim == 2 else _dot(x, a, (2, 2), (0, 1), precision)
 
 
 def _up(u: Array, b: Array, precision: Precision) -> Array:
     """u B: (*S, M, r), (r, *S, N) -> (*S, M, N)."""
-    if u.ndim == 2:
-        return _dot(u, b, (1, 0), None, precision)
-    return _dot(u, b, (2, 0), (0, 1), precision)
+    return _dot(u, b, (1, 0), None, precision) if u.ndim == 2 else _dot(u, b, (2, 0), (0, 1), precision)
 
 
 def _factor_gradient(u: Array, x: Array, precision: Precision) -> Array:
@@ -47,82 +89,115 @@ def _factor_gradient(u: Array, x: Array, precision: Precision) -> Array:
     return jnp.moveaxis(_dot(u, x, (1, 1), (0, 0), precision), 1, 0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def lowrank_update(x: Array, a: Array, b: Array, scale: Array, precision: Precision = None) -> Array:
-    """s (x A^T) B alone, with its own derivative rule."""
-    return _up(scale * _down(x, a, precision), b, precision)
+def _joined(arrays: Sequence[Array], axis: int) -> Array:
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis)
 
 
-def _update_fwd(x: Array, a: Array, b: Array, scale: Array, precision: Precision) -> tuple[Array, tuple]:
-    u = _down(x, a, precision)
-    return _up(scale * u, b, precision), (x, a, b, scale, u)
+def _parted(x: Array, sizes: Sequence[int], axis: int) -> list[Array]:
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+    return jnp.split(x, ends, axis) if ends else [x]
 
 
-def _factor_cotangents(x: Array, u: Array, h: Array, g: Array, scale: Array, precision: Precision) -> tuple:
-    """(da, db, ds) from u = x A^T and h = g B^T."""
-    da = _factor_gradient(scale * h, x, precision)
-    db = _factor_gradient(scale * u, g, precision)
-    return da, db, jnp.sum(h * u).astype(scale.dtype)
+def _ranks(sites: Operands) -> list[int]:
+    return [site.a.shape[0] for site in sites]
 
 
-def _update_bwd(precision: Precision, residuals: tuple, g: Array) -> tuple:
-    x, a, b, scale, u = residuals
-    h = _down(g, b, precision)
-    da, db, ds = _factor_cotangents(x, u, h, g, scale, precision)
-    return _up(scale * h, a, precision), da, db, ds
+def _factor_cotangents(
+    x: Array, sites: Operands, us: list[Array], hs: list[Array], gs: Outputs, precision: Any
+) -> list:
+    """(da, db, ds) of each site, from u = x A^T and h = g B^T."""
+    scaled = _joined([site.scale * h for site, h in zip(sites, hs, strict=True)], -1)
+    das = _parted(_factor_gradient(scaled, x, precision), _ranks(sites), 0)
+    dbs = [_factor_gradient(site.scale * u, g, precision) for site, u, g in zip(sites, us, gs, strict=True)]
+    dss = [jnp.sum(h * u).astype(site.scale.dtype) for site, h, u in zip(sites, hs, us, strict=True)]
+    return list(zip(das, dbs, dss, strict=True))
 
 
-lowrank_update.defvjp(_update_fwd, _update_bwd)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lowrank_updates(x: Array, sites: Operands, precision: Precision = None) -> Outputs:
+    """s_i (x A_i^T) B_i alone, with its own derivative rule; `w` is not read, give an empty one."""
+    return _updates_fwd(x, sites, precision)[0]
 
 
-def _matmul(x: Array, w: Array, precision: Precision) -> Array:
-    if x.ndim == 2:
-        return _dot(x, w, (1, 0), None, precision)
-    return _dot(x, w, (2, 1), (0, 0), precision)
+def _updates_fwd(x: Array, sites: Operands, precision: Precision) -> tuple[Outputs, tuple]:
+    us = _parted(_down(x, _joined([site.a for site in sites], 0), precision), _ranks(sites), -1)
+    ys = tuple(_up(site.scale * u, site.b, precision) for site, u in zip(sites, us, strict=True))
+    return ys, (x, sites, us)
 
 
-def factored(x: Array, w: Array, a: Array, b: Array, scale: Array, precision: Precision = None) -> Array:
-    """The base product plus the low-rank one: cheapest for few tokens, or a base shared by stacked trials."""
-    return _matmul(x, w, precision) + lowrank_update(x, a, b, scale, precision)
+def _updates_bwd(precision: Precision, residuals: tuple, gs: Outputs) -> tuple:
+    x, sites, us = residuals
+    hs = [_down(g, site.b, precision) for site, g in zip(sites, gs, strict=True)]
+    found = _factor_cotangents(x, sites, us, hs, gs, precision)
+    scaled = _joined([site.scale * h for site, h in zip(sites, hs, strict=True)], -1)
+    dx = _up(scaled, _joined([site.a for site in sites], 0), precision)
+    return dx, tuple(Operand(jnp.zeros_like(site.w), *d) for site, d in zip(sites, found, strict=True))
 
 
-def plain(x: Array, w: Array, a: Array, b: Array, scale: Array, precision: Precision = None) -> Array:
+lowrank_updates.defvjp(_updates_fwd, _updates_bwd)
+
+
+def _base(x: Array, sites: Operands, precision: Precision) -> list[Array]:
+    sizes = [site.w.shape[-1] for site in sites]
+    return _parted(_matmul(x, _joined([site.w for site in sites], -1), precision), sizes, -1)
+
+
+def _bare(sites: Operands) -> Operands:
+    """Without `w`, of which an update needs nothing."""
+    return tuple(site._replace(w=jnp.zeros((0,), site.w.dtype)) for site in sites)
+
+
+def factored(x: Array, sites: Operands, precision: Precision = None) -> Outputs:
+    """The base product plus the low-rank ones: cheapest for few tokens, or a base shared by stacked trials."""
+    updates = lowrank_updates(x, _bare(sites), precision)
+    return tuple(y + update for y, update in zip(_base(x, sites, precision), updates, strict=True))
+
+
+def plain_updates(x: Array, sites: Operands, precision: Precision = None) -> Outputs:
+    """`lowrank_updates` under autodiff."""
+    return tuple(_up(site.scale * _down(x, site.a, precision), site.b, precision) for site in sites)
+
+
+def plain(x: Array, sites: Operands, precision: Precision = None) -> Outputs:
     """`factored` without a derivative rule of its own: slower, but also differentiable in forward mode."""
-    return _matmul(x, w, precision) + _up(scale * _down(x, a, precision), b, precision)
+    updates = plain_updates(x, sites, precision)
+    return tuple(y + update for y, update in zip(_base(x, sites, precision), updates, strict=True))
 
 
-def _merged_weight(w: Array, a: Array, b: Array, scale: Array, precision: Precision) -> Array:
-    if w.ndim == 2:
-        return w + _dot(scale * a, b, (0, 0), None, precision)
-    return w + _dot(scale * a, b, (0, 0), (1, 1), precision)
+def _summed(sites: Operands, precision: Precision) -> Array:
+    """W_i + s_i A_i^T B_i, side by side: (*S, K, sum N)."""
+    stack = None if sites[0].w.ndim == 2 else (1, 1)
+    return _joined([site.w + _dot(site.scale * site.a, site.b, (0, 0), stack, precision) for site in sites], -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def merged(x: Array, w: Array, a: Array, b: Array, scale: Array, precision: Precision = None) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def merged(x: Array, sites: Operands, precision: Precision = None) -> Outputs:
     """x (W + s A^T B): the sum lives only for one product, and is formed again in the backward pass.
 
     Cheapest for many tokens: it saves the two thin products and the additions over the activations.
     """
-    return _matmul(x, _merged_weight(w, a, b, scale, precision), precision)
+    sizes = [site.w.shape[-1] for site in sites]
+    return tuple(_parted(_matmul(x, _summed(sites, precision), precision), sizes, -1))
 
 
-def _merged_fwd(x: Array, w: Array, a: Array, b: Array, scale: Array, precision: Precision) -> tuple[Array, tuple]:
-    return merged(x, w, a, b, scale, precision), (x, w, a, b, scale)
+def _merged_fwd(x: Array, sites: Operands, precision: Precision) -> tuple[Outputs, tuple]:
+    return merged(x, sites, precision), (x, sites)
 
 
-def _merged_bwd(precision: Precision, residuals: tuple, g: Array) -> tuple:
-    x, w, a, b, scale = residuals
+def _merged_bwd(precision: Precision, residuals: tuple, gs: Outputs) -> tuple:
+    x, sites = residuals
     # The barrier keeps XLA from reusing the forward pass's sum, and so from keeping it alive in between.
-    a, g = lax.optimization_barrier((a, g))
-    full = _merged_weight(w, a, b, scale, precision)
-    dx = _dot(g, full, (1, 1), None, precision) if g.ndim == 2 else _dot(g, full, (2, 2), (0, 0), precision)
-    h, u = _down(g, b, precision), _down(x, a, precision)
-    da, db, ds = _factor_cotangents(x, u, h, g, scale, precision)
-    dw = _dot(x, g, (0, 0), None, precision) if g.ndim == 2 else _dot(x, g, (1, 1), (0, 0), precision)
-    return dx, dw, da, db, ds
+    factors, gs = lax.optimization_barrier(([(site.a, site.b) for site in sites], gs))
+    sites = tuple(site._replace(a=a, b=b) for site, (a, b) in zip(sites, factors, strict=True))
+    dx = _matmul_back(_joined(gs, -1), _summed(sites, precision), precision)
+    us = _parted(_down(x, _joined([site.a for site in sites], 0), precision), _ranks(sites), -1)
+    hs = [_down(g, site.b, precision) for site, g in zip(sites, gs, strict=True)]
+    found = _factor_cotangents(x, sites, us, hs, gs, precision)
+    dws = [_dot(x, g, (0, 0), None, precision) if g.ndim == 2 else _dot(x, g, (1, 1), (0, 0), precision) for g in gs]
+    return dx, tuple(Operand(dw, *d) for dw, d in zip(dws, found, strict=True))
 
 
 merged.defvjp(_merged_fwd, _merged_bwd)
 
-Kernel = Callable[[Array, Array, Array, Array, Array, Precision], Array]
+Kernel = Callable[[Array, Operands, Precision], Outputs]
 KERNELS: dict[str, Kernel] = {"factored": factored, "merged": merged, "plain": plain}

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
+from lorax_kit.core.errors import PlanError
 from lorax_kit.core.paths import is_array, unflatten
-from lorax_kit.transform import rules  # noqa: F401  (it registers them)
+from lorax_kit.transform import rules
 from lorax_kit.transform.interpret import Context, evaluate_arrays
+
+NOT_TRACEABLE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
+def _not_traceable(error: Exception) -> str:
+    """Where a function needs values that tracing does not have."""
+    ours = tuple(os.path.dirname(os.path.abspath(module.__file__ or "")) for module in (jax, rules))
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not f.filename.startswith((ours[0], os.path.dirname(ours[1]), "<"))] or frames
+    at = theirs[-1]
+    return (
+        f"the function cannot be traced: it needs the value of an array, not its shape ({type(error).__name__}).\n"
+        f"  {at.filename}, line {at.lineno}, in {at.name}: {at.line}\n"
+        "  use jax.numpy and jax.lax instead of numpy and if, or pass what decides as a plain Python value"
+    )
 
 
 def run(
@@ -42,7 +65,10 @@ def run(
         return out
 
     params, arrays = [named[p] for p in traced_names], [inputs[i] for i in traced_inputs]
-    closed = jax.make_jaxpr(flat)(params, arrays)
+    try:
+        closed = jax.make_jaxpr(flat)(params, arrays)
+    except NOT_TRACEABLE as e:
+        raise PlanError(_not_traceable(e)) from e
     values = [replaced.get(p, x) for p, x in zip(traced_names, params, strict=True)]
     out = evaluate_arrays(ctx, closed.jaxpr, closed.consts, [*values, *arrays])
     return jax.tree_util.tree_unflatten(out_tree[-1], out)

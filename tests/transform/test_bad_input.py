@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lorax_kit as lk
@@ -103,3 +104,85 @@ def test_a_site_that_these_inputs_do_not_use_is_an_error():
     base, factors = lk.split(PARAMS, plan, jax.random.key(0))
     with pytest.raises(lk.PlanError, match="does not use 'q/kernel'"):
         lk.adapt(branchy, plan)(base, factors, jnp.ones((2, 4)), False)
+
+
+def changed_in_a_scan(p, x):
+    return jax.lax.scan(lambda c, _: (c - 0.1 * jnp.tanh(c), x @ c), p["w"], None, length=2)[1]
+
+
+def changed_in_a_while(p, x):
+    w = jax.lax.while_loop(lambda c: jnp.sum(c) > 0, lambda c: c - 1.0, p["w"])
+    return x @ w
+
+
+def branches_on_a_value(p, x):
+    y = x @ p["w"]
+    if y[0, 0] > 0:
+        y = -y
+    return y
+
+
+def leaves_for_numpy(p, x):
+    return np.tanh(np.asarray(x @ p["w"]))
+
+
+CLOSED_OVER = jnp.ones((4, 4))
+W = {"w": jnp.ones((4, 4))}
+FUNCTIONS = [
+    (changed_in_a_scan, W, "'w' is carried through a scan that changes it"),
+    (changed_in_a_while, W, "'w' is carried through a while loop that changes it"),
+    (branches_on_a_value, W, "if y[0, 0] > 0:"),
+    (leaves_for_numpy, W, "np.tanh(np.asarray(x @ p"),
+    (lambda p, x: x @ CLOSED_OVER, W, "never uses 'w'"),
+    (lambda p, x: (p["w"] @ p["w"][:, 0], x @ p["w"], p["w"][0] @ p["w"].T), W, None),
+    (lambda p, x: (x @ p["w"][0], jnp.einsum("ti,aib->tab", x, p["w"])), {"w": jnp.ones((3, 4, 4))}, "incompatible"),
+    (lambda p, x: jnp.real(x @ p["w"]), {"w": jnp.ones((4, 4), jnp.complex64)}, "dtype is complex64"),
+]
+
+
+@pytest.mark.parametrize(("function", "params", "says"), FUNCTIONS)
+def test_bad_functions_say(function, params, says):
+    resolve = lambda: lk.resolve(lk.Spec({"w": R1}), params, function, jnp.ones((2, 4)))  # noqa: E731
+    if says is None:  # the transpose of the other is no contradiction
+        resolve()
+        return
+    with pytest.raises(lk.PlanError) as e:
+        resolve()
+    assert says in str(e.value)
+    assert len(str(e.value).splitlines()) <= 4
+
+
+def test_inputs_settle_what_the_uses_leave_open():
+    function, params, _ = FUNCTIONS[6]
+    x = jnp.ones((2, 4))
+    sites = {}
+    for inputs in ((1,), (0, 2)):
+        plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=2, inputs=inputs)}), params, function, x)
+        sites[inputs] = plan.site("w")
+        base, factors = lk.split(params, plan, jax.random.key(0))
+        factors = {"w": factors["w"]._replace(b=jnp.ones_like(factors["w"].b))}
+        ours, theirs = lk.adapt(function, plan)(base, factors, x), function(lk.merge(base, factors, plan), x)
+        for y, z in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(y, z, rtol=1e-5)
+    assert sites[(1,)].axes == lk.core.plan.Axes(inputs=(1,), outputs=(2,), stack=(0,))
+    with pytest.raises(lk.PlanError, match="must name some of them"):
+        lk.resolve(lk.Spec({"w": lk.LoRA(rank=2, inputs=(0, 1, 2))}), params, function, x)
+
+
+def test_a_donated_base_is_named():
+    params, x = {"w": jnp.ones((4, 4))}, jnp.ones((2, 4))
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    plan = lk.resolve(lk.Spec({"w": R1}), params, fn, x)
+    base, factors = lk.split(params, plan, jax.random.key(0))
+    base["w"].delete()
+    for use in (lambda: lk.adapt(fn, plan)(base, factors, x), lambda: lk.merge(base, factors, plan)):
+        with pytest.raises(lk.PlanError, match="buffer of 'w' was deleted"):
+            use()
+
+
+def test_a_base_of_another_shape_is_named():
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    plan = lk.resolve(lk.Spec({"w": R1}), W, fn, jnp.ones((2, 4)))
+    _, factors = lk.split(W, plan, jax.random.key(0))
+    with pytest.raises(lk.PlanError, match=r"'w' has shape \(4, 5\), the plan expects \(4, 4\)"):
+        lk.adapt(fn, plan)({"w": jnp.ones((4, 5))}, factors, jnp.ones((2, 4)))

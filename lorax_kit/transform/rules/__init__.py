@@ -1,8 +1,9 @@
 """One rule per primitive that can keep a parameter factored; importing this folder registers them.
 
-`products` and `lookups` use a parameter, `structure` and `loops` carry it on.
+`products`, `convolutions` and `lookups` use a parameter; `layout`, `scaling` and `joins` turn it into another;
+`calls` and `loops` carry it into other functions.
 """
 
-from lorax_kit.transform.rules import lookups, loops, products, structure
+from lorax_kit.transform.rules import calls, convolutions, joins, layout, lookups, loops, products, scaling
 
-__all__ = ["lookups", "loops", "products", "structure"]
+__all__ = ["calls", "convolutions", "joins", "layout", "lookups", "loops", "products", "scaling"]

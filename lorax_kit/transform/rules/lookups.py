@@ -1,14 +1,14 @@
-"""Rules of lookups: rows of a parameter, chosen by index (embeddings)."""
+"""Rules of lookups: entries of a parameter chosen by index (embeddings, experts)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
-from lorax_kit.core.plan import Axes
 from lorax_kit.transform.cost import Product
 from lorax_kit.transform.interpret import Context, bind, rule
 from lorax_kit.transform.weight import Weight
@@ -16,67 +16,81 @@ from lorax_kit.transform.weight import Weight
 
 @rule("gather")
 def gather(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
-    """Rows looked up along the input axis (embeddings): the same rows of A^T, times B."""
-    weight, indices = args[0], args[1]
-    if not isinstance(weight, Weight):
+    """Whole slices looked up along one axis.
+
+    Rows of an embedding: the same rows of the factor that varies along that axis, times the other. Matrices of a
+    stack (experts): the result is a weight again.
+    """
+    weight, indices = args
+    if not isinstance(weight, Weight) or isinstance(indices, Weight):
         return "used as indices"
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     looked = numbers.start_index_map
-    whole = all(sizes[d] == weight.w.shape[d] for d in range(weight.w.ndim) if d not in looked)
+    whole = all(sizes[d] == n for d, n in enumerate(weight.shape) if d not in looked)
     if numbers.operand_batching_dims or len(looked) != 1 or numbers.collapsed_slice_dims != looked or not whole:
-        return "a gather that is not a lookup of whole rows along one axis"
-    axis = weight.axes[looked[0]]
-    rest = tuple(i for i in weight.axes if i != axis)
-    if weight.site is None:
-        if not rest:
-            return "a lookup of scalars"
-        axes = Axes(inputs=(axis,), outputs=tuple(sorted(rest)), stack=weight.stack)
-        ctx.record(weight, eqn, 0, how="lookup", reason="", axes=axes)
-        return bind(eqn, [weight.w, indices])
-    axes = weight.site.axes
-    if weight.stack:
-        return "a lookup in a stacked parameter"
+        return "a gather that is not a lookup of whole slices along one axis"
+    (axis,) = looked
+    rest = tuple(d for d in range(weight.w.ndim) if d != axis)
+    if not rest:
+        return "a lookup of scalars"
+    matrices = len(rest) > 1 and sum(weight.shape[d] > 1 for d in rest) > 1
+    if weight.probe:
+        if not matrices:
+            ctx.record(weight, eqn, 0, how="lookup", dims=((axis,), rest))
+            return bind(eqn, [weight.w, indices])
+        parts = tuple(p._replace(looked=(*p.looked, *p.dims[axis])) for p in weight.parts)
+        return [_looked_up(eqn, replace(weight, parts=parts), indices, axis)]
     if weight.column is not None and eqn.params["fill_value"] is not None:
-        return "rows out of bounds are filled, and magnitudes must not scale what fills them"
-    if axes.inputs == (axis,):
-        down, up, outs = weight.a, weight.b, axes.outputs
-    elif axes.outputs == (axis,):
-        down, up, outs = weight.b, weight.a, axes.inputs
-    else:
-        return f"a lookup along axis {axis}, the plan has inputs {axes.inputs}, outputs {axes.outputs}"
-    assert down is not None
-    assert up is not None
-    out = eqn.outvars[0].aval
-    dtype = jnp.dtype(ctx.compute_dtype or weight.w.dtype)
-    y = bind(eqn, [weight.w, indices])[0]
-    lead = indices.shape[:-1]
-    rank, n = down.shape[0], prod(up.shape[1:])
-    product = Product(1, prod(lead), down.shape[1], n, rank)
-    ctx.record(weight, eqn, 0, how="lookup", reason="only the rows looked up are multiplied", product=product)
-    rows = lax.gather(
-        jnp.transpose(down).astype(dtype),
-        indices,
-        lax.GatherDimensionNumbers(offset_dims=(len(lead),), collapsed_slice_dims=(0,), start_index_map=(0,)),
-        slice_sizes=(1, rank),
-        mode=eqn.params["mode"],
-        fill_value=0,  # a row out of bounds has no update; the base's lookup fills it
+        return "entries out of bounds are filled, and magnitudes must not scale what fills them"
+    a, b = weight.factors()
+    along = [axis in weight.owned(f) for f in (a, b)]
+    if along == [True, True] or (matrices and weight.shape[axis] == 1):
+        return [_looked_up(eqn, weight, indices, axis)]
+    if along == [False, False] and weight.shape[axis] > 1:
+        return "a lookup along an axis it was broadcast to"
+    found = _looked_up(eqn, weight, indices, axis)
+    down, up = (a, b) if along[0] else (b, a)
+    product = Product(
+        1, prod(indices.shape[:-1]), weight.shape[axis], prod(weight.shape) // weight.shape[axis], a.shape[0]
     )
-    update = (jnp.asarray(weight.scale, dtype) * rows.reshape(-1, rank)) @ up.reshape(rank, n).astype(dtype)
-    # The slices' axes sit at offset_dims, in the layout of w; the lookup's own axes fill the other places.
+    if weight.owned(down) != {axis} or weight.owned(up) & {axis}:
+        reason = "a lookup along one of several inputs"
+    else:
+        reason = "only the rows looked up are multiplied"
+    ctx.record(weight, eqn, 0, how="lookup", reason=reason, product=product)
+    dtype = jnp.dtype(ctx.compute_dtype or weight.w.dtype)
+    y = found.w + found.update(dtype).astype(found.w.dtype)
+    return [y if found.column is None else y * found.column.astype(y.dtype)]
+
+
+def _looked_up(eqn: Any, weight: Weight, indices: Array, axis: int) -> Weight:
+    """The weight of the looked-up slices. The indices' own axes fill the places that `offset_dims` leaves."""
+    numbers, p = eqn.params["dimension_numbers"], eqn.params
+    out_ndim = len(eqn.outvars[0].aval.shape)
     offset = numbers.offset_dims
-    names = [("lead", d) for d in range(len(lead))] + list(outs)
-    places: list[Any] = [None] * len(out.shape)
-    for place, i in zip(offset, rest, strict=True):
-        places[place] = i
-    free = iter(names[: len(lead)])
-    places = [next(free) if p is None else p for p in places]
-    sizes_out = tuple(weight.w.shape[weight.axes.index(i)] for i in outs)
-    update = jnp.transpose(update.reshape(*lead, *sizes_out), tuple(names.index(p) for p in places))
-    y = y + update.astype(y.dtype)
-    if weight.column is not None:
-        if axes.inputs != (axis,):
-            return "a lookup across outputs that have magnitudes of their own"
-        column = jnp.transpose(weight.column, tuple(outs.index(i) for i in rest))
-        spread = tuple(d for d in range(y.ndim) if d not in offset)
-        y = y * jnp.expand_dims(column, spread).astype(y.dtype)
-    return [y]
+    lead_places = tuple(d for d in range(out_ndim) if d not in offset)
+
+    def change(x: Array, lead: int) -> Array:
+        if x.shape[lead + axis] == 1 and weight.shape[axis] > 1:
+            # The same for all indices: only new axes of size 1.
+            x = jnp.squeeze(x, lead + axis)
+            return jnp.expand_dims(x, tuple(lead + d for d in lead_places))
+        taken = lax.gather(
+            x,
+            indices,
+            lax.GatherDimensionNumbers(
+                offset_dims=(*range(lead), *(lead + d for d in offset)),
+                collapsed_slice_dims=(lead + axis,),
+                start_index_map=(lead + axis,),
+            ),
+            slice_sizes=(*x.shape[:lead], *(1 if d == axis else x.shape[lead + d] for d in range(weight.w.ndim))),
+            mode=p["mode"],
+            fill_value=0,  # an entry out of bounds has no update; the base's lookup fills it
+        )
+        return taken
+
+    def dims(held: Any) -> tuple[Any, ...]:
+        kept = iter(x for d, x in enumerate(held) if d != axis)
+        return tuple(next(kept) if d in offset else () for d in range(out_ndim))
+
+    return weight.mapped(bind(eqn, [weight.w, indices])[0], change, dims)

@@ -1,7 +1,8 @@
-"""Rules of loops: layers scanned over a stacked parameter."""
+"""Rules of control flow: scan (layers scanned over a stacked parameter), while, cond and switch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,64 +10,120 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lorax_kit.transform.interpret import Context, closed, evaluate_arrays, materialise, rule
+from lorax_kit.core.errors import PlanError
+from lorax_kit.transform.interpret import Context, closed, evaluate, evaluate_arrays, materialise, rule
 from lorax_kit.transform.weight import Weight
 
 
-def _scanned(weight: Weight) -> Weight | str:
-    """A weight whose leading dimension is scanned over, with that axis first in every array."""
-    axis = weight.axes[0]
-    if weight.site is None:
-        return weight
-    if axis not in weight.stack:
-        return f"scanned over axis {axis}, which the plan does not stack"
-    place = weight.stack.index(axis)
+def _carried(args: Sequence[Any], jaxpr: Any, first: int, loop: str) -> list[bool]:
+    """Which carried values are parameters that no step changes.
 
-    def front(x: Any, offset: int) -> Any:
-        return None if x is None else jnp.moveaxis(x, place + offset, 0)
+    Args:
+      args: initial values of the carry.
+      jaxpr: of the body, whose outputs start with the carry.
+      first: the body's input that holds the first of them.
 
-    length = weight.w.shape[0]
-    return replace(
-        weight,
-        a=front(weight.a, 1),
-        b=front(weight.b, 1),
-        column=front(weight.column, 0),
-        scale=jnp.broadcast_to(jnp.asarray(weight.scale), (length,)),
-        key=None if weight.key is None else jax.random.split(weight.key, length),
-    )
-
-
-def _layer(weight: Weight) -> Weight:
-    """Inside the scan: one layer's weight, its leading axis consumed."""
-    axis, rest = weight.axes[0], weight.axes[1:]
-    if weight.site is None:
-        return replace(weight, axes=rest, stack=(*weight.stack, axis))
-    return replace(weight, axes=rest, stack=tuple(i for i in weight.stack if i != axis))
+    Raises:
+      PlanError: a parameter that the steps change.
+    """
+    held = []
+    for i, x in enumerate(args):
+        same = jaxpr.outvars[i] is jaxpr.invars[first + i]
+        if isinstance(x, Weight) and not same:
+            paths = ", ".join(repr(part.path) for part in x.parts)
+            raise PlanError(
+                f"{paths} is carried through a {loop} that changes it, which no fixed low-rank update follows.\n"
+                "  pass the parameter to the loop as a constant, or exclude it"
+            )
+        held.append(isinstance(x, Weight))
+    return held
 
 
-@rule("scan")
-def scan(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
+def _per_step(weight: Weight) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A weight scanned over its leading dimension: (arrays with that dimension first, arrays without it)."""
+    n = weight.shape[0]
+    arrays = {"w": (weight.w, 0), "a": (weight.a, 1), "b": (weight.b, 1), "column": (weight.column, 0)}
+    scanned: dict[str, Any] = {}
+    fixed: dict[str, Any] = {"scale": weight.scale}
+    for name, (x, lead) in arrays.items():
+        if x is None:
+            fixed[name] = None
+        elif x.shape[lead] == n:
+            scanned[name] = jnp.moveaxis(x, lead, 0)
+        else:
+            fixed[name] = jnp.squeeze(x, lead)
+    if weight.key is not None:
+        scanned["key"] = jax.random.split(weight.key, n)
+    return scanned, fixed
+
+
+def _one_step(weight: Weight, arrays: dict[str, Any]) -> Weight:
+    """Inside the scan: one layer's weight, its leading dimension consumed."""
+    parts = tuple(part._replace(dims=part.dims[1:]) for part in weight.parts)
+    return replace(weight, parts=parts, **arrays)
+
+
+@rule("scan", calls=True)
+def scan(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     """Layers scanned over a stacked parameter, or a parameter that every step reads."""
     n_consts, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
     jaxpr, jaxpr_consts = closed(eqn.params["jaxpr"])
-    consts = args[:n_consts]
-    carry = materialise(ctx, eqn, args[n_consts : n_consts + n_carry], "carried from step to step of a scan")
-    xs = []
-    for i, x in enumerate(args[n_consts + n_carry :]):
-        if isinstance(x, Weight):
-            moved: Any = _scanned(x)
-            if isinstance(moved, str):
-                ctx.record(x, eqn, n_consts + n_carry + i, how="materialised", reason=moved)
-                moved = x.materialise()
-            x = moved
-        xs.append(x)
+    consts, carry, xs = args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
+    held = _carried(carry, jaxpr, n_consts, "scan")
     inside = replace(ctx, repeats=ctx.repeats * eqn.params["length"])
+    pieces: list[tuple[Any, dict[str, Any]]] = [_per_step(x) if isinstance(x, Weight) else (x, {}) for x in xs]
 
-    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        layer = [_layer(x) if isinstance(x, Weight) else x for x in xs]
-        out = evaluate_arrays(inside, jaxpr, jaxpr_consts, [*consts, *carry, *layer])
-        return out[:n_carry], out[n_carry:]
+    def body(moving: list[Any], slices: list[Any]) -> tuple[Any, Any]:
+        layer = [
+            _one_step(x, {**fixed, **now}) if isinstance(x, Weight) else now
+            for x, (_, fixed), now in zip(xs, pieces, slices, strict=True)
+        ]
+        queue = iter(moving)
+        whole = [x if h else next(queue) for h, x in zip(held, carry, strict=True)]
+        out = evaluate(inside, jaxpr, jaxpr_consts, [*consts, *whole, *layer])
+        carried = [x for h, x in zip(held, out, strict=False) if not h]
+        reason = "returned as an array"
+        return materialise(inside, "output", carried, reason), materialise(inside, "output", out[n_carry:], reason)
 
     options = {k: eqn.params[k] for k in ("reverse", "unroll", "_split_transpose") if k in eqn.params}
-    carry, ys = lax.scan(body, carry, xs, length=eqn.params["length"], **options)
-    return [*carry, *ys]
+    moving = [x for h, x in zip(held, carry, strict=True) if not h]
+    moved, ys = lax.scan(body, moving, [scanned for scanned, _ in pieces], length=eqn.params["length"], **options)
+    queue = iter(moved)
+    return [*(x if h else next(queue) for h, x in zip(held, carry, strict=True)), *ys]
+
+
+@rule("while", calls=True)
+def while_(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
+    """A loop of unknown length; the record counts its body once."""
+    p = eqn.params
+    n_test, n_body = p["cond_nconsts"], p["body_nconsts"]
+    test_jaxpr, test_consts = closed(p["cond_jaxpr"])
+    body_jaxpr, body_consts = closed(p["body_jaxpr"])
+    of_test, of_body, carry = args[:n_test], args[n_test : n_test + n_body], args[n_test + n_body :]
+    held = _carried(carry, body_jaxpr, n_body, "while loop")
+
+    def whole(moving: Any) -> list[Any]:
+        queue = iter(moving)
+        return [x if h else next(queue) for h, x in zip(held, carry, strict=True)]
+
+    def test(moving: Any) -> Any:
+        return evaluate_arrays(ctx, test_jaxpr, test_consts, [*of_test, *whole(moving)])[0]
+
+    def body(moving: Any) -> Any:
+        out = evaluate(ctx, body_jaxpr, body_consts, [*of_body, *whole(moving)])
+        carried = [x for h, x in zip(held, out, strict=True) if not h]
+        return materialise(ctx, "output", carried, "returned as an array")
+
+    return whole(lax.while_loop(test, body, [x for h, x in zip(held, carry, strict=True) if not h]))
+
+
+@rule("cond", calls=True)
+def cond(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
+    """One of several branches; a parameter may be used in any of them."""
+
+    def branch(jaxpr: Any) -> Any:
+        inner, consts = closed(jaxpr)
+        return lambda *values: evaluate_arrays(ctx, inner, consts, values)
+
+    index, *values = args
+    return list(lax.switch(index, [branch(j) for j in eqn.params["branches"]], *values))

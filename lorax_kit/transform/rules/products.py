@@ -1,23 +1,51 @@
-"""Rule of products: dot_general, the parameter on either side, contracted over all its inputs or outputs."""
+"""Rules of products: dot_general in any arrangement, ragged_dot, the parameter on either side."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lorax_kit.core.plan import Axes
 from lorax_kit.transform.cost import Product
-from lorax_kit.transform.interpret import Context, bind, rule
-from lorax_kit.transform.kernels import KERNELS, lowrank_update
+from lorax_kit.transform.interpret import Context, bind, joint, rule
+from lorax_kit.transform.kernels import KERNELS, Operand, alike, lowrank_updates, plain_updates
 from lorax_kit.transform.weight import Weight
 
+Dims = tuple[int, ...]
 
-def _sizes(shape: tuple[int, ...], dims: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(shape[d] for d in dims)
+
+class Arrangement(NamedTuple):
+    """A dot_general from the weight's side. Dimensions of the weight, and of the other operand `x`.
+
+    Attributes:
+      contract, batch, free: of the weight.
+      x_contract, x_batch, x_free: of `x`, the first two in the order of the weight's.
+      left: whether the weight is the left operand.
+    """
+
+    contract: Dims
+    batch: Dims
+    free: Dims
+    x_contract: Dims
+    x_batch: Dims
+    x_free: Dims
+    left: bool
+
+
+def _arranged(eqn: Any, args: Sequence[Any]) -> tuple[Weight, Array, Arrangement]:
+    left = isinstance(args[0], Weight)
+    side = 0 if left else 1
+    weight, x = args[side], args[1 - side]
+    contracting, batch = eqn.params["dimension_numbers"]
+    contract, x_contract = contracting[side], contracting[1 - side]
+    own, other = batch[side], batch[1 - side]
+    free = tuple(d for d in range(weight.w.ndim) if d not in (*contract, *own))
+    x_free = tuple(d for d in range(x.ndim) if d not in (*x_contract, *other))
+    return weight, x, Arrangement(contract, own, free, x_contract, other, x_free, left)
 
 
 def _drop(x: Array, key: Array | None, rate: float) -> Array:
@@ -30,88 +58,215 @@ def _drop(x: Array, key: Array | None, rate: float) -> Array:
 
 @rule("dot_general")
 def dot_general(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
-    """x W' with any dimension numbers, W' on either side, contracted over all inputs or all outputs."""
+    """x W' with any dimension numbers, W' on either side."""
     if all(isinstance(v, Weight) for v in args):
         return "multiplied with another adapted parameter"
-    weight_is = 0 if isinstance(args[0], Weight) else 1
-    weight, x = args[weight_is], args[1 - weight_is]
-    contracting, batch = eqn.params["dimension_numbers"]
-    w_contract, x_contract = contracting[weight_is], contracting[1 - weight_is]
-    w_batch, x_batch = batch[weight_is], batch[1 - weight_is]
-    w_free = tuple(d for d in range(weight.w.ndim) if d not in (*w_contract, *w_batch))
-    x_free = tuple(d for d in range(x.ndim) if d not in (*x_contract, *x_batch))
-    contracted, stacked, free = (tuple(weight.axes[d] for d in ds) for ds in (w_contract, w_batch, w_free))
-
-    if weight.site is None:
-        if not contracted or not free:
+    weight, x, at = _arranged(eqn, args)
+    if weight.probe:
+        if not at.contract or not at.free:
             return "an outer or inner product leaves no input or no output axes"
-        stack = tuple(sorted((*weight.stack, *stacked)))
-        axes = Axes(inputs=tuple(sorted(contracted)), outputs=tuple(sorted(free)), stack=stack)
-        ctx.record(weight, eqn, weight_is, how="factored", reason="", axes=axes)
-        values = list(args)
-        values[weight_is] = weight.w
-        return bind(eqn, values)
-
-    axes = weight.site.axes
-    if set(stacked) != set(weight.stack):
-        return f"batched over axes {stacked}, the plan stacks {weight.stack}"
-    if set(contracted) == set(axes.inputs):
-        transposed, ins, outs, down, up = False, axes.inputs, axes.outputs, weight.a, weight.b
-    elif set(contracted) == set(axes.outputs):
-        transposed, ins, outs, down, up = True, axes.outputs, axes.inputs, weight.b, weight.a
+        ctx.record(weight, eqn, 0 if at.left else 1, how="factored", dims=(at.contract, at.free))
+        return bind(eqn, [v.w if isinstance(v, Weight) else v for v in args])
+    scaled = _scaled(weight, at)
+    if scaled == "both":
+        return "magnitudes vary along inputs and outputs"
+    if weight.column is not None and scaled == "inputs":
+        places = dict(zip((*at.batch, *at.contract), (*at.x_batch, *at.x_contract), strict=True))
+        x = x * _along(weight.column, places, x.ndim).astype(x.dtype)
+    operand = _operand(weight, at)
+    if operand is None:
+        y = _einsum(ctx, eqn, weight, x, at)
     else:
-        return f"contracted over axes {contracted}, the plan has inputs {axes.inputs}, outputs {axes.outputs}"
-    assert down is not None
-    assert up is not None
+        (y,) = _matrices(ctx, [eqn], [weight], [operand], x, [at])
+    return [_outputs_scaled(y, weight, at) if scaled == "outputs" else y]
 
-    # To matrices: x (*S, M, K), w (*S, K, N), factors (r, *S, K) and (r, *S, N). For kernels in the usual
-    # layout every transpose is the identity and every reshape free.
-    x_of = dict(zip(contracted, x_contract, strict=True)) | dict(zip(stacked, x_batch, strict=True))
-    stack_sizes = tuple(weight.w.shape[weight.axes.index(i)] for i in weight.stack)
-    s, m = prod(stack_sizes), prod(_sizes(x.shape, x_free))
-    k, n = (prod(weight.w.shape[weight.axes.index(i)] for i in part) for part in (ins, outs))
-    rank = down.shape[0]
-    lead = () if not weight.stack else (s,)
-    x3 = jnp.transpose(x, (*(x_of[i] for i in weight.stack), *x_free, *(x_of[i] for i in ins))).reshape(*lead, m, k)
-    order = (*weight.stack, *ins, *outs)
-    w3 = jnp.transpose(weight.w, tuple(weight.axes.index(i) for i in order)).reshape(*lead, k, n)
-    down3, up3 = down.reshape(rank, *lead, k), up.reshape(rank, *lead, n)
 
-    out_dtype = eqn.outvars[0].aval.dtype
-    dtype = jnp.dtype(ctx.compute_dtype or jnp.promote_types(x.dtype, weight.w.dtype))
-    column = None if weight.column is None else weight.column.reshape(*lead, 1, -1).astype(dtype)
-    if column is not None and transposed:
-        x3 = x3 * column.astype(x3.dtype)
-    product = Product(s, m, k, n, rank)
-    how, why = ctx.select(product)
-    dropout = weight.site.setting.dropout if weight.key is not None else 0.0
-    one_dtype = dtype == x.dtype == weight.w.dtype == out_dtype
+@joint("dot_general")
+def dot_generals(ctx: Context, eqns: list[Any], args: list[list[Any]]) -> list[Any] | None:
+    """Products of one x with several weights (q, k and v) at once; None where each should run alone."""
+    arranged = [_arranged(eqn, pair) for eqn, pair in zip(eqns, args, strict=True)]
+    weights, x, ats = [w for w, _, _ in arranged], arranged[0][1], [at for _, _, at in arranged]
+    if any(w.probe or w.key is not None or _scaled(w, at) in ("inputs", "both") for w, _, at in arranged):
+        return None
+    operands = [_operand(w, at) for w, at in zip(weights, ats, strict=True)]
+    products = [_product(w, x, at) for w, at in zip(weights, ats, strict=True)]
+    if any(o is None for o in operands) or len({w.w.dtype for w in weights}) > 1 or not ctx.together(products):
+        return None
+    ys = _matrices(ctx, eqns, weights, [o for o in operands if o is not None], x, ats)
+    return [y if w.column is None else _outputs_scaled(y, w, at) for y, w, at in zip(ys, weights, ats, strict=True)]
+
+
+def _scaled(weight: Weight, at: Arrangement) -> str:
+    """What a weight's magnitudes scale in a product: "nothing", "inputs", "outputs" or "both"."""
+    if weight.column is None:
+        return "nothing"
+    varies = weight.owned(weight.column, 0)
+    inputs, outputs = bool(varies & set(at.contract)), bool(varies & set(at.free))
+    return "both" if inputs and outputs else "inputs" if inputs else "outputs"
+
+
+def _outputs_scaled(y: Array, weight: Weight, at: Arrangement) -> Array:
+    assert weight.column is not None
+    first = len(at.batch) + (0 if at.left else len(at.x_free))
+    places = {d: i for i, d in enumerate(at.batch)} | {d: first + i for i, d in enumerate(at.free)}
+    return y * _along(weight.column, places, y.ndim).astype(y.dtype)
+
+
+def _along(column: Array, places: dict[int, int], ndim: int) -> Array:
+    """A column laid out to multiply another array, whose dimension `places[d]` is the weight's dimension `d`."""
+    order = sorted(places, key=places.__getitem__)
+    shape = [1] * ndim
+    for d in order:
+        shape[places[d]] = column.shape[d]
+    return jnp.transpose(column, (*order, *(d for d in range(column.ndim) if d not in places))).reshape(shape)
+
+
+def _sizes(shape: tuple[int, ...], dims: Dims) -> Dims:
+    return tuple(shape[d] for d in dims)
+
+
+def _product(weight: Weight, x: Array, at: Arrangement) -> Product:
+    k, n, s = (prod(_sizes(weight.shape, dims)) for dims in (at.contract, at.free, at.batch))
+    return Product(s, prod(_sizes(x.shape, at.x_free)), k, n, weight.factors()[0].shape[0])
+
+
+def _operand(weight: Weight, at: Arrangement) -> Operand | None:
+    """A weight as matrices w (*S, K, N), a (r, *S, K), b (r, *S, N); None if its factors lie otherwise.
+
+    For kernels in the usual layout every transpose is the identity and every reshape free.
+    """
+    a, b = weight.factors()
+    owned = [weight.owned(a), weight.owned(b)]
+    ins, outs, stack = ({d for d in dims if weight.shape[d] > 1} for dims in (at.contract, at.free, at.batch))
+    if owned == [ins | stack, outs | stack]:
+        down, up = a, b
+    elif owned == [outs | stack, ins | stack]:
+        down, up = b, a
+    else:
+        return None
+    lead = (prod(_sizes(weight.shape, at.batch)),) if at.batch else ()
+    k, n = (prod(_sizes(weight.shape, dims)) for dims in (at.contract, at.free))
+
+    def matrix(f: Array, mine: Dims, others: Dims) -> Array:
+        order = (0, *(1 + d for d in (*at.batch, *mine, *others)))
+        return jnp.transpose(f, order).reshape(f.shape[0], *lead, -1)
+
+    w = jnp.transpose(weight.w, (*at.batch, *at.contract, *at.free)).reshape(*lead, k, n)
+    assert weight.scale is not None
+    return Operand(w, matrix(down, at.contract, at.free), matrix(up, at.free, at.contract), weight.scale)
+
+
+def _matrices(
+    ctx: Context, eqns: list[Any], weights: list[Weight], operands: list[Operand], x: Array, ats: list[Arrangement]
+) -> list[Array]:
+    """Products of x with one or several weights, by one call of a kernel."""
+    eqn, at = eqns[0], ats[0]
+    products = [_product(weight, x, one) for weight, one in zip(weights, ats, strict=True)]
+    s, m, k, _, _ = products[0]
+    lead = (s,) if at.batch else ()
+    x3 = jnp.transpose(x, (*at.x_batch, *at.x_free, *at.x_contract)).reshape(*lead, m, k)
+    out_dtype, w_dtype = eqn.outvars[0].aval.dtype, weights[0].w.dtype
+    dtype = jnp.dtype(ctx.compute_dtype or jnp.promote_types(x.dtype, w_dtype))
+    how, why = ctx.select(products[0]._replace(outputs=sum(p.outputs for p in products)))
+    dropout = weights[0].parts[0].dropout if weights[0].key is not None else 0.0
+    one_dtype = dtype == x.dtype == w_dtype == out_dtype
     if how == "merged" and dropout:
         how, why = "factored", "dropout acts on the input of the low-rank path only"
     elif how == "merged" and (not one_dtype or jnp.finfo(dtype).bits < 32):
-        how, why = "factored", f"a sum in {weight.w.dtype} would round small updates away"
-    ctx.record(weight, eqn, weight_is, how=how, reason=why, product=product)
+        how, why = "factored", f"a sum in {w_dtype} would round small updates away"
+    if len(weights) > 1:
+        why = f"{why}; in one product with {len(weights) - 1} more that read the same input"
+    for weight, one, own, product in zip(weights, eqns, ats, products, strict=True):
+        ctx.record(weight, one, 0 if own.left else 1, how=how, reason=why, product=product)
 
     precision = eqn.params["precision"]
-    scale = jnp.asarray(weight.scale, dtype)
-    down3, up3 = down3.astype(dtype), up3.astype(dtype)
+    cast = tuple(Operand(o.w, o.a.astype(dtype), o.b.astype(dtype), o.scale.astype(dtype)) for o in operands)
     if one_dtype and not dropout:
-        y = KERNELS[how](x3, w3, down3, up3, scale, precision)
+        ys: Sequence[Array] = KERNELS[how](*alike(x3, cast), precision)
     else:
-        dims = (((x3.ndim - 1,), (w3.ndim - 2,)), ((0,), (0,)) if lead else ((), ()))
-        y = lax.dot_general(x3, w3, dims, precision=precision, preferred_element_type=out_dtype)
-        dropped = _drop(x3.astype(dtype), weight.key, dropout)
-        if how == "plain":
-            update = KERNELS["plain"](dropped, jnp.zeros_like(w3, dtype), down3, up3, scale, precision)
-        else:
-            update = lowrank_update(dropped, down3, up3, scale, precision)
-        y = y + update.astype(out_dtype)
-    if column is not None and not transposed:
-        y = y * column.astype(y.dtype)
+        dims = (((x3.ndim - 1,), (x3.ndim - 2,)), ((0,), (0,)) if lead else ((), ()))
+        dropped = _drop(x3.astype(dtype), weights[0].key, dropout)
+        bare = tuple(o._replace(w=jnp.zeros((0,), dtype)) for o in cast)
+        updates = (plain_updates if how == "plain" else lowrank_updates)(*alike(dropped, bare), precision)
+        ys = [
+            lax.dot_general(x3, o.w, dims, precision=precision, preferred_element_type=out_dtype) + u.astype(out_dtype)
+            for o, u in zip(cast, updates, strict=True)
+        ]
+    return [_in_order(y, weight, x, one) for y, weight, one in zip(ys, weights, ats, strict=True)]
 
-    # Back to dot_general's order: batch, then the free axes of the left and of the right operand.
-    y = y.reshape(*stack_sizes, *_sizes(x.shape, x_free), *(weight.w.shape[weight.axes.index(i)] for i in outs))
-    names = [*weight.stack, *(("x", d) for d in x_free), *outs]
-    mine, theirs = list(free), [("x", d) for d in x_free]
-    target = [*stacked, *(mine + theirs if weight_is == 0 else theirs + mine)]
-    return [jnp.transpose(y, tuple(names.index(t) for t in target))]
+
+def _in_order(y: Array, weight: Weight, x: Array, at: Arrangement) -> Array:
+    """(*S, M, N) in dot_general's order: batch, then the free dimensions of the left and of the right operand."""
+    y = y.reshape(*_sizes(weight.shape, at.batch), *_sizes(x.shape, at.x_free), *_sizes(weight.shape, at.free))
+    if at.left:
+        first, middle = len(at.batch), len(at.batch) + len(at.x_free)
+        y = jnp.transpose(y, (*range(first), *range(middle, y.ndim), *range(first, middle)))
+    return y
+
+
+def _einsum(ctx: Context, eqn: Any, weight: Weight, x: Array, at: Arrangement) -> Array:
+    """Factors in any position: x with the one that is contracted more, then with the other."""
+    letters = iter("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXY")
+    of_w = {d: next(letters) for d in range(weight.w.ndim)}
+    of_x = {d: next(letters) for d in at.x_free}
+    of_x |= dict(zip((*at.x_contract, *at.x_batch), (of_w[d] for d in (*at.contract, *at.batch)), strict=True))
+    out = eqn.outvars[0].aval
+    dtype = jnp.dtype(ctx.compute_dtype or jnp.promote_types(x.dtype, weight.w.dtype))
+    first, second = sorted(weight.factors(), key=lambda f: -len(weight.owned(f) & set(at.contract)))
+
+    def named(f: Array) -> tuple[str, Array]:
+        owned = sorted(weight.owned(f))
+        return "Z" + "".join(of_w[d] for d in owned), f.reshape(-1, *_sizes(weight.shape, tuple(owned))).astype(dtype)
+
+    (one, first), (two, second) = named(first), named(second)
+    ins = "".join(of_x[d] for d in range(x.ndim))
+    mine, theirs = [of_w[d] for d in at.free], [of_x[d] for d in at.x_free]
+    wanted = [*(of_w[d] for d in at.batch), *(mine + theirs if at.left else theirs + mine)]
+    kept = "".join(c for c in dict.fromkeys(ins + one) if c in wanted or c in two)
+    dropped = _drop(x.astype(dtype), weight.key, weight.parts[0].dropout if weight.key is not None else 0.0)
+    precision = eqn.params["precision"]
+    u = jnp.einsum(f"{ins},{one}->{kept}", dropped, first, precision=precision) * jnp.asarray(weight.scale, dtype)
+    # A dimension that only the base varies with: the update is the same all along it.
+    held = "".join(c for c in wanted if c in kept or c in two)
+    update = jnp.einsum(f"{kept},{two}->{held}", u, second, precision=precision)
+    update = update.reshape([n if c in held else 1 for c, n in zip(wanted, out.shape, strict=True)])
+    reason = "contracted along other axes than the plan's inputs or outputs"
+    operand = 0 if at.left else 1
+    ctx.record(weight, eqn, operand, how="factored", reason=reason, product=_product(weight, x, at))
+    return bind(eqn, [weight.w, x] if at.left else [x, weight.w])[0] + update.astype(out.dtype)
+
+
+@rule("ragged_dot_general", "ragged_dot")
+def ragged_dot(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
+    """Rows of x in groups, each times the matrix of its own expert."""
+    x, weight, sizes = args[:3]
+    if isinstance(x, Weight) or not isinstance(weight, Weight) or isinstance(sizes, Weight):
+        return "the rows or the sizes of a ragged product"
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    usual = (((1,), (1,)), ((), ()))
+    dims = tuple(tuple(tuple(d) for d in pair) for pair in numbers.dot_dimension_numbers)
+    if dims != usual or list(numbers.lhs_ragged_dimensions) != [0] or list(numbers.rhs_group_dimensions) != [0]:
+        return "a ragged product in another layout than (m, k), (g, k, n)"
+    if weight.probe:
+        ctx.record(weight, eqn, 1, how="factored", dims=((1,), (2,)))
+        return bind(eqn, [x, weight.w, *args[2:]])
+    a, b = weight.factors()
+    varies = [weight.owned(f) | {d for d in range(3) if weight.shape[d] == 1} for f in (a, b)]
+    if varies[0] >= {0, 1} and varies[1] >= {0, 2} and a.shape[3] == b.shape[2] == 1:
+        down, up = a[..., 0], b[:, :, 0]
+    elif varies[1] >= {0, 1} and varies[0] >= {0, 2} and b.shape[3] == a.shape[2] == 1:
+        down, up = b[..., 0], a[:, :, 0]
+    else:
+        return "the plan's inputs and outputs are not those of the ragged product"
+    if weight.column is not None:
+        return "magnitudes of experts in a ragged product"
+    dtype = jnp.dtype(ctx.compute_dtype or jnp.promote_types(x.dtype, weight.w.dtype))
+    product = Product(1, x.shape[0], weight.shape[1], weight.shape[2], a.shape[0])
+    ctx.record(weight, eqn, 1, how="factored", reason="by expert", product=product)
+    dropped = _drop(x.astype(dtype), weight.key, weight.parts[0].dropout if weight.key is not None else 0.0)
+    precision = eqn.params["precision"]
+    u = lax.ragged_dot(dropped, jnp.transpose(down, (1, 2, 0)).astype(dtype), sizes, precision=precision)
+    up = jnp.transpose(up, (1, 0, 2)).astype(dtype)
+    update = lax.ragged_dot(u * jnp.asarray(weight.scale, dtype), up, sizes, precision=precision)
+    y = bind(eqn, [x, weight.w, *args[2:]])[0]
+    return [y + update.astype(y.dtype)]

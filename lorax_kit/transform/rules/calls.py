@@ -1,0 +1,92 @@
+"""Rules of functions called by functions: jit, checkpoint, custom derivatives, shard_map."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from lorax_kit.transform.interpret import Context, bind, closed, evaluate, evaluate_arrays, rule
+from lorax_kit.transform.weight import Weight
+
+
+@rule("jit", "pjit", "closed_call", "core_call", calls=True)
+def call(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
+    """A nested jit is inlined: the program around it is compiled anyway."""
+    jaxpr, consts = closed(eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"])
+    return evaluate(ctx, jaxpr, consts, args)
+
+
+@rule("remat2", "remat", "checkpoint", calls=True)
+def checkpoint(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
+    """Rematerialised under the same policy, with the low-rank products inside."""
+    jaxpr, consts = closed(eqn.params["jaxpr"])
+
+    def body(*values: Any) -> list[Any]:
+        return evaluate(ctx, jaxpr, consts, values)
+
+    return jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*args)
+
+
+@rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", calls=True)
+def custom_derivative(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
+    """A function with a derivative rule of its own.
+
+    Where its body uses the weight only in products and lookups, the body runs factored under autodiff, and
+    the use says so. Otherwise (a straight-through quantiser, say) autodiff of the body could be wrong or
+    zero: the weight is materialised outside, and the function keeps its rule.
+    """
+    jaxpr, consts = closed(eqn.params["call_jaxpr"] if "call_jaxpr" in eqn.params else eqn.params["fun_jaxpr"])
+    kind = eqn.primitive.name.removesuffix("_call")
+    trial = replace(ctx, uses={})
+    outs = jax.eval_shape(lambda values: evaluate(trial, jaxpr, consts, values), args)
+    if any(isinstance(x, Weight) for x in outs) or any(u.how == "materialised" for u in trial.uses.values()):
+        return f"enters a {kind} that does more than multiply it; the function keeps its own derivative rule"
+    inside = replace(ctx, note=f"inside a {kind} whose derivative rule autodiff replaces")
+    return evaluate(inside, jaxpr, consts, args)
+
+
+@rule("shard_map", calls=True)
+def shard_map(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
+    """Per device, with the factors cut as their parameter is: along the dimensions that they vary with."""
+    p = eqn.params
+    jaxpr, consts = closed(p["jaxpr"])
+
+    def spec_of(x: Any, spec: PartitionSpec) -> Any:
+        if not isinstance(x, Weight):
+            return spec
+        names = (*spec, *(None,) * (x.w.ndim - len(spec)))
+
+        def cut(factor: Any, lead: int) -> Any:
+            if factor is None:
+                return None
+            owned = x.owned(factor, lead)
+            return PartitionSpec(*(None,) * lead, *(n if d in owned else None for d, n in enumerate(names)))
+
+        whole: Any = None if x.scale is None else PartitionSpec()
+        key: Any = None if x.key is None else PartitionSpec()
+        w: Any = spec
+        a, b, column = cut(x.a, 1), cut(x.b, 1), cut(x.column, 0)
+        return replace(x, w=w, a=a, b=b, column=column, scale=whole, key=key)
+
+    def body(*values: Any) -> tuple[Any, ...]:
+        return tuple(evaluate_arrays(ctx, jaxpr, consts, values))
+
+    mapped = jax.shard_map(
+        body,
+        mesh=p["mesh"],
+        in_specs=tuple(spec_of(x, spec) for x, spec in zip(args, p["in_specs"], strict=True)),
+        out_specs=tuple(p["out_specs"]),
+        axis_names=set(p["newly_manual_axes"] if "newly_manual_axes" in p else p["manual_axes"]),
+        check_vma=p["check_vma"],
+    )
+    return list(mapped(*args))
+
+
+@rule("pvary", "pcast")
+def pvary(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
+    """Inside shard_map: a parameter that all devices share meets data that they do not."""
+    (weight,) = args
+    return [weight.mapped(bind(eqn, [weight.w])[0], lambda x, lead: bind(eqn, [x])[0], lambda dims: dims)]

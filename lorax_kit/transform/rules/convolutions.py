@@ -1,0 +1,78 @@
+"""Rule of convolutions: to r channels with one factor, then a 1x1 to the outputs with the other."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from lorax_kit.transform.cost import Product
+from lorax_kit.transform.interpret import Context, bind, rule
+from lorax_kit.transform.weight import Weight
+
+
+@rule("conv_general_dilated")
+def conv_general_dilated(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
+    """Any number of dimensions, strides, dilations, paddings, layouts and feature groups.
+
+    With G feature groups, all groups share the factor that reads their inputs: its kernel is repeated G times, and
+    each group's r channels feed that group's outputs.
+    """
+    x, weight = args
+    p = eqn.params
+    numbers, groups = p["dimension_numbers"], p["feature_group_count"]
+    if not isinstance(weight, Weight) or isinstance(x, Weight):
+        return "the input of a convolution"
+    out, *ins = numbers.rhs_spec
+    if weight.probe:
+        ctx.record(weight, eqn, 1, how="factored", dims=(tuple(ins), (out,)))
+        return bind(eqn, [x, weight.w])
+    if p["batch_group_count"] != 1:
+        return "a convolution with batch groups"
+    wide = [{d for d in dims if weight.shape[d] > 1} for dims in (ins, (out,))]
+    a, b = weight.factors()
+    owned = [weight.owned(a), weight.owned(b)]
+    if owned == wide:
+        down, up = a, b
+    elif owned == wide[::-1]:
+        down, up = b, a
+    else:
+        return "a convolution over other axes than the plan's inputs"
+    column = weight.column
+    if column is not None and weight.owned(column, 0) - {out}:
+        return "magnitudes vary along the inputs of a convolution"
+    dtype = jnp.dtype(ctx.compute_dtype or jnp.promote_types(x.dtype, weight.w.dtype))
+    rank, outputs = down.shape[0], weight.shape[out]
+    kernel = jnp.moveaxis(jnp.squeeze(down, 1 + out), 0, out).astype(dtype)
+    u = lax.conv_general_dilated(
+        x.astype(dtype),
+        jnp.concatenate([kernel] * groups, out),
+        p["window_strides"],
+        p["padding"],
+        p["lhs_dilation"],
+        p["rhs_dilation"],
+        numbers,
+        groups,
+        precision=p["precision"],
+    )
+    channel = numbers.out_spec[1]
+    u = jnp.moveaxis(u, channel, -1)
+    u = u.reshape(*u.shape[:-1], groups, rank) * jnp.asarray(weight.scale, dtype)
+    update = jnp.einsum(
+        "...gr,rgo->...go", u, up.reshape(rank, groups, outputs // groups).astype(dtype), precision=p["precision"]
+    )
+    update = jnp.moveaxis(update.reshape(*update.shape[:-2], outputs), -1, channel)
+    y = bind(eqn, [x, weight.w])[0]
+    places = prod(y.shape) // outputs
+    product = Product(1, places, prod(weight.shape) // outputs, outputs, rank)
+    ctx.record(weight, eqn, 1, how="factored", reason=f"a convolution to {rank} channels, then 1x1", product=product)
+    y = y + update.astype(y.dtype)
+    if column is not None:
+        shape = [1] * y.ndim
+        shape[channel] = outputs
+        y = y * jnp.broadcast_to(column, [n if d == out else 1 for d, n in enumerate(weight.shape)]).reshape(
+            shape
+        ).astype(y.dtype)
+    return [y]

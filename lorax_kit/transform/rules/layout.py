@@ -1,0 +1,219 @@
+"""Rules of layout: operations that move or cut the entries of a parameter do the same to its factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from lorax_kit.transform.interpret import Context, bind, rule
+from lorax_kit.transform.weight import Weight
+
+
+def _base(eqn: Any, args: Sequence[Any]) -> Array:
+    """The operation on the base alone."""
+    return bind(eqn, [x.w if isinstance(x, Weight) else x for x in args])[0]
+
+
+@rule("transpose")
+def transpose(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
+    """Reordered dimensions."""
+    order = eqn.params["permutation"]
+
+    def change(x: Array, lead: int) -> Array:
+        return jnp.transpose(x, (*range(lead), *(lead + d for d in order)))
+
+    return [args[0].mapped(_base(eqn, args), change, lambda dims: tuple(dims[d] for d in order))]
+
+
+def segments(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[range, range]]:
+    """Dimensions that a reshape turns into each other: the finest split into runs of equal size."""
+    i = j = 0
+    while i < len(old) or j < len(new):
+        i0, j0 = i, j
+        i, j = min(i + 1, len(old)), min(j + 1, len(new))
+        while prod(old[i0:i]) != prod(new[j0:j]):
+            if prod(old[i0:i]) < prod(new[j0:j]):
+                i += 1
+            else:
+                j += 1
+        yield range(i0, i), range(j0, j)
+
+
+@rule("reshape")
+def reshape(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
+    """Dimensions split or merged, where each factor varies with all of a run of them or with none."""
+    weight, new = args[0], eqn.params["new_sizes"]
+    if eqn.params.get("dimensions") is not None:
+        return "reshaped in another order than the array's own"
+    runs = list(segments(weight.shape, new))
+    arrays = [] if weight.probe else [(x, 1) for x in weight.factors()]
+    arrays += [] if weight.column is None else [(weight.column, 0)]
+    varied = frozenset().union(*(weight.owned(x, lead) for x, lead in arrays))
+    for x, lead in arrays:
+        owned = weight.owned(x, lead)
+        for mine, _ in runs:
+            wide = {d for d in mine if weight.shape[d] > 1} & varied
+            if wide & owned and wide - owned:
+                return f"reshaped to {tuple(new)}, which merges inputs with outputs"
+
+    def change(x: Array, lead: int) -> Array:
+        owned, spread, sizes = weight.owned(x, lead), list(x.shape), []
+        for mine, theirs in runs:
+            full = any(d in owned for d in mine)
+            sizes += [new[d] if full else 1 for d in theirs]
+            for d in mine if full else ():  # what the parameter was broadcast to goes along
+                spread[lead + d] = weight.shape[d]
+        return jnp.broadcast_to(x, spread).reshape(*x.shape[:lead], *sizes)
+
+    def dims(held: Any) -> tuple[Any, ...]:
+        out: list[Any] = []
+        for mine, theirs in runs:
+            together = tuple(sorted({axis for d in mine for axis in held[d]}))
+            wide = sum(new[d] > 1 for d in theirs)
+            # An axis of size 1 beside the one that holds the entries holds none of them.
+            out += [together if new[d] > 1 or not wide else () for d in theirs]
+        return tuple(out)
+
+    return [weight.mapped(_base(eqn, args), change, dims)]
+
+
+@rule("squeeze")
+def squeeze(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
+    """Dimensions of size 1 dropped."""
+    gone = {d % args[0].w.ndim for d in eqn.params["dimensions"]}
+
+    def change(x: Array, lead: int) -> Array:
+        return jnp.squeeze(x, tuple(lead + d for d in gone))
+
+    return [
+        args[0].mapped(_base(eqn, args), change, lambda dims: tuple(x for d, x in enumerate(dims) if d not in gone))
+    ]
+
+
+@rule("broadcast_in_dim", "expand_dims")
+def broadcast_in_dim(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
+    """New dimensions, with which neither factor varies."""
+    where, ndim = eqn.params["broadcast_dimensions"], len(eqn.params["shape"])
+
+    def change(x: Array, lead: int) -> Array:
+        return jnp.expand_dims(x, tuple(lead + d for d in range(ndim) if d not in where))
+
+    def dims(held: Any) -> tuple[Any, ...]:
+        return tuple(held[where.index(d)] if d in where else () for d in range(ndim))
+
+    return [args[0].mapped(_base(eqn, args), change, dims)]
+
+
+def _cut(weight: Weight, w: Array, cut: Callable[[Array, Callable[[int], bool], int], Array]) -> Weight:
+    """A weight whose entries were chosen along each dimension; `cut(x, varies, lead)` does it to a factor."""
+
+    def change(x: Array, lead: int) -> Array:
+        owned = weight.owned(x, lead)
+        return cut(x, lambda d: d in owned or weight.shape[d] == 1, lead)
+
+    return weight.mapped(w, change, lambda dims: dims)
+
+
+@rule("slice")
+def slice_(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
+    """A static slice."""
+    p = eqn.params
+    strides = p["strides"] or (1,) * args[0].w.ndim
+
+    def cut(x: Array, varies: Callable[[int], bool], lead: int) -> Array:
+        spans = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
+        own = [slice(*span) if varies(d) else slice(None) for d, span in enumerate(spans)]
+        return x[(slice(None),) * lead + tuple(own)]
+
+    return [_cut(args[0], _base(eqn, args), cut)]
+
+
+@rule("dynamic_slice")
+def dynamic_slice(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
+    """A slice whose start is computed: one layer of a stack, say."""
+    weight, starts = args[0], args[1:]
+    if not isinstance(weight, Weight) or any(isinstance(x, Weight) for x in starts):
+        return "used as indices"
+    sizes = eqn.params["slice_sizes"]
+
+    def cut(x: Array, varies: Callable[[int], bool], lead: int) -> Array:
+        zero = jnp.zeros_like(starts[0])
+        begin = [zero] * lead + [s if varies(d) else zero for d, s in enumerate(starts)]
+        size = [*x.shape[:lead], *(n if varies(d) else 1 for d, n in enumerate(sizes))]
+        return lax.dynamic_slice(x, begin, size)
+
+    return [_cut(weight, _base(eqn, args), cut)]
+
+
+@rule("split", "unstack")
+def split(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
+    """Cut into pieces along one dimension; `unstack` into pieces of size 1, whose dimension it drops."""
+    (weight,), d = args, eqn.params["axis"]
+    unstacked = eqn.primitive.name == "unstack"
+    sizes = (1,) * weight.shape[d] if unstacked else eqn.params["sizes"]
+    pieces, at = [], 0
+    for n, w in zip(sizes, bind(eqn, [weight.w]), strict=True):
+
+        def change(x: Array, lead: int, at: int = at, n: int = n) -> Array:
+            piece = lax.slice_in_dim(x, at, at + n, axis=lead + d) if x.shape[lead + d] == weight.shape[d] else x
+            return jnp.squeeze(piece, lead + d) if unstacked else piece
+
+        pieces.append(weight.mapped(w, change, lambda held: (*held[:d], *held[d + 1 :]) if unstacked else held))
+        at += n
+    return pieces
+
+
+@rule("tile")
+def tile(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
+    """Repeated along its dimensions."""
+    reps = eqn.params["reps"]
+
+    def cut(x: Array, varies: Callable[[int], bool], lead: int) -> Array:
+        return jnp.tile(x, (1,) * lead + tuple(n if x.shape[lead + d] > 1 else 1 for d, n in enumerate(reps)))
+
+    return [_cut(args[0], _base(eqn, args), cut)]
+
+
+@rule("rev")
+def rev(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
+    """Entries in reverse order."""
+
+    def cut(x: Array, varies: Callable[[int], bool], lead: int) -> Array:
+        return lax.rev(x, tuple(lead + d for d in eqn.params["dimensions"]))
+
+    return [_cut(args[0], _base(eqn, args), cut)]
+
+
+@rule("pad")
+def pad(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
+    """Entries added around or between: the update there is zero, whatever the base is given."""
+    weight, config = args[0], eqn.params["padding_config"]
+    if not isinstance(weight, Weight):
+        return "used as the value of padding"
+    padded = {d for d, (low, high, inner) in enumerate(config) if low or high or inner}
+    if weight.probe:
+        return [replace(weight, w=_base(eqn, args))]
+    a, b = weight.factors()
+    if weight.column is not None or any(weight.shape[d] == 1 for d in padded):
+        return "padded under magnitudes, or along an axis of size 1"
+    if not padded <= weight.owned(a) | weight.owned(b):
+        return "padded along an axis it was broadcast to"
+
+    def cut(x: Array, varies: Callable[[int], bool], lead: int) -> Array:
+        none = (0, 0, 0)
+        own = [c if varies(d) else none for d, c in enumerate(config)]
+        return lax.pad(x, jnp.zeros((), x.dtype), [none] * lead + own)
+
+    return [_cut(weight, _base(eqn, args), cut)]
+
+
+@rule("copy", "copy_p", "sharding_constraint", "optimization_barrier")
+def passed_on(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
+    """Operations that change nothing about the values."""
+    out = bind(eqn, [x.w if isinstance(x, Weight) else x for x in args])
+    return [replace(x, w=y) if isinstance(x, Weight) else y for x, y in zip(args, out, strict=True)]
