@@ -21,6 +21,7 @@ from lorax_kit.core import (
     StudyError,
     merge,
     paths,
+    quantise,
     split,
 )
 from lorax_kit.parallel import device_mesh, pmap_step, sharded_step
@@ -59,6 +60,7 @@ __all__ = [
     "partition",
     "paths",
     "pmap_step",
+    "quantise",
     "resolve",
     "run",
     "save_adapter",

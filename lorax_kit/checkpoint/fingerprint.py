@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 
+import jax
 import numpy as np
 
 from lorax_kit.core.paths import Params, flatten, is_array
@@ -25,7 +26,9 @@ def fingerprint(base: Params, trained_in_full: Collection[str] = ()) -> str:
         leaf = named[path]
         if not is_array(leaf) or path in trained_in_full:
             continue
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{path}\0{array.shape}\0{array.dtype}\0".encode())
-        digest.update(array.view(np.uint8).reshape(-1).data if array.size else b"")
+        # A quantised parameter is its codes and scales: another base than the array they came from.
+        for part in jax.tree.leaves(leaf):
+            array = np.ascontiguousarray(part)
+            digest.update(f"{path}\0{array.shape}\0{array.dtype}\0".encode())
+            digest.update(array.view(np.uint8).reshape(-1).data if array.size else b"")
     return digest.hexdigest()

@@ -12,6 +12,7 @@ from lorax_kit.core.errors import AdapterError, PlanError
 from lorax_kit.core.factors import Factors, FactorTree, FullLeaf, check_factors
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import FullSite, Plan, Site
+from lorax_kit.core.quantised import Quantised, dense
 from lorax_kit.core.variant import variant
 
 
@@ -41,7 +42,7 @@ def split(params: Params, plan: Plan, key: Array) -> tuple[Params, dict[str, Fac
     check_params(named, plan)
     factors: dict[str, Factors | FullLeaf] = {}
     for site in plan.sites:
-        factors[site.path] = variant(site.setting.variant).init(site, jnp.asarray(named[site.path]), key)
+        factors[site.path] = variant(site.setting.variant).init(site, dense(named[site.path]), key)
     for leaf in plan.full:
         # A copy: the factors may be donated to a step, and the base must outlive them.
         factors[leaf.path] = FullLeaf(jnp.array(named[leaf.path], dtype=leaf.dtype, copy=True))
@@ -63,6 +64,8 @@ def check_params(named: dict[str, Any], plan: Plan) -> None:
             wrong = f"the plan adapts {path!r}, which these params do not have."
         elif found.shape != planned.shape:
             wrong = f"{path!r} has shape {found.shape}, the plan expects {planned.shape}."
+        elif isinstance(planned, FullSite) and isinstance(found, Quantised):
+            raise PlanError(f"{path!r} is quantised, and the plan trains it in full.\n  leave it out of lk.quantise")
         elif isinstance(planned, Site) and str(found.dtype) != planned.dtype:
             wrong = f"{path!r} has dtype {found.dtype}, the plan expects {planned.dtype}."
         else:
@@ -131,7 +134,7 @@ def spread_outputs(site: Site, c: Array) -> Array:
 def merge(base: Params, factors: FactorTree, plan: Plan) -> Params:
     """Params with the adaptation folded in: the inverse of `split` at init, a deployable model after training.
 
-    The base is not changed, so "unmerging" is keeping it.
+    Quantised parameters come out restored. The base is not changed, so "unmerging" is keeping it.
 
     Raises:
       AdapterError: factors that do not fit the plan, or that are not finite (checked outside jit).
@@ -146,11 +149,11 @@ def merge(base: Params, factors: FactorTree, plan: Plan) -> Params:
                 )
     named, treedef = flatten(base)
     check_params(named, plan)
-    merged = dict(named)
+    merged = {path: x.restore() if isinstance(x, Quantised) else x for path, x in named.items()}
     for site in plan.sites:
         found = factors[site.path]
         assert isinstance(found, Factors)
-        merged[site.path] = effective_weight(site, jnp.asarray(named[site.path]), found)
+        merged[site.path] = effective_weight(site, dense(named[site.path]), found)
     for full in plan.full:
         leaf = factors[full.path]
         assert isinstance(leaf, FullLeaf)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from lorax_kit.core.errors import PlanError
+from lorax_kit.core.quantised import Quantised
 
 Params = Any
 """A pytree of arrays as a model library gives it."""
@@ -35,7 +36,7 @@ def flatten(params: Params) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
     Raises:
       PlanError: two leaves share one path (a dict key holds a `/`).
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, Quantised))
     named: dict[str, Any] = {}
     for keys, leaf in leaves:
         path = "/".join(_name(key) for key in keys)

@@ -35,7 +35,7 @@ class Site:
       shape, dtype: of the parameter.
       axes: how the function contracts it.
       use: the function's first use: "product", "lookup" (an embedding, so `b` is drawn and `a` starts at zero), or
-        "other" (a convolution, say), whose axes follow the convention that the last one is the output.
+        "other" (a convolution; or what is materialised, whose last axis is then taken for the output).
       setting: rank, alpha, variant and the rest, from the rule that matched.
     """
 

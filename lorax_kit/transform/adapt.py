@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.core.errors import PlanError
@@ -15,11 +14,12 @@ from lorax_kit.core.factors import Factors, FactorTree, FullLeaf, check_factors,
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import Plan, Site
+from lorax_kit.core.quantised import Quantised, dense
 from lorax_kit.core.variant import variant
 from lorax_kit.transform.interpret import Context
 from lorax_kit.transform.kernels import KERNELS
 from lorax_kit.transform.trace import run
-from lorax_kit.transform.weight import Weight, make_weight
+from lorax_kit.transform.weight import Weight, frozen_weight, make_weight
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,16 @@ class Adapted:
         for site in self.plan.sites:
             found = factors[site.path]
             assert isinstance(found, Factors)
-            weights[site.path] = _weight(site, jnp.asarray(leaves[site.path]), found, key)
+            weights[site.path] = _weight(site, leaves[site.path], found, key)
+        sites = set(weights)
+        for path, leaf in leaves.items():
+            if isinstance(leaf, Quantised) and path not in sites:
+                weights[path] = frozen_weight(path, leaf)
         if not weights:
             return self.fn(unflatten(leaves, treedef), *args, **kwargs), Context()
         ctx = Context(kernel=self.kernel, trials=self.trials, compute_dtype=self.plan.compute_dtype)
         out = run(ctx, self.fn, leaves, treedef, weights, args, kwargs)
-        unused = set(weights) - {use.path for use in ctx.uses.values()}
+        unused = sites - {use.path for use in ctx.uses.values()}
         if unused:
             raise PlanError(
                 f"the function does not use {min(unused)!r} for these inputs, though the plan adapts it.\n"
@@ -67,11 +71,11 @@ class Adapted:
         return out, ctx
 
 
-def _weight(site: Site, w: Array, factors: Factors, key: Array | None) -> Weight:
+def _weight(site: Site, w: Any, factors: Factors, key: Array | None) -> Weight:
     scale = site.scale if factors.scale is None else factors.scale
     column_scale = variant(site.setting.variant).column_scale
     dropped = key is not None and site.setting.dropout > 0
-    column = None if column_scale is None else column_scale(site, w, factors, scale)
+    column = None if column_scale is None else column_scale(site, dense(w), factors, scale)
     return make_weight(
         site, w, factors, column, scale, site_key(key, site.path) if dropped and key is not None else None
     )

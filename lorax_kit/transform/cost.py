@@ -37,10 +37,9 @@ def together(products: Sequence[Product], trials: int) -> bool:
     """Whether products of one input with several bases run as one wide product.
 
     Narrow products run below peak (three 384-wide ones at half the speed of one 1152-wide one), but the bases
-    are copied side by side for it: K N entries written and read, worth it from about as many tokens as that costs.
+    are copied side by side for it, which few tokens do not repay. Stacked trials are rows of one product already.
     """
-    del trials
-    return products[0].stack == 1 and products[0].tokens >= 64 and max(p.outputs for p in products) <= 1024
+    return trials == 1 and products[0].tokens >= 64 and max(p.outputs for p in products) <= 1024
 
 
 def forward_flops(product: Product, how: str) -> int:

@@ -11,7 +11,7 @@ import jax
 from jax import Array
 
 from lorax_kit.core.factors import FactorTree
-from lorax_kit.core.paths import Params, is_array, nbytes
+from lorax_kit.core.paths import Params, flatten, is_array, nbytes
 from lorax_kit.transform.adapt import Adapted
 from lorax_kit.transform.cost import step_flops
 from lorax_kit.transform.interpret import Use
@@ -123,7 +123,10 @@ def explain(
 
     jax.eval_shape(trace, dict(factors), dynamic)
     rows, counted = [], set()
+    sites = {site.path for site in adapted.plan.sites}
     for use in found:
+        if use.path not in sites:  # a quantised parameter that nothing adapts
+            continue
         site = adapted.plan.site(use.path)
         leaves = jax.tree_util.tree_leaves(factors[use.path])
         flops = full = 0
@@ -147,5 +150,5 @@ def explain(
         )
         counted.add(use.path)
     trained = sum(prod(x.shape) for x in jax.tree_util.tree_leaves(dict(factors)))
-    total = sum(prod(x.shape) for x in jax.tree_util.tree_leaves(base) if is_array(x))
+    total = sum(prod(x.shape) for x in flatten(base)[0].values() if is_array(x))
     return Explanation(tuple(rows), trained, total)

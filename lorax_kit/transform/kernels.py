@@ -164,10 +164,26 @@ def plain(x: Array, sites: Operands, precision: Precision = None) -> Outputs:
     return tuple(y + update for y, update in zip(_base(x, sites, precision), updates, strict=True))
 
 
-def _summed(sites: Operands, precision: Precision) -> Array:
-    """W_i + s_i A_i^T B_i, side by side: (*S, K, sum N)."""
+def after(x: Array, value: Array) -> Array:
+    """`value`, which XLA can compute only once it has `x`.
+
+    Sums and restored weights depend on parameters alone: XLA would form those of all layers at the start, and reuse
+    the forward pass's in the backward pass, so that a second copy of the base lives in between. Its barriers are
+    dropped before it schedules. No entry is both infinite and not a number, which XLA does not know.
+    """
+    entry = x.reshape(-1)[0]
+    return jnp.where(jnp.isnan(entry) & jnp.isinf(entry), jnp.zeros((), value.dtype), value)
+
+
+def _summed(sites: Operands, x: Array, precision: Precision) -> Array:
+    """W_i + s_i A_i^T B_i, side by side: (*S, K, sum N); formed when `x` is there."""
     stack = None if sites[0].w.ndim == 2 else (1, 1)
-    return _joined([site.w + _dot(site.scale * site.a, site.b, (0, 0), stack, precision) for site in sites], -1)
+    scales = [after(x, site.scale) for site in sites]
+    sums = [
+        site.w + _dot(scale * site.a, site.b, (0, 0), stack, precision)
+        for site, scale in zip(sites, scales, strict=True)
+    ]
+    return _joined(sums, -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -177,7 +193,7 @@ def merged(x: Array, sites: Operands, precision: Precision = None) -> Outputs:
     Cheapest for many tokens: it saves the two thin products and the additions over the activations.
     """
     sizes = [site.w.shape[-1] for site in sites]
-    return tuple(_parted(_matmul(x, _summed(sites, precision), precision), sizes, -1))
+    return tuple(_parted(_matmul(x, _summed(sites, x, precision), precision), sizes, -1))
 
 
 def _merged_fwd(x: Array, sites: Operands, precision: Precision) -> tuple[Outputs, tuple]:
@@ -186,10 +202,7 @@ def _merged_fwd(x: Array, sites: Operands, precision: Precision) -> tuple[Output
 
 def _merged_bwd(precision: Precision, residuals: tuple, gs: Outputs) -> tuple:
     x, sites = residuals
-    # The barrier keeps XLA from reusing the forward pass's sum, and so from keeping it alive in between.
-    factors, gs = lax.optimization_barrier(([(site.a, site.b) for site in sites], gs))
-    sites = tuple(site._replace(a=a, b=b) for site, (a, b) in zip(sites, factors, strict=True))
-    dx = _matmul_back(_joined(gs, -1), _summed(sites, precision), precision)
+    dx = _matmul_back(_joined(gs, -1), _summed(sites, gs[0], precision), precision)
     us = _parted(_down(x, _joined([site.a for site in sites], 0), precision), _ranks(sites), -1)
     hs = [_down(g, site.b, precision) for site, g in zip(sites, gs, strict=True)]
     found = _factor_cotangents(x, sites, us, hs, gs, precision)

@@ -118,4 +118,5 @@ def _axes(path: str, ndim: int, setting: LoRA, uses: list[Use]) -> tuple[Axes, s
     if not known:
         return Axes(inputs=tuple(range(ndim - 1)), outputs=(ndim - 1,)), "other"
     assert known[0].axes is not None
-    return known[0].axes, "lookup" if known[0].how == "lookup" else "product"
+    kinds = {"gather": "lookup", "conv_general_dilated": "other"}
+    return known[0].axes, kinds.get(known[0].primitive, "product")

@@ -21,6 +21,33 @@ from jax import Array
 
 from lorax_kit.core.factors import Factors
 from lorax_kit.core.plan import Axes, Site
+from lorax_kit.core.quantised import Quantised, dense
+from lorax_kit.transform.kernels import after
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True)
+class Source:
+    """Where the base of a weight comes from when it is quantised, and what was done to it since."""
+
+    quantised: Quantised
+    steps: tuple[Callable[[Array], Array], ...] = ()
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Arrays, and what is static."""
+        return (self.quantised,), self.steps
+
+    @classmethod
+    def tree_unflatten(cls, steps: tuple[Any, ...], children: tuple[Any, ...]) -> Source:
+        """Inverse of `tree_flatten`."""
+        return cls(children[0], steps)
+
+    def restore(self) -> Array:
+        """The base in its current layout."""
+        w = self.quantised.restore()
+        for step in self.steps:
+            w = step(w)
+        return w
 
 
 class Part(NamedTuple):
@@ -69,6 +96,7 @@ class Weight:
       column: (*d) multiplier (DoRA), or None.
       scale: scalar.
       key: random key of the site's dropout; None where nothing is dropped.
+      source: of a quantised base, from which `used` restores `w` once more in the backward pass.
       trained_in_full: only watched while a plan is being resolved, to see that it is used.
     """
 
@@ -79,18 +107,19 @@ class Weight:
     column: Array | None = None
     scale: Array | None = None
     key: Array | None = None
+    source: Source | None = None
     trained_in_full: bool = False
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Arrays, and what is static."""
-        return (self.w, self.a, self.b, self.column, self.scale, self.key), (self.parts, self.trained_in_full)
+        arrays = (self.w, self.a, self.b, self.column, self.scale, self.key, self.source)
+        return arrays, (self.parts, self.trained_in_full)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], arrays: tuple[Any, ...]) -> Weight:
         """Inverse of `tree_flatten`."""
-        w, a, b, column, scale, key = arrays
-        parts, watched = static
-        return cls(parts=parts, w=w, a=a, b=b, column=column, scale=scale, key=key, trained_in_full=watched)
+        names = ("w", "a", "b", "column", "scale", "key", "source")
+        return cls(**dict(zip(names, arrays, strict=True)), parts=static[0], trained_in_full=static[1])
 
     @property
     def probe(self) -> bool:
@@ -112,20 +141,42 @@ class Weight:
         """The dimensions of `w`, larger than 1, along which a factor varies."""
         return frozenset(d for d, n in enumerate(self.shape) if n > 1 and factor.shape[lead + d] == n)
 
-    def mapped(self, w: Array, change: Callable[[Array, int], Array], dims: Callable[[Any], tuple[Any, ...]]) -> Weight:
+    def rebased(self, base: Callable[[Array], Array], **changes: Any) -> Weight:
+        """The weight with `base` applied to `w`, and other changes."""
+        source = None if self.source is None else replace(self.source, steps=(*self.source.steps, base))
+        return replace(self, w=base(self.w), source=source, **changes)
+
+    def used(self, fn: Callable[[Array, Array], Array], x: Array) -> Array:
+        """`fn(w, x)`, a product of the base. A quantised one is restored for it, and again in the backward pass."""
+        if self.source is None:
+            return fn(self.w, x)
+
+        def restored(source: Source, x: Array) -> Array:
+            found = source.quantised
+            later = replace(source, quantised=replace(found, scales=after(x, found.scales)))
+            return fn(later.restore(), x)
+
+        return jax.checkpoint(restored)(self.source, x)
+
+    def mapped(
+        self,
+        base: Callable[[Array], Array],
+        change: Callable[[Array, int], Array],
+        dims: Callable[[Any], tuple[Any, ...]],
+    ) -> Weight:
         """The weight after a change of layout.
 
         Args:
-          w: the base, changed.
+          base: the change of `w`.
           change: (array, lead) -> the same change of a factor (lead 1: behind its rank axis) or the column (lead 0).
           dims: the same change of a tuple that has one entry per dimension.
         """
         parts = tuple(p._replace(dims=dims(p.dims)) for p in self.parts)
         if self.probe:
-            return replace(self, w=w, parts=parts)
+            return self.rebased(base, parts=parts)
         a, b = (change(x, 1) for x in self.factors())
         column = None if self.column is None else change(self.column, 0)
-        return replace(self, w=w, parts=parts, a=a, b=b, column=column)
+        return self.rebased(base, parts=parts, a=a, b=b, column=column)
 
     def update(self, dtype: Any) -> Array:
         """scale * sum_r a[r] * b[r], of the shape of `w` (or 1 along dimensions that neither factor varies with)."""
@@ -155,10 +206,11 @@ class Weight:
         return total.astype(self.w.dtype)
 
 
-def make_weight(site: Site, w: Array, factors: Factors, column: Array | None, scale: Any, key: Array | None) -> Weight:
+def make_weight(site: Site, base: Any, factors: Factors, column: Array | None, scale: Any, key: Array | None) -> Weight:
     """The weight of a site, in the parameter's own layout.
 
     Args:
+      base: an array, or a `Quantised` one.
       column: (*stack, *out), or None.
       scale: replaces the site's.
       key: random key for dropout, or None.
@@ -172,12 +224,27 @@ def make_weight(site: Site, w: Array, factors: Factors, column: Array | None, sc
     stack = site.axes.stack
     return Weight(
         parts=(whole(site.path, site.shape, dropout=site.setting.dropout),),
-        w=w,
+        w=dense(base),
+        source=Source(base) if isinstance(base, Quantised) else None,
         a=spread(factors.a, (*stack, *site.axes.inputs), 1),
         b=spread(factors.b, (*stack, *site.axes.outputs), 1),
         column=None if column is None else spread(column, (*stack, *site.axes.outputs), 0),
         scale=jnp.asarray(scale, jnp.float32),
         key=key,
+    )
+
+
+def frozen_weight(path: str, base: Quantised) -> Weight:
+    """A quantised parameter that no site adapts: a weight of rank 0."""
+    ndim = len(base.shape)
+    last, rest = (1,) * (ndim - 1), base.shape[:-1]
+    return Weight(
+        parts=(whole(path, base.shape),),
+        w=base.restore(),
+        source=Source(base),
+        a=jnp.zeros((0, *rest, 1), jnp.float32),
+        b=jnp.zeros((0, *last, base.shape[-1]), jnp.float32),
+        scale=jnp.ones((), jnp.float32),
     )
 
 

@@ -74,6 +74,7 @@ def shard_map(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     def body(*values: Any) -> tuple[Any, ...]:
         return tuple(evaluate_arrays(ctx, jaxpr, consts, values))
 
+    args = [replace(x, source=None) if isinstance(x, Weight) else x for x in args]
     mapped = jax.shard_map(
         body,
         mesh=p["mesh"],
@@ -89,4 +90,4 @@ def shard_map(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
 def pvary(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     """Inside shard_map: a parameter that all devices share meets data that they do not."""
     (weight,) = args
-    return [weight.mapped(bind(eqn, [weight.w])[0], lambda x, lead: bind(eqn, [x])[0], lambda dims: dims)]
+    return [weight.mapped(lambda w: bind(eqn, [w])[0], lambda x, lead: bind(eqn, [x])[0], lambda dims: dims)]

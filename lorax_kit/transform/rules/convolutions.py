@@ -64,7 +64,7 @@ def conv_general_dilated(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] |
         "...gr,rgo->...go", u, up.reshape(rank, groups, outputs // groups).astype(dtype), precision=p["precision"]
     )
     update = jnp.moveaxis(update.reshape(*update.shape[:-2], outputs), -1, channel)
-    y = bind(eqn, [x, weight.w])[0]
+    y = weight.used(lambda w, x: bind(eqn, [x, w])[0], x)
     places = prod(y.shape) // outputs
     product = Product(1, places, prod(weight.shape) // outputs, outputs, rank)
     ctx.record(weight, eqn, 1, how="factored", reason=f"a convolution to {rank} channels, then 1x1", product=product)

@@ -28,7 +28,7 @@ def stack(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
         if not isinstance(x, Weight):
             return jnp.expand_dims(x, d)
         return x.mapped(
-            jnp.expand_dims(x.w, d),
+            lambda w: jnp.expand_dims(w, d),
             lambda f, lead: jnp.expand_dims(f, lead + d),
             lambda held: (*held[:d], (), *held[d:]),
         )

@@ -14,9 +14,9 @@ from lorax_kit.transform.interpret import Context, bind, rule
 from lorax_kit.transform.weight import Weight
 
 
-def _base(eqn: Any, args: Sequence[Any]) -> Array:
+def _base(eqn: Any, args: Sequence[Any]) -> Callable[[Array], Array]:
     """The operation on the base alone."""
-    return bind(eqn, [x.w if isinstance(x, Weight) else x for x in args])[0]
+    return lambda w: bind(eqn, [w if isinstance(x, Weight) else x for x in args])[0]
 
 
 @rule("transpose")
@@ -109,14 +109,16 @@ def broadcast_in_dim(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     return [args[0].mapped(_base(eqn, args), change, dims)]
 
 
-def _cut(weight: Weight, w: Array, cut: Callable[[Array, Callable[[int], bool], int], Array]) -> Weight:
+def _cut(
+    weight: Weight, base: Callable[[Array], Array], cut: Callable[[Array, Callable[[int], bool], int], Array]
+) -> Weight:
     """A weight whose entries were chosen along each dimension; `cut(x, varies, lead)` does it to a factor."""
 
     def change(x: Array, lead: int) -> Array:
         owned = weight.owned(x, lead)
         return cut(x, lambda d: d in owned or weight.shape[d] == 1, lead)
 
-    return weight.mapped(w, change, lambda dims: dims)
+    return weight.mapped(base, change, lambda dims: dims)
 
 
 @rule("slice")
@@ -157,13 +159,16 @@ def split(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     unstacked = eqn.primitive.name == "unstack"
     sizes = (1,) * weight.shape[d] if unstacked else eqn.params["sizes"]
     pieces, at = [], 0
-    for n, w in zip(sizes, bind(eqn, [weight.w]), strict=True):
+    for i, n in enumerate(sizes):
 
         def change(x: Array, lead: int, at: int = at, n: int = n) -> Array:
             piece = lax.slice_in_dim(x, at, at + n, axis=lead + d) if x.shape[lead + d] == weight.shape[d] else x
             return jnp.squeeze(piece, lead + d) if unstacked else piece
 
-        pieces.append(weight.mapped(w, change, lambda held: (*held[:d], *held[d + 1 :]) if unstacked else held))
+        def base(w: Array, i: int = i) -> Array:
+            return bind(eqn, [w])[i]
+
+        pieces.append(weight.mapped(base, change, lambda held: (*held[:d], *held[d + 1 :]) if unstacked else held))
         at += n
     return pieces
 
@@ -197,7 +202,7 @@ def pad(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
         return "used as the value of padding"
     padded = {d for d, (low, high, inner) in enumerate(config) if low or high or inner}
     if weight.probe:
-        return [replace(weight, w=_base(eqn, args))]
+        return [weight.rebased(_base(eqn, args))]
     a, b = weight.factors()
     if weight.column is not None or any(weight.shape[d] == 1 for d in padded):
         return "padded under magnitudes, or along an axis of size 1"

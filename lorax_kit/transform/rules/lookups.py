@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -93,4 +94,27 @@ def _looked_up(eqn: Any, weight: Weight, indices: Array, axis: int) -> Weight:
         kept = iter(x for d, x in enumerate(held) if d != axis)
         return tuple(next(kept) if d in offset else () for d in range(out_ndim))
 
-    return weight.mapped(bind(eqn, [weight.w, indices])[0], change, dims)
+    return weight.mapped(_entries(eqn, weight, indices, axis), change, dims)
+
+
+def _entries(eqn: Any, weight: Weight, indices: Array, axis: int) -> Callable[[Array], Array]:
+    """The lookup in the base; in a quantised table only the rows looked up are restored."""
+
+    def whole(w: Array) -> Array:
+        return bind(eqn, [w, indices])[0]
+
+    source = weight.source
+    if source is None or source.steps or axis != 0 or weight.w.ndim != 2 or indices.shape[-1] != 1:
+        return whole
+    table, fill = source.quantised, eqn.params["fill_value"]
+
+    def rows(_: Array) -> Array:
+        at = indices[..., 0]
+        inside = (at >= 0) & (at < table.shape[0])
+        taken = [jnp.take(x, at, axis=0, mode="clip") for x in (table.codes, table.scales)]
+        found = replace(table, codes=taken[0], scales=taken[1], shape=(*at.shape, table.shape[1])).restore()
+        if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+            found = jnp.where(inside[..., None], found, jnp.nan if fill is None else fill)
+        return found
+
+    return rows if eqn.params["dimension_numbers"].offset_dims == (indices.ndim - 1,) else whole

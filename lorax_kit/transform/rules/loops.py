@@ -12,7 +12,7 @@ from jax import lax
 
 from lorax_kit.core.errors import PlanError
 from lorax_kit.transform.interpret import Context, closed, evaluate, evaluate_arrays, materialise, rule
-from lorax_kit.transform.weight import Weight
+from lorax_kit.transform.weight import Source, Weight
 
 
 def _carried(args: Sequence[Any], jaxpr: Any, first: int, loop: str) -> list[bool]:
@@ -54,12 +54,20 @@ def _per_step(weight: Weight) -> tuple[dict[str, Any], dict[str, Any]]:
             fixed[name] = jnp.squeeze(x, lead)
     if weight.key is not None:
         scanned["key"] = jax.random.split(weight.key, n)
+    source = weight.source
+    if source is not None and not source.steps and source.quantised.ndim > 2:
+        scanned["source"] = source
+    else:
+        fixed["source"] = None
     return scanned, fixed
 
 
 def _one_step(weight: Weight, arrays: dict[str, Any]) -> Weight:
     """Inside the scan: one layer's weight, its leading dimension consumed."""
     parts = tuple(part._replace(dims=part.dims[1:]) for part in weight.parts)
+    source = arrays["source"]
+    if source is not None:
+        arrays["source"] = Source(replace(source.quantised, shape=source.quantised.shape[1:]))
     return replace(weight, parts=parts, **arrays)
 
 

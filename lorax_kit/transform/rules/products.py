@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -145,15 +146,24 @@ def _operand(weight: Weight, at: Arrangement) -> Operand | None:
     else:
         return None
     lead = (prod(_sizes(weight.shape, at.batch)),) if at.batch else ()
-    k, n = (prod(_sizes(weight.shape, dims)) for dims in (at.contract, at.free))
 
     def matrix(f: Array, mine: Dims, others: Dims) -> Array:
         order = (0, *(1 + d for d in (*at.batch, *mine, *others)))
-        return jnp.transpose(f, order).reshape(f.shape[0], *lead, -1)
+        return jnp.transpose(f, order).reshape(f.shape[0], *lead, prod(_sizes(weight.shape, mine)))
 
-    w = jnp.transpose(weight.w, (*at.batch, *at.contract, *at.free)).reshape(*lead, k, n)
     assert weight.scale is not None
-    return Operand(w, matrix(down, at.contract, at.free), matrix(up, at.free, at.contract), weight.scale)
+    return Operand(
+        _matrix_of(weight.w, weight, at),
+        matrix(down, at.contract, at.free),
+        matrix(up, at.free, at.contract),
+        weight.scale,
+    )
+
+
+def _matrix_of(w: Array, weight: Weight, at: Arrangement) -> Array:
+    s, k, n = (prod(_sizes(weight.shape, dims)) for dims in (at.batch, at.contract, at.free))
+    w = jnp.transpose(w, (*at.batch, *at.contract, *at.free))
+    return w.reshape(s, k, n) if at.batch else w.reshape(k, n)
 
 
 def _matrices(
@@ -170,7 +180,9 @@ def _matrices(
     how, why = ctx.select(products[0]._replace(outputs=sum(p.outputs for p in products)))
     dropout = weights[0].parts[0].dropout if weights[0].key is not None else 0.0
     one_dtype = dtype == x.dtype == w_dtype == out_dtype
-    if how == "merged" and dropout:
+    if how == "merged" and weights[0].source is not None:
+        how, why = "factored", "the base is quantised, and restored for one product at a time"
+    elif how == "merged" and dropout:
         how, why = "factored", "dropout acts on the input of the low-rank path only"
     elif how == "merged" and (not one_dtype or jnp.finfo(dtype).bits < 32):
         how, why = "factored", f"a sum in {w_dtype} would round small updates away"
@@ -181,16 +193,21 @@ def _matrices(
 
     precision = eqn.params["precision"]
     cast = tuple(Operand(o.w, o.a.astype(dtype), o.b.astype(dtype), o.scale.astype(dtype)) for o in operands)
-    if one_dtype and not dropout:
+    if one_dtype and not dropout and weights[0].source is None:
         ys: Sequence[Array] = KERNELS[how](*alike(x3, cast), precision)
     else:
         dims = (((x3.ndim - 1,), (x3.ndim - 2,)), ((0,), (0,)) if lead else ((), ()))
         dropped = _drop(x3.astype(dtype), weights[0].key, dropout)
         bare = tuple(o._replace(w=jnp.zeros((0,), dtype)) for o in cast)
         updates = (plain_updates if how == "plain" else lowrank_updates)(*alike(dropped, bare), precision)
+
+        def base(w: Array, x: Array, weight: Weight, own: Arrangement) -> Array:
+            w = _matrix_of(w, weight, own)
+            return lax.dot_general(x, w, dims, precision=precision, preferred_element_type=out_dtype)
+
         ys = [
-            lax.dot_general(x3, o.w, dims, precision=precision, preferred_element_type=out_dtype) + u.astype(out_dtype)
-            for o, u in zip(cast, updates, strict=True)
+            weight.used(partial(base, weight=weight, own=own), x3) + update.astype(out_dtype)
+            for weight, own, update in zip(weights, ats, updates, strict=True)
         ]
     return [_in_order(y, weight, x, one) for y, weight, one in zip(ys, weights, ats, strict=True)]
 
@@ -233,7 +250,8 @@ def _einsum(ctx: Context, eqn: Any, weight: Weight, x: Array, at: Arrangement) -
     reason = "contracted along other axes than the plan's inputs or outputs"
     operand = 0 if at.left else 1
     ctx.record(weight, eqn, operand, how="factored", reason=reason, product=_product(weight, x, at))
-    return bind(eqn, [weight.w, x] if at.left else [x, weight.w])[0] + update.astype(out.dtype)
+    base = weight.used(lambda w, x: bind(eqn, [w, x] if at.left else [x, w])[0], x)
+    return base + update.astype(out.dtype)
 
 
 @rule("ragged_dot_general", "ragged_dot")
@@ -268,5 +286,5 @@ def ragged_dot(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     u = lax.ragged_dot(dropped, jnp.transpose(down, (1, 2, 0)).astype(dtype), sizes, precision=precision)
     up = jnp.transpose(up, (1, 0, 2)).astype(dtype)
     update = lax.ragged_dot(u * jnp.asarray(weight.scale, dtype), up, sizes, precision=precision)
-    y = bind(eqn, [x, weight.w, *args[2:]])[0]
+    y = weight.used(lambda w, x: bind(eqn, [x, w, *args[2:]])[0], x)
     return [y + update.astype(y.dtype)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import jax.extend.core as jex
@@ -18,13 +17,13 @@ def convert_element_type(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] |
     """A cast of the base; the factors are cast where they are used."""
     if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         return f"cast to {eqn.outvars[0].aval.dtype}"
-    return [replace(args[0], w=bind(eqn, [args[0].w])[0])]
+    return [args[0].rebased(lambda w: bind(eqn, [w])[0])]
 
 
 @rule("neg")
 def neg(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     """The negative of a parameter."""
-    return [replace(args[0], w=-args[0].w, scale=None if args[0].probe else -args[0].scale)]
+    return [args[0].rebased(lambda w: -w, scale=None if args[0].probe else -args[0].scale)]
 
 
 @rule("mul", "div")
@@ -40,22 +39,24 @@ def multiply(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
         return "broadcast in a product with an array"
     shape, small = _narrow(ctx, eqn.invars[1 - at], other, weight.w.ndim)
     wide = {d for d, n in enumerate(shape) if n > 1}
-    values = [x.w if isinstance(x, Weight) else x for x in args]
-    w = bind(eqn, values)[0]
+
+    def base(w: Array) -> Array:
+        return bind(eqn, [w if isinstance(x, Weight) else x for x in args])[0]
+
     if len(wide) > weight.w.ndim - 1:
         return "multiplied entry by entry with an array"
     if weight.probe:
-        return [replace(weight, w=w)]
+        return [weight.rebased(base)]
     a, b = weight.factors()
     small = jnp.reshape(small, shape).astype(jnp.promote_types(a.dtype, jnp.result_type(small)))
     if eqn.primitive.name == "div":
         small = 1 / small
     if not wide:
         assert weight.scale is not None
-        return [replace(weight, w=w, scale=weight.scale * jnp.reshape(small, ()).astype(weight.scale.dtype))]
+        return [weight.rebased(base, scale=weight.scale * jnp.reshape(small, ()).astype(weight.scale.dtype))]
     for name, factor in (("a", a), ("b", b)):
         if wide <= weight.owned(factor):
-            return [replace(weight, w=w, **{name: factor * small[None].astype(factor.dtype)})]
+            return [weight.rebased(base, **{name: factor * small[None].astype(factor.dtype)})]
     return "multiplied with an array that varies along inputs and outputs"
 
 

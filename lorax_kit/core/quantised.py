@@ -1,0 +1,89 @@
+"""A frozen base in few bits: int8, int4 or NF4 in blocks with a scale each, restored where it is used.
+
+NF4 and the double quantisation of scales are QLoRA's (Dettmers et al., arXiv 2305.14314, section 3). Two 4-bit codes
+share a byte: JAX keeps an int4 array at one code per byte on CPU, which would cost twice what it should.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+# Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (appendix E of the paper).
+NF4 = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    np.float32,
+)
+METHODS = ("int8", "int4", "nf4")
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True, kw_only=True)
+class Quantised:
+    """One parameter in blocks along its last axis.
+
+    Attributes:
+      codes: int8 (*lead, N), or uint8 (*lead, N / 2) with two 4-bit codes in a byte; N filled up to whole blocks.
+      scales: fp32 (*lead, N / block), or uint8 with double quantisation.
+      step, offset: fp32, what the codes of the scales mean; None without double quantisation.
+      shape, dtype: of the parameter that is restored.
+      method, block: "int8", "int4" or "nf4", and how many entries share a scale.
+    """
+
+    codes: Array
+    scales: Array
+    step: Array | None
+    offset: Array | None
+    shape: tuple[int, ...]
+    dtype: Any
+    method: str
+    block: int
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Arrays, and what is static."""
+        return (self.codes, self.scales, self.step, self.offset), (self.shape, self.dtype, self.method, self.block)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, ...], arrays: tuple[Any, ...]) -> Quantised:
+        """Inverse of `tree_flatten`."""
+        names = ("codes", "scales", "step", "offset", "shape", "dtype", "method", "block")
+        return cls(**dict(zip(names, (*arrays, *static), strict=True)))
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+    def restore(self) -> Array:
+        """The parameter, (*shape) in `dtype`; within half a code of what it was."""
+        if self.method == "int8":
+            values = self.codes.astype(jnp.float32) / 127
+        else:
+            pairs = jnp.stack([self.codes >> 4, self.codes & 15], axis=-1).reshape(*self.codes.shape[:-1], -1)
+            values = jnp.asarray(NF4)[pairs] if self.method == "nf4" else (pairs.astype(jnp.float32) - 8) / 7
+        scales = self.scales
+        if self.step is not None and self.offset is not None:
+            own = (*(1,) * (scales.ndim - self.step.ndim), *self.step.shape)
+            scales = scales.astype(jnp.float32) * self.step.reshape(own) + self.offset.reshape(own)
+        blocks = values.reshape(*values.shape[:-1], -1, self.block) * scales[..., None]
+        return blocks.reshape(*values.shape)[..., : self.shape[-1]].astype(self.dtype)
+
+
+def dense(x: Any) -> Array:
+    """An array as it is, a quantised one restored."""
+    return x.restore() if isinstance(x, Quantised) else jnp.asarray(x)

@@ -1,0 +1,182 @@
+"""Quantised bases: bytes, rounding, and the same numbers as the restored parameters wherever they are used."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lorax_kit as lk
+from lorax_kit.core.paths import flatten, is_array
+from lorax_kit.core.quantised import NF4, Quantised
+from tests.transform.uses import CASES
+
+X = jax.random.normal(jax.random.key(1), (40, 256))
+W = jax.random.normal(jax.random.key(0), (256, 384)) / 16
+
+
+def nbytes(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("method", "double", "ratio"),
+    [("int8", False, 0.27), ("int8", True, 0.26), ("int4", True, 0.13), ("nf4", False, 0.15), ("nf4", True, 0.13)],
+)
+def test_bytes_of_the_base(method, double, ratio):
+    base = lk.quantise({"w": W}, ["w"], method, double=double)
+    assert nbytes(base) <= ratio * nbytes({"w": W})
+    assert base["w"].nbytes == nbytes(base)
+    assert (base["w"].shape, base["w"].dtype, base["w"].ndim) == (W.shape, W.dtype, 2)
+
+
+def test_rounding_is_within_half_a_code():
+    blocks = np.asarray(W).reshape(256, -1, 64)
+    largest = np.abs(blocks).max(-1, keepdims=True)
+    widest = {"int8": 1 / 127, "int4": 1 / 7, "nf4": np.diff(NF4).max()}
+    for method, step in widest.items():
+        got = np.asarray(lk.quantise({"w": W}, ["w"], method, double=False)["w"].restore()).reshape(blocks.shape)
+        assert (np.abs(got - blocks) <= largest * (0.5 * step + 1e-6)).all(), method
+
+
+def test_nf4_codes_are_the_nearest_of_the_papers_table():
+    rng = np.random.default_rng(0)
+    w = rng.uniform(-1, 1, (4, 64)).astype(np.float32)
+    w[:, 0] = 1.0  # so that a block's scale is 1
+    nearest = NF4[np.abs(w[..., None] - NF4).argmin(-1)]
+    np.testing.assert_allclose(lk.quantise({"w": w}, ["w"], double=False)["w"].restore(), nearest, atol=1e-7)
+
+
+def test_double_quantisation_costs_little_and_zero_stays_zero():
+    once, twice = (lk.quantise({"w": W}, ["w"], double=d)["w"].restore() for d in (False, True))
+    error = [float(jnp.sqrt(jnp.mean((x - W) ** 2))) for x in (once, twice)]
+    assert error[1] < 1.02 * error[0]
+    zero = lk.quantise({"w": jnp.zeros((4, 64)).at[0, 0].set(1.0)}, ["w"])["w"].restore()
+    assert float(jnp.abs(zero[1:]).max()) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (7, 1), (2, 3, 65), (2, 3, 4, 10)])
+def test_any_shape_is_restored(shape):
+    w = jax.random.normal(jax.random.key(2), shape)
+    got = lk.quantise({"w": w}, ["w"], "int8", double=False)["w"].restore()
+    assert got.shape == shape
+    np.testing.assert_allclose(got, w, atol=float(jnp.abs(w).max()) / 127)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("while", "cast", "ragged experts")])
+def test_every_use_equals_the_restored_parameters(name):
+    case = CASES[name]
+    rank = 1 if "axis of size 1" in name else 2
+    spec = lk.Spec(dict.fromkeys(case.params, lk.LoRA(rank=rank, inputs=case.axes)))
+    plan = lk.resolve(spec, case.params, case.fn, *case.inputs)
+    base, factors = lk.split(case.params, plan, jax.random.key(1))
+    factors = jax.tree.map(
+        lambda x: x + 0.3 * np.random.default_rng(3).normal(size=x.shape).astype(np.float32), factors
+    )
+    small = lk.quantise(base, list(case.params), "int8")
+    restored = {p: x.restore() for p, x in small.items()}
+    adapted = lk.adapt(case.fn, plan, kernel="factored")
+
+    def loss(base):
+        def of(factors):
+            out = adapted(base, factors, *case.inputs)
+            return sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(out))
+
+        return jax.jit(jax.value_and_grad(of))(factors)
+
+    for x, y in zip(jax.tree.leaves(loss(small)), jax.tree.leaves(loss(restored)), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5 * max(float(jnp.abs(y).max()), 1.0))
+
+
+def test_what_no_site_adapts_may_be_quantised_too():
+    params = {"table": W, "w": W, "other": W.T}
+    fn = lambda p, ids: jnp.tanh(p["table"][ids] @ p["other"]) @ p["w"]  # noqa: E731
+    ids = jnp.asarray([0, 3, 255])
+    plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=2)}), params, fn, ids)
+    base, factors = lk.split(params, plan, jax.random.key(0))
+    small = lk.quantise(base, ["**"], "int8")
+    restored = {p: x.restore() for p, x in small.items()}
+    adapted = lk.adapt(fn, plan)
+    np.testing.assert_allclose(adapted(small, factors, ids), adapted(restored, factors, ids), atol=1e-5)
+    assert [r.path for r in lk.explain(adapted, small, factors, ids).rows] == ["w"]
+
+
+def test_no_restored_matrix_lives_from_the_forward_to_the_backward_pass():
+    """Ten layers of a wide base: the temporaries hold one restored matrix at a time, not ten."""
+    n = 10
+    params = {f"w{i}": jax.random.normal(jax.random.key(i), (256, 256)) / 16 for i in range(n)}
+
+    def fn(p, x):
+        for i in range(n):
+            x = jnp.tanh(x @ p[f"w{i}"])
+        return x
+
+    x = X[:8]
+    plan = lk.resolve(lk.Spec({"w*": lk.LoRA(rank=2)}), params, fn, x)
+    base, factors = lk.split(params, plan, jax.random.key(0))
+    grad = jax.jit(jax.grad(lambda f, b: jnp.sum(lk.adapt(fn, plan, kernel="factored")(b, f, x)), argnums=0))
+    small = lk.quantise(base, ["w*"])
+    temporaries = grad.lower(factors, small).compile().memory_analysis().temp_size_in_bytes
+    assert temporaries < 5 * nbytes(params["w0"])
+
+
+def test_training_over_four_bits_comes_close_to_the_fp32_base(standard_promotion):
+    rng = np.random.default_rng(0)
+    params = {"u": W, "v": jnp.asarray(rng.normal(size=(384, 10)) / 20, jnp.float32)}
+    fn = lambda p, x: jnp.tanh(x @ p["u"]) @ p["v"]  # noqa: E731
+    label = jnp.asarray(rng.integers(0, 10, 40))
+
+    def final(base, plan, factors):
+        adapted = lk.adapt(fn, plan)
+
+        def loss(base, f, x):
+            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(adapted(base, f, x), label))
+
+        init, step = lk.make_step(loss, lk.partition(optax.adam(1e-3), plan))
+        state = init(factors)
+        for _ in range(100):
+            state, info = step(state, base, X)
+        return float(info.loss)
+
+    plan = lk.resolve(lk.Spec({"{u,v}": lk.LoRA(rank=4)}), params, fn, X)
+    base, factors = lk.split(params, plan, jax.random.key(0))
+    whole = final(base, plan, factors)
+    for method in ("int8", "nf4"):
+        assert abs(final(lk.quantise(base, ["u", "v"], method), plan, factors) - whole) < 0.02 * whole + 0.02
+
+
+def test_merge_restores_and_fingerprints_differ():
+    plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=2)}), {"w": W})
+    base, factors = lk.split({"w": W}, plan, jax.random.key(0))
+    small = lk.quantise(base, ["w"])
+    np.testing.assert_array_equal(lk.merge(small, factors, plan)["w"], small["w"].restore())
+    assert isinstance(flatten(small)[0]["w"], Quantised)
+    assert is_array(small["w"])
+    prints = {lk.fingerprint(b) for b in (base, small, lk.quantise(base, ["w"], "int8"))}
+    assert len(prints) == 3
+
+
+BAD = [
+    ({"patterns": ["nothing"]}, "'nothing' matches no parameter to quantise"),
+    ({"patterns": ["bias"]}, "'bias' is float32 of shape (4,)"),
+    ({"patterns": ["ids"]}, "'ids' is int32 of shape (2, 2)"),
+    ({"patterns": ["w"], "method": "int3"}, "method 'int3' is unknown"),
+    ({"patterns": ["w"], "block": 3}, "block is 3"),
+    ({"patterns": ["small"]}, "'small' is nf4"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD)
+def test_bad_input_says(arguments, says):
+    base = {"w": W, "bias": jnp.ones(4), "ids": jnp.ones((2, 2), jnp.int32), **lk.quantise({"small": W}, ["small"])}
+    with pytest.raises(lk.PlanError) as e:
+        lk.quantise(base, **arguments)
+    assert says in str(e.value)
+
+
+def test_what_is_trained_in_full_must_not_be_quantised():
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    plan = lk.resolve(lk.Spec({"w": lk.Full()}), {"w": W}, fn, X)
+    base, factors = lk.split({"w": W}, plan, jax.random.key(0))
+    with pytest.raises(lk.PlanError, match="leave it out of lk"):
+        lk.adapt(fn, plan)(lk.quantise(base, ["w"]), factors, X)
