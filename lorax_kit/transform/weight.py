@@ -11,13 +11,14 @@ slicing, reshaping or joining `w` is then the same operation on the factors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.tree_util import Partial
 
 from lorax_kit.core.factors import Factors
 from lorax_kit.core.plan import Axes, Site
@@ -31,16 +32,16 @@ class Source:
     """Where the base of a weight comes from when it is quantised, and what was done to it since."""
 
     quantised: Quantised
-    steps: tuple[Callable[[Array], Array], ...] = ()
+    steps: tuple[Partial, ...] = ()
 
-    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Arrays, and what is static."""
-        return (self.quantised,), self.steps
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
+        """Arrays, and nothing static."""
+        return (self.quantised, self.steps), None
 
     @classmethod
-    def tree_unflatten(cls, steps: tuple[Any, ...], children: tuple[Any, ...]) -> Source:
+    def tree_unflatten(cls, _: None, children: tuple[Any, ...]) -> Source:
         """Inverse of `tree_flatten`."""
-        return cls(children[0], steps)
+        return cls(*children)
 
     def restore(self) -> Array:
         """The base in its current layout."""
@@ -48,6 +49,27 @@ class Source:
         for step in self.steps:
             w = step(w)
         return w
+
+
+@jax.custom_vjp
+def restored_product(fn: Partial, source: Source, x: Array) -> Array:
+    """`fn(w, x)`, linear in x, with w restored for it alone, and once more for dx; the base has no gradient."""
+    later: Source = jax.tree.map(lambda held: after(x, held), source)
+    return fn(later.restore(), x)
+
+
+def _restored_fwd(fn: Partial, source: Source, x: Array) -> tuple[Array, tuple[Partial, Source, Array]]:
+    return restored_product(fn, source, x), (fn, source, x)
+
+
+def _restored_bwd(residuals: tuple[Partial, Source, Array], g: Array) -> tuple[None, None, Array]:
+    fn, source, x = residuals
+    later: Source = jax.tree.map(lambda held: after(g, held), source)
+    w = later.restore()
+    return None, None, jax.vjp(lambda x: fn(w, x), x)[1](g)[0]
+
+
+restored_product.defvjp(_restored_fwd, _restored_bwd)
 
 
 class Part(NamedTuple):
@@ -141,26 +163,20 @@ class Weight:
         """The dimensions of `w`, larger than 1, along which a factor varies."""
         return frozenset(d for d, n in enumerate(self.shape) if n > 1 and factor.shape[lead + d] == n)
 
-    def rebased(self, base: Callable[[Array], Array], **changes: Any) -> Weight:
-        """The weight with `base` applied to `w`, and other changes."""
+    def rebased(self, base: Partial, **changes: Any) -> Weight:
+        """The weight with `base` applied to `w`, and other changes. What `base` needs beside `w` it holds as leaves."""
         source = None if self.source is None else replace(self.source, steps=(*self.source.steps, base))
         return replace(self, w=base(self.w), source=source, **changes)
 
-    def used(self, fn: Callable[[Array, Array], Array], x: Array) -> Array:
-        """`fn(w, x)`, a product of the base. A quantised one is restored for it, and again in the backward pass."""
-        if self.source is None:
+    def used(self, fn: Partial, x: Array, kernel: str) -> Array:
+        """`fn(w, x)`, a product of the base; of a quantised one by `restored_product`, but for the plain kernel."""
+        if self.source is None or kernel == "plain":
             return fn(self.w, x)
-
-        def restored(source: Source, x: Array) -> Array:
-            found = source.quantised
-            later = replace(source, quantised=replace(found, scales=after(x, found.scales)))
-            return fn(later.restore(), x)
-
-        return jax.checkpoint(restored)(self.source, x)
+        return restored_product(fn, self.source, x)
 
     def mapped(
         self,
-        base: Callable[[Array], Array],
+        base: Partial,
         change: Callable[[Array, int], Array],
         dims: Callable[[Any], tuple[Any, ...]],
     ) -> Weight:
@@ -251,3 +267,14 @@ def frozen_weight(path: str, base: Quantised) -> Weight:
 def whole(path: str, shape: tuple[int, ...], dropout: float = 0.0) -> Part:
     """A parameter that fills its weight."""
     return Part(path, shape, tuple((i,) for i in range(len(shape))), dropout=dropout)
+
+
+def with_base(fn: Callable[[list[Any]], Array], args: Sequence[Any]) -> Partial:
+    """`fn(args)` as a function of the base alone: what else is among the args becomes leaves."""
+    here = [isinstance(x, Weight) for x in args]
+
+    def run(*values: Any) -> Array:
+        others = iter(values[:-1])
+        return fn([values[-1] if base else next(others) for base in here])
+
+    return Partial(run, *(x for x in args if not isinstance(x, Weight)))

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
+from jax.tree_util import Partial
 
 from lorax_kit.transform.interpret import Context, bind, closed, evaluate, evaluate_arrays, rule
 from lorax_kit.transform.weight import Weight
@@ -90,4 +91,4 @@ def shard_map(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
 def pvary(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     """Inside shard_map: a parameter that all devices share meets data that they do not."""
     (weight,) = args
-    return [weight.mapped(lambda w: bind(eqn, [w])[0], lambda x, lead: bind(eqn, [x])[0], lambda dims: dims)]
+    return [weight.mapped(Partial(lambda w: bind(eqn, [w])[0]), lambda x, lead: bind(eqn, [x])[0], lambda dims: dims)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.tree_util import Partial
 
 from lorax_kit.transform.cost import Product
 from lorax_kit.transform.interpret import Context, bind, rule
@@ -64,7 +65,7 @@ def conv_general_dilated(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] |
         "...gr,rgo->...go", u, up.reshape(rank, groups, outputs // groups).astype(dtype), precision=p["precision"]
     )
     update = jnp.moveaxis(update.reshape(*update.shape[:-2], outputs), -1, channel)
-    y = weight.used(lambda w, x: bind(eqn, [x, w])[0], x)
+    y = weight.used(Partial(lambda w, x: bind(eqn, [x, w])[0]), x, ctx.kernel)
     places = prod(y.shape) // outputs
     product = Product(1, places, prod(weight.shape) // outputs, outputs, rank)
     ctx.record(weight, eqn, 1, how="factored", reason=f"a convolution to {rank} channels, then 1x1", product=product)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jax.tree_util import Partial
 
 from lorax_kit.transform.interpret import Context, rule
 from lorax_kit.transform.weight import Weight
@@ -28,7 +29,7 @@ def stack(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
         if not isinstance(x, Weight):
             return jnp.expand_dims(x, d)
         return x.mapped(
-            lambda w: jnp.expand_dims(w, d),
+            Partial(lambda w: jnp.expand_dims(w, d)),
             lambda f, lead: jnp.expand_dims(f, lead + d),
             lambda held: (*held[:d], (), *held[d:]),
         )

@@ -9,14 +9,15 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.tree_util import Partial
 
 from lorax_kit.transform.interpret import Context, bind, rule
-from lorax_kit.transform.weight import Weight
+from lorax_kit.transform.weight import Weight, with_base
 
 
-def _base(eqn: Any, args: Sequence[Any]) -> Callable[[Array], Array]:
-    """The operation on the base alone."""
-    return lambda w: bind(eqn, [w if isinstance(x, Weight) else x for x in args])[0]
+def _base(eqn: Any, args: Sequence[Any]) -> Partial:
+    """The operation on the base alone; its other operands are leaves."""
+    return with_base(lambda values: bind(eqn, values)[0], args)
 
 
 @rule("transpose")
@@ -109,9 +110,10 @@ def broadcast_in_dim(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     return [args[0].mapped(_base(eqn, args), change, dims)]
 
 
-def _cut(
-    weight: Weight, base: Callable[[Array], Array], cut: Callable[[Array, Callable[[int], bool], int], Array]
-) -> Weight:
+Cut = Callable[[Array, Callable[[int], bool], int], Array]
+
+
+def _cut(weight: Weight, base: Partial, cut: Cut) -> Weight:
     """A weight whose entries were chosen along each dimension; `cut(x, varies, lead)` does it to a factor."""
 
     def change(x: Array, lead: int) -> Array:
@@ -159,16 +161,24 @@ def split(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     unstacked = eqn.primitive.name == "unstack"
     sizes = (1,) * weight.shape[d] if unstacked else eqn.params["sizes"]
     pieces, at = [], 0
+
+    def dims(held: Any) -> tuple[Any, ...]:
+        return (*held[:d], *held[d + 1 :]) if unstacked else held
+
     for i, n in enumerate(sizes):
 
         def change(x: Array, lead: int, at: int = at, n: int = n) -> Array:
             piece = lax.slice_in_dim(x, at, at + n, axis=lead + d) if x.shape[lead + d] == weight.shape[d] else x
             return jnp.squeeze(piece, lead + d) if unstacked else piece
 
-        def base(w: Array, i: int = i) -> Array:
-            return bind(eqn, [w])[i]
+        def piece(values: list[Any], i: int = i) -> Array:
+            return bind(eqn, values)[i]
 
-        pieces.append(weight.mapped(base, change, lambda held: (*held[:d], *held[d + 1 :]) if unstacked else held))
+        pieces.append(
+            weight.mapped(
+                with_base(piece, args), change, lambda held: (*held[:d], *held[d + 1 :]) if unstacked else held
+            )
+        )
         at += n
     return pieces
 

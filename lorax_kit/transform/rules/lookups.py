@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.tree_util import Partial
 
+from lorax_kit.core.quantised import Quantised
 from lorax_kit.transform.cost import Product
 from lorax_kit.transform.interpret import Context, bind, rule
 from lorax_kit.transform.weight import Weight
@@ -97,18 +98,15 @@ def _looked_up(eqn: Any, weight: Weight, indices: Array, axis: int) -> Weight:
     return weight.mapped(_entries(eqn, weight, indices, axis), change, dims)
 
 
-def _entries(eqn: Any, weight: Weight, indices: Array, axis: int) -> Callable[[Array], Array]:
+def _entries(eqn: Any, weight: Weight, indices: Array, axis: int) -> Partial:
     """The lookup in the base; in a quantised table only the rows looked up are restored."""
-
-    def whole(w: Array) -> Array:
-        return bind(eqn, [w, indices])[0]
-
+    whole = Partial(lambda indices, w: bind(eqn, [w, indices])[0], indices)
     source = weight.source
     if source is None or source.steps or axis != 0 or weight.w.ndim != 2 or indices.shape[-1] != 1:
         return whole
     table, fill = source.quantised, eqn.params["fill_value"]
 
-    def rows(_: Array) -> Array:
+    def rows(table: Quantised, indices: Array, _: Array) -> Array:
         at = indices[..., 0]
         inside = (at >= 0) & (at < table.shape[0])
         taken = [jnp.take(x, at, axis=0, mode="clip") for x in (table.codes, table.scales)]
@@ -117,4 +115,5 @@ def _entries(eqn: Any, weight: Weight, indices: Array, axis: int) -> Callable[[A
             found = jnp.where(inside[..., None], found, jnp.nan if fill is None else fill)
         return found
 
-    return rows if eqn.params["dimension_numbers"].offset_dims == (indices.ndim - 1,) else whole
+    plain = eqn.params["dimension_numbers"].offset_dims == (indices.ndim - 1,)
+    return Partial(rows, table, indices) if plain else whole

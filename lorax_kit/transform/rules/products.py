@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.tree_util import Partial
 
 from lorax_kit.transform.cost import Product
 from lorax_kit.transform.interpret import Context, bind, joint, rule
@@ -153,15 +154,15 @@ def _operand(weight: Weight, at: Arrangement) -> Operand | None:
 
     assert weight.scale is not None
     return Operand(
-        _matrix_of(weight.w, weight, at),
+        _matrix_of(weight.w, weight.shape, at),
         matrix(down, at.contract, at.free),
         matrix(up, at.free, at.contract),
         weight.scale,
     )
 
 
-def _matrix_of(w: Array, weight: Weight, at: Arrangement) -> Array:
-    s, k, n = (prod(_sizes(weight.shape, dims)) for dims in (at.batch, at.contract, at.free))
+def _matrix_of(w: Array, shape: Dims, at: Arrangement) -> Array:
+    s, k, n = (prod(_sizes(shape, dims)) for dims in (at.batch, at.contract, at.free))
     w = jnp.transpose(w, (*at.batch, *at.contract, *at.free))
     return w.reshape(s, k, n) if at.batch else w.reshape(k, n)
 
@@ -201,12 +202,12 @@ def _matrices(
         bare = tuple(o._replace(w=jnp.zeros((0,), dtype)) for o in cast)
         updates = (plain_updates if how == "plain" else lowrank_updates)(*alike(dropped, bare), precision)
 
-        def base(w: Array, x: Array, weight: Weight, own: Arrangement) -> Array:
-            w = _matrix_of(w, weight, own)
+        def base(w: Array, x: Array, shape: Dims, own: Arrangement) -> Array:
+            w = _matrix_of(w, shape, own)
             return lax.dot_general(x, w, dims, precision=precision, preferred_element_type=out_dtype)
 
         ys = [
-            weight.used(partial(base, weight=weight, own=own), x3) + update.astype(out_dtype)
+            weight.used(Partial(partial(base, shape=weight.shape, own=own)), x3, how) + update.astype(out_dtype)
             for weight, own, update in zip(weights, ats, updates, strict=True)
         ]
     return [_in_order(y, weight, x, one) for y, weight, one in zip(ys, weights, ats, strict=True)]
@@ -250,7 +251,7 @@ def _einsum(ctx: Context, eqn: Any, weight: Weight, x: Array, at: Arrangement) -
     reason = "contracted along other axes than the plan's inputs or outputs"
     operand = 0 if at.left else 1
     ctx.record(weight, eqn, operand, how="factored", reason=reason, product=_product(weight, x, at))
-    base = weight.used(lambda w, x: bind(eqn, [w, x] if at.left else [x, w])[0], x)
+    base = weight.used(Partial(lambda w, x: bind(eqn, [w, x] if at.left else [x, w])[0]), x, ctx.kernel)
     return base + update.astype(out.dtype)
 
 
@@ -286,5 +287,6 @@ def ragged_dot(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     u = lax.ragged_dot(dropped, jnp.transpose(down, (1, 2, 0)).astype(dtype), sizes, precision=precision)
     up = jnp.transpose(up, (1, 0, 2)).astype(dtype)
     update = lax.ragged_dot(u * jnp.asarray(weight.scale, dtype), up, sizes, precision=precision)
-    y = weight.used(lambda w, x: bind(eqn, [x, w, *args[2:]])[0], x)
+    product_of = Partial(lambda *values: bind(eqn, [values[-1], values[-2], *values[:-2]])[0], *args[2:])
+    y = weight.used(product_of, x, ctx.kernel)
     return [y + update.astype(y.dtype)]

@@ -7,9 +7,10 @@ from typing import Any
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import Array
+from jax.tree_util import Partial
 
 from lorax_kit.transform.interpret import Context, bind, rule
-from lorax_kit.transform.weight import Weight
+from lorax_kit.transform.weight import Weight, with_base
 
 
 @rule("convert_element_type", "reduce_precision")
@@ -17,13 +18,13 @@ def convert_element_type(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] |
     """A cast of the base; the factors are cast where they are used."""
     if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         return f"cast to {eqn.outvars[0].aval.dtype}"
-    return [args[0].rebased(lambda w: bind(eqn, [w])[0])]
+    return [args[0].rebased(Partial(lambda w: bind(eqn, [w])[0]))]
 
 
 @rule("neg")
 def neg(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     """The negative of a parameter."""
-    return [args[0].rebased(lambda w: -w, scale=None if args[0].probe else -args[0].scale)]
+    return [args[0].rebased(Partial(lambda w: -w), scale=None if args[0].probe else -args[0].scale)]
 
 
 @rule("mul", "div")
@@ -40,9 +41,7 @@ def multiply(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     shape, small = _narrow(ctx, eqn.invars[1 - at], other, weight.w.ndim)
     wide = {d for d, n in enumerate(shape) if n > 1}
 
-    def base(w: Array) -> Array:
-        return bind(eqn, [w if isinstance(x, Weight) else x for x in args])[0]
-
+    base = with_base(lambda values: bind(eqn, values)[0], args)
     if len(wide) > weight.w.ndim - 1:
         return "multiplied entry by entry with an array"
     if weight.probe:
