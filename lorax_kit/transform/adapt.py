@@ -103,6 +103,7 @@ def adapt(fn: Callable[..., Any], plan: Plan, *, kernel: str = "auto", trials: i
 
     Example:
       >>> import jax
+      >>> import jax.numpy as jnp
       >>> from lorax_kit import LoRA, Spec, resolve, split
       >>> f = lambda p, x: x @ p["w"]
       >>> params, x = {"w": jnp.ones((4, 3))}, jnp.ones((5, 4))
