@@ -42,8 +42,8 @@ format: install  ## Rewrite the sources in the project's style.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install  ## Step time, FLOPs and temporaries against full fine-tuning and naive LoRA.
-	$(BIN)/lorax-kit bench step
+bench: $(VENV)/.interop  ## Steps against full fine-tuning, textbook LoRA and PEFT over a grid; runs/bench/.
+	$(BIN)/lorax-kit bench step --grid --out runs/bench
 
 clean:  ## Remove the environment, caches and runs.
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .jax_cache .coverage

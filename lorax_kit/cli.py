@@ -230,12 +230,28 @@ def bench() -> None:
 @click.option(
     "--rounds", type=click.IntRange(1), default=15, show_default=True, help="Alternating rounds; medians are printed."
 )
+@click.option(
+    "--kernel",
+    type=click.Choice(["auto", "factored", "merged"]),
+    default="auto",
+    show_default=True,
+    help="What runs the sites; auto leaves it to the cost model.",
+)
+@click.option("--grid", is_flag=True, help="Many widths, lengths and ranks instead of the one given.")
+@click.option("--no-peer", is_flag=True, help="Leave out torch and PEFT even where they are installed.")
+@click.option("--out", type=click.Path(file_okay=False), help="Folder for steps.json and steps.csv.")
 @click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
-def step(as_json: bool, **options: Any) -> None:
-    """One training step: full fine-tuning, naive LoRA, ours."""
-    from lorax_kit.benchmarks import bench_step, table
+def step(as_json: bool, grid: bool, no_peer: bool, out: str | None, **options: Any) -> None:
+    """One training step: full fine-tuning, naive LoRA, ours, and PEFT on torch where the interop extra is installed."""
+    from lorax_kit.benchmarks import bench_grid, bench_step, table
+    from lorax_kit.benchmarks.grid import write_rows
 
-    rows = [bench_step(**options)]
+    if grid:
+        rows = bench_grid(out, rounds=options["rounds"], kernel=options["kernel"], peer=not no_peer)
+    else:
+        rows = [bench_step(**options, peer=not no_peer)]
+        if out is not None:
+            write_rows(Path(out), rows)
     if as_json:
         _echo(rows)
     else:

@@ -119,12 +119,15 @@ def test_train_logs_epochs_and_its_adapter_evaluates_the_same(tmp_path, capsys, 
     assert e.value.code == 2
 
 
-def test_bench_step_prints_the_contract_columns(capsys, standard_promotion):
+def test_bench_step_prints_the_contract_columns(capsys, tmp_path, standard_promotion):
     sizes = {"--width": 32, "--layers": 1, "--batch-size": 2, "--length": 8, "--rank": 2, "--rounds": 1}
-    call("bench", "step", *(x for pair in sizes.items() for x in pair), "--json")
+    call("bench", "step", *(x for pair in sizes.items() for x in pair), "--json", "--no-peer", "--out", tmp_path)
     (row,) = json.loads(capsys.readouterr().out)
     wanted = "width layers tokens rank targets full_ms naive_ms ours_ms ratio_full ratio_naive flops_ratio temp_ratio"
     assert set(wanted.split()) <= set(row)
+    assert (row["peft_ms"], row["ratio_peft"], row["torch_full_ms"]) == (None, None, None)
+    assert json.loads((tmp_path / "steps.json").read_text()) == [row]
+    assert (tmp_path / "steps.csv").read_text().startswith("width,layers,tokens")
     assert (row["width"], row["layers"], row["tokens"], row["rank"]) == (32, 1, 16, 2)
     assert row["ours_ms"] > 0
 

@@ -36,6 +36,9 @@ ONE_FILE = {
     "scipy": {"study/statistics"},
     "orbax": {"checkpoint/adapter"},
     "tokenizers": {"models/tokenizer"},
+    "torch": {"benchmarks/torch_peer"},
+    "transformers": {"benchmarks/torch_peer"},
+    "peft": {"benchmarks/torch_peer"},
 }
 
 
@@ -70,7 +73,7 @@ def test_imports_point_down_the_data_flow():
 
 def test_every_folder_is_in_the_graph():
     folders = {p.name for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
-    assert folders == set(MAY_IMPORT) - {"version"}
+    assert folders - JOINS == set(MAY_IMPORT) - {"version"}
     for folder in folders:
         assert ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text()))
 
@@ -81,11 +84,10 @@ def test_dependencies_enter_through_one_file(package):
     assert users == ONE_FILE[package]
 
 
-def test_no_private_jax_and_no_heavy_imports():
+def test_no_private_jax():
     for name, tree in modules():
         for target in imported(tree):
             assert not target.startswith("jax._src"), name
-            assert target.split(".")[0] not in ("torch", "peft", "transformers"), name
 
 
 def test_importing_the_package_is_light():

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import lorax_kit as lk
+from lorax_kit.transform.kernels import KERNELS
 from tests.transform.uses import CASES
 
+PRODUCTS = [name for name, case in CASES.items() if case.primitive in ("dot_general", "scan", "checkpoint")]
 SPLIT = {name: case for name, case in CASES.items() if name != "while"}  # JAX itself cannot reverse a while loop
 
 
@@ -59,8 +61,7 @@ def test_outputs_equal_the_merged(name, variant, record_property):
         record_property("coverage", (case.primitive, "function", "merged"))
 
 
-@pytest.mark.parametrize("kernel", ["auto", "factored", "merged", "plain"])
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize(("name", "kernel"), [(n, "auto") for n in SPLIT] + [(n, k) for n in PRODUCTS for k in KERNELS])
 def test_gradients_equal_autodiff_through_the_merged(name, kernel, record_property):
     case, plan, base, factors = prepare(name)
     adapted = lk.adapt(case.fn, plan, kernel=kernel)

@@ -1,0 +1,72 @@
+"""What the step benchmarks train: a BERT classifier on random weights and tokens."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lorax_kit.core.plan import Plan
+from lorax_kit.core.spec import Full, LoRA, Spec
+from lorax_kit.models import BertClassifier, BertConfig
+from lorax_kit.tasks import Batch, cross_entropy
+from lorax_kit.transform import resolve
+
+TARGETS = {"all-linear": "encoder/layer_*/**/kernel", "qv": "encoder/layer_*/attention/{query,value}/kernel"}
+CLASSES = 2
+
+
+class Case(NamedTuple):
+    """A model, its inputs, and what is adapted.
+
+    Attributes:
+      config, model: the encoder's sizes, and the classifier.
+      params: random, fp32.
+      batch: random tokens, none of them padding.
+      plan: low-rank factors of the targets, the head in full.
+      scale: of every site.
+    """
+
+    config: BertConfig
+    model: BertClassifier
+    params: Any
+    batch: Batch
+    plan: Plan
+    scale: float
+
+    def apply(self, params: Any, batch: Batch) -> Array:
+        """Logits (B, 2)."""
+        logits: Any = self.model.apply({"params": params}, batch.ids, batch.mask)
+        return logits
+
+    def loss(self, logits: Array, batch: Any) -> Array:
+        """Mean cross entropy."""
+        return cross_entropy(logits, batch.label, batch.weight)
+
+
+def make_case(*, width: int, layers: int, batch_size: int, length: int, rank: int, targets: str) -> Case:
+    """A case of these sizes: heads of 32, feed-forward of 4 x width, 8192 words."""
+    config = BertConfig(
+        vocab_size=8192,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(width // 32, 1),
+        intermediate_size=4 * width,
+        max_position_embeddings=max(length, 16),
+    )
+    model = BertClassifier(config, num_classes=CLASSES)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, config.vocab_size, (batch_size, length)).astype(np.int32)
+    label = rng.integers(0, CLASSES, batch_size).astype(np.int32)
+    batch = jax.tree.map(jnp.asarray, Batch(ids, np.ones_like(ids), label, np.ones(batch_size, np.float32)))
+    params = jax.jit(model.init)(jax.random.key(0), batch.ids, batch.mask)["params"]
+    setting = LoRA(rank=rank, alpha=2 * rank)
+    spec = Spec({"classifier/**": Full(), TARGETS[targets]: setting})
+
+    def apply(params: Any, batch: Batch) -> Any:
+        return model.apply({"params": params}, batch.ids, batch.mask)
+
+    return Case(config, model, params, batch, resolve(spec, params, apply, batch), setting.scale)

@@ -1,0 +1,95 @@
+"""The peer: the same classifier, weights and batch in torch, trained in full and by PEFT.
+
+The only file of the package that uses torch, transformers and PEFT (the `interop` extra).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from lorax_kit.benchmarks.case import Case
+from lorax_kit.core.paths import flatten
+from lorax_kit.models.pretrained import classifier_names
+
+
+def torch_steps(case: Case, rank: int, lr: float) -> dict[str, Callable[[], float]]:
+    """Steps by name, each called for its loss: "torch_full" and "peft"; none without the interop extra.
+
+    AdamW as in the other steps; no dropout; attention by torch's fused kernel; threads as torch chooses them.
+    """
+    if not all(find_spec(name) for name in ("torch", "transformers", "peft")):
+        return {}
+    import peft
+    import torch
+
+    kernels = [site.path for site in case.plan.sites]
+    names = classifier_names(case.config)
+    targets = sorted(names[path].removesuffix(".weight") for path in kernels)
+    adapted = peft.get_peft_model(
+        _classifier(case),
+        peft.LoraConfig(
+            r=rank, lora_alpha=round(case.scale * rank), target_modules=targets, modules_to_save=["classifier"]
+        ),
+    )
+    ids, mask, label = (torch.from_numpy(np.asarray(x).astype(np.int64)) for x in case.batch[:3])
+
+    def stepper(model: Any) -> Callable[[], float]:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=1e-4)
+
+        def step() -> float:
+            optimizer.zero_grad(set_to_none=True)
+            loss = torch.nn.functional.cross_entropy(model(ids, mask), label)
+            loss.backward()
+            optimizer.step()
+            return float(loss.detach())
+
+        return step
+
+    return {"torch_full": stepper(_classifier(case)), "peft": stepper(adapted)}
+
+
+def _classifier(case: Case) -> Any:
+    """The case's model and weights in torch: encoder, mean over the tokens that count, linear head."""
+    import torch
+    import transformers
+
+    c = case.config
+    config = transformers.BertConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        intermediate_size=c.intermediate_size,
+        max_position_embeddings=c.max_position_embeddings,
+        type_vocab_size=c.type_vocab_size,
+        layer_norm_eps=c.layer_norm_eps,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+
+    class Classifier(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = transformers.BertModel(config, add_pooling_layer=False)
+            self.classifier = torch.nn.Linear(c.hidden_size, case.model.num_classes)
+
+        def forward(self, ids: Any, mask: Any) -> Any:
+            hidden = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+            kept = mask[..., None].to(hidden.dtype)
+            return self.classifier((hidden * kept).sum(1) / kept.sum(1).clamp(min=1))
+
+    model = Classifier()
+    weights = {}
+    named, _ = flatten(case.params)
+    for path, theirs in classifier_names(c).items():
+        value = np.array(named[path])
+        weights[theirs] = torch.from_numpy(np.ascontiguousarray(value.T if path.endswith("kernel") else value))
+    left_out = model.load_state_dict(weights, strict=False)
+    if any("position_ids" not in name and "token_type_ids" not in name for name in left_out.missing_keys):
+        raise ValueError(f"the torch classifier lacks weights for {left_out.missing_keys}.")
+    return model.train()

@@ -1,0 +1,48 @@
+"""The peer in the benchmark starts from the same loss: same model, weights and batch."""
+
+import pytest
+
+from lorax_kit.benchmarks import bench_step
+from lorax_kit.benchmarks.case import make_case
+from lorax_kit.benchmarks.torch_peer import torch_steps
+
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.usefixtures("standard_promotion"),
+]
+SIZES = {"width": 32, "layers": 2, "batch_size": 4, "length": 12, "rank": 2}
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "qv"])
+def test_a_row_with_the_peer(targets):
+    row = bench_step(**SIZES, targets=targets, rounds=2, progress=False)  # it checks that the first losses agree
+    assert row["peft_ms"] > 0
+    assert row["torch_full_ms"] > 0
+    assert row["spread_peft"][0] <= row["ratio_peft"] <= row["spread_peft"][1]
+
+
+def test_the_peer_trains_what_we_train():
+    """After a few steps the losses are still those of our own step: AdamW, scale and trained parameters agree."""
+    import jax
+    import optax
+
+    import lorax_kit as lk
+
+    case = make_case(**SIZES, targets="all-linear")
+    base, factors = lk.split(case.params, case.plan, jax.random.key(1))
+    adapted = lk.adapt(case.apply, case.plan)
+    init, step = lk.make_step(
+        lambda base, f, b: case.loss(adapted(base, f, b), b), lk.partition(optax.adamw(1e-2), case.plan)
+    )
+    state = init(factors)
+    peer = torch_steps(case, 2, 1e-2)["peft"]
+    ours, theirs = [], []
+    for _ in range(5):
+        state, info = step(state, base, case.batch)
+        ours.append(float(info.loss))
+        theirs.append(peer())
+    # The drawn factors differ, so the paths part slowly; the first two steps hardly depend on them.
+    assert ours[0] == pytest.approx(theirs[0], abs=1e-5)
+    assert ours[1] == pytest.approx(theirs[1], abs=2e-2)
+    assert theirs[-1] < theirs[0]
