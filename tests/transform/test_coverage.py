@@ -12,10 +12,8 @@ from lorax_kit.transform.kernels import KERNELS
 from tests.transform.uses import CASES
 
 PRODUCTS = [name for name, case in CASES.items() if case.primitive in ("dot_general", "scan", "checkpoint")]
-SPLIT = {name: case for name, case in CASES.items() if name != "while"}  # JAX itself cannot reverse a while loop
 
 
-@cache
 def prepare(name, variant="lora"):
     case = CASES[name]
     rank = 1 if "axis of size 1" in name else 2
@@ -28,17 +26,22 @@ def prepare(name, variant="lora"):
     return case, plan, base, factors
 
 
+def loss_and_outputs(fn, reverse=True):
+    """factors -> ((loss, outputs), gradients); without gradients where JAX has none."""
+
+    def loss(factors):
+        out = fn(factors)
+        return sum(jnp.sum(jnp.sin(y.astype(jnp.float32))) for y in jax.tree.leaves(out)), out
+
+    return jax.value_and_grad(loss, has_aux=True) if reverse else lambda f: (loss(f), ())
+
+
 @cache
-def expected(name, variant="lora"):
-    """Outputs, and gradients of `loss`, of the function of the merged parameters."""
-    case, plan, base, factors = prepare(name, variant)
-    fn = jax.jit(lambda f: case.fn(lk.merge(base, f, plan), *case.inputs))
-    grads = None if name == "while" else jax.jit(jax.grad(lambda f: loss(fn(f))))(factors)
-    return fn(factors), grads
-
-
-def loss(out):
-    return sum(jnp.sum(jnp.sin(y.astype(jnp.float32))) for y in jax.tree.leaves(out))
+def expected(name):
+    """What the function of the merged parameters gives."""
+    case, plan, base, factors = prepare(name)
+    fn = loss_and_outputs(lambda f: case.fn(lk.merge(base, f, plan), *case.inputs), name != "while")
+    return jax.jit(fn)(factors)
 
 
 def close(ours, theirs, bits):
@@ -49,46 +52,28 @@ def close(ours, theirs, bits):
         np.testing.assert_allclose(np.asarray(y, np.float32), z, atol=4 * 2.0**-bits * max(np.abs(z).max(), 1.0))
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_equal_the_merged(name, variant, record_property):
-    case, plan, base, factors = prepare(name, variant)
-    theirs, _ = expected(name, variant)
-    close(jax.jit(lk.adapt(case.fn, plan))(base, factors, *case.inputs), theirs, case.bits)
-    record_property("coverage", (case.primitive, "function", "jit"))
-    if variant == "lora":
-        close(lk.adapt(case.fn, plan)(base, factors, *case.inputs), theirs, case.bits)
-        record_property("coverage", (case.primitive, "function", "merged"))
-
-
-@pytest.mark.parametrize(("name", "kernel"), [(n, "auto") for n in SPLIT] + [(n, k) for n in PRODUCTS for k in KERNELS])
-def test_gradients_equal_autodiff_through_the_merged(name, kernel, record_property):
+def test_outputs_and_gradients_equal_the_merged_alone_and_stacked(name, record_property):
     case, plan, base, factors = prepare(name)
-    adapted = lk.adapt(case.fn, plan, kernel=kernel)
-    ours = jax.jit(jax.grad(lambda f: loss(adapted(base, f, *case.inputs))))(factors)
-    _, theirs = expected(name)
-    close(ours, theirs, case.bits)
-    if case.primitive != "cond":  # the branch not taken has none
-        assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(ours))
-    record_property("coverage", (case.primitive, "function", "grad"))
-
-
-@pytest.mark.parametrize("name", SPLIT)
-def test_stacked_factors_equal_a_loop(name, record_property):
-    case, plan, base, factors = prepare(name)
-    adapted = lk.adapt(case.fn, plan)
-    value_and_grad = jax.value_and_grad(lambda f: loss(adapted(base, f, *case.inputs)))
-    stacked = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), factors)
-    alone = jax.jit(value_and_grad)
+    adapted, reverse = lk.adapt(case.fn, plan), name != "while"  # JAX itself cannot reverse a while loop
+    fn = loss_and_outputs(lambda f: adapted(base, f, *case.inputs), reverse)
+    alone = jax.jit(fn)
+    close(alone(factors), expected(name), case.bits)
+    proved = ["merged", "jit", *(["grad"] if reverse else [])]
+    if reverse and case.primitive != "cond":  # the branch not taken has no gradient
+        assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(alone(factors)[1]))
+    stacked = jax.tree.map(lambda x: jnp.stack([0.5 * x, x]), factors)
     if case.primitive == "ragged_dot":
         with pytest.raises(NotImplementedError, match="ragged_dot vmap"):  # of JAX, not ours
-            jax.jit(jax.vmap(value_and_grad))(stacked)
-        return
-    together = jax.jit(jax.vmap(value_and_grad))(stacked)
-    for i in (0, 1):
-        one, found = (jax.tree.map(lambda x: x[i], tree) for tree in (stacked, together))  # noqa: B023
-        close(found, alone(one), case.bits)
-    record_property("coverage", (case.primitive, "function", "vmap"))
+            jax.vmap(fn)(stacked)
+    else:
+        together = jax.jit(jax.vmap(fn))(stacked)
+        for i in (0, 1):
+            one, found = (jax.tree.map(lambda x: x[i], tree) for tree in (stacked, together))  # noqa: B023
+            close(found, alone(one), case.bits)
+        proved.append("vmap")
+    for contract in proved:
+        record_property("coverage", (case.primitive, "function", contract))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -97,3 +82,24 @@ def test_only_what_no_rule_knows_is_materialised(name):
     found = lk.explain(lk.adapt(case.fn, plan), base, factors, *case.inputs)
     assert found.materialised == case.materialised
     assert all(row.reason for row in found.rows if row.how == "materialised")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_magnitudes_go_wherever_factors_go(name):
+    case, plan, base, factors = prepare(name, "dora")
+    ours = jax.jit(lk.adapt(case.fn, plan))(base, factors, *case.inputs)
+    close(ours, jax.jit(lambda f: case.fn(lk.merge(base, f, plan), *case.inputs))(factors), case.bits)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_every_kernel_equals_the_merged(name, kernel):
+    case, plan, base, factors = prepare(name)
+    adapted = lk.adapt(case.fn, plan, kernel=kernel)
+    close(jax.jit(loss_and_outputs(lambda f: adapted(base, f, *case.inputs)))(factors), expected(name), case.bits)
+
+
+@pytest.mark.parametrize("name", ["heads in and out", "fused qkv, joined", "scanned layers", "conv 1d, groups", "cond"])
+def test_outside_jit_too(name):
+    case, plan, base, factors = prepare(name)
+    close(lk.adapt(case.fn, plan)(base, factors, *case.inputs), expected(name)[0][1], case.bits)
