@@ -153,7 +153,7 @@ def merge(base: Params, factors: FactorTree, plan: Plan) -> Params:
     for site in plan.sites:
         found = factors[site.path]
         assert isinstance(found, Factors)
-        merged[site.path] = effective_weight(site, dense(named[site.path]), found)
+        merged[site.path] = effective_weight(site, jnp.asarray(merged[site.path]), found)
     for full in plan.full:
         leaf = factors[full.path]
         assert isinstance(leaf, FullLeaf)

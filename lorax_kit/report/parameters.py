@@ -52,10 +52,10 @@ def tree(parameters: Sequence[Mapping[str, Any]], sites: Sequence[Mapping[str, A
         parts, size = row["path"].split("/"), prod(row["shape"])
         uses = [site for site in sites if site["path"] == row["path"]]
         trained = sum(use["params"] for use in uses) + (size if row["path"] in full else 0)
-        node = root
-        for part in ("", *parts):
-            if part or node is not root:
-                node = node.children.setdefault(part, Node(part))
+        branch = [root]
+        for part in parts:
+            branch.append(branch[-1].children.setdefault(part, Node(part)))
+        for node in branch:
             node.size += size
             node.trained += trained
         node.shape, node.dtype = tuple(row["shape"]), row["dtype"]

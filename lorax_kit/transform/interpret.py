@@ -53,7 +53,7 @@ class Context:
       compute_dtype: of the plan.
       repeats, note: for the uses recorded next.
       uses: the record.
-      narrow: variable -> an array that was broadcast to it, of the same number of dimensions.
+      narrow: variable -> (shape, array): what was broadcast to it, and its shape with axes of size 1 where it was.
     """
 
     kernel: str = "auto"
@@ -208,8 +208,8 @@ def evaluate(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any
         ready = [eqn for eqn in eqns if all(_weight_made(v, env, makers, run) for v in eqn.invars)]
         if len(ready) > 1 and all(sum(isinstance(read(v), Weight) for v in e.invars) == 1 for e in ready):
             found = JOINT[ready[0].primitive.name](ctx, ready, [[read(v) for v in e.invars] for e in ready])
-            for eqn, y in zip(ready, found or (), strict=False):
-                env[eqn.outvars[0]] = y
+            if found is not None:
+                env.update(zip((eqn.outvars[0] for eqn in ready), found, strict=True))
 
     groups, makers = _same_input(jaxpr), {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
     for eqn in jaxpr.eqns:

@@ -163,6 +163,13 @@ class Weight:
         """The dimensions of `w`, larger than 1, along which a factor varies."""
         return frozenset(d for d, n in enumerate(self.shape) if n > 1 and factor.shape[lead + d] == n)
 
+    def sides(self, ins: Sequence[int], outs: Sequence[int], stack: Sequence[int] = ()) -> tuple[Array, Array] | None:
+        """The factor that varies with `ins`, and the one with `outs`, both with `stack`; None if they lie otherwise."""
+        a, b = self.factors()
+        wide = [{d for d in (*dims, *stack) if self.shape[d] > 1} for dims in (ins, outs)]
+        owned = [self.owned(a), self.owned(b)]
+        return (a, b) if owned == wide else (b, a) if owned == wide[::-1] else None
+
     def rebased(self, base: Partial, **changes: Any) -> Weight:
         """The weight with `base` applied to `w`, and other changes. What `base` needs beside `w` it holds as leaves."""
         source = None if self.source is None else replace(self.source, steps=(*self.source.steps, base))

@@ -32,15 +32,10 @@ def conv_general_dilated(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] |
         return bind(eqn, [x, weight.w])
     if p["batch_group_count"] != 1:
         return "a convolution with batch groups"
-    wide = [{d for d in dims if weight.shape[d] > 1} for dims in (ins, (out,))]
-    a, b = weight.factors()
-    owned = [weight.owned(a), weight.owned(b)]
-    if owned == wide:
-        down, up = a, b
-    elif owned == wide[::-1]:
-        down, up = b, a
-    else:
+    sides = weight.sides(ins, (out,))
+    if sides is None:
         return "a convolution over other axes than the plan's inputs"
+    down, up = sides
     column = weight.column
     if column is not None and weight.owned(column, 0) - {out}:
         return "magnitudes vary along the inputs of a convolution"

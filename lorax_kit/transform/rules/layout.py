@@ -174,11 +174,7 @@ def split(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
         def piece(values: list[Any], i: int = i) -> Array:
             return bind(eqn, values)[i]
 
-        pieces.append(
-            weight.mapped(
-                with_base(piece, args), change, lambda held: (*held[:d], *held[d + 1 :]) if unstacked else held
-            )
-        )
+        pieces.append(weight.mapped(with_base(piece, args), change, dims))
         at += n
     return pieces
 

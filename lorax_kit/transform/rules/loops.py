@@ -39,6 +39,17 @@ def _carried(args: Sequence[Any], jaxpr: Any, first: int, loop: str) -> list[boo
     return held
 
 
+def _moving(carry: Sequence[Any], held: list[bool]) -> list[Any]:
+    """What a loop still carries: all but the held parameters."""
+    return [x for h, x in zip(held, carry, strict=True) if not h]
+
+
+def _whole(carry: Sequence[Any], held: list[bool], moving: Any) -> list[Any]:
+    """The carry again, with `moving` in the places that are not held."""
+    queue = iter(moving)
+    return [x if h else next(queue) for h, x in zip(held, carry, strict=True)]
+
+
 def _per_step(weight: Weight) -> tuple[dict[str, Any], dict[str, Any]]:
     """A weight scanned over its leading dimension: (arrays with that dimension first, arrays without it)."""
     n = weight.shape[0]
@@ -86,18 +97,15 @@ def scan(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
             _one_step(x, {**fixed, **now}) if isinstance(x, Weight) else now
             for x, (_, fixed), now in zip(xs, pieces, slices, strict=True)
         ]
-        queue = iter(moving)
-        whole = [x if h else next(queue) for h, x in zip(held, carry, strict=True)]
-        out = evaluate(inside, jaxpr, jaxpr_consts, [*consts, *whole, *layer])
-        carried = [x for h, x in zip(held, out, strict=False) if not h]
+        out = evaluate(inside, jaxpr, jaxpr_consts, [*consts, *_whole(carry, held, moving), *layer])
+        carried = _moving(out[:n_carry], held)
         reason = "returned as an array"
         return materialise(inside, "output", carried, reason), materialise(inside, "output", out[n_carry:], reason)
 
     options = {k: eqn.params[k] for k in ("reverse", "unroll", "_split_transpose") if k in eqn.params}
-    moving = [x for h, x in zip(held, carry, strict=True) if not h]
-    moved, ys = lax.scan(body, moving, [scanned for scanned, _ in pieces], length=eqn.params["length"], **options)
-    queue = iter(moved)
-    return [*(x if h else next(queue) for h, x in zip(held, carry, strict=True)), *ys]
+    scanned = [arrays for arrays, _ in pieces]
+    moved, ys = lax.scan(body, _moving(carry, held), scanned, length=eqn.params["length"], **options)
+    return [*_whole(carry, held, moved), *ys]
 
 
 @rule("while", calls=True)
@@ -110,19 +118,14 @@ def while_(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     of_test, of_body, carry = args[:n_test], args[n_test : n_test + n_body], args[n_test + n_body :]
     held = _carried(carry, body_jaxpr, n_body, "while loop")
 
-    def whole(moving: Any) -> list[Any]:
-        queue = iter(moving)
-        return [x if h else next(queue) for h, x in zip(held, carry, strict=True)]
-
     def test(moving: Any) -> Any:
-        return evaluate_arrays(ctx, test_jaxpr, test_consts, [*of_test, *whole(moving)])[0]
+        return evaluate_arrays(ctx, test_jaxpr, test_consts, [*of_test, *_whole(carry, held, moving)])[0]
 
     def body(moving: Any) -> Any:
-        out = evaluate(ctx, body_jaxpr, body_consts, [*of_body, *whole(moving)])
-        carried = [x for h, x in zip(held, out, strict=True) if not h]
-        return materialise(ctx, "output", carried, "returned as an array")
+        out = evaluate(ctx, body_jaxpr, body_consts, [*of_body, *_whole(carry, held, moving)])
+        return materialise(ctx, "output", _moving(out, held), "returned as an array")
 
-    return whole(lax.while_loop(test, body, [x for h, x in zip(held, carry, strict=True) if not h]))
+    return _whole(carry, held, lax.while_loop(test, body, _moving(carry, held)))
 
 
 @rule("cond", calls=True)

@@ -50,11 +50,12 @@ def _arranged(eqn: Any, args: Sequence[Any]) -> tuple[Weight, Array, Arrangement
     return weight, x, Arrangement(contract, own, free, x_contract, other, x_free, left)
 
 
-def _drop(x: Array, key: Array | None, rate: float) -> Array:
-    """Inverted dropout on the input of the low-rank path; no key means evaluation."""
-    if key is None or rate == 0.0:
+def _drop(x: Array, weight: Weight) -> Array:
+    """Inverted dropout on the input of the low-rank path; a weight without a key is being evaluated."""
+    if weight.key is None:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    rate = weight.parts[0].dropout
+    keep = jax.random.bernoulli(weight.key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
@@ -137,15 +138,10 @@ def _operand(weight: Weight, at: Arrangement) -> Operand | None:
 
     For kernels in the usual layout every transpose is the identity and every reshape free.
     """
-    a, b = weight.factors()
-    owned = [weight.owned(a), weight.owned(b)]
-    ins, outs, stack = ({d for d in dims if weight.shape[d] > 1} for dims in (at.contract, at.free, at.batch))
-    if owned == [ins | stack, outs | stack]:
-        down, up = a, b
-    elif owned == [outs | stack, ins | stack]:
-        down, up = b, a
-    else:
+    sides = weight.sides(at.contract, at.free, at.batch)
+    if sides is None:
         return None
+    down, up = sides
     lead = (prod(_sizes(weight.shape, at.batch)),) if at.batch else ()
 
     def matrix(f: Array, mine: Dims, others: Dims) -> Array:
@@ -179,7 +175,7 @@ def _matrices(
     out_dtype, w_dtype = eqn.outvars[0].aval.dtype, weights[0].w.dtype
     dtype = jnp.dtype(ctx.compute_dtype or jnp.promote_types(x.dtype, w_dtype))
     how, why = ctx.select(products[0]._replace(outputs=sum(p.outputs for p in products)))
-    dropout = weights[0].parts[0].dropout if weights[0].key is not None else 0.0
+    dropout = weights[0].key is not None
     one_dtype = dtype == x.dtype == w_dtype == out_dtype
     if how == "merged" and weights[0].source is not None:
         how, why = "factored", "the base is quantised, and restored for one product at a time"
@@ -198,7 +194,7 @@ def _matrices(
         ys: Sequence[Array] = KERNELS[how](*alike(x3, cast), precision)
     else:
         dims = (((x3.ndim - 1,), (x3.ndim - 2,)), ((0,), (0,)) if lead else ((), ()))
-        dropped = _drop(x3.astype(dtype), weights[0].key, dropout)
+        dropped = _drop(x3.astype(dtype), weights[0])
         bare = tuple(o._replace(w=jnp.zeros((0,), dtype)) for o in cast)
         updates = (plain_updates if how == "plain" else lowrank_updates)(*alike(dropped, bare), precision)
 
@@ -241,7 +237,7 @@ def _einsum(ctx: Context, eqn: Any, weight: Weight, x: Array, at: Arrangement) -
     mine, theirs = [of_w[d] for d in at.free], [of_x[d] for d in at.x_free]
     wanted = [*(of_w[d] for d in at.batch), *(mine + theirs if at.left else theirs + mine)]
     kept = "".join(c for c in dict.fromkeys(ins + one) if c in wanted or c in two)
-    dropped = _drop(x.astype(dtype), weight.key, weight.parts[0].dropout if weight.key is not None else 0.0)
+    dropped = _drop(x.astype(dtype), weight)
     precision = eqn.params["precision"]
     u = jnp.einsum(f"{ins},{one}->{kept}", dropped, first, precision=precision) * jnp.asarray(weight.scale, dtype)
     # A dimension that only the base varies with: the update is the same all along it.
@@ -269,20 +265,16 @@ def ragged_dot(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     if weight.probe:
         ctx.record(weight, eqn, 1, how="factored", dims=((1,), (2,)))
         return bind(eqn, [x, weight.w, *args[2:]])
-    a, b = weight.factors()
-    varies = [weight.owned(f) | {d for d in range(3) if weight.shape[d] == 1} for f in (a, b)]
-    if varies[0] >= {0, 1} and varies[1] >= {0, 2} and a.shape[3] == b.shape[2] == 1:
-        down, up = a[..., 0], b[:, :, 0]
-    elif varies[1] >= {0, 1} and varies[0] >= {0, 2} and b.shape[3] == a.shape[2] == 1:
-        down, up = b[..., 0], a[:, :, 0]
-    else:
+    sides = weight.sides((1,), (2,), stack=(0,))
+    if sides is None:
         return "the plan's inputs and outputs are not those of the ragged product"
     if weight.column is not None:
         return "magnitudes of experts in a ragged product"
     dtype = jnp.dtype(ctx.compute_dtype or jnp.promote_types(x.dtype, weight.w.dtype))
-    product = Product(1, x.shape[0], weight.shape[1], weight.shape[2], a.shape[0])
+    down, up = sides[0][..., 0], sides[1][:, :, 0]
+    product = Product(1, x.shape[0], weight.shape[1], weight.shape[2], down.shape[0])
     ctx.record(weight, eqn, 1, how="factored", reason="by expert", product=product)
-    dropped = _drop(x.astype(dtype), weight.key, weight.parts[0].dropout if weight.key is not None else 0.0)
+    dropped = _drop(x.astype(dtype), weight)
     precision = eqn.params["precision"]
     u = lax.ragged_dot(dropped, jnp.transpose(down, (1, 2, 0)).astype(dtype), sizes, precision=precision)
     up = jnp.transpose(up, (1, 0, 2)).astype(dtype)
