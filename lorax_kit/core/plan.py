@@ -129,19 +129,10 @@ def match(spec: Spec, params: Params) -> dict[str, Setting]:
     names = list(arrays)
     excluded: set[str] = set()
     for pattern in spec.exclude:
-        for alternative in expand_braces(pattern):
-            hits = [p for p in names if matches(alternative, p)]
-            if not hits:
-                raise PlanError(_nothing(f"exclude {pattern!r}", pattern, alternative, names))
-            excluded.update(hits)
+        excluded.update(matched(f"exclude {pattern!r}", pattern, names))
     chosen: dict[str, Setting] = {}
     for i, (pattern, setting) in enumerate(spec.rules, 1):
-        hits = []
-        for alternative in expand_braces(pattern):
-            found = [p for p in names if matches(alternative, p)]
-            if not found:
-                raise PlanError(_nothing(f"rule {i} {pattern!r}", pattern, alternative, names))
-            hits += found
+        hits = matched(f"rule {i} {pattern!r}", pattern, names)
         fresh = [p for p in hits if p not in chosen and p not in excluded]
         if not fresh:
             raise PlanError(
@@ -154,13 +145,24 @@ def match(spec: Spec, params: Params) -> dict[str, Setting]:
     return {path: chosen[path] for path in names if path in chosen}
 
 
-def _nothing(who: str, pattern: str, alternative: str, names: list[str]) -> str:
-    what = "matches no parameter" if alternative == pattern else f"matches no parameter with {alternative!r}"
-    return (
-        f"{who} {what}.\n"
-        f"  closest: {closest(alternative, names)}\n"
-        "  see them all: lk.paths(params)   or   lorax-kit inspect MODEL"
-    )
+def matched(who: str, pattern: str, names: list[str], purpose: str = "") -> list[str]:
+    """The paths that each alternative of a pattern matches.
+
+    Raises:
+      PlanError: an alternative that matches nothing; `who` and `purpose` say whose it is and what for.
+    """
+    hits = []
+    for alternative in expand_braces(pattern):
+        found = [p for p in names if matches(alternative, p)]
+        if not found:
+            which = "" if alternative == pattern else f" with {alternative!r}"
+            raise PlanError(
+                f"{who} matches no parameter{purpose}{which}.\n"
+                f"  closest: {closest(alternative, names)}\n"
+                "  see them all: lk.paths(params)   or   lorax-kit inspect MODEL"
+            )
+        hits += found
+    return hits
 
 
 def _check_target(path: str, leaf: jax.ShapeDtypeStruct, setting: Setting, rule: str) -> None:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.core.errors import PlanError
-from lorax_kit.core.paths import closest, flatten, is_array, unflatten
-from lorax_kit.core.patterns import expand_braces, matches
+from lorax_kit.core.paths import flatten, is_array, unflatten
+from lorax_kit.core.plan import matched
 from lorax_kit.core.quantised import METHODS, NF4, Quantised
 
 
@@ -81,11 +81,7 @@ def quantise(base: Any, patterns: Sequence[str], method: str = "nf4", *, block: 
     names = [p for p, x in named.items() if is_array(x)]
     chosen: dict[str, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for alternative in expand_braces(pattern):
-            hits = [p for p in names if matches(alternative, p)]
-            if not hits:
-                raise PlanError(f"{pattern!r} matches no parameter to quantise.\n  closest: {closest(pattern, names)}")
-            chosen.update(dict.fromkeys(hits))
+        chosen.update(dict.fromkeys(matched(repr(pattern), pattern, names, " to quantise")))
     out = dict(named)
     for path in chosen:
         x = named[path]
