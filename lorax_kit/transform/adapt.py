@@ -30,6 +30,7 @@ class Adapted:
     plan: Plan
     kernel: str = "auto"
     trials: int = 1
+    recompute: bool = True
 
     def __call__(
         self, base: Params, factors: FactorTree, *args: Any, dropout_key: Array | None = None, **kwargs: Any
@@ -60,7 +61,7 @@ class Adapted:
                 weights[path] = frozen_weight(path, leaf)
         if not weights:
             return self.fn(unflatten(leaves, treedef), *args, **kwargs), Context()
-        ctx = Context(kernel=self.kernel, trials=self.trials, compute_dtype=self.plan.compute_dtype)
+        ctx = Context(kernel=self.kernel, trials=self.trials, compute_dtype=self.plan.compute_dtype, recompute=self.recompute)
         out = run(ctx, self.fn, leaves, treedef, weights, args, kwargs)
         unused = sites - {use.path for use in ctx.uses.values()}
         if unused:
@@ -81,7 +82,7 @@ def _weight(site: Site, w: Any, factors: Factors, key: Array | None) -> Weight:
     )
 
 
-def adapt(fn: Callable[..., Any], plan: Plan, *, kernel: str = "auto", trials: int = 1) -> Adapted:
+def adapt(fn: Callable[..., Any], plan: Plan, *, kernel: str = "auto", trials: int = 1, recompute: bool = True) -> Adapted:
     """Run any JAX function with low-rank parameters.
 
     Args:
@@ -119,7 +120,7 @@ def adapt(fn: Callable[..., Any], plan: Plan, *, kernel: str = "auto", trials: i
             "the function has a keyword dropout_key, which adapted functions keep for the dropout of their sites.\n"
             "  wrap it: lambda params, *inputs, key: fn(params, *inputs, dropout_key=key)"
         )
-    return Adapted(fn, plan, kernel, trials)
+    return Adapted(fn, plan, kernel, trials, recompute and kernel != "plain")
 
 
 def _keywords(fn: Callable[..., Any]) -> set[str]:

@@ -7,7 +7,7 @@ weight touches is bound as it was traced, custom derivative rules included.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -16,6 +16,7 @@ import jax.extend.core as jex
 
 from lorax_kit.core.plan import Axes
 from lorax_kit.transform.cost import Product, choose, together
+from lorax_kit.transform.recompute import Block, Keep, blocks, recomputed
 from lorax_kit.transform.weight import Weight
 
 
@@ -54,6 +55,8 @@ class Context:
       repeats, note: for the uses recorded next.
       uses: the record.
       narrow: variable -> (shape, array): what was broadcast to it, and its shape with axes of size 1 where it was.
+      recompute: whether the backward pass forms elementwise results again instead of keeping them.
+      keep: runs an equation whose results it keeps, within a block of which it recomputes the rest.
     """
 
     kernel: str = "auto"
@@ -63,6 +66,8 @@ class Context:
     note: str = ""
     uses: dict[tuple[str, int, int], Use] = field(default_factory=dict)
     narrow: dict[Any, Any] = field(default_factory=dict)
+    recompute: bool = False
+    keep: Keep | None = None
 
     def record(
         self,
@@ -185,45 +190,86 @@ def evaluate(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any
     """Evaluate `jaxpr` on `args`, arrays or `Weight`s; outputs may be `Weight`s, too."""
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
+    if not ctx.recompute:
+        _run(ctx, jaxpr.eqns, env, frozenset())
+    else:
+        given = set(env)
+        for block in blocks(jaxpr, {v for v, x in env.items() if isinstance(x, Weight)}):
+            if block.recomputed:
+                _run_recomputed(ctx, block, env, given)
+            else:
+                _run(ctx, block.eqns, env, frozenset())
+    return [v.val if isinstance(v, jex.Literal) else env[v] for v in jaxpr.outvars]
+
+
+def _run_recomputed(ctx: Context, block: Block, env: dict[Any, Any], given: set[Any]) -> None:
+    """Evaluate a block of which the backward pass keeps products and inputs only; its results go into `env`."""
+    is_made = [v not in given and not isinstance(env[v], Weight) for v in block.reads]
+    narrow = {v: ctx.narrow[v][0] for v in block.reads if v in ctx.narrow}
+
+    def fn(keep: Keep, made: list[Any], held: tuple[list[Any], list[Any]]) -> list[Any]:
+        queues = iter(made), iter(held[0])
+        own = {v: next(queues[0] if m else queues[1]) for v, m in zip(block.reads, is_made, strict=True)}
+        spread = {v: (shape, x) for (v, shape), x in zip(narrow.items(), held[1], strict=True)}
+        _run(replace(ctx, recompute=False, keep=keep, narrow=spread), block.eqns, own, block.kept)
+        return [own[v] for v in block.writes]
+
+    made = [env[v] for v, m in zip(block.reads, is_made, strict=True) if m]
+    held = [env[v] for v, m in zip(block.reads, is_made, strict=True) if not m]
+    out = recomputed(fn, made, (held, [ctx.narrow[v][1] for v in narrow]))
+    env.update(zip(block.writes, out, strict=True))
+
+
+def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset[int]) -> None:
+    """Run equations over `env`, those of `kept` by `ctx.keep`."""
 
     def read(v: Any) -> Any:
         return v.val if isinstance(v, jex.Literal) else env[v]
 
-    def run(eqn: Any) -> None:
-        values = [read(v) for v in eqn.invars]
+    def apply(eqn: Any, values: list[Any]) -> list[Any]:
         if eqn.primitive.name not in CALLS:
             values = [_watched(ctx, eqn, i, x) for i, x in enumerate(values)]
         if any(isinstance(x, Weight) for x in values):
-            apply = RULES.get(eqn.primitive.name)
-            found = apply(ctx, eqn, values) if apply else f"no low-rank rule for {eqn.primitive.name!r}"
-            out = bind(eqn, materialise(ctx, eqn, values, found)) if isinstance(found, str) else found
+            known = RULES.get(eqn.primitive.name)
+            found = known(ctx, eqn, values) if known else f"no low-rank rule for {eqn.primitive.name!r}"
+            return bind(eqn, materialise(ctx, eqn, values, found)) if isinstance(found, str) else found
+        if eqn.primitive.name == "broadcast_in_dim":
+            ctx.narrow[eqn.outvars[0]] = _narrow(eqn, values[0])
+        return bind(eqn, values)
+
+    def run(eqn: Any) -> None:
+        values = [read(v) for v in eqn.invars]
+        if ctx.keep is not None and id(eqn) in kept:
+            out = ctx.keep(lambda *values: apply(eqn, list(values)), *values)
         else:
-            out = bind(eqn, values)
-            if eqn.primitive.name == "broadcast_in_dim":
-                ctx.narrow[eqn.outvars[0]] = _narrow(eqn, values[0])
+            out = apply(eqn, values)
         env.update(zip(eqn.outvars, out, strict=True))
 
     def run_together(eqns: list[Any]) -> None:
         """Equations that share an operand, where each other operand is a weight by now, or can be."""
         ready = [eqn for eqn in eqns if all(_weight_made(v, env, makers, run) for v in eqn.invars)]
         if len(ready) > 1 and all(sum(isinstance(read(v), Weight) for v in e.invars) == 1 for e in ready):
-            found = JOINT[ready[0].primitive.name](ctx, ready, [[read(v) for v in e.invars] for e in ready])
+            together = JOINT[ready[0].primitive.name]
+            values = [[read(v) for v in e.invars] for e in ready]
+            if ctx.keep is not None:
+                found = ctx.keep(lambda *values: together(ctx, ready, list(values)), *values)
+            else:
+                found = together(ctx, ready, values)
             if found is not None:
                 env.update(zip((eqn.outvars[0] for eqn in ready), found, strict=True))
 
-    groups, makers = _same_input(jaxpr), {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
-    for eqn in jaxpr.eqns:
+    groups, makers = _same_input(eqns), {v: eqn for eqn in eqns for v in eqn.outvars}
+    for eqn in eqns:
         if id(eqn) in groups:
             run_together(groups.pop(id(eqn)))
         if not all(v in env for v in eqn.outvars):
             run(eqn)
-    return [read(v) for v in jaxpr.outvars]
 
 
-def _same_input(jaxpr: Any) -> dict[int, list[Any]]:
+def _same_input(eqns: Sequence[Any]) -> dict[int, list[Any]]:
     """Equations that a joint rule may run at once, by the id of the first: they share an operand and all settings."""
     alike: dict[Any, list[Any]] = {}
-    for eqn in jaxpr.eqns:
+    for eqn in eqns:
         if eqn.primitive.name in JOINT:
             for side, v in enumerate(eqn.invars):
                 if not isinstance(v, jex.Literal):

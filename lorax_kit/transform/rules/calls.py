@@ -73,7 +73,7 @@ def shard_map(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
         return replace(x, w=w, a=a, b=b, column=column, scale=whole, key=key)
 
     def body(*values: Any) -> tuple[Any, ...]:
-        return tuple(evaluate_arrays(ctx, jaxpr, consts, values))
+        return tuple(evaluate_arrays(replace(ctx, recompute=False), jaxpr, consts, values))
 
     args = [replace(x, source=None) if isinstance(x, Weight) else x for x in args]
     mapped = jax.shard_map(

@@ -1,0 +1,187 @@
+"""What the backward pass keeps: results of products, and where few bytes are alive; the rest it forms again.
+
+A program is cut into blocks (the attention, then the feed-forward half of a layer). A block keeps its inputs and the
+results of its products; norms, activations, softmax and layout changes between them are recomputed when the
+cotangent reaches the block. No product runs twice, unlike under `jax.checkpoint` of whole layers (Chen et al., arXiv
+1604.06174), and unlike under its `dots_saveable` policy a block is recomputed only when its own turn comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jax import Array
+
+from lorax_kit.transform.kernels import after
+
+# Elementwise operations, layout changes and reductions: cheap beside a product of what they give.
+CHEAP = frozenset(
+    "abs add add_any and atan2 broadcast_in_dim cbrt ceil clamp concatenate convert_element_type copy copy_p cos cosh "
+    "div dynamic_slice eq erf erf_inv erfc exp exp2 expand_dims expm1 floor ge gt integer_pow iota is_finite le log "
+    "log1p logistic lt max min mul ne neg not or pad pow real reduce_and reduce_max reduce_min reduce_or "
+    "reduce_precision reduce_sum rem reshape rev round rsqrt select_and_scatter_add select_n shift_left "
+    "shift_right_arithmetic shift_right_logical sign sin sinh slice split sqrt square squeeze stop_gradient sub "
+    "square tan tanh transpose xor bitcast_convert_type".split()
+)
+CALLS = frozenset("jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr".split())
+INLINED = frozenset("jit pjit closed_call core_call".split())
+
+Run = Callable[..., Any]
+Keep = Callable[..., Any]
+
+
+class Block(NamedTuple):
+    """Consecutive equations of a jaxpr.
+
+    Attributes:
+      eqns: in order.
+      kept: ids of those whose results are kept.
+      reads, writes: variables from before, and those wanted later.
+      recomputed: whether it is worth it: it has kept equations and others, and nothing that must run once.
+    """
+
+    eqns: list[Any]
+    kept: frozenset[int]
+    reads: list[Any]
+    writes: list[Any]
+    recomputed: bool
+
+
+def _dear(eqn: Any) -> int:
+    """How many operations an equation runs that are not cheap; 2 for what is best left alone (loops, effects)."""
+    if eqn.effects:
+        return 2
+    inner = [getattr(j, "jaxpr", j) for j in jex.jaxprs_in_params(eqn.params)]
+    if not inner:
+        return 0 if eqn.primitive.name in CHEAP else 1
+    within = sum(_dear(e) for j in inner for e in j.eqns)
+    if eqn.primitive.name not in CALLS:
+        return 2
+    return within if within == 0 or eqn.primitive.name in INLINED else 2
+
+
+def blocks(jaxpr: Any, parameters: set[Any]) -> list[Block]:
+    """Cut a jaxpr where fewer bytes are alive than at the neighbouring places between two products.
+
+    Args:
+      jaxpr: to cut.
+      parameters: variables that hold adapted parameters: alive throughout, and not counted.
+    """
+    eqns = list(jaxpr.eqns)
+    dear = [_dear(eqn) for eqn in eqns]
+    born, dies = _lives(jaxpr, parameters)
+    alive = [0] * (len(eqns) + 1)
+    for v, i in born.items():
+        for place in range(i + 1, dies.get(v, i) + 1):
+            alive[place] += v.aval.size * v.aval.dtype.itemsize
+    cuts = {0, len(eqns)}
+    for i, cost in enumerate(dear):
+        if cost > 1:
+            cuts |= {i, i + 1}
+    anchors = [i for i, cost in enumerate(dear) if cost]
+    # Where few bytes are alive between an anchor and the next: (bytes, place before which to cut).
+    narrow = [
+        min((alive[p], p) for p in range(i + 1, j + 1)) for i, j in zip(anchors, anchors[1:], strict=False)
+    ]
+    for n, (size, place) in enumerate(narrow):
+        if all(size <= narrow[m][0] for m in (n - 1, n + 1) if 0 <= m < len(narrow)):
+            cuts.add(place)
+    ends = sorted(cuts)
+    return [_block(jaxpr, eqns, dear, born, dies, i, j) for i, j in zip(ends, ends[1:], strict=False)]
+
+
+def _lives(jaxpr: Any, parameters: set[Any]) -> tuple[dict[Any, int], dict[Any, int]]:
+    """Computed variable -> its equation; variable -> the last that reads it. Layouts of parameters do not count."""
+    still = set(parameters)
+    born: dict[Any, int] = {}
+    dies: dict[Any, int] = {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        read = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
+        dies.update(dict.fromkeys(read, i))
+        if read and all(v in still for v in read):
+            still.update(eqn.outvars)
+        else:
+            born.update(dict.fromkeys(eqn.outvars, i))
+    dies.update({v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, jex.Literal)})
+    return born, dies
+
+
+def _block(jaxpr: Any, eqns: list[Any], dear: list[int], born: Any, dies: Any, first: int, end: int) -> Block:
+    own = eqns[first:end]
+    made = {v for eqn in own for v in eqn.outvars}
+    read = dict.fromkeys(v for eqn in own for v in eqn.invars if not isinstance(v, jex.Literal))
+    costs = dear[first:end]
+    return Block(
+        eqns=own,
+        kept=frozenset(id(eqn) for eqn, cost in zip(own, costs, strict=True) if cost == 1),
+        reads=[v for v in read if v not in made],
+        writes=[v for v in made if dies.get(v, -1) >= end],
+        recomputed=1 in costs and 0 in costs and max(costs) < 2,
+    )
+
+
+def _float(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating) and x.size > 0
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def recomputed(fn: Callable[[Keep, Any, Any], Any], made: Any, held: Any) -> Any:
+    """`fn(keep, made, held)`, of which the backward pass keeps the arguments, and what `keep` was asked to run.
+
+    Args:
+      fn: calls `keep(run, *args)` in place of `run(*args)`, in the same order each time.
+      made: values of the program, formed by it.
+      held: parameters and inputs, which are there anyway.
+    """
+    return fn(lambda run, *args: run(*args), made, held)
+
+
+def _recomputed_fwd(fn: Any, made: Any, held: Any) -> tuple[Any, tuple[Any, Any, list[Any]]]:
+    kept: list[Any] = []
+
+    def keep(run: Run, *args: Any) -> Any:
+        kept.append(run(*args))
+        return kept[-1]
+
+    return fn(keep, made, held), (made, held, kept)
+
+
+def _recomputed_bwd(fn: Any, residuals: tuple[Any, Any, list[Any]], g: Any) -> tuple[Any, Any]:
+    made, held, kept = residuals
+    floats = [x for x in jax.tree.leaves(g) if _float(x)]
+    if floats:  # All that is formed again waits for the cotangent: XLA would form it early, and keep it.
+        latest = max(floats, key=lambda x: x.size)
+        made, kept = jax.tree.map(lambda x: after(latest, x) if _float(x) else x, (made, kept))
+    found = iter(kept)
+
+    def keep(run: Run, *args: Any) -> Any:
+        return _known(run, next(found), args)
+
+    back = jax.vjp(lambda made, held: fn(keep, made, held), made, held)[1]
+    grads: tuple[Any, Any] = back(g)
+    return grads
+
+
+recomputed.defvjp(_recomputed_fwd, _recomputed_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _known(run: Run, out: Any, args: Sequence[Any]) -> Any:
+    """`run(*args)`, known to be `out`."""
+    return out
+
+
+def _known_fwd(run: Run, out: Any, args: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    return out, args
+
+
+def _known_bwd(run: Run, args: Sequence[Any], g: Any) -> tuple[None, Sequence[Any]]:
+    return None, tuple(jax.vjp(run, *args)[1](g))
+
+
+_known.defvjp(_known_fwd, _known_bwd)
