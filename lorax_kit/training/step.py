@@ -121,7 +121,7 @@ def make_step(
         factors = optax.apply_updates(state.factors, updates)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         # A rate of infinity makes NaN of finite gradients: the factors themselves count, too.
-        finite = jax.tree.reduce(lambda ok, x: ok & jnp.isfinite(x).all(), factors, finite)
+        finite = jax.tree.reduce(lambda ok, x: ok & jnp.all(jax.lax.is_finite(x)), factors, finite)
         # One bad batch must not spoil the factors: the state stays, and `finite` tells.
         new, old = (factors, opt_state), (state.factors, state.opt_state)
         factors, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

@@ -16,6 +16,7 @@ import jax.extend.core as jex
 
 from lorax_kit.core.plan import Axes
 from lorax_kit.transform.cost import Product, choose, together
+from lorax_kit.transform.kernels import KERNELS, Operands, Outputs
 from lorax_kit.transform.recompute import Block, Keep, blocks, recomputed
 from lorax_kit.transform.weight import Weight
 
@@ -113,6 +114,15 @@ class Context:
             return self.kernel, "asked for by adapt(kernel=...)"
         return choose(product, self.trials)
 
+    def kept(self, run: Callable[..., Any], *args: Any) -> Any:
+        """`run(*args)`, whose result a block keeps."""
+        return run(*args) if self.keep is None else self.keep.run(run, *args)
+
+    def product(self, how: str, x: Any, sites: Operands, precision: Any) -> Outputs:
+        """A kernel's outputs, which a block keeps."""
+        kernel = KERNELS[how]
+        return kernel.run(x, sites, precision) if self.keep is None else self.keep.product(kernel, precision, x, sites)
+
     def together(self, products: Sequence[Product]) -> bool:
         """Whether products with the same input run as one."""
         return self.kernel != "plain" and together(products, self.trials)
@@ -123,16 +133,20 @@ RULES: dict[str, Rule] = {}
 """Primitive name -> rule. A rule returns the outputs, or a reason (str) why it cannot keep the weight factored."""
 CALLS: set[str] = set()
 """Primitives that run other functions: what enters them is not used yet."""
+KEEPS: set[str] = set()
+"""Primitives whose rules say themselves, by `Context.kept` and `Context.product`, what a block keeps."""
 
 
-def rule(*names: str, calls: bool = False) -> Callable[[Rule], Rule]:
-    """Register a rule under the names a primitive has had."""
+def rule(*names: str, calls: bool = False, keeps: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule under the names a primitive has had; `calls` and `keeps` as in CALLS and KEEPS."""
 
     def register(function: Rule) -> Rule:
         for name in names:
             RULES[name] = function
             if calls:
                 CALLS.add(name)
+            if keeps:
+                KEEPS.add(name)
         return function
 
     return register
@@ -239,8 +253,9 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
 
     def run(eqn: Any) -> None:
         values = [read(v) for v in eqn.invars]
-        if ctx.keep is not None and id(eqn) in kept:
-            out = ctx.keep(lambda *values: apply(eqn, list(values)), *values)
+        by_rule = eqn.primitive.name in KEEPS and any(isinstance(x, Weight) for x in values)
+        if id(eqn) in kept and not by_rule:
+            out = ctx.kept(lambda *values: apply(eqn, list(values)), *values)
         else:
             out = apply(eqn, values)
         env.update(zip(eqn.outvars, out, strict=True))
@@ -249,12 +264,7 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
         """Equations that share an operand, where each other operand is a weight by now, or can be."""
         ready = [eqn for eqn in eqns if all(_weight_made(v, env, makers, run) for v in eqn.invars)]
         if len(ready) > 1 and all(sum(isinstance(read(v), Weight) for v in e.invars) == 1 for e in ready):
-            together = JOINT[ready[0].primitive.name]
-            values = [[read(v) for v in e.invars] for e in ready]
-            if ctx.keep is not None:
-                found = ctx.keep(lambda *values: together(ctx, ready, list(values)), *values)
-            else:
-                found = together(ctx, ready, values)
+            found = JOINT[ready[0].primitive.name](ctx, ready, [[read(v) for v in e.invars] for e in ready])
             if found is not None:
                 env.update(zip((eqn.outvars[0] for eqn in ready), found, strict=True))
 

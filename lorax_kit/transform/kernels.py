@@ -102,14 +102,20 @@ def _ranks(sites: Operands) -> list[int]:
     return [site.a.shape[0] for site in sites]
 
 
+def _downs(x: Array, sites: Operands, precision: Precision) -> list[Array]:
+    """x A_i^T of each site, by one product."""
+    return _parted(_down(x, _joined([site.a for site in sites], 0), precision), _ranks(sites), -1)
+
+
 def _factor_cotangents(
     x: Array, sites: Operands, us: list[Array], hs: list[Array], gs: Outputs, precision: Any
 ) -> list:
     """(da, db, ds) of each site, from u = x A^T and h = g B^T."""
-    scaled = _joined([site.scale * h for site, h in zip(sites, hs, strict=True)], -1)
+    scaled = _joined([_scaled(h, site.scale) for site, h in zip(sites, hs, strict=True)], -1)
     das = _parted(_factor_gradient(scaled, x, precision), _ranks(sites), 0)
-    dbs = [_factor_gradient(site.scale * u, g, precision) for site, u, g in zip(sites, us, gs, strict=True)]
-    dss = [jnp.sum(h * u).astype(site.scale.dtype) for site, h, u in zip(sites, hs, us, strict=True)]
+    dbs = [_factor_gradient(_scaled(u, site.scale), g, precision) for site, u, g in zip(sites, us, gs, strict=True)]
+    every = tuple(range(us[0].ndim))
+    dss = [lax.dot_general(h, u, ((every, every), ((), ())), precision=precision) for h, u in zip(hs, us, strict=True)]
     return list(zip(das, dbs, dss, strict=True))
 
 
@@ -120,18 +126,22 @@ def lowrank_updates(x: Array, sites: Operands, precision: Precision = None) -> O
 
 
 def _updates_fwd(x: Array, sites: Operands, precision: Precision) -> tuple[Outputs, tuple]:
-    us = _parted(_down(x, _joined([site.a for site in sites], 0), precision), _ranks(sites), -1)
-    ys = tuple(_up(site.scale * u, site.b, precision) for site, u in zip(sites, us, strict=True))
+    us = _downs(x, sites, precision)
+    ys = tuple(_up(_scaled(u, site.scale), site.b, precision) for site, u in zip(sites, us, strict=True))
     return ys, (x, sites, us)
 
 
 def _updates_bwd(precision: Precision, residuals: tuple, gs: Outputs) -> tuple:
     x, sites, us = residuals
-    hs = [_down(g, site.b, precision) for site, g in zip(sites, gs, strict=True)]
-    found = _factor_cotangents(x, sites, us, hs, gs, precision)
-    scaled = _joined([site.scale * h for site, h in zip(sites, hs, strict=True)], -1)
-    dx = _up(scaled, _joined([site.a for site in sites], 0), precision)
+    dx, found = _update_cotangents(x, sites, us, gs, precision)
     return dx, tuple(Operand(jnp.zeros_like(site.w), *d) for site, d in zip(sites, found, strict=True))
+
+
+def _update_cotangents(x: Array, sites: Operands, us: list[Array], gs: Outputs, precision: Any) -> tuple[Array, list]:
+    hs = [_down(g, site.b, precision) for site, g in zip(sites, gs, strict=True)]
+    scaled = _joined([_scaled(h, site.scale) for site, h in zip(sites, hs, strict=True)], -1)
+    dx = _up(scaled, _joined([site.a for site in sites], 0), precision)
+    return dx, _factor_cotangents(x, sites, us, hs, gs, precision)
 
 
 lowrank_updates.defvjp(_updates_fwd, _updates_bwd)
@@ -164,21 +174,33 @@ def plain(x: Array, sites: Operands, precision: Precision = None) -> Outputs:
     return tuple(y + update for y, update in zip(_base(x, sites, precision), updates, strict=True))
 
 
-def after(x: Array, value: Array) -> Array:
-    """`value`, which XLA can compute only once it has `x`.
+def _scaled(x: Array, scale: Array) -> Array:
+    """scale * x; `lax`, because each operator of jax.numpy is a jit of its own to trace."""
+    return lax.mul(x, lax.broadcast(scale, x.shape))
+
+
+def after(x: Array, values: Any) -> Any:
+    """The float arrays of a tree, which XLA can compute only once it has `x`; what else it holds as it is.
 
     Sums and restored weights depend on parameters alone: XLA would form those of all layers at the start, and reuse
     the forward pass's in the backward pass, so that a second copy of the base lives in between. Its barriers are
     dropped before it schedules. No entry is both infinite and not a number, which XLA does not know.
     """
-    entry = x.reshape(-1)[0]
-    return jnp.where(jnp.isnan(entry) & jnp.isinf(entry), jnp.zeros((), value.dtype), value)
+    entry = lax.reshape(lax.slice(x, (0,) * x.ndim, (1,) * x.ndim), ())
+    never = lax.bitwise_and(lax.ne(entry, entry), lax.eq(lax.abs(entry), lax.full_like(entry, jnp.inf)))
+
+    def wait(value: Any) -> Any:
+        if not isinstance(value, Array) or not jnp.issubdtype(value.dtype, jnp.inexact):
+            return value
+        return lax.select(lax.broadcast(never, value.shape), lax.full_like(value, 0), value)
+
+    return jax.tree.map(wait, values)
 
 
 def _summed(sites: Operands, precision: Precision) -> Array:
     """W_i + s_i A_i^T B_i, side by side: (*S, K, sum N)."""
     stack = None if sites[0].w.ndim == 2 else (1, 1)
-    return _joined([site.w + _dot(site.scale * site.a, site.b, (0, 0), stack, precision) for site in sites], -1)
+    return _joined([site.w + _dot(_scaled(site.a, site.scale), site.b, (0, 0), stack, precision) for site in sites], -1)
 
 
 def _waiting(sites: Operands, x: Array) -> Operands:
@@ -203,20 +225,56 @@ def merged(x: Array, sites: Operands, precision: Precision = None) -> Outputs:
 def _merged_fwd(x: Array, sites: Operands, precision: Precision) -> tuple[Outputs, tuple]:
     # No waiting: early sums are gone when the activations of all layers are there, and what reads an entry of x
     # keeps XLA from fusing what makes it (5 % of a step at 384 wide).
-    return _merged_product(x, sites, precision), (x, sites)
+    return _merged_product(x, sites, precision), (x, sites, ())
 
 
 def _merged_bwd(precision: Precision, residuals: tuple, gs: Outputs) -> tuple:
-    x, sites = residuals
-    us = _parted(_down(x, _joined([site.a for site in sites], 0), precision), _ranks(sites), -1)
+    x, sites, _ = residuals
+    us = _downs(x, sites, precision)
     hs = [_down(g, site.b, precision) for site, g in zip(sites, gs, strict=True)]
     dx = _matmul_back(_joined(gs, -1), _summed(_waiting(sites, hs[0]), precision), precision)
     found = _factor_cotangents(x, sites, us, hs, gs, precision)
-    dws = [_dot(x, g, (0, 0), None, precision) if g.ndim == 2 else _dot(x, g, (1, 1), (0, 0), precision) for g in gs]
-    return dx, tuple(Operand(dw, *d) for dw, d in zip(dws, found, strict=True))
+    return dx, _with_base(x, found, gs, precision)
 
 
 merged.defvjp(_merged_fwd, _merged_bwd)
 
-Kernel = Callable[[Array, Operands, Precision], Outputs]
-KERNELS: dict[str, Kernel] = {"factored": factored, "merged": merged, "plain": plain}
+
+def _with_base(x: Array, found: list, gs: Outputs, precision: Precision) -> Operands:
+    """The cotangents of whole sites: dead code, unless somebody differentiates the base."""
+    dws = [_dot(x, g, (0, 0), None, precision) if g.ndim == 2 else _dot(x, g, (1, 1), (0, 0), precision) for g in gs]
+    return tuple(Operand(dw, *d) for dw, d in zip(dws, found, strict=True))
+
+
+def _factored_fwd(x: Array, sites: Operands, precision: Precision) -> tuple[Outputs, tuple]:
+    updates, (_, _, us) = _updates_fwd(x, sites, precision)
+    ys = tuple(y + update for y, update in zip(_base(x, sites, precision), updates, strict=True))
+    return ys, (x, sites, us)
+
+
+def _factored_bwd(precision: Precision, residuals: tuple, gs: Outputs) -> tuple:
+    x, sites, us = residuals
+    dx, found = _update_cotangents(x, sites, us, gs, precision)
+    base = _matmul_back(_joined(gs, -1), _joined([site.w for site in sites], -1), precision)
+    return base + dx, _with_base(x, found, gs, precision)
+
+
+class Kernel(NamedTuple):
+    """One form.
+
+    Attributes:
+      run: (x, sites, precision) -> outputs, differentiable.
+      forward, backward: the two halves of its derivative rule, for `recompute`, which keeps the outputs and the third
+        residual but not x; None where it has no rule.
+    """
+
+    run: Callable[[Array, Operands, Precision], Outputs]
+    forward: Callable[[Array, Operands, Precision], tuple[Outputs, tuple]] | None
+    backward: Callable[[Precision, tuple, Outputs], tuple] | None
+
+
+KERNELS: dict[str, Kernel] = {
+    "factored": Kernel(factored, _factored_fwd, _factored_bwd),
+    "merged": Kernel(merged, _merged_fwd, _merged_bwd),
+    "plain": Kernel(plain, None, None),
+}

@@ -16,8 +16,9 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
-from lorax_kit.transform.kernels import after
+from lorax_kit.transform.kernels import Kernel, Operands, Outputs, Precision, after
 
 # Elementwise operations, layout changes and reductions: cheap beside a product of what they give.
 CHEAP = frozenset(
@@ -32,7 +33,18 @@ CALLS = frozenset("jit pjit closed_call core_call custom_jvp_call custom_vjp_cal
 INLINED = frozenset("jit pjit closed_call core_call".split())
 
 Run = Callable[..., Any]
-Keep = Callable[..., Any]
+
+
+class Keep(NamedTuple):
+    """How a block runs what it keeps.
+
+    Attributes:
+      run: (fn, *args) -> fn(*args).
+      product: (kernel, precision, x, sites) -> outputs of a kernel.
+    """
+
+    run: Callable[..., Any]
+    product: Callable[[Kernel, Precision, Array, Operands], Outputs]
 
 
 class Block(NamedTuple):
@@ -134,40 +146,60 @@ def recomputed(fn: Callable[[Keep, Any, Any], Any], made: Any, held: Any) -> Any
     """`fn(keep, made, held)`, of which the backward pass keeps the arguments, and what `keep` was asked to run.
 
     Args:
-      fn: calls `keep(run, *args)` in place of `run(*args)`, in the same order each time.
+      fn: runs what is kept by `keep`, in the same order each time.
       made: values of the program, formed by it.
       held: parameters and inputs, which are there anyway.
     """
-    return fn(lambda run, *args: run(*args), made, held)
+    keep = Keep(lambda run, *args: run(*args), lambda kernel, precision, x, sites: kernel.run(x, sites, precision))
+    return fn(keep, made, held)
 
 
-def _recomputed_fwd(fn: Any, made: Any, held: Any) -> tuple[Any, tuple[Any, Any, list[Any]]]:
+def _recomputed_fwd(fn: Any, made: Any, held: Any) -> tuple[Any, tuple[Any, Any, list[Any], list[Any]]]:
     kept: list[Any] = []
+    # Which arguments are differentiated, told by structure: a residual cannot be a bool.
+    moving = [() if x.perturbed else None for x in jax.tree.leaves((made, held))]
+    made, held = jax.tree.map(lambda x: x.value, (made, held))
 
-    def keep(run: Run, *args: Any) -> Any:
-        kept.append(run(*args))
+    def run(fn: Run, *args: Any) -> Any:
+        kept.append(fn(*args))
         return kept[-1]
 
-    return fn(keep, made, held), (made, held, kept)
+    def product(kernel: Kernel, precision: Precision, x: Array, sites: Operands) -> Outputs:
+        assert kernel.forward is not None
+        ys, (_, _, thin) = kernel.forward(x, sites, precision)
+        kept.append((ys, thin))
+        return ys
+
+    return fn(Keep(run, product), made, held), (made, held, kept, moving)
 
 
-def _recomputed_bwd(fn: Any, residuals: tuple[Any, Any, list[Any]], g: Any) -> tuple[Any, Any]:
-    made, held, kept = residuals
+def _recomputed_bwd(fn: Any, residuals: tuple[Any, Any, list[Any], list[Any]], g: Any) -> tuple[Any, Any]:
+    made, held, kept, moving = residuals
+    g = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x, g)
     floats = [x for x in jax.tree.leaves(g) if _float(x)]
     if floats:  # All that is formed again waits for the cotangent: XLA would form it early, and keep it.
         latest = max(floats, key=lambda x: x.size)
-        made, kept = jax.tree.map(lambda x: after(latest, x) if _float(x) else x, (made, kept))
+        made, kept = after(latest, (made, kept))
     found = iter(kept)
 
-    def keep(run: Run, *args: Any) -> Any:
-        return _known(run, next(found), args)
+    keep = Keep(
+        lambda run, *args: _known(run, next(found), args),
+        lambda kernel, precision, x, sites: _known_product(kernel, precision, next(found), x, sites),
+    )
+    leaves, tree = jax.tree.flatten((made, held))
 
-    back = jax.vjp(lambda made, held: fn(keep, made, held), made, held)[1]
-    grads: tuple[Any, Any] = back(g)
+    def again(differentiated: list[Any]) -> Any:
+        queue = iter(differentiated)
+        values = [x if m is None else next(queue) for x, m in zip(leaves, moving, strict=True)]
+        return fn(keep, *jax.tree.unflatten(tree, values))
+
+    (found_grads,) = jax.vjp(again, [x for x, m in zip(leaves, moving, strict=True) if m is not None])[1](g)
+    queue = iter(found_grads)
+    grads: tuple[Any, Any] = jax.tree.unflatten(tree, [None if m is None else next(queue) for m in moving])
     return grads
 
 
-recomputed.defvjp(_recomputed_fwd, _recomputed_bwd)
+recomputed.defvjp(_recomputed_fwd, _recomputed_bwd, symbolic_zeros=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -185,3 +217,22 @@ def _known_bwd(run: Run, args: Sequence[Any], g: Any) -> tuple[None, Sequence[An
 
 
 _known.defvjp(_known_fwd, _known_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _known_product(kernel: Kernel, precision: Precision, known: Any, x: Array, sites: Operands) -> Outputs:
+    """A kernel's outputs, known."""
+    outputs: Outputs = known[0]
+    return outputs
+
+
+def _known_product_fwd(kernel: Kernel, precision: Precision, known: Any, x: Array, sites: Operands) -> tuple[Any, Any]:
+    return known[0], (x, sites, known[1])
+
+
+def _known_product_bwd(kernel: Kernel, precision: Precision, residuals: tuple, gs: Outputs) -> tuple[Any, ...]:
+    assert kernel.backward is not None
+    return None, *kernel.backward(precision, residuals, gs)
+
+
+_known_product.defvjp(_known_product_fwd, _known_product_bwd)

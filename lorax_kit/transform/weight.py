@@ -54,7 +54,7 @@ class Source:
 @jax.custom_vjp
 def restored_product(fn: Partial, source: Source, x: Array) -> Array:
     """`fn(w, x)`, linear in x, with w restored for it alone, and once more for dx; the base has no gradient."""
-    later: Source = jax.tree.map(lambda held: after(x, held), source)
+    later: Source = after(x, source)
     return fn(later.restore(), x)
 
 
@@ -64,7 +64,7 @@ def _restored_fwd(fn: Partial, source: Source, x: Array) -> tuple[Array, tuple[P
 
 def _restored_bwd(residuals: tuple[Partial, Source, Array], g: Array) -> tuple[None, None, Array]:
     fn, source, x = residuals
-    later: Source = jax.tree.map(lambda held: after(g, held), source)
+    later: Source = after(g, source)
     w = later.restore()
     return None, None, jax.vjp(lambda x: fn(w, x), x)[1](g)[0]
 

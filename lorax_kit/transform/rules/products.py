@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 
 from lorax_kit.transform.cost import Product
 from lorax_kit.transform.interpret import Context, bind, joint, rule
-from lorax_kit.transform.kernels import KERNELS, Operand, alike, lowrank_updates, plain_updates
+from lorax_kit.transform.kernels import Operand, Operands, alike, lowrank_updates, plain_updates
 from lorax_kit.transform.weight import Weight
 
 Dims = tuple[int, ...]
@@ -59,7 +59,7 @@ def _drop(x: Array, weight: Weight) -> Array:
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
-@rule("dot_general")
+@rule("dot_general", keeps=True)
 def dot_general(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     """x W' with any dimension numbers, W' on either side."""
     if all(isinstance(v, Weight) for v in args):
@@ -78,7 +78,7 @@ def dot_general(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
         x = x * _along(weight.column, places, x.ndim).astype(x.dtype)
     operand = _operand(weight, at)
     if operand is None:
-        y = _einsum(ctx, eqn, weight, x, at)
+        y = ctx.kept(lambda weight, x: _einsum(ctx, eqn, weight, x, at), weight, x)
     else:
         (y,) = _matrices(ctx, [eqn], [weight], [operand], x, [at])
     return [_outputs_scaled(y, weight, at) if scaled == "outputs" else y]
@@ -191,21 +191,24 @@ def _matrices(
     precision = eqn.params["precision"]
     cast = tuple(Operand(o.w, o.a.astype(dtype), o.b.astype(dtype), o.scale.astype(dtype)) for o in operands)
     if one_dtype and not dropout and weights[0].source is None:
-        ys: Sequence[Array] = KERNELS[how](*alike(x3, cast), precision)
+        ys: Sequence[Array] = ctx.product(how, *alike(x3, cast), precision)
     else:
         dims = (((x3.ndim - 1,), (x3.ndim - 2,)), ((0,), (0,)) if lead else ((), ()))
-        dropped = _drop(x3.astype(dtype), weights[0])
-        bare = tuple(o._replace(w=jnp.zeros((0,), dtype)) for o in cast)
-        updates = (plain_updates if how == "plain" else lowrank_updates)(*alike(dropped, bare), precision)
 
         def base(w: Array, x: Array, shape: Dims, own: Arrangement) -> Array:
             w = _matrix_of(w, shape, own)
             return lax.dot_general(x, w, dims, precision=precision, preferred_element_type=out_dtype)
 
-        ys = [
-            weight.used(Partial(partial(base, shape=weight.shape, own=own)), x3, how) + update.astype(out_dtype)
-            for weight, own, update in zip(weights, ats, updates, strict=True)
-        ]
+        def apart(x3: Array, cast: Operands, weights: list[Weight]) -> list[Array]:
+            bare = tuple(o._replace(w=jnp.zeros((0,), dtype)) for o in cast)
+            dropped = _drop(x3.astype(dtype), weights[0])
+            updates = (plain_updates if how == "plain" else lowrank_updates)(*alike(dropped, bare), precision)
+            return [
+                weight.used(Partial(partial(base, shape=weight.shape, own=own)), x3, how) + update.astype(out_dtype)
+                for weight, own, update in zip(weights, ats, updates, strict=True)
+            ]
+
+        ys = ctx.kept(apart, x3, cast, weights)
     return [_in_order(y, weight, x, one) for y, weight, one in zip(ys, weights, ats, strict=True)]
 
 
