@@ -192,7 +192,7 @@ def after(x: Array, values: Any) -> Any:
     def wait(value: Any) -> Any:
         if not isinstance(value, Array) or not jnp.issubdtype(value.dtype, jnp.inexact):
             return value
-        return lax.select(lax.broadcast(never, value.shape), lax.full_like(value, 0), value)
+        return lax.select(never, lax.full_like(value, 0), value)
 
     return jax.tree.map(wait, values)
 
@@ -213,13 +213,17 @@ def _merged_product(x: Array, sites: Operands, precision: Precision) -> Outputs:
     return tuple(_parted(_matmul(x, _summed(sites, precision), precision), sizes, -1))
 
 
+def _merged_waiting(x: Array, sites: Operands, precision: Precision) -> Outputs:
+    return _merged_product(x, _waiting(sites, x), precision)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def merged(x: Array, sites: Operands, precision: Precision = None) -> Outputs:
     """x (W + s A^T B): the sum lives only for one product, and is formed again in the backward pass.
 
     Cheapest for many tokens: it saves the two thin products and the additions over the activations.
     """
-    return _merged_product(x, _waiting(sites, x), precision)
+    return _merged_waiting(x, sites, precision)
 
 
 def _merged_fwd(x: Array, sites: Operands, precision: Precision) -> tuple[Outputs, tuple]:
@@ -264,17 +268,19 @@ class Kernel(NamedTuple):
 
     Attributes:
       run: (x, sites, precision) -> outputs, differentiable.
+      infer: the same where nobody differentiates, and quicker to trace.
       forward, backward: the two halves of its derivative rule, for `recompute`, which keeps the outputs and the third
         residual but not x; None where it has no rule.
     """
 
     run: Callable[[Array, Operands, Precision], Outputs]
+    infer: Callable[[Array, Operands, Precision], Outputs]
     forward: Callable[[Array, Operands, Precision], tuple[Outputs, tuple]] | None
     backward: Callable[[Precision, tuple, Outputs], tuple] | None
 
 
 KERNELS: dict[str, Kernel] = {
-    "factored": Kernel(factored, _factored_fwd, _factored_bwd),
-    "merged": Kernel(merged, _merged_fwd, _merged_bwd),
-    "plain": Kernel(plain, None, None),
+    "factored": Kernel(factored, plain, _factored_fwd, _factored_bwd),
+    "merged": Kernel(merged, _merged_waiting, _merged_fwd, _merged_bwd),
+    "plain": Kernel(plain, plain, None, None),
 }

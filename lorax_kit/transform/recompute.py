@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -22,15 +23,61 @@ from lorax_kit.transform.kernels import Kernel, Operands, Outputs, Precision, af
 
 # Elementwise operations, layout changes and reductions: cheap beside a product of what they give.
 CHEAP = frozenset(
-    "abs add add_any and atan2 broadcast_in_dim cbrt ceil clamp concatenate convert_element_type copy copy_p cos cosh "
-    "div dynamic_slice eq erf erf_inv erfc exp exp2 expand_dims expm1 floor ge gt integer_pow iota is_finite le log "
-    "log1p logistic lt max min mul ne neg not or pad pow real reduce_and reduce_max reduce_min reduce_or "
-    "reduce_precision reduce_sum rem reshape rev round rsqrt select_and_scatter_add select_n shift_left "
-    "shift_right_arithmetic shift_right_logical sign sin sinh slice split sqrt square squeeze stop_gradient sub "
-    "square tan tanh transpose xor bitcast_convert_type".split()
+    (
+        *(
+            "abs",
+            "add",
+            "add_any",
+            "and",
+            "atan2",
+            "cbrt",
+            "ceil",
+            "clamp",
+            "convert_element_type",
+            "cos",
+            "cosh",
+            "div",
+        ),
+        *(
+            "eq",
+            "erf",
+            "erf_inv",
+            "erfc",
+            "exp",
+            "exp2",
+            "expm1",
+            "floor",
+            "ge",
+            "gt",
+            "integer_pow",
+            "is_finite",
+            "le",
+        ),
+        *(
+            "log",
+            "log1p",
+            "logistic",
+            "lt",
+            "max",
+            "min",
+            "mul",
+            "ne",
+            "neg",
+            "not",
+            "or",
+            "pow",
+            "rem",
+            "round",
+            "rsqrt",
+        ),
+        *("select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt"),
+        *("square", "stop_gradient", "sub", "tan", "tanh", "xor", "bitcast_convert_type", "reduce_precision", "copy"),
+        *("broadcast_in_dim", "concatenate", "dynamic_slice", "expand_dims", "iota", "pad", "reshape", "rev", "slice"),
+        *("split", "squeeze", "transpose", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_sum"),
+    )
 )
-CALLS = frozenset("jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr".split())
-INLINED = frozenset("jit pjit closed_call core_call".split())
+INLINED = frozenset(("jit", "pjit", "closed_call", "core_call"))
+CALLS = INLINED | {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 Run = Callable[..., Any]
 
@@ -97,14 +144,12 @@ def blocks(jaxpr: Any, parameters: set[Any]) -> list[Block]:
             cuts |= {i, i + 1}
     anchors = [i for i, cost in enumerate(dear) if cost]
     # Where few bytes are alive between an anchor and the next: (bytes, place before which to cut).
-    narrow = [
-        min((alive[p], p) for p in range(i + 1, j + 1)) for i, j in zip(anchors, anchors[1:], strict=False)
-    ]
+    narrow = [min((alive[p], p) for p in range(i + 1, j + 1)) for i, j in pairwise(anchors)]
     for n, (size, place) in enumerate(narrow):
         if all(size <= narrow[m][0] for m in (n - 1, n + 1) if 0 <= m < len(narrow)):
             cuts.add(place)
     ends = sorted(cuts)
-    return [_block(jaxpr, eqns, dear, born, dies, i, j) for i, j in zip(ends, ends[1:], strict=False)]
+    return [_block(jaxpr, eqns, dear, born, dies, i, j) for i, j in pairwise(ends)]
 
 
 def _lives(jaxpr: Any, parameters: set[Any]) -> tuple[dict[Any, int], dict[Any, int]]:
@@ -150,7 +195,7 @@ def recomputed(fn: Callable[[Keep, Any, Any], Any], made: Any, held: Any) -> Any
       made: values of the program, formed by it.
       held: parameters and inputs, which are there anyway.
     """
-    keep = Keep(lambda run, *args: run(*args), lambda kernel, precision, x, sites: kernel.run(x, sites, precision))
+    keep = Keep(lambda run, *args: run(*args), lambda kernel, precision, x, sites: kernel.infer(x, sites, precision))
     return fn(keep, made, held)
 
 

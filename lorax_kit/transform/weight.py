@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.tree_util import Partial
 
 from lorax_kit.core.factors import Factors
@@ -241,8 +241,9 @@ def make_weight(site: Site, base: Any, factors: Factors, column: Array | None, s
 
     def spread(x: Array, axes: tuple[int, ...], lead: int) -> Array:
         order = sorted(range(len(axes)), key=axes.__getitem__)
-        x = jnp.transpose(x, (*range(lead), *(lead + i for i in order)))
-        return jnp.expand_dims(x, tuple(lead + i for i in range(len(site.shape)) if i not in axes))
+        if order != list(range(len(axes))):
+            x = jnp.transpose(x, (*range(lead), *(lead + i for i in order)))
+        return lax.expand_dims(x, tuple(lead + i for i in range(len(site.shape)) if i not in axes))
 
     stack = site.axes.stack
     return Weight(

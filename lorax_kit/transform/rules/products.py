@@ -146,7 +146,7 @@ def _operand(weight: Weight, at: Arrangement) -> Operand | None:
 
     def matrix(f: Array, mine: Dims, others: Dims) -> Array:
         order = (0, *(1 + d for d in (*at.batch, *mine, *others)))
-        return jnp.transpose(f, order).reshape(f.shape[0], *lead, prod(_sizes(weight.shape, mine)))
+        return lax.reshape(_transposed(f, order), (f.shape[0], *lead, prod(_sizes(weight.shape, mine))))
 
     assert weight.scale is not None
     return Operand(
@@ -159,8 +159,17 @@ def _operand(weight: Weight, at: Arrangement) -> Operand | None:
 
 def _matrix_of(w: Array, shape: Dims, at: Arrangement) -> Array:
     s, k, n = (prod(_sizes(shape, dims)) for dims in (at.batch, at.contract, at.free))
-    w = jnp.transpose(w, (*at.batch, *at.contract, *at.free))
-    return w.reshape(s, k, n) if at.batch else w.reshape(k, n)
+    w = _transposed(w, (*at.batch, *at.contract, *at.free))
+    return lax.reshape(w, (s, k, n) if at.batch else (k, n))
+
+
+def _as(x: Array, dtype: Any) -> Array:
+    return x if x.dtype == dtype else x.astype(dtype)
+
+
+def _transposed(x: Array, order: Dims) -> Array:
+    """Without an operation where there is nothing to do: a usual kernel is traced twice as fast."""
+    return x if order == tuple(range(x.ndim)) else lax.transpose(x, order)
 
 
 def _matrices(
@@ -171,7 +180,7 @@ def _matrices(
     products = [_product(weight, x, one) for weight, one in zip(weights, ats, strict=True)]
     s, m, k, _, _ = products[0]
     lead = (s,) if at.batch else ()
-    x3 = jnp.transpose(x, (*at.x_batch, *at.x_free, *at.x_contract)).reshape(*lead, m, k)
+    x3 = lax.reshape(_transposed(x, (*at.x_batch, *at.x_free, *at.x_contract)), (*lead, m, k))
     out_dtype, w_dtype = eqn.outvars[0].aval.dtype, weights[0].w.dtype
     dtype = jnp.dtype(ctx.compute_dtype or jnp.promote_types(x.dtype, w_dtype))
     how, why = ctx.select(products[0]._replace(outputs=sum(p.outputs for p in products)))
@@ -189,7 +198,7 @@ def _matrices(
         ctx.record(weight, one, 0 if own.left else 1, how=how, reason=why, product=product)
 
     precision = eqn.params["precision"]
-    cast = tuple(Operand(o.w, o.a.astype(dtype), o.b.astype(dtype), o.scale.astype(dtype)) for o in operands)
+    cast = tuple(Operand(o.w, *(_as(x, dtype) for x in o[1:])) for o in operands)
     if one_dtype and not dropout and weights[0].source is None:
         ys: Sequence[Array] = ctx.product(how, *alike(x3, cast), precision)
     else:
@@ -214,7 +223,8 @@ def _matrices(
 
 def _in_order(y: Array, weight: Weight, x: Array, at: Arrangement) -> Array:
     """(*S, M, N) in dot_general's order: batch, then the free dimensions of the left and of the right operand."""
-    y = y.reshape(*_sizes(weight.shape, at.batch), *_sizes(x.shape, at.x_free), *_sizes(weight.shape, at.free))
+    free = (*_sizes(x.shape, at.x_free), *_sizes(weight.shape, at.free))
+    y = lax.reshape(y, (*_sizes(weight.shape, at.batch), *free))
     if at.left:
         first, middle = len(at.batch), len(at.batch) + len(at.x_free)
         y = jnp.transpose(y, (*range(first), *range(middle, y.ndim), *range(first, middle)))
