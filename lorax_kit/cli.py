@@ -153,15 +153,30 @@ def evaluate(adapter: str, as_json: bool) -> None:
 @cli.command()
 @click.argument("model", default="minilm")
 @click.option("--spec", type=click.Path(exists=True, dir_okay=False), help="JSON of a Spec: show how each site runs.")
+@click.option(
+    "--quantise",
+    type=click.Choice(["int8", "int4", "nf4"]),
+    help="Show it over a base that keeps the adapted parameters in so many bits.",
+)
 @click.option("--tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens per example.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--html", type=click.Path(dir_okay=False), help="Write a picture of the parameter tree to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def inspect(model: str, spec: str | None, tokens: int, batch_size: int, html: str | None, as_json: bool) -> None:
+def inspect(
+    model: str,
+    spec: str | None,
+    quantise: str | None,
+    tokens: int,
+    batch_size: int,
+    html: str | None,
+    as_json: bool,
+) -> None:
     """List a model's parameters; with --spec, the sites it adapts, how each runs and why. MODEL may be an adapter."""
     from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
     from lorax_kit.workloads import inspect_model
 
+    if quantise is not None and spec is None:
+        raise click.UsageError("--quantise keeps the parameters that a spec adapts in few bits: give --spec, too.")
     if (Path(model) / "spec").is_dir():
         if html is not None:
             raise click.UsageError("--html draws a model's parameters; MODEL is an adapter.")
@@ -171,7 +186,7 @@ def inspect(model: str, spec: str | None, tokens: int, batch_size: int, html: st
         click.echo(json.dumps(facts, indent=2) if as_json else _adapter_text(facts))
         return
     text = None if spec is None else Path(spec).read_text(encoding="utf-8")
-    found, shown = inspect_model(model, text, batch_size, tokens)
+    found, shown = inspect_model(model, text, batch_size, tokens, quantise)
     if html is not None:
         from lorax_kit.report.parameters import write_parameters
 
@@ -237,25 +252,53 @@ def bench() -> None:
     show_default=True,
     help="What runs the sites; auto leaves it to the cost model.",
 )
+@click.option(
+    "--costs", type=click.Path(exists=True, dir_okay=False), help="What auto weighs: FILE of `bench calibrate`."
+)
 @click.option("--grid", is_flag=True, help="Many widths, lengths and ranks instead of the one given.")
 @click.option("--no-peer", is_flag=True, help="Leave out torch and PEFT even where they are installed.")
-@click.option("--out", type=click.Path(file_okay=False), help="Folder for steps.json and steps.csv.")
+@click.option(
+    "--out", type=click.Path(file_okay=False), help="Folder for the table (steps.json, steps.csv) and the plots."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
-def step(as_json: bool, grid: bool, no_peer: bool, out: str | None, **options: Any) -> None:
+def step(as_json: bool, grid: bool, no_peer: bool, out: str | None, costs: str | None, **options: Any) -> None:
     """One training step: full fine-tuning, naive LoRA, ours, and PEFT on torch where the interop extra is installed."""
     from lorax_kit.benchmarks import bench_grid, bench_step, table
     from lorax_kit.benchmarks.grid import write_rows
+    from lorax_kit.transform import Costs
 
+    shared: dict[str, Any] = {"peer": not no_peer, "costs": None if costs is None else Costs.read(costs)}
     if grid:
-        rows = bench_grid(out, rounds=options["rounds"], kernel=options["kernel"], peer=not no_peer)
+        rows = bench_grid(out, rounds=options["rounds"], kernel=options["kernel"], **shared)
     else:
-        rows = [bench_step(**options, peer=not no_peer)]
+        rows = [bench_step(**options, **shared)]
         if out is not None:
             write_rows(Path(out), rows)
     if as_json:
         _echo(rows)
     else:
         click.echo(table(rows))
+
+
+@bench.command()
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Alternating rounds per shape.")
+@click.option("--out", type=click.Path(dir_okay=False), help="Write the costs to this file, for `adapt(costs=...)`.")
+@click.option("--json", "as_json", is_flag=True, help="Print the costs and what they rest on as JSON.")
+def calibrate(rounds: int, out: str | None, as_json: bool) -> None:
+    """Measure what the forms of a low-rank product cost here: two minutes, for speed only, never needed."""
+    from lorax_kit.benchmarks import calibrate as measure
+    from lorax_kit.benchmarks.calibrate import calibration_table
+
+    found = measure(rounds=rounds)
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        _echo(found)
+    else:
+        click.echo(calibration_table(found))
+        for name in ("activation", "weight"):
+            click.echo(f"{name}: {found[name][0]:.3g} + {found[name][1]:.3g} r ns per entry")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import optax
 
 from lorax_kit.checkpoint.adapter import load_adapter, read_document, save_adapter
-from lorax_kit.core.errors import AdapterError, StudyError
+from lorax_kit.core.errors import AdapterError, PlanError, StudyError
 from lorax_kit.core.merge import merge, split
 from lorax_kit.core.paths import paths
+from lorax_kit.core.quantise import quantise
 from lorax_kit.core.spec import Full, LoRA, Spec
 from lorax_kit.models import BertClassifier, Tokenizer, classifier_params, load_bert
 from lorax_kit.study.problem import Problem
@@ -223,8 +224,13 @@ def train_adapter(
     }
 
 
-def inspect_model(source: str, spec: str | None, batch_size: int, tokens: int) -> tuple[dict[str, Any], str]:
-    """Parameters of a model, or with a spec (JSON text) how each site runs: as data, and as text."""
+def inspect_model(
+    source: str, spec: str | None, batch_size: int, tokens: int, method: str | None = None
+) -> tuple[dict[str, Any], str]:
+    """Parameters of a model, or with a spec (JSON text) how each site runs: as data, and as text.
+
+    With a `method` of `lk.quantise` the sites' own parameters are kept in few bits.
+    """
     pretrained = load_bert(source)
     model = BertClassifier(pretrained.config, num_classes=2)
     params = classifier_params(pretrained, 2, jax.random.key(0))
@@ -244,6 +250,10 @@ def inspect_model(source: str, spec: str | None, batch_size: int, tokens: int) -
 
     plan = resolve(Spec.from_json(spec), params, apply, shape, shape)
     base, factors = split(params, plan, jax.random.key(0))
+    if method is not None:
+        if not plan.sites:
+            raise PlanError("the spec adapts no parameter at low rank, so there is none to quantise.")
+        base = quantise(base, [site.path for site in plan.sites], method)
     found = explain(adapt(apply, plan), base, factors, shape, shape)
     full = [leaf.path for leaf in plan.full]
     return {"model": source, **found.to_dict(), "full": full, "parameters": rows}, str(found)

@@ -102,6 +102,26 @@ def test_inspect_lists_parameters_sites_and_adapters(finished, tmp_path, capsys)
     assert json.loads(capsys.readouterr().out)["meta"]["trial"] == printed["rows"][0]["trial"]
 
 
+@pytest.mark.parametrize(("method", "most"), [("int8", 0.27), ("int4", 0.15), ("nf4", 0.15)])
+def test_inspect_shows_the_bytes_of_a_quantised_base(method, most, tmp_path, capsys):
+    spec = tmp_path / "spec.json"
+    spec.write_text('{"rules": [["encoder/layer_{0,1}/**/kernel", {"rank": 8}]]}')
+    argv = ["inspect", "minilm", "--spec", spec, "--tokens", 16]
+    call(*argv, "--json")
+    plain = json.loads(capsys.readouterr().out)
+    call(*argv, "--json", "--quantise", method)
+    found = json.loads(capsys.readouterr().out)
+    assert plain["base_bytes"] == plain["full_bytes"] == found["full_bytes"] == 4 * 2 * (4 * 384**2 + 2 * 384 * 1536)
+    assert found["base_bytes"] == sum(site["base_bytes"] for site in found["sites"])
+    for site in found["sites"]:
+        codes, scales = site["full_bytes"] // 4, site["full_bytes"] // 4 // 64
+        assert site["base_bytes"] == codes // (1 if method == "int8" else 2) + scales + 8
+        assert site["base_bytes"] < most * site["full_bytes"]
+    assert found["materialised"] == []
+    call(*argv, "--quantise", method)
+    assert f"base of these sites: {found['base_bytes']:,} bytes" in capsys.readouterr().out
+
+
 def test_train_logs_epochs_and_its_adapter_evaluates_the_same(tmp_path, capsys, standard_promotion):
     call("train", "--out", tmp_path / "t", "--epochs", 2, "--steps-per-epoch", 2, "--target",
          "encoder/layer_5/attention/query/kernel", "--json")  # fmt: skip
@@ -154,6 +174,8 @@ BAD = [
     (["report", "{tmp}"], "is not a run folder"),
     (["inspect", "{tmp}/none"], "has no config.json"),
     (["inspect", "minilm", "--tokens", "1"], "is not in the range"),
+    (["inspect", "minilm", "--quantise", "nf4"], "give --spec"),
+    (["inspect", "minilm", "--quantise", "int3"], "'int3' is not one of"),
     (["train", "--out", "{tmp}/t", "--rank", "0"], "rank is 0"),
     (["train", "--out", "{tmp}/t", "--rank", "-3"], "rank is -3"),
     (["train", "--out", "{tmp}/t", "--lr", "nan"], "lr is nan"),

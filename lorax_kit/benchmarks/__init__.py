@@ -3,7 +3,8 @@
 Like `workloads`, this folder joins models, tasks and the toolkit; nothing else imports it but the command line.
 """
 
+from lorax_kit.benchmarks.calibrate import calibrate
 from lorax_kit.benchmarks.grid import GRID, bench_grid
 from lorax_kit.benchmarks.step import bench_step, table
 
-__all__ = ["GRID", "bench_grid", "bench_step", "table"]
+__all__ = ["GRID", "bench_grid", "bench_step", "calibrate", "table"]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jax import Array
 
 from lorax_kit.core.errors import PlanError
@@ -16,6 +17,7 @@ from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import Plan, Site
 from lorax_kit.core.quantised import Quantised, dense
 from lorax_kit.core.variant import variant
+from lorax_kit.transform.cost import Costs, measured_costs
 from lorax_kit.transform.interpret import Context
 from lorax_kit.transform.kernels import KERNELS
 from lorax_kit.transform.trace import run
@@ -31,6 +33,7 @@ class Adapted:
     kernel: str = "auto"
     trials: int = 1
     recompute: bool = True
+    costs: Costs | None = None
 
     def __call__(
         self, base: Params, factors: FactorTree, *args: Any, dropout_key: Array | None = None, **kwargs: Any
@@ -63,7 +66,11 @@ class Adapted:
             return self.fn(unflatten(leaves, treedef), *args, **kwargs), Context()
         recompute = self.recompute and self.kernel != "plain"  # forward mode has no use for it
         ctx = Context(
-            kernel=self.kernel, trials=self.trials, compute_dtype=self.plan.compute_dtype, recompute=recompute
+            kernel=self.kernel,
+            trials=self.trials,
+            compute_dtype=self.plan.compute_dtype,
+            costs=measured_costs(jax.default_backend()) if self.costs is None else self.costs,
+            recompute=recompute,
         )
         out = run(ctx, self.fn, leaves, treedef, weights, args, kwargs)
         unused = sites - {use.path for use in ctx.uses.values()}
@@ -86,7 +93,13 @@ def _weight(site: Site, w: Any, factors: Factors, key: Array | None) -> Weight:
 
 
 def adapt(
-    fn: Callable[..., Any], plan: Plan, *, kernel: str = "auto", trials: int = 1, recompute: bool = True
+    fn: Callable[..., Any],
+    plan: Plan,
+    *,
+    kernel: str = "auto",
+    trials: int = 1,
+    recompute: bool = True,
+    costs: Costs | None = None,
 ) -> Adapted:
     """Run any JAX function with low-rank parameters.
 
@@ -98,6 +111,8 @@ def adapt(
       trials: how many stacked trials a surrounding `vmap` runs; steers "auto".
       recompute: the backward pass keeps the results of products and forms the norms, activations and layout changes
         between them again: about half the temporary memory, at the same speed and FLOPs to a few per cent.
+      costs: what "auto" weighs, from `Costs.read(FILE)` (`lorax-kit bench calibrate`); default: those measured for the
+        kind of backend, or none in particular.
 
     Returns:
       `adapted(base, factors, *inputs, **kwargs)`, to be used under `jit`, `grad`, `vmap` like any function.
@@ -127,7 +142,7 @@ def adapt(
             "the function has a keyword dropout_key, which adapted functions keep for the dropout of their sites.\n"
             "  wrap it: lambda params, *inputs, key: fn(params, *inputs, dropout_key=key)"
         )
-    return Adapted(fn, plan, kernel, trials, recompute)
+    return Adapted(fn, plan, kernel, trials, recompute, costs)
 
 
 def _keywords(fn: Callable[..., Any]) -> set[str]:

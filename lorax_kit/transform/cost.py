@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lorax_kit.core.errors import PlanError
 
 
 class Product(NamedTuple):
@@ -16,19 +21,79 @@ class Product(NamedTuple):
     rank: int
 
 
-def choose(product: Product, trials: int) -> tuple[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What the two forms cost beyond the products they share, forward and backward, as a machine was measured.
+
+    Both forms multiply x and its cotangent by the base, and do four thin products for the factors. The factored form
+    then passes over the activations, M (K + N) entries: it adds a rank-r product to y and to dx. The merged form
+    passes twice over the weight, 2 K N entries: it adds a rank-r product to W, forward and again backward. So per
+    entry the costs are `c[0] + c[1] r` nanoseconds, with a pair for activations and one for weights; only their ratio
+    decides.
+
+    Attributes:
+      activation, weight: (ns per entry, ns per entry and rank).
+      device: where they were measured; "" for none in particular.
+    """
+
+    activation: tuple[float, float] = (1.0, 0.0)
+    weight: tuple[float, float] = (1.0, 0.0)
+    device: str = ""
+
+    def factored(self, product: Product) -> float:
+        """Nanoseconds of the factored form beyond what both share."""
+        s, m, k, n, r = product
+        return s * m * (k + n) * (self.activation[0] + self.activation[1] * r)
+
+    def merged(self, product: Product) -> float:
+        """Nanoseconds of the merged form beyond what both share."""
+        s, _, k, n, r = product
+        return s * 2 * k * n * (self.weight[0] + self.weight[1] * r)
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Costs:
+        """From a file of `lorax-kit bench calibrate --out`.
+
+        Raises:
+          PlanError: it is not such a file.
+        """
+        try:
+            data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+            (a0, a1), (w0, w1) = ((float(x) for x in data[name]) for name in ("activation", "weight"))
+            device = str(data["device"])
+        except (ValueError, KeyError, TypeError) as e:
+            raise PlanError(
+                f"{str(path)!r} holds no costs ({type(e).__name__}: {e}).\n"
+                "  measure them: lorax-kit bench calibrate --out FILE"
+            ) from None
+        if not all(0 <= x < float("inf") for x in (a0, a1, w0, w1)):
+            raise PlanError(f"{str(path)!r} has costs {(a0, a1)} and {(w0, w1)}; each must be a number of at least 0.")
+        return cls(activation=(a0, a1), weight=(w0, w1), device=device)
+
+
+NONE = Costs()
+MEASURED = {"cpu": NONE}
+
+
+def measured_costs(backend: str) -> Costs:
+    """Those that `lorax-kit bench calibrate` found for a kind of backend; equal ones where none was measured."""
+    return MEASURED.get(backend, NONE)
+
+
+def choose(product: Product, trials: int, costs: Costs) -> tuple[str, str]:
     """Pick "factored" or "merged", and say why.
 
-    With one trial, merging costs two passes over W (forward, and again backward), while the factored form
-    costs passes over the activations (add to y, add to dx) and thin products that run far below peak: merging
-    wins where 2 K N <= M (K + N) (measured at 384 and 768 wide on CPU: 0.82x against 0.91x of full
-    fine-tuning, 0.77x against 0.79x). With stacked trials merging would form one W per trial, where the factored
-    form multiplies all trials by the one shared W in a single product.
+    With stacked trials merging would form one W per trial, where the factored form multiplies all trials by the one
+    shared W in a single product.
     """
     _, m, k, n, _ = product
     if trials > 1:
         return "factored", f"{trials} stacked trials share one base product"
-    if 2 * k * n <= m * (k + n):
+    if costs.merged(product) <= costs.factored(product):
         return "merged", f"{m} tokens outweigh two passes over {k}x{n}"
     return "factored", f"{m} tokens are few against {k}x{n}"
 
@@ -41,14 +106,6 @@ def together(products: Sequence[Product], trials: int) -> bool:
     are joined, and not for few tokens. Stacked trials are rows of one product already.
     """
     return trials == 1 and products[0].tokens >= 64 and max(p.outputs for p in products) <= 256
-
-
-def forward_flops(product: Product, how: str) -> int:
-    """FLOPs of one forward use (a multiply-add counts as 2)."""
-    s, m, k, n, r = product
-    base = 2 * m * k * n
-    extra = {"factored": 2 * m * r * (k + n), "plain": 2 * m * r * (k + n)}.get(how, 2 * r * k * n)
-    return s * (base + extra)
 
 
 def step_flops(product: Product, how: str) -> tuple[int, int]:

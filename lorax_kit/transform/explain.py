@@ -22,7 +22,8 @@ class Row:
     """One use of one site.
 
     FLOPs count forward and backward of its products, adapted and in full fine-tuning; 0 where unknown. `params` and
-    `bytes` are those of the factors, `full_bytes` those of the parameter itself, each at the site's first use.
+    `bytes` are those of the factors, `full_bytes` those of the parameter itself, `base_bytes` those of the base as
+    it is held, quantised or not, each at the site's first use.
     """
 
     path: str
@@ -32,6 +33,7 @@ class Row:
     params: int
     bytes: int
     full_bytes: int
+    base_bytes: int
     primitive: str
     how: str
     reason: str
@@ -63,6 +65,7 @@ class Explanation:
             "full_flops": full,
             "bytes": sum(r.bytes for r in self.rows),
             "full_bytes": sum(r.full_bytes for r in self.rows),
+            "base_bytes": sum(r.base_bytes for r in self.rows),
             "flops_ratio": flops / full if full else None,
             "materialised": list(self.materialised),
         }
@@ -90,6 +93,9 @@ class Explanation:
                 f"forward and backward of these products: {facts['flops'] / 1e6:,.1f} MFLOP, "
                 f"{facts['flops_ratio']:.2f}x of full fine-tuning"
             )
+        if facts["base_bytes"] != facts["full_bytes"]:
+            ratio = facts["base_bytes"] / facts["full_bytes"]
+            lines.append(f"base of these sites: {facts['base_bytes']:,} bytes, {ratio:.3f}x of the parameters")
         share = self.trained_params / max(self.base_params, 1)
         lines.append(f"{self.trained_params:,} trained of {self.base_params:,} parameters ({share:.2%})")
         if self.materialised:
@@ -123,12 +129,13 @@ def explain(
 
     jax.eval_shape(trace, dict(factors), dynamic)
     rows, counted = [], set()
+    named, _ = flatten(base)
     sites = {site.path for site in adapted.plan.sites}
     for use in found:
         if use.path not in sites:  # a quantised parameter that nothing adapts
             continue
         site = adapted.plan.site(use.path)
-        leaves = jax.tree_util.tree_leaves(factors[use.path])
+        first = use.path not in counted
         flops = full = 0
         if use.product is not None and use.how != "lookup":
             flops, full = (use.repeats * n for n in step_flops(use.product, use.how))
@@ -138,9 +145,10 @@ def explain(
                 shape=site.shape,
                 variant=site.setting.variant,
                 rank=site.setting.rank,
-                params=0 if use.path in counted else sum(prod(x.shape) for x in leaves),
-                bytes=0 if use.path in counted else sum(nbytes(x.shape, x.dtype) for x in leaves),
-                full_bytes=0 if use.path in counted else nbytes(site.shape, site.dtype),
+                params=_entries(factors[use.path]) if first else 0,
+                bytes=_bytes(factors[use.path]) if first else 0,
+                full_bytes=nbytes(site.shape, site.dtype) if first else 0,
+                base_bytes=_bytes(named[use.path]) if first else 0,
                 primitive=use.primitive,
                 how=use.how,
                 reason="; ".join(filter(None, (use.reason, use.note))),
@@ -149,6 +157,14 @@ def explain(
             )
         )
         counted.add(use.path)
-    trained = sum(prod(x.shape) for x in jax.tree_util.tree_leaves(dict(factors)))
-    total = sum(prod(x.shape) for x in flatten(base)[0].values() if is_array(x))
+    trained = _entries(dict(factors))
+    total = sum(prod(x.shape) for x in named.values() if is_array(x))
     return Explanation(tuple(rows), trained, total)
+
+
+def _entries(tree: Any) -> int:
+    return sum(prod(x.shape) for x in jax.tree_util.tree_leaves(tree))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(nbytes(x.shape, x.dtype) for x in jax.tree_util.tree_leaves(tree))

@@ -15,9 +15,9 @@ import jax
 import jax.extend.core as jex
 
 from lorax_kit.core.plan import Axes
-from lorax_kit.transform.cost import Product, choose, together
+from lorax_kit.transform.cost import NONE, Costs, Product, choose, together
 from lorax_kit.transform.kernels import KERNELS, Operands, Outputs
-from lorax_kit.transform.recompute import Block, Keep, blocks, recomputed
+from lorax_kit.transform.recompute import INLINED, Block, Keep, blocks, products, recomputed
 from lorax_kit.transform.weight import Weight
 
 
@@ -53,6 +53,7 @@ class Context:
       kernel: the one wanted, or "auto".
       trials: how many stacked trials a surrounding vmap runs.
       compute_dtype: of the plan.
+      costs: of the forms, for "auto".
       repeats, note: for the uses recorded next.
       uses: the record.
       narrow: variable -> (shape, array): what was broadcast to it, and its shape with axes of size 1 where it was.
@@ -63,6 +64,7 @@ class Context:
     kernel: str = "auto"
     trials: int = 1
     compute_dtype: str | None = None
+    costs: Costs = NONE
     repeats: int = 1
     note: str = ""
     uses: dict[tuple[str, int, int], Use] = field(default_factory=dict)
@@ -112,7 +114,7 @@ class Context:
         """The kernel for a product, and why."""
         if self.kernel != "auto":
             return self.kernel, "asked for by adapt(kernel=...)"
-        return choose(product, self.trials)
+        return choose(product, self.trials, self.costs)
 
     def kept(self, run: Callable[..., Any], *args: Any) -> Any:
         """`run(*args)`, whose result a block keeps."""
@@ -205,7 +207,7 @@ def evaluate(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     if not ctx.recompute:
-        _run(ctx, jaxpr.eqns, env, frozenset())
+        _run(ctx, jaxpr.eqns, env, frozenset() if ctx.keep is None else products(jaxpr.eqns))
     else:
         given = set(env)
         for block in blocks(jaxpr, {v for v, x in env.items() if isinstance(x, Weight)}):
@@ -221,17 +223,21 @@ def _run_recomputed(ctx: Context, block: Block, env: dict[Any, Any], given: set[
     is_made = [v not in given and not isinstance(env[v], Weight) for v in block.reads]
     narrow = {v: ctx.narrow[v][0] for v in block.reads if v in ctx.narrow}
 
+    trees: list[Any] = []  # of the results: a weight among them holds other functions each time
+
     def fn(keep: Keep, made: list[Any], held: tuple[list[Any], list[Any]]) -> list[Any]:
         queues = iter(made), iter(held[0])
         own = {v: next(queues[0] if m else queues[1]) for v, m in zip(block.reads, is_made, strict=True)}
         spread = {v: (shape, x) for (v, shape), x in zip(narrow.items(), held[1], strict=True)}
         _run(replace(ctx, recompute=False, keep=keep, narrow=spread), block.eqns, own, block.kept)
-        return [own[v] for v in block.writes]
+        leaves, tree = jax.tree.flatten([own[v] for v in block.writes])
+        trees.append(tree)
+        return leaves
 
     made = [env[v] for v, m in zip(block.reads, is_made, strict=True) if m]
     held = [env[v] for v, m in zip(block.reads, is_made, strict=True) if not m]
     out = recomputed(fn, made, (held, [ctx.narrow[v][1] for v in narrow]))
-    env.update(zip(block.writes, out, strict=True))
+    env.update(zip(block.writes, jax.tree.unflatten(trees[-1], out), strict=True))
 
 
 def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset[int]) -> None:
@@ -252,9 +258,11 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
         return bind(eqn, values)
 
     def run(eqn: Any) -> None:
-        values = [read(v) for v in eqn.invars]
-        by_rule = eqn.primitive.name in KEEPS and any(isinstance(x, Weight) for x in values)
-        if id(eqn) in kept and not by_rule:
+        values, name = [read(v) for v in eqn.invars], eqn.primitive.name
+        by_rule = name in KEEPS and any(isinstance(x, Weight) for x in values)
+        if id(eqn) in kept and name in INLINED:
+            out = RULES[name](ctx, eqn, values)
+        elif id(eqn) in kept and not by_rule:
             out = ctx.kept(lambda *values: apply(eqn, list(values)), *values)
         else:
             out = apply(eqn, values)
@@ -272,7 +280,7 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
     for eqn in eqns:
         if id(eqn) in groups:
             run_together(groups.pop(id(eqn)))
-        if not all(v in env for v in eqn.outvars):
+        if not eqn.outvars or not all(v in env for v in eqn.outvars):  # without outputs: a print
             run(eqn)
 
 

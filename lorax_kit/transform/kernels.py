@@ -180,7 +180,7 @@ def _scaled(x: Array, scale: Array) -> Array:
 
 
 def after(x: Array, values: Any) -> Any:
-    """The float arrays of a tree, which XLA can compute only once it has `x`; what else it holds as it is.
+    """The arrays of a tree, which XLA can compute only once it has `x`; random keys and what is no array as they are.
 
     Sums and restored weights depend on parameters alone: XLA would form those of all layers at the start, and reuse
     the forward pass's in the backward pass, so that a second copy of the base lives in between. Its barriers are
@@ -190,7 +190,7 @@ def after(x: Array, values: Any) -> Any:
     never = lax.bitwise_and(lax.ne(entry, entry), lax.eq(lax.abs(entry), lax.full_like(entry, jnp.inf)))
 
     def wait(value: Any) -> Any:
-        if not isinstance(value, Array) or not jnp.issubdtype(value.dtype, jnp.inexact):
+        if not isinstance(value, Array) or jnp.issubdtype(value.dtype, jax.dtypes.extended):
             return value
         return lax.select(never, lax.full_like(value, 0), value)
 
@@ -280,7 +280,7 @@ class Kernel(NamedTuple):
 
 
 KERNELS: dict[str, Kernel] = {
-    "factored": Kernel(factored, plain, _factored_fwd, _factored_bwd),
+    "factored": Kernel(factored, lambda *args: _factored_fwd(*args)[0], _factored_fwd, _factored_bwd),
     "merged": Kernel(merged, _merged_waiting, _merged_fwd, _merged_bwd),
     "plain": Kernel(plain, plain, None, None),
 }

@@ -8,6 +8,7 @@ cotangent reaches the block. No product runs twice, unlike under `jax.checkpoint
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -124,6 +125,11 @@ def _dear(eqn: Any) -> int:
     return within if within == 0 or eqn.primitive.name in INLINED else 2
 
 
+def products(eqns: Sequence[Any]) -> frozenset[int]:
+    """Ids of the equations that are kept: those that run one product, or another operation that is not cheap."""
+    return frozenset(id(eqn) for eqn in eqns if _dear(eqn) == 1)
+
+
 def blocks(jaxpr: Any, parameters: set[Any]) -> list[Block]:
     """Cut a jaxpr where fewer bytes are alive than at the neighbouring places between two products.
 
@@ -133,7 +139,7 @@ def blocks(jaxpr: Any, parameters: set[Any]) -> list[Block]:
     """
     eqns = list(jaxpr.eqns)
     dear = [_dear(eqn) for eqn in eqns]
-    born, dies = _lives(jaxpr, parameters)
+    born, dies, still = _lives(jaxpr, parameters)
     alive = [0] * (len(eqns) + 1)
     for v, i in born.items():
         for place in range(i + 1, dies.get(v, i) + 1):
@@ -143,17 +149,25 @@ def blocks(jaxpr: Any, parameters: set[Any]) -> list[Block]:
         if cost > 1:
             cuts |= {i, i + 1}
     anchors = [i for i, cost in enumerate(dear) if cost]
-    # Where few bytes are alive between an anchor and the next: (bytes, place before which to cut).
-    narrow = [min((alive[p], p) for p in range(i + 1, j + 1)) for i, j in pairwise(anchors)]
+    # Where few bytes are alive between an anchor and the next: (bytes, place before which to cut). Not between those
+    # that read the same value (q, k and v), which may run as one.
+    narrow = [
+        (math.inf, j) if _read(eqns[i]) & _read(eqns[j]) - still else min((alive[p], p) for p in range(i + 1, j + 1))
+        for i, j in pairwise(anchors)
+    ]
     for n, (size, place) in enumerate(narrow):
-        if all(size <= narrow[m][0] for m in (n - 1, n + 1) if 0 <= m < len(narrow)):
+        if size < math.inf and all(size <= narrow[m][0] for m in (n - 1, n + 1) if 0 <= m < len(narrow)):
             cuts.add(place)
     ends = sorted(cuts)
     return [_block(jaxpr, eqns, dear, born, dies, i, j) for i, j in pairwise(ends)]
 
 
-def _lives(jaxpr: Any, parameters: set[Any]) -> tuple[dict[Any, int], dict[Any, int]]:
-    """Computed variable -> its equation; variable -> the last that reads it. Layouts of parameters do not count."""
+def _read(eqn: Any) -> set[Any]:
+    return {v for v in eqn.invars if not isinstance(v, jex.Literal)}
+
+
+def _lives(jaxpr: Any, parameters: set[Any]) -> tuple[dict[Any, int], dict[Any, int], set[Any]]:
+    """Computed variable -> its equation; variable -> the last that reads it; parameters in any layout, not computed."""
     still = set(parameters)
     born: dict[Any, int] = {}
     dies: dict[Any, int] = {}
@@ -165,12 +179,12 @@ def _lives(jaxpr: Any, parameters: set[Any]) -> tuple[dict[Any, int], dict[Any, 
         else:
             born.update(dict.fromkeys(eqn.outvars, i))
     dies.update({v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, jex.Literal)})
-    return born, dies
+    return born, dies, still
 
 
 def _block(jaxpr: Any, eqns: list[Any], dear: list[int], born: Any, dies: Any, first: int, end: int) -> Block:
     own = eqns[first:end]
-    made = {v for eqn in own for v in eqn.outvars}
+    made = dict.fromkeys(v for eqn in own for v in eqn.outvars)  # in order: programs are the same each time
     read = dict.fromkeys(v for eqn in own for v in eqn.invars if not isinstance(v, jex.Literal))
     costs = dear[first:end]
     return Block(

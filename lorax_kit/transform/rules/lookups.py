@@ -16,7 +16,7 @@ from lorax_kit.transform.interpret import Context, bind, rule
 from lorax_kit.transform.weight import Weight
 
 
-@rule("gather")
+@rule("gather", keeps=True)
 def gather(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     """Whole slices looked up along one axis.
 
@@ -50,7 +50,6 @@ def gather(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
         return [_looked_up(eqn, weight, indices, axis)]
     if along == [False, False] and weight.shape[axis] > 1:
         return "a lookup along an axis it was broadcast to"
-    found = _looked_up(eqn, weight, indices, axis)
     down, up = (a, b) if along[0] else (b, a)
     product = Product(
         1, prod(indices.shape[:-1]), weight.shape[axis], prod(weight.shape) // weight.shape[axis], a.shape[0]
@@ -61,8 +60,13 @@ def gather(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
         reason = "only the rows looked up are multiplied"
     ctx.record(weight, eqn, 0, how="lookup", reason=reason, product=product)
     dtype = jnp.dtype(ctx.compute_dtype or weight.w.dtype)
-    y = found.w + found.update(dtype).astype(found.w.dtype)
-    return [y if found.column is None else y * found.column.astype(y.dtype)]
+
+    def rows(weight: Weight, indices: Array) -> Array:
+        found = _looked_up(eqn, weight, indices, axis)
+        y = found.w + found.update(dtype).astype(found.w.dtype)
+        return y if found.column is None else y * found.column.astype(y.dtype)
+
+    return [ctx.kept(rows, weight, indices)]
 
 
 def _looked_up(eqn: Any, weight: Weight, indices: Array, axis: int) -> Weight:

@@ -1,0 +1,112 @@
+"""Measures what the two forms of a low-rank product cost on this machine, for the cost model of `lk.adapt`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product as combinations
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.optimize import nnls
+from tqdm import tqdm
+
+from lorax_kit.transform.cost import Costs, Product, choose
+from lorax_kit.transform.kernels import KERNELS, Operand
+
+# (tokens, inputs, outputs) around where either form begins to pay, and clear cases of both.
+SHAPES = (
+    *((256, 384, 384), (1024, 384, 384), (512, 384, 1536), (1024, 1536, 384), (4096, 256, 256)),
+    *((512, 768, 768), (1024, 768, 3072), (256, 1024, 1024), (2048, 1024, 1024), (256, 2048, 2048)),
+)
+RANKS = (1, 8, 64)
+
+
+def calibrate(*, rounds: int, progress: bool = True) -> dict[str, Any]:
+    """Times both forms, forward and backward, over shapes and ranks, in alternation, and fits `Costs` to them.
+
+    The difference of the two forms is linear in the costs (`lk.transform.Costs`); least squares with no cost below 0,
+    each shape weighted by its own time, so that a small product counts as much as a large one.
+
+    Returns:
+      The costs, and per shape its medians in ms, what the costs choose, and `regret`: time of the choice over the best.
+    """
+    rows: list[dict[str, Any]] = []
+    for (m, k, n), r in tqdm(list(combinations(SHAPES, RANKS)), desc="calibrate", disable=not progress):
+        runs = {how: _form(how, m, k, n, r) for how in ("factored", "merged")}
+        times: dict[str, list[float]] = {how: [] for how in runs}
+        for _ in range(rounds):
+            for how, run in runs.items():
+                began = perf_counter()
+                run()
+                times[how].append(1e3 * (perf_counter() - began))
+        medians = {f"{how}_ms": median(found) for how, found in times.items()}
+        rows.append({"tokens": m, "inputs": k, "outputs": n, "rank": r, **medians})
+    costs = _fit(rows)
+    for row in rows:
+        shape = Product(1, row["tokens"], row["inputs"], row["outputs"], row["rank"])
+        row["choice"] = choose(shape, 1, costs)[0]
+        row["regret"] = row[f"{row['choice']}_ms"] / min(row["factored_ms"], row["merged_ms"])
+    return {
+        "activation": list(costs.activation),
+        "weight": list(costs.weight),
+        "device": costs.device,
+        "backend": jax.default_backend(),
+        "rounds": rounds,
+        "worst_regret": max(row["regret"] for row in rows),
+        "shapes": rows,
+    }
+
+
+def _form(how: str, m: int, k: int, n: int, r: int) -> Callable[[], None]:
+    """A compiled forward and backward pass of one product, run once."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    x, w, a, b, g = (
+        jax.random.normal(key, shape) for key, shape in zip(keys, ((m, k), (k, n), (r, k), (r, n), (m, n)), strict=True)
+    )
+
+    def both(x: Any, w: Any, a: Any, b: Any, g: Any) -> Any:
+        def forward(x: Any, a: Any, b: Any) -> Any:
+            return KERNELS[how].run(x, (Operand(w, a, b, jnp.float32(0.5)),), None)[0]
+
+        y, back = jax.vjp(forward, x, a, b)
+        return y, back(g)
+
+    compiled = jax.jit(both).lower(x, w, a, b, g).compile()
+
+    def run() -> None:
+        jax.block_until_ready(compiled(x, w, a, b, g))
+
+    run()
+    return run
+
+
+def _fit(rows: list[dict[str, Any]]) -> Costs:
+    """Costs whose difference comes closest to the measured one."""
+
+    def terms(row: dict[str, Any]) -> list[float]:
+        m, k, n, r = (row[name] for name in ("tokens", "inputs", "outputs", "rank"))
+        return [m * (k + n), m * (k + n) * r, -2 * k * n, -2 * k * n * r]
+
+    weight = 1 / np.array([row["factored_ms"] + row["merged_ms"] for row in rows])
+    difference = 1e6 * np.array([row["factored_ms"] - row["merged_ms"] for row in rows])  # ns
+    found, _ = nnls(np.array([terms(row) for row in rows]) * weight[:, None], difference * weight)
+    a0, a1, w0, w1 = (float(x) for x in found)
+    return Costs(activation=(a0, a1), weight=(w0, w1), device=jax.devices()[0].device_kind)
+
+
+def calibration_table(found: dict[str, Any]) -> str:
+    """The measured shapes as aligned text."""
+    head = ("tokens", "inputs", "outputs", "rank", "factored_ms", "merged_ms", "choice", "regret")
+    lines = [
+        head,
+        *(
+            tuple(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in head)
+            for row in found["shapes"]
+        ),
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
