@@ -1,8 +1,11 @@
 """LoRA r=8 on every encoder kernel of MiniLM over a base of 32, 8 and 4 bits: bytes and losses, 3 paired seeds.
 
 Command:   python experiments/quantised_base.py
-Hardware:  2 CPU cores; TIME
-Result:    TABLE
+Hardware:  2 CPU cores, 15 minutes measured beside other work; one compilation per base
+Result:    kernels and word embedding in 0.254x (int8) and 0.129x (int4, NF4) of their fp32 bytes. Mean training loss of
+           the last 20 steps and validation loss, against fp32: int8 +0.05 % and +0.02 %, int4 +1.8 % and +1.8 %,
+           NF4 +1.8 % and +1.2 %. Means of seeds: the worst single one is +2.7 % (int4), +2.4 % (NF4).
+           Test accuracy 0.811 (fp32), 0.809, 0.797, 0.808: 1,066 reviews, a standard error of 1.2 points.
 Writes:    runs/quantised_base/results.json
 """
 
