@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -27,8 +29,8 @@ class Model(NamedTuple):
     fn: Any
     inputs: tuple[Any, ...]
     rule: str = "*"
-    setting: dict[str, Any] = {}
-    spec: dict[str, Any] = {}
+    setting: Mapping[str, Any] = MappingProxyType({})
+    spec: Mapping[str, Any] = MappingProxyType({})
     key: Any = None
 
 
@@ -149,7 +151,6 @@ def half(x):
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16), x)
 
 
-WIDE = {"q": draw(0, 6, 6), "k": draw(1, 6, 6), "v": draw(2, 6, 6), "out": draw(3, 6, 6)}
 MODELS = {
     "mlp": Model(MLP, mlp, (X,)),
     "mlp, dora": Model(MLP, mlp, (X,), setting={"variant": "dora"}),
