@@ -8,7 +8,6 @@ cotangent reaches the block. No product runs twice, unlike under `jax.checkpoint
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -149,14 +148,13 @@ def blocks(jaxpr: Any, parameters: set[Any]) -> list[Block]:
         if cost > 1:
             cuts |= {i, i + 1}
     anchors = [i for i, cost in enumerate(dear) if cost]
-    # Where few bytes are alive between an anchor and the next: (bytes, place before which to cut). Not between those
-    # that read the same value (q, k and v), which may run as one.
-    narrow = [
-        (math.inf, j) if _read(eqns[i]) & _read(eqns[j]) - still else min((alive[p], p) for p in range(i + 1, j + 1))
-        for i, j in pairwise(anchors)
-    ]
-    for n, (size, place) in enumerate(narrow):
-        if size < math.inf and all(size <= narrow[m][0] for m in (n - 1, n + 1) if 0 <= m < len(narrow)):
+    # Where few bytes are alive between an anchor and the next, and at both ends: (bytes, place before which to cut).
+    # Never between those that read the same value (q, k and v), which may run as one.
+    pairs = [(i, j) for i, j in pairwise(anchors) if not _read(eqns[i]) & _read(eqns[j]) - still]
+    narrow = [min((alive[p], p) for p in range(i + 1, j + 1)) for i, j in pairs]
+    narrow = [(0, 0), *narrow, (alive[-1], len(eqns))]
+    for before, (size, place), behind in zip(narrow, narrow[1:], narrow[2:], strict=False):
+        if size <= min(before[0], behind[0]):
             cuts.add(place)
     ends = sorted(cuts)
     return [_block(jaxpr, eqns, dear, born, dies, i, j) for i, j in pairwise(ends)]
