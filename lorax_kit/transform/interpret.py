@@ -8,17 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from math import prod
 from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
+from jax import Array
 
 from lorax_kit.core.plan import Axes
 from lorax_kit.transform.cost import NONE, Costs, Product, choose, together
 from lorax_kit.transform.kernels import KERNELS, Operands, Outputs
 from lorax_kit.transform.recompute import INLINED, Block, Keep, blocks, products, recomputed
 from lorax_kit.transform.weight import Weight
+
+UNDROPPED = frozenset(("lookup", "materialised"))
+"""How a parameter is used where no input meets it, so that its site's dropout has nothing to drop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +98,7 @@ class Context:
         """
         name = eqn if isinstance(eqn, str) else eqn.primitive.name
         total = sum(prod(part.shape) for part in weight.parts)
+        undropped = "dropout has no input to act on here" if weight.key is not None and how in UNDROPPED else ""
         for part in weight.parts:
             share = None
             if product is not None:
@@ -107,8 +114,12 @@ class Context:
                 axes=table if dims is None else part.axes(*dims),
                 product=share,
                 repeats=self.repeats,
-                note=self.note,
+                note="; ".join(filter(None, (undropped, self.note))),
             )
+
+    def update_dtype(self, *operands: Array) -> Any:
+        """What a low-rank update is computed in: the plan's dtype, or the one that holds all operands."""
+        return jnp.dtype(self.compute_dtype or reduce(jnp.promote_types, (x.dtype for x in operands)))
 
     def select(self, product: Product) -> tuple[str, str]:
         """The kernel for a product, and why."""
@@ -320,7 +331,7 @@ def _watched(ctx: Context, eqn: Any, operand: int, x: Any) -> Any:
 def _narrow(eqn: Any, x: Any) -> Any:
     """What `broadcast_in_dim` spreads, with axes of size 1 where it is spread: (shape, array)."""
     shape = [1] * len(eqn.params["shape"])
-    for d, n in zip(eqn.params["broadcast_dimensions"], jax.numpy.shape(x), strict=True):
+    for d, n in zip(eqn.params["broadcast_dimensions"], jnp.shape(x), strict=True):
         shape[d] = n
     return (tuple(shape), x)
 

@@ -201,6 +201,14 @@ class Weight:
         column = None if self.column is None else change(self.column, 0)
         return self.rebased(base, parts=parts, a=a, b=b, column=column)
 
+    def dropped(self, x: Array) -> Array:
+        """`x` as the low-rank path reads it: after inverted dropout, or as it is where the weight has no key."""
+        if self.key is None:
+            return x
+        rate = self.parts[0].dropout
+        keep = jax.random.bernoulli(self.key, 1.0 - rate, x.shape)
+        return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
     def update(self, dtype: Any) -> Array:
         """scale * sum_r a[r] * b[r], of the shape of `w` (or 1 along dimensions that neither factor varies with)."""
         a, b = self.factors()

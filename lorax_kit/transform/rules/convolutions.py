@@ -39,11 +39,11 @@ def conv_general_dilated(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] |
     column = weight.column
     if column is not None and weight.owned(column, 0) - {out}:
         return "magnitudes vary along the inputs of a convolution"
-    dtype = jnp.dtype(ctx.compute_dtype or jnp.promote_types(x.dtype, weight.w.dtype))
+    dtype = ctx.update_dtype(x, weight.w)
     rank, outputs = down.shape[0], weight.shape[out]
     kernel = jnp.moveaxis(jnp.squeeze(down, 1 + out), 0, out).astype(dtype)
     u = lax.conv_general_dilated(
-        x.astype(dtype),
+        weight.dropped(x.astype(dtype)),
         jnp.concatenate([kernel] * groups, out),
         p["window_strides"],
         p["padding"],

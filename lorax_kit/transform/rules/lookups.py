@@ -59,7 +59,7 @@ def gather(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     else:
         reason = "only the rows looked up are multiplied"
     ctx.record(weight, eqn, 0, how="lookup", reason=reason, product=product)
-    dtype = jnp.dtype(ctx.compute_dtype or weight.w.dtype)
+    dtype = ctx.update_dtype(weight.w)
 
     def rows(weight: Weight, indices: Array) -> Array:
         found = _looked_up(eqn, weight, indices, axis)

@@ -7,7 +7,6 @@ from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.tree_util import Partial
@@ -48,15 +47,6 @@ def _arranged(eqn: Any, args: Sequence[Any]) -> tuple[Weight, Array, Arrangement
     free = tuple(d for d in range(weight.w.ndim) if d not in (*contract, *own))
     x_free = tuple(d for d in range(x.ndim) if d not in (*x_contract, *other))
     return weight, x, Arrangement(contract, own, free, x_contract, other, x_free, left)
-
-
-def _drop(x: Array, weight: Weight) -> Array:
-    """Inverted dropout on the input of the low-rank path; a weight without a key is being evaluated."""
-    if weight.key is None:
-        return x
-    rate = weight.parts[0].dropout
-    keep = jax.random.bernoulli(weight.key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
 @rule("dot_general", keeps=True)
@@ -182,7 +172,7 @@ def _matrices(
     lead = (s,) if at.batch else ()
     x3 = lax.reshape(_transposed(x, (*at.x_batch, *at.x_free, *at.x_contract)), (*lead, m, k))
     out_dtype, w_dtype = eqn.outvars[0].aval.dtype, weights[0].w.dtype
-    dtype = jnp.dtype(ctx.compute_dtype or jnp.promote_types(x.dtype, w_dtype))
+    dtype = ctx.update_dtype(x, weights[0].w)
     how, why = ctx.select(products[0]._replace(outputs=sum(p.outputs for p in products)))
     dropout = weights[0].key is not None
     one_dtype = dtype == x.dtype == w_dtype == out_dtype
@@ -210,7 +200,7 @@ def _matrices(
 
         def apart(x3: Array, cast: Operands, weights: list[Weight]) -> list[Array]:
             bare = tuple(o._replace(w=jnp.zeros((0,), dtype)) for o in cast)
-            dropped = _drop(x3.astype(dtype), weights[0])
+            dropped = weights[0].dropped(x3.astype(dtype))
             updates = (plain_updates if how == "plain" else lowrank_updates)(*alike(dropped, bare), precision)
             return [
                 weight.used(Partial(partial(base, shape=weight.shape, own=own)), x3, how) + update.astype(out_dtype)
@@ -238,7 +228,7 @@ def _einsum(ctx: Context, eqn: Any, weight: Weight, x: Array, at: Arrangement) -
     of_x = {d: next(letters) for d in at.x_free}
     of_x |= dict(zip((*at.x_contract, *at.x_batch), (of_w[d] for d in (*at.contract, *at.batch)), strict=True))
     out = eqn.outvars[0].aval
-    dtype = jnp.dtype(ctx.compute_dtype or jnp.promote_types(x.dtype, weight.w.dtype))
+    dtype = ctx.update_dtype(x, weight.w)
     first, second = sorted(weight.factors(), key=lambda f: -len(weight.owned(f) & set(at.contract)))
 
     def named(f: Array) -> tuple[str, Array]:
@@ -250,7 +240,7 @@ def _einsum(ctx: Context, eqn: Any, weight: Weight, x: Array, at: Arrangement) -
     mine, theirs = [of_w[d] for d in at.free], [of_x[d] for d in at.x_free]
     wanted = [*(of_w[d] for d in at.batch), *(mine + theirs if at.left else theirs + mine)]
     kept = "".join(c for c in dict.fromkeys(ins + one) if c in wanted or c in two)
-    dropped = _drop(x.astype(dtype), weight)
+    dropped = weight.dropped(x.astype(dtype))
     precision = eqn.params["precision"]
     u = jnp.einsum(f"{ins},{one}->{kept}", dropped, first, precision=precision) * jnp.asarray(weight.scale, dtype)
     # A dimension that only the base varies with: the update is the same all along it.
@@ -283,11 +273,11 @@ def ragged_dot(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
         return "the plan's inputs and outputs are not those of the ragged product"
     if weight.column is not None:
         return "magnitudes of experts in a ragged product"
-    dtype = jnp.dtype(ctx.compute_dtype or jnp.promote_types(x.dtype, weight.w.dtype))
+    dtype = ctx.update_dtype(x, weight.w)
     down, up = sides[0][..., 0], sides[1][:, :, 0]
     product = Product(1, x.shape[0], weight.shape[1], weight.shape[2], down.shape[0])
     ctx.record(weight, eqn, 1, how="factored", reason="by expert", product=product)
-    dropped = _drop(x.astype(dtype), weight)
+    dropped = weight.dropped(x.astype(dtype))
     precision = eqn.params["precision"]
     u = lax.ragged_dot(dropped, jnp.transpose(down, (1, 2, 0)).astype(dtype), sizes, precision=precision)
     up = jnp.transpose(up, (1, 0, 2)).astype(dtype)
