@@ -21,7 +21,7 @@ from lorax_kit.transform.cost import Costs, measured_costs
 from lorax_kit.transform.interpret import Context
 from lorax_kit.transform.kernels import KERNELS
 from lorax_kit.transform.trace import run
-from lorax_kit.transform.weight import Weight, frozen_weight, make_weight
+from lorax_kit.transform.weight import Source, Weight, frozen_weight, make_weight
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ class Adapted:
         return out, ctx
 
 
-def _weight(site: Site, w: Any, factors: Factors, key: Array | None) -> Weight:
+def _weight(site: Site, base: Any, factors: Factors, key: Array | None) -> Weight:
+    w = dense(base)
     scale = site.scale if factors.scale is None else factors.scale
     column_scale = variant(site.setting.variant).column_scale
-    dropped = key is not None and site.setting.dropout > 0
-    column = None if column_scale is None else column_scale(site, dense(w), factors, scale)
-    return make_weight(
-        site, w, factors, column, scale, site_key(key, site.path) if dropped and key is not None else None
-    )
+    own = site_key(key, site.path) if key is not None and site.setting.dropout > 0 else None
+    column = None if column_scale is None else column_scale(site, w, factors, scale)
+    source = Source(base) if isinstance(base, Quantised) else None
+    return make_weight(site, w, source, factors, column, scale, own)
 
 
 def adapt(

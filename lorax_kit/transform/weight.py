@@ -22,7 +22,7 @@ from jax.tree_util import Partial
 
 from lorax_kit.core.factors import Factors
 from lorax_kit.core.plan import Axes, Site
-from lorax_kit.core.quantised import Quantised, dense
+from lorax_kit.core.quantised import Quantised
 from lorax_kit.transform.kernels import after
 
 
@@ -237,11 +237,19 @@ class Weight:
         return total.astype(self.w.dtype)
 
 
-def make_weight(site: Site, base: Any, factors: Factors, column: Array | None, scale: Any, key: Array | None) -> Weight:
+def make_weight(
+    site: Site,
+    w: Array,
+    source: Source | None,
+    factors: Factors,
+    column: Array | None,
+    scale: Any,
+    key: Array | None,
+) -> Weight:
     """The weight of a site, in the parameter's own layout.
 
     Args:
-      base: an array, or a `Quantised` one.
+      w, source: the base, and where it comes from if it is quantised.
       column: (*stack, *out), or None.
       scale: replaces the site's.
       key: random key for dropout, or None.
@@ -256,8 +264,8 @@ def make_weight(site: Site, base: Any, factors: Factors, column: Array | None, s
     stack = site.axes.stack
     return Weight(
         parts=(whole(site.path, site.shape, dropout=site.setting.dropout),),
-        w=dense(base),
-        source=Source(base) if isinstance(base, Quantised) else None,
+        w=w,
+        source=source,
         a=spread(factors.a, (*stack, *site.axes.inputs), 1),
         b=spread(factors.b, (*stack, *site.axes.outputs), 1),
         column=None if column is None else spread(column, (*stack, *site.axes.outputs), 0),

@@ -125,6 +125,19 @@ def test_no_restored_matrix_lives_from_the_forward_to_the_backward_pass():
     assert temporaries < 5 * nbytes(params["w0"])
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_outside_jit_a_site_restores_its_matrix_once_beside_its_product(variant, monkeypatch):
+    """DoRA's norms read the matrix, too: the same one."""
+    fn = lambda p, x: jnp.tanh(x @ p["w"])  # noqa: E731
+    plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=2, variant=variant)}), {"w": W}, fn, X)
+    base, factors = lk.split({"w": W}, plan, jax.random.key(0))
+    base = lk.quantise(base, ["w"])
+    restored, restore = [], Quantised.restore
+    monkeypatch.setattr(Quantised, "restore", lambda self: restored.append(self) or restore(self))
+    lk.adapt(fn, plan)(base, factors, X)
+    assert len(restored) == 2
+
+
 def test_training_over_four_bits_comes_close_to_the_fp32_base(standard_promotion):
     rng = np.random.default_rng(0)
     params = {"u": W, "v": jnp.asarray(rng.normal(size=(384, 10)) / 20, jnp.float32)}
