@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product as combinations
 from statistics import median
 from time import perf_counter
@@ -25,17 +25,23 @@ SHAPES = (
 RANKS = (1, 8, 64)
 
 
-def calibrate(*, rounds: int, progress: bool = True) -> dict[str, Any]:
+def calibrate(
+    *,
+    rounds: int,
+    shapes: Sequence[tuple[int, int, int]] = SHAPES,
+    ranks: Sequence[int] = RANKS,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Times both forms, forward and backward, over shapes and ranks, in alternation, and fits `Costs` to them.
 
-    The difference of the two forms is linear in the costs (`lk.transform.Costs`); least squares with no cost below 0,
+    The difference of the two forms is linear in the costs (`transform.Costs`); least squares with no cost below 0,
     each shape weighted by its own time, so that a small product counts as much as a large one.
 
     Returns:
       The costs, and per shape its medians in ms, what the costs choose, and `regret`: time of the choice over the best.
     """
     rows: list[dict[str, Any]] = []
-    for (m, k, n), r in tqdm(list(combinations(SHAPES, RANKS)), desc="calibrate", disable=not progress):
+    for (m, k, n), r in tqdm(list(combinations(shapes, ranks)), desc="calibrate", disable=not progress):
         runs = {how: _form(how, m, k, n, r) for how in ("factored", "merged")}
         times: dict[str, list[float]] = {how: [] for how in runs}
         for _ in range(rounds):
