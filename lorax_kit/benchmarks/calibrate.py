@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import product as combinations
+from itertools import combinations, product
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import nnls
 from tqdm import tqdm
 
 from lorax_kit.transform.cost import Costs, Product, choose
@@ -41,7 +40,7 @@ def calibrate(
       The costs, and per shape its medians in ms, what the costs choose, and `regret`: time of the choice over the best.
     """
     rows: list[dict[str, Any]] = []
-    for (m, k, n), r in tqdm(list(combinations(shapes, ranks)), desc="calibrate", disable=not progress):
+    for (m, k, n), r in tqdm(list(product(shapes, ranks)), desc="calibrate", disable=not progress):
         runs = {how: _form(how, m, k, n, r) for how in ("factored", "merged")}
         times: dict[str, list[float]] = {how: [] for how in runs}
         for _ in range(rounds):
@@ -99,8 +98,15 @@ def _fit(rows: list[dict[str, Any]]) -> Costs:
 
     weight = 1 / np.array([row["factored_ms"] + row["merged_ms"] for row in rows])
     difference = 1e6 * np.array([row["factored_ms"] - row["merged_ms"] for row in rows])  # ns
-    found, _ = nnls(np.array([terms(row) for row in rows]) * weight[:, None], difference * weight)
-    a0, a1, w0, w1 = (float(x) for x in found)
+    matrix, wanted = np.array([terms(row) for row in rows]) * weight[:, None], difference * weight
+    # Four unknowns of at least 0: the best of the least squares over each choice of those that are not 0.
+    best, a0, a1, w0, w1 = float(wanted @ wanted), 0.0, 0.0, 0.0, 0.0
+    for chosen in (c for n in range(1, 5) for c in combinations(range(4), n)):
+        found = np.zeros(4)
+        found[list(chosen)] = np.linalg.lstsq(matrix[:, chosen], wanted, rcond=None)[0]
+        error = float(np.sum((matrix @ found - wanted) ** 2))
+        if error < best and found.min() >= 0:
+            best, (a0, a1, w0, w1) = error, (float(x) for x in found)
     return Costs(activation=(a0, a1), weight=(w0, w1), device=jax.devices()[0].device_kind)
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from lorax_kit.report.plots import MARKERS, OKABE_ITO, QUIET, Plot, canvas, legend_below, render
+from lorax_kit.report.plots import MARKERS, OKABE_ITO, QUIET, Figure, Plot, canvas, legend_below, render
 
 AGAINST = {"full": "full fine-tuning", "naive": "textbook LoRA", "peft": "PEFT on torch"}
 STEPS = {"full": "full fine-tuning", "naive": "textbook LoRA", "ours": "lorax_kit"}
