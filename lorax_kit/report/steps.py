@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorax_kit.report.plots import MARKERS, OKABE_ITO, QUIET, Figure, Plot, canvas, legend_below, render
+from lorax_kit.report.plots import (
+    MARKERS,
+    OKABE_ITO,
+    QUIET,
+    Figure,
+    Plot,
+    canvas,
+    legend_below,
+    log_axis,
+    log_values,
+    render,
+)
 
 AGAINST = {"full": "full fine-tuning", "naive": "textbook LoRA", "peft": "PEFT on torch"}
 STEPS = {"full": "full fine-tuning", "naive": "textbook LoRA", "ours": "lorax_kit"}
@@ -40,7 +51,7 @@ def _ratios(rows: list[dict[str, Any]]) -> tuple[Figure, str]:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x")
     axes.set_xlim(left=0)
-    axes.set_xlabel("time of our step / time of the other (median of alternating rounds, bars: quartiles)")
+    axes.set_xlabel("time of our step / time of the other: medians and quartiles of alternating rounds")
     legend_below(figure, axes)
     device = rows[0]["device"]
     return figure, f"A training step of lorax_kit against three others on one {device}. Left of 1 is faster."
@@ -59,7 +70,11 @@ def _roofline(rows: list[dict[str, Any]]) -> tuple[Figure, str]:
     ends = [min(*intensities, peak / bandwidth) / 1.5, max(*intensities, peak / bandwidth) * 1.5]
     roof = [ends[0], peak / bandwidth, ends[1]]
     axes.plot(roof, [min(peak, bandwidth * x) for x in roof], color=QUIET, linewidth=1.2, label="measured roof")
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte of the compiled program", ylabel="GFLOP/s")
+    axes.set(xlabel="FLOPs per byte of the compiled program", ylabel="GFLOP/s")
+    log_values(axes)
+    steps = [n * 10**power for power in range(-2, 5) for n in (1, 2, 5)]
+    log_axis(axes, "x", [x for x in steps if ends[0] <= x <= ends[1]], lambda x: f"{x:g}")
+    axes.set_xlim(*ends)
     legend_below(figure, axes)
     caption = (
         f"Roofline: a {peak:.0f} GFLOP/s product (2048 x 2048) and a {bandwidth:.0f} GB/s copy, measured in the same "
