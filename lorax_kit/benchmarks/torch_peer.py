@@ -90,6 +90,7 @@ def _classifier(case: Case) -> Any:
         value = np.array(named[path])
         weights[theirs] = torch.from_numpy(np.ascontiguousarray(value.T if path.endswith("kernel") else value))
     left_out = model.load_state_dict(weights, strict=False)
-    if any("position_ids" not in name and "token_type_ids" not in name for name in left_out.missing_keys):
-        raise ValueError(f"the torch classifier lacks weights for {left_out.missing_keys}.")
+    missing = [name for name in left_out.missing_keys if not name.endswith(("position_ids", "token_type_ids"))]
+    if missing or left_out.unexpected_keys:
+        raise ValueError(f"the torch classifier lacks {missing}, and has no place for {left_out.unexpected_keys}.")
     return model.train()

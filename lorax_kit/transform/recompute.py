@@ -157,7 +157,7 @@ def blocks(jaxpr: Any, parameters: set[Any]) -> list[Block]:
         if size <= min(before[0], behind[0]):
             cuts.add(place)
     ends = sorted(cuts)
-    return [_block(jaxpr, eqns, dear, born, dies, i, j) for i, j in pairwise(ends)]
+    return [_block(eqns, dear, dies, i, j) for i, j in pairwise(ends)]
 
 
 def _read(eqn: Any) -> set[Any]:
@@ -180,7 +180,7 @@ def _lives(jaxpr: Any, parameters: set[Any]) -> tuple[dict[Any, int], dict[Any, 
     return born, dies, still
 
 
-def _block(jaxpr: Any, eqns: list[Any], dear: list[int], born: Any, dies: Any, first: int, end: int) -> Block:
+def _block(eqns: list[Any], dear: list[int], dies: dict[Any, int], first: int, end: int) -> Block:
     own = eqns[first:end]
     made = dict.fromkeys(v for eqn in own for v in eqn.outvars)  # in order: programs are the same each time
     read = dict.fromkeys(v for eqn in own for v in eqn.invars if not isinstance(v, jex.Literal))
