@@ -57,15 +57,16 @@ def _attention_fwd(q: Array, k: Array, v: Array, seen: Array) -> tuple[Array, tu
     share = 1 / jnp.sum(raised, axis=-1, keepdims=True)  # (B, H, T, 1)
     raised = raised.astype(v.dtype)
     out = (_heads(raised, v, (3, 2)).astype(jnp.float32) * share).astype(v.dtype)
-    return out, (q, k, v, raised, share, out)
+    return out, (q, k, v, seen, raised, share, out)
 
 
 def _attention_bwd(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array, None]:
-    q, k, v, raised, share, out = residuals  # q is scaled already
+    q, k, v, seen, raised, share, out = residuals  # q is scaled already
     g = (g.astype(jnp.float32) * share).astype(g.dtype)
     dv = jnp.swapaxes(_heads(g, raised, (2, 2)), 2, 3)
     mean = jnp.sum((g * out).astype(jnp.float32), axis=-1, keepdims=True)
-    dscores = (raised * (_heads(g, v, (3, 3)).astype(jnp.float32) - mean)).astype(q.dtype)  # (B, H, T, S)
+    dscores = raised.astype(jnp.float32) * (_heads(g, v, (3, 3)).astype(jnp.float32) - mean)  # (B, H, T, S)
+    dscores = jnp.where(seen, dscores, 0).astype(q.dtype)  # a row that sees nothing has weights, but no gradient
     dq = _heads(dscores, k, (3, 2)) * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     dk = jnp.swapaxes(_heads(q, dscores, (2, 2)), 2, 3)
     return dq, dk, dv, None
