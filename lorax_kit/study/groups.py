@@ -99,9 +99,14 @@ def step_bytes(losses: Callable[[Any], Any], factors: Any) -> int:
       losses: factors of the pack -> any array.
       factors: stacked factors, or shapes standing for them.
     """
-    kept = jax.eval_shape(lambda f: jax.vjp(losses, f)[1], factors)
+    forward = jax.make_jaxpr(lambda f: jax.tree.leaves(jax.vjp(losses, f)[1]))(factors).jaxpr
+    kept = {v for v in forward.outvars if not isinstance(v, jex.Literal)} - set(forward.constvars)  # not the base
     step = jax.make_jaxpr(jax.grad(lambda f: jnp.sum(losses(f))))(factors)
-    return _tree_bytes(kept) + 4 * _tree_bytes(factors) + 2 * _largest_operation(step.jaxpr)
+    return (
+        sum(nbytes(v.aval.shape, v.aval.dtype) for v in kept)
+        + 4 * _tree_bytes(factors)
+        + 2 * _largest_operation(step.jaxpr)
+    )
 
 
 def _largest_operation(jaxpr: Any) -> int:

@@ -47,7 +47,7 @@ def test_lookups_equal_the_merged_table_with_gradients(use, variant):
     if variant == "lora":  # DoRA detaches its norm, which merge does not
         theirs = jax.grad(lambda f: loss(fn(lk.merge(base, f, plan), X)))(factors)["table"]
         for g, h in ((ours.a, theirs.a), (ours.b, theirs.b)):
-            np.testing.assert_allclose(g, h, atol=1e-5 * float(jnp.abs(h).max()))
+            np.testing.assert_allclose(g, h, atol=3e-5 * float(jnp.abs(h).max()))  # a sine of numbers near 100
     assert float(jnp.abs(ours.a).max()) > 0
     assert float(jnp.abs(ours.b).max()) > 0
 
