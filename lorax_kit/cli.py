@@ -263,7 +263,7 @@ def bench() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
 def step(as_json: bool, grid: bool, no_peer: bool, out: str | None, costs: str | None, **options: Any) -> None:
     """One training step: full fine-tuning, naive LoRA, ours, and PEFT on torch where the interop extra is installed."""
-    from lorax_kit.benchmarks import bench_grid, bench_step, table
+    from lorax_kit.benchmarks import COLUMNS, bench_grid, bench_step, table
     from lorax_kit.benchmarks.grid import write_rows
     from lorax_kit.transform import Costs
 
@@ -277,7 +277,7 @@ def step(as_json: bool, grid: bool, no_peer: bool, out: str | None, costs: str |
     if as_json:
         _echo(rows)
     else:
-        click.echo(table(rows))
+        click.echo(table(rows, COLUMNS))
 
 
 @bench.command()

@@ -5,6 +5,7 @@ Like `workloads`, this folder joins models, tasks and the toolkit; nothing else 
 
 from lorax_kit.benchmarks.calibrate import calibrate
 from lorax_kit.benchmarks.grid import GRID, bench_grid
-from lorax_kit.benchmarks.step import bench_step, table
+from lorax_kit.benchmarks.step import COLUMNS, bench_step
+from lorax_kit.benchmarks.timing import table
 
-__all__ = ["GRID", "bench_grid", "bench_step", "calibrate", "table"]
+__all__ = ["COLUMNS", "GRID", "bench_grid", "bench_step", "calibrate", "table"]

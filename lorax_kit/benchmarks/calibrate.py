@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import combinations, product
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from lorax_kit.benchmarks.timing import alternate, table, waiting
 from lorax_kit.transform.cost import Costs, Product, choose
 from lorax_kit.transform.kernels import KERNELS, Operand
 
@@ -42,13 +42,7 @@ def calibrate(
     rows: list[dict[str, Any]] = []
     for (m, k, n), r in tqdm(list(product(shapes, ranks)), desc="calibrate", disable=not progress):
         runs = {how: _form(how, m, k, n, r) for how in ("factored", "merged")}
-        times: dict[str, list[float]] = {how: [] for how in runs}
-        for _ in range(rounds):
-            for how, run in runs.items():
-                began = perf_counter()
-                run()
-                times[how].append(1e3 * (perf_counter() - began))
-        medians = {f"{how}_ms": median(found) for how, found in times.items()}
+        medians = {f"{how}_ms": median(found) for how, found in alternate(runs, range(rounds)).items()}
         rows.append({"tokens": m, "inputs": k, "outputs": n, "rank": r, **medians})
     costs = _fit(rows)
     for row in rows:
@@ -67,7 +61,7 @@ def calibrate(
 
 
 def _form(how: str, m: int, k: int, n: int, r: int) -> Callable[[], None]:
-    """A compiled forward and backward pass of one product, run once."""
+    """A compiled forward and backward pass of one product."""
     keys = jax.random.split(jax.random.key(0), 5)
     x, w, a, b, g = (
         jax.random.normal(key, shape) for key, shape in zip(keys, ((m, k), (k, n), (r, k), (r, n), (m, n)), strict=True)
@@ -80,13 +74,7 @@ def _form(how: str, m: int, k: int, n: int, r: int) -> Callable[[], None]:
         y, back = jax.vjp(forward, x, a, b)
         return y, back(g)
 
-    compiled = jax.jit(both).lower(x, w, a, b, g).compile()
-
-    def run() -> None:
-        jax.block_until_ready(compiled(x, w, a, b, g))
-
-    run()
-    return run
+    return waiting(both, x, w, a, b, g)
 
 
 def _fit(rows: list[dict[str, Any]]) -> Costs:
@@ -113,12 +101,4 @@ def _fit(rows: list[dict[str, Any]]) -> Costs:
 def calibration_table(found: dict[str, Any]) -> str:
     """The measured shapes as aligned text."""
     head = ("tokens", "inputs", "outputs", "rank", "factored_ms", "merged_ms", "choice", "regret")
-    lines = [
-        head,
-        *(
-            tuple(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in head)
-            for row in found["shapes"]
-        ),
-    ]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
+    return table(found["shapes"], head)

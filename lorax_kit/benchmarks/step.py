@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import median, quantiles
 from time import perf_counter
 from typing import Any
@@ -13,6 +14,7 @@ import optax
 from tqdm import tqdm
 
 from lorax_kit.benchmarks.case import Case, make_case
+from lorax_kit.benchmarks.timing import alternate, waiting
 from lorax_kit.benchmarks.torch_peer import torch_steps
 from lorax_kit.core.factors import Factors
 from lorax_kit.core.merge import split
@@ -43,6 +45,7 @@ COLUMNS = (
 )
 STEPS = ("full", "naive", "ours", "factored", "merged", "peft", "torch_full")
 RATE = 1e-3
+SQUARE, LINE = 2048, 2**25
 
 
 def bench_step(
@@ -84,25 +87,20 @@ def bench_step(
     measured: dict[str, dict[str, float]] = {name: {} for name in losses}
     runs: dict[str, Callable[[], float]] = {}
     for name, loss in losses.items():
-        init, step = make_step(loss, optax.adamw(RATE) if name == "full" else tx)
-        trained, own = starts[name]
+        make = partial(make_step, loss, optax.adamw(RATE) if name == "full" else tx)
+        (init, step), (trained, own) = make(), starts[name]
         # The first trace of a process also traces what JAX keeps of its own functions: the fastest of some counts.
-        fresh: list[Any] = [make_step(loss, optax.adamw(RATE) if name == "full" else tx)[1] for _ in range(4)]
-        measured[name]["trace_s"] = min(_traced(one, init(trained), own, case.batch) for one in fresh)
+        measured[name]["trace_s"] = min(_traced(make()[1], init(trained), own, case.batch) for _ in range(4))
         runs[name] = _compiled(step, init(trained), own, case.batch, measured[name])
     runs |= torch_steps(case, rank, RATE) if peer else {}
     first = {name: run() for name, run in runs.items()}
     if max(first.values()) - min(first.values()) > 1e-3:
         raise ValueError(f"the steps do not start from one loss: {first}.")
-    runs |= {"gemm": gemm(), "copy": copy()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in tqdm(range(rounds), desc=f"{width} wide, {batch_size}x{length}, r={rank}", disable=not progress):
-        for name, run in runs.items():
-            began = perf_counter()
-            run()
-            times[name].append(1e3 * (perf_counter() - began))
+    # The peaks: a product large enough, and reading and writing an array far larger than the caches.
+    square, line = (jax.random.normal(jax.random.key(2), shape) for shape in ((SQUARE, SQUARE), (LINE,)))
+    peaks = {"gemm": waiting(lambda x: x @ x, square), "copy": waiting(lambda x: x + 1, line)}
+    bar = tqdm(range(rounds), desc=f"{width} wide, {batch_size}x{length}, r={rank}", disable=not progress)
+    times = alternate({**runs, **peaks}, bar)
     return (
         {"width": width, "layers": layers, "batch_size": batch_size, "length": length, "tokens": batch_size * length}
         | {"rank": rank, "targets": targets, "kernel": kernel, "rounds": rounds}
@@ -168,34 +166,10 @@ def _adapted_loss(case: Case, kernel: str, costs: Costs | None) -> Callable[...,
     return lambda base, factors, batch: case.loss(adapted(base, factors, batch), batch)
 
 
-def gemm(size: int = 2048) -> Callable[[], float]:
-    """A square fp32 product that runs near the machine's peak."""
-    x = jax.random.normal(jax.random.key(2), (size, size))
-    compiled = jax.jit(lambda x: x @ x).lower(x).compile()
-
-    def run() -> float:
-        jax.block_until_ready(compiled(x))
-        return 0.0
-
-    return run
-
-
-def copy(entries: int = 2**25) -> Callable[[], float]:
-    """Reading and writing an array far larger than the caches."""
-    x = jax.random.normal(jax.random.key(3), (entries,))
-    compiled = jax.jit(lambda x: x + 1).lower(x).compile()
-
-    def run() -> float:
-        jax.block_until_ready(compiled(x))
-        return 0.0
-
-    return run
-
-
 def _against_peak(times: dict[str, list[float]], measured: dict[str, dict[str, float]]) -> dict[str, float]:
     """The roofline: GFLOP/s of the large product, GB/s of the copy, and each step's FLOPs over its median time."""
     rates = {name: values["flops"] / median(times[name]) / 1e6 for name, values in measured.items()}
-    peak, bandwidth = 2 * 2048**3 / median(times["gemm"]) / 1e6, 2 * 4 * 2**25 / median(times["copy"]) / 1e6
+    peak, bandwidth = 2 * SQUARE**3 / median(times["gemm"]) / 1e6, 2 * 4 * LINE / median(times["copy"]) / 1e6
     out = {"peak_gflops": peak, "peak_gbytes": bandwidth} | {f"{name}_gflops": rate for name, rate in rates.items()}
     return out | {"of_peak": rates["ours"] / peak}
 
@@ -226,14 +200,3 @@ def naive_apply(case: Case, base: Any, factors: Any, batch: Any) -> Any:
     params = {**base, "classifier": {k: factors[f"classifier/{k}"].value for k in base["classifier"]}}
     with nn.intercept_methods(intercept):
         return case.apply(params, batch)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """`COLUMNS` of the rows as aligned text."""
-
-    def cell(x: Any) -> str:
-        return "-" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x)
-
-    cells = [list(COLUMNS), *([cell(row[c]) for c in COLUMNS] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells)

@@ -170,9 +170,9 @@ def _lives(jaxpr: Any, parameters: set[Any]) -> tuple[dict[Any, int], dict[Any, 
     born: dict[Any, int] = {}
     dies: dict[Any, int] = {}
     for i, eqn in enumerate(jaxpr.eqns):
-        read = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
+        read = _read(eqn)
         dies.update(dict.fromkeys(read, i))
-        if read and all(v in still for v in read):
+        if read and read <= still:
             still.update(eqn.outvars)
         else:
             born.update(dict.fromkeys(eqn.outvars, i))

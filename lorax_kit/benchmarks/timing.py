@@ -1,0 +1,43 @@
+"""What every measurement shares: compiled calls that wait for their result, alternating rounds, aligned text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from time import perf_counter
+from typing import Any
+
+import jax
+
+
+def waiting(fn: Callable[..., Any], *args: Any) -> Callable[[], None]:
+    """`fn(*args)` compiled, as a call that returns when the result is there."""
+    compiled = jax.jit(fn).lower(*args).compile()
+
+    def run() -> None:
+        jax.block_until_ready(compiled(*args))
+
+    return run
+
+
+def alternate(runs: Mapping[str, Callable[[], Any]], rounds: Iterable[Any]) -> dict[str, list[float]]:
+    """Milliseconds of each run in each round; in a round every run has its turn, so they share the machine's mood."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for _ in rounds:
+        for name, run in runs.items():
+            began = perf_counter()
+            run()
+            times[name].append(1e3 * (perf_counter() - began))
+    return times
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Columns of the rows as aligned text."""
+
+    def cell(x: Any) -> str:
+        return "-" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x)
+
+    cells = [list(columns), *([cell(row[c]) for c in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in cells)
