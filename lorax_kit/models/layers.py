@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
+from lorax_kit.core.after import after
+
 
 @jax.custom_jvp
 def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
@@ -44,24 +46,31 @@ def attention(
 
     The derivative is written out (as in FlashAttention, Dao et al., arXiv 2205.14135, appendix B): its products have
     the thin operand first, which XLA's CPU backend runs up to 1.6x faster than what autodiff asks for, and the
-    denominator of the softmax divides (T, K) outputs instead of (T, S) weights. Forward and backward take 0.7x of the
-    time of autodiff (8 x 128 tokens, 12 heads of 32). Reverse mode only.
+    denominator of the softmax divides (T, K) outputs instead of (T, S) weights. The weights are not kept, but formed
+    again from q and k. Forward and backward take 0.7x of the time of autodiff (8 x 128 tokens, 12 heads of 32).
+    Reverse mode only.
     """
     return _attention_fwd(q, k, v, seen)[0]
 
 
+def _raised(q: Array, k: Array, seen: Array) -> Float[Array, "B H T S"]:
+    """exp(score - the row's largest) in fp32; q is scaled already."""
+    scores = jnp.where(seen, _heads(q, k, (3, 3)).astype(jnp.float32), -1e9)
+    # The largest is found again in the backward pass: XLA's schedule needs a fifth more memory where it is kept.
+    return jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+
+
 def _attention_fwd(q: Array, k: Array, v: Array, seen: Array) -> tuple[Array, tuple[Array, ...]]:
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    scores = jnp.where(seen, _heads(q, k, (3, 3)).astype(jnp.float32), -1e9)  # (B, H, T, S)
-    raised = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    raised = _raised(q, k, seen)
     share = 1 / jnp.sum(raised, axis=-1, keepdims=True)  # (B, H, T, 1)
-    raised = raised.astype(v.dtype)
-    out = (_heads(raised, v, (3, 2)).astype(jnp.float32) * share).astype(v.dtype)
-    return out, (q, k, v, seen, raised, share, out)
+    out = (_heads(raised.astype(v.dtype), v, (3, 2)).astype(jnp.float32) * share).astype(v.dtype)
+    return out, (q, k, v, seen, share, out)
 
 
 def _attention_bwd(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array, None]:
-    q, k, v, seen, raised, share, out = residuals  # q is scaled already
+    q, k, v, seen, share, out = residuals  # q is scaled already
+    raised = _raised(after(g, q), k, seen).astype(v.dtype)
     g = (g.astype(jnp.float32) * share).astype(g.dtype)
     dv = jnp.swapaxes(_heads(g, raised, (2, 2)), 2, 3)
     mean = jnp.sum((g * out).astype(jnp.float32), axis=-1, keepdims=True)

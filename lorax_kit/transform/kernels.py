@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lorax_kit.core.after import after
+
 Precision = Any
 
 
@@ -177,24 +179,6 @@ def plain(x: Array, sites: Operands, precision: Precision = None) -> Outputs:
 def _scaled(x: Array, scale: Array) -> Array:
     """scale * x; `lax`, because each operator of jax.numpy is a jit of its own to trace."""
     return lax.mul(x, lax.broadcast(scale, x.shape))
-
-
-def after(x: Array, values: Any) -> Any:
-    """The arrays of a tree, which XLA can compute only once it has `x`; random keys and what is no array as they are.
-
-    Sums and restored weights depend on parameters alone: XLA would form those of all layers at the start, and reuse
-    the forward pass's in the backward pass, so that a second copy of the base lives in between. Its barriers are
-    dropped before it schedules. No entry is both infinite and not a number, which XLA does not know.
-    """
-    entry = lax.reshape(lax.slice(x, (0,) * x.ndim, (1,) * x.ndim), ())
-    never = lax.bitwise_and(lax.ne(entry, entry), lax.eq(lax.abs(entry), lax.full_like(entry, jnp.inf)))
-
-    def wait(value: Any) -> Any:
-        if not isinstance(value, Array) or jnp.issubdtype(value.dtype, jax.dtypes.extended):
-            return value
-        return lax.select(never, lax.full_like(value, 0), value)
-
-    return jax.tree.map(wait, values)
 
 
 def _summed(sites: Operands, precision: Precision) -> Array:
