@@ -26,7 +26,7 @@ demo: install  ## Rank ablation of a real BERT on real reviews: table, plots and
 	$(BIN)/lorax-kit study --config experiments/demo.json --out runs/demo
 
 test: install  ## The test suite (no network, under ten minutes on two cores).
-	$(BIN)/python -m pytest -n 2 --cov=lorax_kit --cov-report=term -m "not interop"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=lorax_kit --cov-report=term -m "not interop"
 
 test-interop: $(VENV)/.interop  ## Parity with the real torch, transformers and PEFT.
 	$(BIN)/python -m pytest -m interop

@@ -178,8 +178,8 @@ def inspect(
     if quantise is not None and spec is None:
         raise click.UsageError("--quantise keeps the parameters that a spec adapts in few bits: give --spec, too.")
     if (Path(model) / "spec").is_dir():
-        if html is not None:
-            raise click.UsageError("--html draws a model's parameters; MODEL is an adapter.")
+        if given := [f"--{n}" for n, v in {"spec": spec, "quantise": quantise, "html": html}.items() if v is not None]:
+            raise click.UsageError(f"{given[0]} is about a model's parameters; MODEL is an adapter.")
         document = read_document(model)
         facts = {k: document[k] for k in ("base", "versions", "meta")} | {"spec": document["spec"].to_dict()}
         facts |= {"bytes": adapter_bytes(model), "arrays": document["arrays"]}

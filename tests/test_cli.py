@@ -14,7 +14,10 @@ import pytest
 from lorax_kit.cli import cli, main
 from lorax_kit.report import read_run
 
-ENV = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent.parent)}
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+ENV |= {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+pytestmark = pytest.mark.xdist_group("cli")  # one worker: they share one finished study
 SMALL = {"batch_size": 4, "length": 8, "val": 20, "test": 20, "buckets": [8]}
 SITE = "encoder/layer_5/attention/query/kernel"
 STUDY = {"rank": [1, 2], "lr": 0.01, "seed": [0], "targets": {"q": [SITE]}, "steps": 3}
@@ -100,6 +103,11 @@ def test_inspect_lists_parameters_sites_and_adapters(finished, tmp_path, capsys)
     assert "layer_5/attention/query/kernel:a  1x384  float32" in capsys.readouterr().out
     call("inspect", out / printed["rows"][0]["adapter"], "--json")
     assert json.loads(capsys.readouterr().out)["meta"]["trial"] == printed["rows"][0]["trial"]
+    for given in (["--spec", spec], ["--spec", spec, "--quantise", "nf4"], ["--html", tmp_path / "a.html"]):
+        with pytest.raises(SystemExit) as e:
+            call("inspect", out / printed["rows"][0]["adapter"], *given)
+        assert e.value.code == 2
+        assert f"{given[0]} is about a model's parameters" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("method", "most"), [("int8", 0.27), ("int4", 0.15), ("nf4", 0.15)])

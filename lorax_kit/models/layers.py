@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
-from lorax_kit.core.after import after
+from lorax_kit.after import after
 
 
 @jax.custom_jvp

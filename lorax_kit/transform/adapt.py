@@ -117,7 +117,8 @@ def adapt(
     Returns:
       `adapted(base, factors, *inputs, **kwargs)`, to be used under `jit`, `grad`, `vmap` like any function.
       With the keyword `dropout_key` the sites with dropout drop inputs of their low-rank path; without it
-      the call is an evaluation.
+      the call is an evaluation. A site has one mask per call: where every step of a loop reads it, each drops the
+      same places.
 
     Raises:
       PlanError: `kernel` is unknown, or `fn` has a keyword `dropout_key` of its own; when called, a base or a

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from lorax_kit.core.after import after
+from lorax_kit.after import after
 from lorax_kit.transform.kernels import Kernel, Operands, Outputs, Precision
 
 # Elementwise operations, layout changes and reductions: cheap beside a product of what they give.

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.tree_util import Partial
 
-from lorax_kit.core.after import after
+from lorax_kit.after import after
 from lorax_kit.core.factors import Factors
 from lorax_kit.core.plan import Axes, Site
 from lorax_kit.core.quantised import Quantised
