@@ -19,3 +19,7 @@ class AdapterError(LoraxError):
 
 class StudyError(LoraxError):
     """A study's design, data or run folder cannot be used."""
+
+
+class CompressError(LoraxError):
+    """A compression that is impossible, that lacks data, or whose numbers are not finite."""

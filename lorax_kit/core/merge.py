@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lorax_kit.core.compact import Quantised, dense, outer
 from lorax_kit.core.errors import AdapterError, PlanError
 from lorax_kit.core.factors import Factors, FactorTree, FullLeaf, check_factors
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import FullSite, Plan, Site
-from lorax_kit.core.quantised import Quantised, dense
 from lorax_kit.core.variant import variant
 
 
@@ -78,18 +78,7 @@ def check_params(named: dict[str, Any], plan: Plan) -> None:
 def delta(site: Site, factors: Factors) -> Array:
     """s * a^T b in the parameter's own shape and layout, in the factors' dtype (at least fp32)."""
     dtype = jnp.promote_types(factors.a.dtype, jnp.float32)
-    n = len(site.axes.stack)
-    stack = "".join(chr(ord("A") + i) for i in range(n))
-    ins = "".join(chr(ord("a") + i) for i in range(len(site.in_shape)))
-    outs = "".join(chr(ord("p") + i) for i in range(len(site.out_shape)))
-    labels = dict(zip((*site.axes.stack, *site.axes.inputs, *site.axes.outputs), stack + ins + outs, strict=True))
-    layout = "".join(labels[i] for i in range(len(site.shape)))
-    product = jnp.einsum(
-        f"Z{stack}{ins},Z{stack}{outs}->{layout}",
-        factors.a.astype(dtype),
-        factors.b.astype(dtype),
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    product = outer(factors.a, factors.b, site.axes.inputs, site.axes.outputs, site.axes.stack, dtype)
     scale = site.scale if factors.scale is None else factors.scale
     return jnp.asarray(scale, dtype) * product
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lorax_kit.core.compact import Quantised
 from lorax_kit.core.errors import PlanError
-from lorax_kit.core.quantised import Quantised
 
 Params = Any
 """A pytree of arrays as a model library gives it."""
@@ -28,15 +28,16 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def flatten(params: Params) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+def flatten(params: Params, whole: tuple[type, ...] = (Quantised,)) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
     """Flatten params into an ordered dict path -> leaf, and the treedef to build them again.
 
-    Leaves that are not arrays keep their place in the dict, so `unflatten` is an exact inverse.
+    What is of a type in `whole` is a leaf. Leaves that are not arrays keep their place in the dict, so `unflatten` is
+    an exact inverse.
 
     Raises:
       PlanError: two leaves share one path (a dict key holds a `/`).
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, Quantised))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, whole))
     named: dict[str, Any] = {}
     for keys, leaf in leaves:
         path = "/".join(_name(key) for key in keys)

@@ -8,10 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from lorax_kit.core.compact import METHODS, NF4, Quantised
 from lorax_kit.core.errors import PlanError
 from lorax_kit.core.paths import flatten, is_array, unflatten
 from lorax_kit.core.plan import matched
-from lorax_kit.core.quantised import METHODS, NF4, Quantised
 
 
 def _quantised(x: Array, method: str, block: int, double: bool) -> Quantised:

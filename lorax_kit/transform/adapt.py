@@ -10,18 +10,18 @@ from typing import Any
 import jax
 from jax import Array
 
+from lorax_kit.core.compact import LowRank, Quantised, dense
 from lorax_kit.core.errors import PlanError
 from lorax_kit.core.factors import Factors, FactorTree, FullLeaf, check_factors, site_key
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import Plan, Site
-from lorax_kit.core.quantised import Quantised, dense
 from lorax_kit.core.variant import variant
 from lorax_kit.transform.cost import Costs, measured_costs
 from lorax_kit.transform.interpret import Context
 from lorax_kit.transform.kernels import KERNELS
 from lorax_kit.transform.trace import run
-from lorax_kit.transform.weight import Source, Weight, frozen_weight, make_weight
+from lorax_kit.transform.weight import Source, Weight, frozen_weight, lowrank_weight, make_weight
 
 
 @dataclass(frozen=True)
@@ -151,3 +151,49 @@ def _keywords(fn: Callable[..., Any]) -> set[str]:
         return set(inspect.signature(fn).parameters)
     except (TypeError, ValueError):  # some callables do not tell
         return set()
+
+
+def compressed(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Run any JAX function with params of which some are `LowRank` or `Quantised`.
+
+    A product with a `LowRank` parameter runs as two, and nothing restores it. The result is a function like any other:
+    `lk.resolve` and `lk.adapt` take it, and find the factors at `PATH/a` and `PATH/b`.
+
+    Args:
+      fn: `fn(params, *inputs, **kwargs)`, traceable by JAX; it is not changed.
+
+    Returns:
+      `run(params, *inputs, **kwargs)`, which raises a PlanError where it would have to restore a `LowRank` parameter.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lorax_kit.core.compact import LowRank
+      >>> w = LowRank(a=jnp.ones((1, 4)), b=jnp.ones((1, 3)), shape=(4, 3), dtype=jnp.float32)
+      >>> compressed(lambda p, x: x @ p["w"])({"w": w}, jnp.ones((2, 4))).shape
+      (2, 3)
+    """
+
+    def products(params: Params, *args: Any, **kwargs: Any) -> Any:
+        named, treedef = flatten(params, whole=(LowRank,))
+        weights = {path: lowrank_weight(path, leaf) for path, leaf in named.items() if isinstance(leaf, LowRank)}
+        if not weights:
+            return fn(params, *args, **kwargs)
+        ctx = Context(kernel="factored")
+        out = run(ctx, fn, named, treedef, weights, args, kwargs)
+        for use in ctx.uses.values():
+            if use.how == "materialised":
+                raise PlanError(
+                    f"{use.path!r} is low-rank, and the function needs it whole: {use.reason} ({use.primitive}).\n"
+                    "  leave it dense when you compress"
+                )
+        return out
+
+    def run_compressed(params: Params, *args: Any, **kwargs: Any) -> Any:
+        named, treedef = flatten(params)
+        # Factors and residuals may be quantised: to the products they are arrays like any other.
+        weights = {path: frozen_weight(path, leaf) for path, leaf in named.items() if isinstance(leaf, Quantised)}
+        if not weights:
+            return products(params, *args, **kwargs)
+        return run(Context(kernel="factored"), products, named, treedef, weights, args, kwargs)
+
+    return run_compressed

@@ -16,6 +16,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import Array
+from jax.tree_util import Partial
 
 from lorax_kit.core.plan import Axes
 from lorax_kit.transform.cost import NONE, Costs, Product, choose, together
@@ -51,6 +52,14 @@ class Use:
     note: str = ""
 
 
+Tap = Callable[[Weight, tuple[tuple[int, ...], ...], Array, Partial], Array]
+"""(weight, (contracted, free, stacked dimensions), value, inputs) -> value.
+
+What watches the inputs of parameters while a plan is being resolved. `inputs(value)` are those of one use: floats
+(*S, M, K), the contracted dimensions in the order of the parameter's axes, or the rows looked up, integers (M,).
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What the rules share.
@@ -65,6 +74,7 @@ class Context:
       narrow: variable -> (shape, array): what was broadcast to it, and its shape with axes of size 1 where it was.
       recompute: whether the backward pass forms elementwise results again instead of keeping them.
       keep: runs an equation whose results it keeps, within a block of which it recomputes the rest.
+      tap: watches the inputs of parameters, or None.
     """
 
     kernel: str = "auto"
@@ -77,6 +87,7 @@ class Context:
     narrow: dict[Any, Any] = field(default_factory=dict)
     recompute: bool = False
     keep: Keep | None = None
+    tap: Tap | None = None
 
     def record(
         self,

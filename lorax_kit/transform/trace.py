@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
+from lorax_kit.core.compact import LowRank, Quantised
 from lorax_kit.core.errors import PlanError
 from lorax_kit.core.paths import is_array, unflatten
-from lorax_kit.core.quantised import Quantised
 from lorax_kit.transform import rules
 from lorax_kit.transform.interpret import Context, evaluate_arrays
 
@@ -66,7 +66,7 @@ def run(
         return out
 
     params, arrays = [named[p] for p in traced_names], [inputs[i] for i in traced_inputs]
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Quantised) else x for x in params]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Quantised | LowRank) else x for x in params]
     try:
         closed = jax.make_jaxpr(flat)(shapes, arrays)
     except NOT_TRACEABLE as e:

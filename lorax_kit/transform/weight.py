@@ -21,9 +21,9 @@ from jax import Array, lax
 from jax.tree_util import Partial
 
 from lorax_kit.after import after
+from lorax_kit.core.compact import LowRank, Quantised
 from lorax_kit.core.factors import Factors
 from lorax_kit.core.plan import Axes, Site
-from lorax_kit.core.quantised import Quantised
 
 
 @jax.tree_util.register_pytree_node_class
@@ -119,6 +119,7 @@ class Weight:
       scale: scalar.
       key: random key of the site's dropout; None where nothing is dropped.
       source: of a quantised base, from which `used` restores `w` once more in the backward pass.
+      empty: the base is zero, and no product of it is formed.
       trained_in_full: only watched while a plan is being resolved, to see that it is used.
     """
 
@@ -130,18 +131,20 @@ class Weight:
     scale: Array | None = None
     key: Array | None = None
     source: Source | None = None
+    empty: bool = False
     trained_in_full: bool = False
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Arrays, and what is static."""
         arrays = (self.w, self.a, self.b, self.column, self.scale, self.key, self.source)
-        return arrays, (self.parts, self.trained_in_full)
+        return arrays, (self.parts, self.empty, self.trained_in_full)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], arrays: tuple[Any, ...]) -> Weight:
         """Inverse of `tree_flatten`."""
         names = ("w", "a", "b", "column", "scale", "key", "source")
-        return cls(**dict(zip(names, arrays, strict=True)), parts=static[0], trained_in_full=static[1])
+        fixed = dict(zip(("parts", "empty", "trained_in_full"), static, strict=True))
+        return cls(**dict(zip(names, arrays, strict=True)), **fixed)
 
     @property
     def probe(self) -> bool:
@@ -177,6 +180,9 @@ class Weight:
 
     def used(self, fn: Partial, x: Array, kernel: str) -> Array:
         """`fn(w, x)`, a product of the base; of a quantised one by `restored_product`, but for the plain kernel."""
+        if self.empty:
+            shape = jax.eval_shape(fn, self.w, x)
+            return jnp.zeros(shape.shape, shape.dtype)
         if self.source is None or kernel == "plain":
             return fn(self.w, x)
         return restored_product(fn, self.source, x)
@@ -254,23 +260,37 @@ def make_weight(
       scale: replaces the site's.
       key: random key for dropout, or None.
     """
-
-    def spread(x: Array, axes: tuple[int, ...], lead: int) -> Array:
-        order = sorted(range(len(axes)), key=axes.__getitem__)
-        if order != list(range(len(axes))):
-            x = jnp.transpose(x, (*range(lead), *(lead + i for i in order)))
-        return lax.expand_dims(x, tuple(lead + i for i in range(len(site.shape)) if i not in axes))
-
-    stack = site.axes.stack
+    inputs, outputs = (*site.axes.stack, *site.axes.inputs), (*site.axes.stack, *site.axes.outputs)
     return Weight(
         parts=(whole(site.path, site.shape, dropout=site.setting.dropout),),
         w=w,
         source=source,
-        a=spread(factors.a, (*stack, *site.axes.inputs), 1),
-        b=spread(factors.b, (*stack, *site.axes.outputs), 1),
-        column=None if column is None else spread(column, (*stack, *site.axes.outputs), 0),
+        a=_spread(factors.a, inputs, 1, w.ndim),
+        b=_spread(factors.b, outputs, 1, w.ndim),
+        column=None if column is None else _spread(column, outputs, 0, w.ndim),
         scale=jnp.asarray(scale, jnp.float32),
         key=key,
+    )
+
+
+def _spread(x: Array, axes: tuple[int, ...], lead: int, ndim: int) -> Array:
+    """A factor or column whose dimensions behind `lead` are these axes, against all axes of the parameter."""
+    order = sorted(range(len(axes)), key=axes.__getitem__)
+    if order != list(range(len(axes))):
+        x = jnp.transpose(x, (*range(lead), *(lead + i for i in order)))
+    return lax.expand_dims(x, tuple(lead + i for i in range(ndim) if i not in axes))
+
+
+def lowrank_weight(path: str, leaf: LowRank) -> Weight:
+    """A parameter that is a product: factors over an empty base, or over the residual."""
+    ndim = len(leaf.shape)
+    return Weight(
+        parts=(whole(path, leaf.shape),),
+        w=jnp.zeros(leaf.shape, leaf.dtype) if leaf.residual is None else leaf.residual,
+        empty=leaf.residual is None,
+        a=_spread(leaf.a, (*leaf.stack, *leaf.inputs), 1, ndim),
+        b=_spread(leaf.b, (*leaf.stack, *leaf.outputs), 1, ndim),
+        scale=jnp.ones((), jnp.float32),
     )
 
 

@@ -7,8 +7,8 @@ import optax
 import pytest
 
 import lorax_kit as lk
+from lorax_kit.core.compact import NF4, Quantised
 from lorax_kit.core.paths import flatten, is_array
-from lorax_kit.core.quantised import NF4, Quantised
 from tests.transform.uses import CASES
 
 X = jax.random.normal(jax.random.key(1), (40, 256))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.tree_util import Partial
 
 from lorax_kit.transform.cost import Product
@@ -29,6 +30,10 @@ def conv_general_dilated(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] |
     out, *ins = numbers.rhs_spec
     if weight.probe:
         ctx.record(weight, eqn, 1, how="factored", dims=(tuple(ins), (out,)))
+        if ctx.tap is not None and p["batch_group_count"] == 1:
+            own = tuple(sorted(ins, key=lambda d: weight.parts[0].dims[d]))
+            patches = Partial(partial(_patches, shape=weight.shape, own=own, params=dict(p)))
+            x = ctx.tap(weight, (own, (out,), ()), x, patches)
         return bind(eqn, [x, weight.w])
     if p["batch_group_count"] != 1:
         return "a convolution with batch groups"
@@ -72,3 +77,22 @@ def conv_general_dilated(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] |
             shape
         ).astype(y.dtype)
     return [y]
+
+
+def _patches(x: Array, shape: tuple[int, ...], own: tuple[int, ...], params: dict[str, Any]) -> Array:
+    """What each place of the output reads, (places x groups, inputs), the kernel's inputs in the order `own`."""
+    numbers = params["dimension_numbers"]
+    _, channel, *spatial = numbers.rhs_spec
+    found = lax.conv_general_dilated_patches(
+        x,
+        tuple(shape[d] for d in spatial),
+        params["window_strides"],
+        params["padding"],
+        params["lhs_dilation"],
+        params["rhs_dilation"],
+        numbers,
+    )
+    found = jnp.moveaxis(found, numbers.out_spec[1], -1)  # channels first, then places of the window
+    found = found.reshape(-1, *(shape[d] for d in (channel, *spatial)))
+    order = [(channel, *spatial).index(d) for d in own]
+    return jnp.transpose(found, (0, *(1 + i for i in order))).reshape(found.shape[0], -1)

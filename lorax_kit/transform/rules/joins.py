@@ -51,8 +51,8 @@ def add(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     if _unlike(args) or one.column is not None or two.column is not None or one.shape != two.shape:
         return "added to a parameter whose inputs and outputs lie otherwise, or that has magnitudes or dropout"
     (a1, b1), (a2, b2) = one.factors(), two.factors()
-    a = jnp.concatenate([a1 * one.scale, a2 * (sign * two.scale)])
-    return [Weight(parts=parts, w=w, a=a, b=jnp.concatenate([b1, b2]), scale=jnp.ones((), jnp.float32))]
+    a, b = jnp.concatenate([a1 * one.scale, a2 * (sign * two.scale)]), jnp.concatenate([b1, b2])
+    return [Weight(parts=parts, w=w, a=a, b=b, scale=jnp.ones((), jnp.float32), empty=one.empty and two.empty)]
 
 
 def _unlike(weights: Sequence[Weight]) -> bool:
@@ -90,7 +90,15 @@ def join(args: Sequence[Any], d: int) -> Weight | str:
     pairs = _stacked(args, d) if kinds == {"both"} else _blocks(args, d, 0 if kinds == {"a"} else 1)
     if isinstance(pairs, str):
         return pairs
-    return Weight(parts=parts, w=w, a=pairs[0], b=pairs[1], column=_columns(args, d), scale=jnp.ones((), jnp.float32))
+    return Weight(
+        parts=parts,
+        w=w,
+        a=pairs[0],
+        b=pairs[1],
+        column=_columns(args, d),
+        scale=jnp.ones((), jnp.float32),
+        empty=all(isinstance(x, Weight) and x.empty for x in args),
+    )
 
 
 def _scaled(weight: Weight) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.tree_util import Partial
 
-from lorax_kit.core.quantised import Quantised
+from lorax_kit.core.compact import Quantised
 from lorax_kit.transform.cost import Product
 from lorax_kit.transform.interpret import Context, bind, rule
 from lorax_kit.transform.weight import Weight
@@ -39,7 +39,11 @@ def gather(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     if weight.probe:
         if not matrices:
             ctx.record(weight, eqn, 0, how="lookup", dims=((axis,), rest))
-            return bind(eqn, [weight.w, indices])
+            (y,) = bind(eqn, [weight.w, indices])
+            if ctx.tap is not None:
+                looked_up = Partial(lambda indices, _: indices.reshape(-1), indices)
+                y = ctx.tap(weight, ((axis,), rest, ()), y, looked_up)
+            return [y]
         parts = tuple(p._replace(looked=(*p.looked, *p.dims[axis])) for p in weight.parts)
         return [_looked_up(eqn, replace(weight, parts=parts), indices, axis)]
     if weight.column is not None and eqn.params["fill_value"] is not None:

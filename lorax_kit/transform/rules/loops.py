@@ -59,6 +59,8 @@ def _per_step(weight: Weight) -> tuple[dict[str, Any], dict[str, Any]]:
     for name, (x, lead) in arrays.items():
         if x is None:
             fixed[name] = None
+        elif name == "w" and weight.empty:
+            fixed[name] = x[0]  # an array of zeros for all layers would take their memory
         elif x.shape[lead] == n:
             scanned[name] = jnp.moveaxis(x, lead, 0)
         else:

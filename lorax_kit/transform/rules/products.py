@@ -59,7 +59,11 @@ def dot_general(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
         if not at.contract or not at.free:
             return "an outer or inner product leaves no input or no output axes"
         ctx.record(weight, eqn, 0 if at.left else 1, how="factored", dims=(at.contract, at.free))
-        return bind(eqn, [v.w if isinstance(v, Weight) else v for v in args])
+        if ctx.tap is not None:
+            own = _in_own_order(weight, at)
+            inputs = Partial(partial(_inputs_of, at=own))
+            x = ctx.tap(weight, (own.contract, own.free, own.batch), x, inputs)
+        return bind(eqn, [weight.w, x] if at.left else [x, weight.w])
     scaled = _scaled(weight, at)
     if scaled == "both":
         return "magnitudes vary along inputs and outputs"
@@ -83,7 +87,8 @@ def dot_generals(ctx: Context, eqns: list[Any], args: list[list[Any]]) -> list[A
         return None
     operands = [_operand(w, at) for w, at in zip(weights, ats, strict=True)]
     products = [_product(w, x, at) for w, at in zip(weights, ats, strict=True)]
-    if any(o is None for o in operands) or len({w.w.dtype for w in weights}) > 1 or not ctx.together(products):
+    alone = len({(w.w.dtype, w.empty, w.source is None) for w in weights}) > 1
+    if alone or any(o is None for o in operands) or not ctx.together(products):
         return None
     ys = _matrices(ctx, eqns, weights, [o for o in operands if o is not None], x, ats)
     return [y if w.column is None else _outputs_scaled(y, w, at) for y, w, at in zip(ys, weights, ats, strict=True)]
@@ -153,6 +158,25 @@ def _matrix_of(w: Array, shape: Dims, at: Arrangement) -> Array:
     return lax.reshape(w, (s, k, n) if at.batch else (k, n))
 
 
+def _in_own_order(weight: Weight, at: Arrangement) -> Arrangement:
+    """The same arrangement, with contracted and batched dimensions in the order of the parameter's axes."""
+
+    def ordered(dims: Dims, others: Dims) -> tuple[Dims, Dims]:
+        order = sorted(range(len(dims)), key=lambda i: weight.parts[0].dims[dims[i]])
+        return tuple(dims[i] for i in order), tuple(others[i] for i in order)
+
+    contract, x_contract = ordered(at.contract, at.x_contract)
+    batch, x_batch = ordered(at.batch, at.x_batch)
+    return at._replace(contract=contract, x_contract=x_contract, batch=batch, x_batch=x_batch)
+
+
+def _inputs_of(x: Array, at: Arrangement) -> Array:
+    """`x` as (*S, M, K)."""
+    s, m, k = (prod(_sizes(x.shape, dims)) for dims in (at.x_batch, at.x_free, at.x_contract))
+    x = _transposed(x, (*at.x_batch, *at.x_free, *at.x_contract))
+    return lax.reshape(x, (s, m, k) if at.batch else (m, k))
+
+
 def _as(x: Array, dtype: Any) -> Array:
     return x if x.dtype == dtype else x.astype(dtype)
 
@@ -168,15 +192,15 @@ def _matrices(
     """Products of x with one or several weights, by one call of a kernel."""
     eqn, at = eqns[0], ats[0]
     products = [_product(weight, x, one) for weight, one in zip(weights, ats, strict=True)]
-    s, m, k, _, _ = products[0]
-    lead = (s,) if at.batch else ()
-    x3 = lax.reshape(_transposed(x, (*at.x_batch, *at.x_free, *at.x_contract)), (*lead, m, k))
+    x3 = _inputs_of(x, at)
     out_dtype, w_dtype = eqn.outvars[0].aval.dtype, weights[0].w.dtype
     dtype = ctx.update_dtype(x, weights[0].w)
     how, why = ctx.select(products[0]._replace(outputs=sum(p.outputs for p in products)))
     dropout = weights[0].key is not None
     one_dtype = dtype == x.dtype == w_dtype == out_dtype
-    if how == "merged" and weights[0].source is not None:
+    if weights[0].empty:
+        how, why = "plain" if how == "plain" else "factored", "two products: the parameter is low-rank"
+    elif how == "merged" and weights[0].source is not None:
         how, why = "factored", "the base is quantised, and restored for one product at a time"
     elif how == "merged" and dropout:
         how, why = "factored", "dropout acts on the input of the low-rank path only"
@@ -189,10 +213,10 @@ def _matrices(
 
     precision = eqn.params["precision"]
     cast = tuple(Operand(o.w, *(_as(x, dtype) for x in o[1:])) for o in operands)
-    if one_dtype and not dropout and weights[0].source is None:
+    if one_dtype and not dropout and weights[0].source is None and not weights[0].empty:
         ys: Sequence[Array] = ctx.product(how, *alike(x3, cast), precision)
     else:
-        dims = (((x3.ndim - 1,), (x3.ndim - 2,)), ((0,), (0,)) if lead else ((), ()))
+        dims = (((x3.ndim - 1,), (x3.ndim - 2,)), ((0,), (0,)) if at.batch else ((), ()))
 
         def base(w: Array, x: Array, shape: Dims, own: Arrangement) -> Array:
             w = _matrix_of(w, shape, own)

@@ -1,4 +1,6 @@
-"""A frozen base in few bits: int8, int4 or NF4 in blocks with a scale each, restored where it is used.
+"""Leaves that stand for one parameter each: a frozen one in few bits (`Quantised`), or a product (`LowRank`).
+
+Few bits are int8, int4 or NF4 in blocks with a scale each, restored where the parameter is used.
 
 NF4 and the double quantisation of scales are QLoRA's (Dettmers et al., arXiv 2305.14314, section 3). Two 4-bit codes
 share a byte: JAX keeps an int4 array at one code per byte on CPU, which would cost twice what it should.
@@ -84,6 +86,70 @@ class Quantised:
         return blocks.reshape(*values.shape)[..., : self.shape[-1]].astype(self.dtype)
 
 
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """One parameter as a^T b, plus a residual if there is one. Its arrays are params of their own: they may be trained.
+
+    Attributes:
+      a: (r, *stack, *in); each of the arrays may be `Quantised`.
+      b: (r, *stack, *out).
+      residual: what the product leaves, (*shape); None for nothing.
+      shape, dtype: of the parameter.
+      inputs, outputs, stack: its axes that `a` has, that `b` has, and that both have.
+    """
+
+    a: Any
+    b: Any
+    residual: Any = None
+    shape: tuple[int, ...]
+    dtype: Any
+    inputs: tuple[int, ...] = (0,)
+    outputs: tuple[int, ...] = (1,)
+    stack: tuple[int, ...] = ()
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Arrays by name, and what is static."""
+        names = ("a", "b", "residual")
+        arrays = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names)
+        return arrays, (self.shape, self.dtype, self.inputs, self.outputs, self.stack)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, ...], arrays: tuple[Any, ...]) -> LowRank:
+        """Inverse of `tree_flatten_with_keys`."""
+        names = ("a", "b", "residual", "shape", "dtype", "inputs", "outputs", "stack")
+        return cls(**dict(zip(names, (*arrays, *static), strict=True)))
+
+    @property
+    def rank(self) -> int:
+        """Rows of the factors."""
+        return int(self.a.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+    def restore(self) -> Array:
+        """The parameter, (*shape) in `dtype`, summed in at least fp32."""
+        dtype = jnp.promote_types(self.a.dtype, jnp.float32)
+        total = outer(dense(self.a), dense(self.b), self.inputs, self.outputs, self.stack, dtype)
+        if self.residual is not None:
+            total = total + dense(self.residual).astype(dtype)
+        return total.astype(self.dtype)
+
+
+def outer(
+    a: Array, b: Array, inputs: tuple[int, ...], outputs: tuple[int, ...], stack: tuple[int, ...], dtype: Any
+) -> Array:
+    """a^T b, summed over the rank, in the layout of the parameter whose axes these are."""
+    letters = {axis: chr(ord("a") + axis) for axis in (*stack, *inputs, *outputs)}
+    one, two = ("".join(letters[i] for i in (*stack, *axes)) for axes in (inputs, outputs))
+    layout = "".join(letters[i] for i in sorted(letters))
+    factors = (x.astype(dtype) for x in (a, b))
+    return jnp.einsum(f"Z{one},Z{two}->{layout}", *factors, precision=jax.lax.Precision.HIGHEST)
+
+
 def dense(x: Any) -> Array:
-    """An array as it is, a quantised one restored."""
-    return x.restore() if isinstance(x, Quantised) else jnp.asarray(x)
+    """An array as it is, a compact one restored."""
+    return x.restore() if isinstance(x, Quantised | LowRank) else jnp.asarray(x)

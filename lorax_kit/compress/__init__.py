@@ -1,0 +1,34 @@
+"""Low-rank compression of pretrained parameters: decompose, choose ranks, replace.
+
+`calibrate` sums what parameters are given, `plan_ranks` chooses ranks under a budget, `compress` replaces parameters
+by products, and `compressed` runs any JAX function with them. `solve` is the penalised decomposition of one matrix.
+"""
+
+from lorax_kit.compress.allocate import ALLOCATIONS, Candidate, allocate, candidate
+from lorax_kit.compress.calibrate import Moments, calibrate
+from lorax_kit.compress.decompose import METHODS
+from lorax_kit.compress.objective import Solution, objective, solve, solve_by_gradient
+from lorax_kit.compress.replace import CompressPlan, compress, plan_ranks
+from lorax_kit.core.compact import LowRank
+from lorax_kit.core.errors import CompressError
+from lorax_kit.transform.adapt import compressed
+
+__all__ = [
+    "ALLOCATIONS",
+    "METHODS",
+    "Candidate",
+    "CompressError",
+    "CompressPlan",
+    "LowRank",
+    "Moments",
+    "Solution",
+    "allocate",
+    "calibrate",
+    "candidate",
+    "compress",
+    "compressed",
+    "objective",
+    "plan_ranks",
+    "solve",
+    "solve_by_gradient",
+]

@@ -1,0 +1,165 @@
+"""`plan` and `compress`: parameters become low-rank products, as a function of params, a static plan and data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lorax_kit.compress.allocate import allocate, candidate
+from lorax_kit.compress.calibrate import Moments, matrices
+from lorax_kit.compress.decompose import decompose, singular_values, transform
+from lorax_kit.core.compact import LowRank
+from lorax_kit.core.errors import CompressError
+from lorax_kit.core.factors import site_key
+from lorax_kit.core.merge import check_params
+from lorax_kit.core.paths import Params, flatten, unflatten
+from lorax_kit.core.plan import Plan, Site
+
+Stats = Mapping[str, Moments]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressPlan:
+    """Which parameters become products, of what rank, and how; static and hashable.
+
+    Attributes:
+      method: of `lorax_kit.compress.METHODS`.
+      sites: what may be compressed.
+      ranks: one per site; None leaves it dense.
+    """
+
+    method: str
+    sites: Plan
+    ranks: tuple[int | None, ...]
+
+    @property
+    def kept(self) -> float:
+        """Share of the sites' parameters that remains."""
+        total = sum(int(np.prod(site.shape)) for site in self.sites.sites)
+        return sum(self.parameters(site, rank) for site, rank in self.chosen()) / total
+
+    def chosen(self) -> list[tuple[Site, int | None]]:
+        """Sites with their ranks."""
+        return list(zip(self.sites.sites, self.ranks, strict=True))
+
+    @staticmethod
+    def parameters(site: Site, rank: int | None) -> int:
+        """Of a site at a rank, None for dense."""
+        if rank is None:
+            return int(np.prod(site.shape))
+        s, k, n = (int(np.prod(x)) for x in (site.stack_shape, site.in_shape, site.out_shape))
+        return rank * s * (k + n)
+
+
+def plan_ranks(
+    params: Params,
+    sites: Plan,
+    *,
+    keep: float,
+    method: str = "whitened",
+    stats: Stats | None = None,
+    allocation: str = "loss",
+    minimum: int = 1,
+) -> CompressPlan:
+    """Choose the ranks that keep at most `keep` of the sites' parameters.
+
+    Args:
+      params: that the sites were resolved against.
+      sites: from `lk.resolve`; the ranks of its settings do not matter.
+      keep: in (0, 1].
+      method: "svd", "fisher", "asvd" or "whitened".
+      stats: from `calibrate`; all but "svd" need it.
+      allocation: "loss", "energy" or "uniform", as `allocate` says. "loss" compares sites by the error of their
+        outputs, which for "whitened" is exact.
+      minimum: the least rank.
+
+    Raises:
+      CompressError: unknown words, an impossible budget, data that are missing, singular beyond use, or not finite.
+      PlanError: params that do not fit the sites.
+    """
+    named, _ = flatten(params)
+    check_params(named, sites)
+    if not sites.sites:
+        raise CompressError("the plan has no low-rank sites: there is nothing to compress.")
+    found = {}
+    for site in sites.sites:
+        stacked = _dense(named[site.path], site)
+        values = [
+            singular_values(w, transform(method, None if stats is None else stats.get(site.path), site.path, i))
+            for i, w in enumerate(stacked)
+        ]
+        found[site.path] = candidate(np.stack(values), *stacked.shape[1:])
+    ranks = allocate(found, keep, allocation, minimum)
+    return CompressPlan(method=method, sites=sites, ranks=tuple(ranks[site.path] for site in sites.sites))
+
+
+def compress(params: Params, plan: CompressPlan, stats: Stats | None = None, *, key: Array | None = None) -> Params:
+    """Params in which each planned parameter is the product of two, for `compressed(fn)`.
+
+    Args:
+      params: left as they are; what is not compressed is shared, not copied.
+      plan: from `plan_ranks`, or made by hand.
+      stats: from `calibrate`, for methods that need it.
+      key: decompose by randomised projections, from this key; without it exactly, in float64 on the host.
+
+    Returns:
+      The tree of `params` with `LowRank` leaves, whose arrays are at `PATH/a` and `PATH/b`, in the parameter's dtype.
+
+    Raises:
+      CompressError: as `plan_ranks`; a rank at which a product has no fewer parameters than the matrix.
+      PlanError: params that do not fit the plan.
+
+    Example:
+      >>> import lorax_kit as lk
+      >>> params = {"w": jnp.eye(8)[:, :6]}
+      >>> sites = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), params)
+      >>> small = compress(params, CompressPlan(method="svd", sites=sites, ranks=(2,)))
+      >>> small["w"].a.shape, small["w"].b.shape
+      ((2, 8), (2, 6))
+    """
+    named, treedef = flatten(params)
+    check_params(named, plan.sites)
+    out = dict(named)
+    for site, rank in plan.chosen():
+        if rank is None:
+            continue
+        size = plan.parameters(site, None)
+        if not 1 <= rank <= site.max_rank or plan.parameters(site, rank) >= size:
+            raise CompressError(
+                f"rank {rank} at {site.path!r} keeps {plan.parameters(site, rank)} of {size} parameters: "
+                f"it must be at least 1, and below {size / (plan.parameters(site, 1)):.1f}.\n"
+                "  leave it dense: rank None"
+            )
+        own = None if key is None else site_key(key, site.path)
+        moments = None if stats is None else stats.get(site.path)
+        out[site.path] = _replaced(site, named[site.path], plan.method, rank, moments, own)
+    return unflatten(out, treedef)
+
+
+def _dense(x: Any, site: Site) -> np.ndarray:
+    stacked = np.asarray(matrices(jnp.asarray(x), site), np.float64)
+    if not np.isfinite(stacked).all():
+        raise CompressError(f"{site.path!r} holds values that are not finite.")
+    return stacked
+
+
+def _replaced(site: Site, x: Any, method: str, rank: int, moments: Moments | None, key: Array | None) -> LowRank:
+    pairs = [
+        decompose(w, transform(method, moments, site.path, i), rank, key).factors(rank)
+        for i, w in enumerate(_dense(x, site))
+    ]
+    a, b = (jnp.asarray(np.stack(side, 1), x.dtype) for side in zip(*pairs, strict=True))  # (r, S, K), (r, S, N)
+    return LowRank(
+        a=a.reshape(rank, *site.stack_shape, *site.in_shape),
+        b=b.reshape(rank, *site.stack_shape, *site.out_shape),
+        shape=site.shape,
+        dtype=x.dtype,
+        inputs=site.axes.inputs,
+        outputs=site.axes.outputs,
+        stack=site.axes.stack,
+    )
