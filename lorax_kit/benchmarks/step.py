@@ -92,7 +92,7 @@ def bench_step(
         # The first trace of a process also traces what JAX keeps of its own functions: the fastest of some counts.
         measured[name]["trace_s"] = min(_traced(make()[1], init(trained), own, case.batch) for _ in range(4))
         runs[name] = _compiled(step, init(trained), own, case.batch, measured[name])
-    runs |= torch_steps(case, rank, RATE) if peer else {}
+    runs |= torch_steps(case, factors, RATE) if peer else {}
     first = {name: run() for name, run in runs.items()}
     if max(first.values()) - min(first.values()) > 1e-3:
         raise ValueError(f"the steps do not start from one loss: {first}.")

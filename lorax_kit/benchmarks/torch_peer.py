@@ -12,29 +12,40 @@ from typing import Any
 import numpy as np
 
 from lorax_kit.benchmarks.case import Case
+from lorax_kit.core.factors import Factors, FactorTree
 from lorax_kit.core.paths import flatten
 from lorax_kit.models.pretrained import classifier_names
 
 
-def torch_steps(case: Case, rank: int, lr: float) -> dict[str, Callable[[], float]]:
+def torch_steps(case: Case, factors: FactorTree, lr: float) -> dict[str, Callable[[], float]]:
     """Steps by name, each called for its loss: "torch_full" and "peft"; none without the interop extra.
 
-    AdamW as in the other steps; no dropout; attention by torch's fused kernel; threads as torch chooses them.
+    AdamW as in the other steps; no dropout; attention by torch's fused kernel; threads as torch chooses them. PEFT's
+    adapters start from `factors`.
     """
     if not all(find_spec(name) for name in ("torch", "transformers", "peft")):
         return {}
     import peft
     import torch
 
-    kernels = [site.path for site in case.plan.sites]
     names = classifier_names(case.config)
-    targets = sorted(names[path].removesuffix(".weight") for path in kernels)
+    modules = {site.path: names[site.path].removesuffix(".weight") for site in case.plan.sites}
+    rank = case.plan.sites[0].setting.rank
     adapted = peft.get_peft_model(
         _classifier(case),
         peft.LoraConfig(
-            r=rank, lora_alpha=round(case.scale * rank), target_modules=targets, modules_to_save=["classifier"]
+            r=rank,
+            lora_alpha=round(case.scale * rank),
+            target_modules=sorted(modules.values()),
+            modules_to_save=["classifier"],
         ),
     )
+    for path, module in modules.items():
+        own: Any = adapted.get_submodule(f"base_model.model.{module}")
+        drawn = factors[path]
+        assert isinstance(drawn, Factors)
+        for theirs, ours in ((own.lora_A, drawn.a), (own.lora_B, drawn.b.T)):
+            theirs["default"].weight.data.copy_(torch.from_numpy(np.array(ours)))
     ids, mask, label = (torch.from_numpy(np.asarray(x).astype(np.int64)) for x in case.batch[:3])
 
     def stepper(model: Any) -> Callable[[], float]:

@@ -36,13 +36,11 @@ def test_the_peer_trains_what_we_train():
         lambda base, f, b: case.loss(adapted(base, f, b), b), lk.partition(optax.adamw(1e-2), case.plan)
     )
     state = init(factors)
-    peer = torch_steps(case, 2, 1e-2)["peft"]
+    peer = torch_steps(case, factors, 1e-2)["peft"]
     ours, theirs = [], []
     for _ in range(5):
         state, info = step(state, base, case.batch)
         ours.append(float(info.loss))
         theirs.append(peer())
-    # The drawn factors differ, so the paths part slowly; the first two steps hardly depend on them.
-    assert ours[0] == pytest.approx(theirs[0], abs=1e-5)
-    assert ours[1] == pytest.approx(theirs[1], abs=2e-2)
-    assert theirs[-1] < theirs[0]
+    assert ours == pytest.approx(theirs, abs=1e-4)  # fp32 sums in another order, through five steps of AdamW
+    assert theirs[-1] < theirs[0] - 0.1
