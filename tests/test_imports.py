@@ -37,6 +37,7 @@ ONE_FILE = {
     "scipy": {"study/statistics"},
     "orbax": {"checkpoint/adapter"},
     "tokenizers": {"models/tokenizer"},
+    "gguf": {"models/gguf"},
     "torch": {"benchmarks/torch_peer"},
     "transformers": {"benchmarks/torch_peer"},
     "peft": {"benchmarks/torch_peer"},

@@ -2,19 +2,26 @@
 
 from lorax_kit.models.assets import MissingPackageError, locate
 from lorax_kit.models.bert import BertClassifier, BertConfig, BertEncoder
+from lorax_kit.models.llama import LlamaConfig, LlamaModel
 from lorax_kit.models.pretrained import Pretrained, classifier_names, classifier_params, load_bert, torch_names
+from lorax_kit.models.pretrained_llama import PretrainedLlama, llama_names, load_llama
 from lorax_kit.models.tokenizer import Tokenizer
 
 __all__ = [
     "BertClassifier",
     "BertConfig",
     "BertEncoder",
+    "LlamaConfig",
+    "LlamaModel",
     "MissingPackageError",
     "Pretrained",
+    "PretrainedLlama",
     "Tokenizer",
     "classifier_names",
     "classifier_params",
+    "llama_names",
     "load_bert",
+    "load_llama",
     "locate",
     "torch_names",
 ]

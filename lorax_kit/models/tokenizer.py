@@ -1,4 +1,4 @@
-"""WordPiece and other tokenizers from a tokenizer.json."""
+"""WordPiece, byte-level BPE and other tokenizers: from a tokenizer.json, or from tokens and merges."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,62 @@ class Tokenizer:
         inner.no_padding()
         return cls(inner)
 
+    @classmethod
+    def from_merges(
+        cls,
+        tokens: Sequence[str],
+        merges: Sequence[tuple[str, str]],
+        *,
+        special: Sequence[str] = (),
+        whole: Sequence[str] = (),
+        split_digits: bool = False,
+        start: str | None = None,
+        end: str | None = None,
+    ) -> Tokenizer:
+        """Byte-level BPE as in GPT-2 (Radford et al., 2019).
+
+        Args:
+          tokens: by id, in GPT-2's alphabet of bytes.
+          merges: pairs of tokens, the first to be merged first.
+          special: tokens with a meaning of their own, found in a text before it is split, and left out by `decode`.
+          whole: tokens found likewise, that belong to the text.
+          split_digits: every digit is a token of its own, as in SmolLM2.
+          start, end: a special token that begins or ends every text.
+
+        Raises:
+          ValueError: a merge of tokens that are not there.
+        """
+        ids = {token: i for i, token in enumerate(tokens)}
+        try:
+            inner = tokenizers.Tokenizer(models.BPE(ids, list(merges)))
+        except Exception as e:  # the library raises bare Exception
+            raise ValueError(f"these tokens and merges are not a tokenizer: {e}.") from None
+        split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        digits = [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
+        inner.pre_tokenizer = pre_tokenizers.Sequence([*digits, split])
+        inner.decoder = decoders.ByteLevel()
+        inner.add_special_tokens([tokenizers.AddedToken(x, special=True, normalized=False) for x in special])
+        inner.add_tokens([tokenizers.AddedToken(x, normalized=False) for x in whole])
+        around = [x for x in (start, end) if x is not None]
+        if around:
+            text = [x for x in (start, "$A", end) if x is not None]
+            inner.post_processor = processors.TemplateProcessing(
+                single=text, pair=[*text, "$B"], special_tokens=[(x, ids[x]) for x in around]
+            )
+        return cls(inner)
+
     def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
-        """Ids of each text, special tokens included; a longer text keeps its first tokens and its last ([SEP])."""
+        """Ids of each text, special tokens included.
+
+        A longer text keeps its first tokens, and the special token that ends every text ([SEP]) where there is one.
+        """
         out = []
         for encoding in self.inner.encode_batch(list(texts)):
             ids = encoding.ids
-            out.append(ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]])
+            if len(ids) > max_length:
+                end = ids[-1:] if encoding.special_tokens_mask[-1] else []
+                ids = ids[: max_length - len(end)] + end
+            out.append(ids)
         return out
 
     def decode(self, ids: Sequence[int]) -> str:

