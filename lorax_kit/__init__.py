@@ -2,9 +2,11 @@
 
 Pure functions turn params into a frozen base plus low-rank factors (`resolve`, `split`, `adapt`, `merge`), train
 only the factors (`partition`, `make_step`, `fit`), keep them apart from the base (`save_adapter`,
-`load_adapter`), and run whole rank ablations as one compiled program (`Study`, `run`).
+`load_adapter`), run whole rank ablations as one compiled program (`Study`, `run`), and replace pretrained parameters by
+low-rank products (`compress`).
 """
 
+from lorax_kit import compress
 from lorax_kit import variants as _variants  # noqa: F401  (fills core's table of methods)
 from lorax_kit.checkpoint import Adapter, fingerprint, load_adapter, load_peft, save_adapter, save_peft
 from lorax_kit.core import (
@@ -49,6 +51,7 @@ __all__ = [
     "StudyError",
     "__version__",
     "adapt",
+    "compress",
     "device_mesh",
     "explain",
     "fingerprint",

@@ -1,4 +1,4 @@
-"""The command line: `lorax-kit study|train|evaluate|inspect|report|bench`.
+"""The command line: `lorax-kit study|train|evaluate|compress|inspect|report|bench`.
 
 Facts go to standard output (JSON with --json), progress and errors to standard error. Bad input exits with 2 and one
 clear message, an interruption with 130.
@@ -148,6 +148,43 @@ def evaluate(adapter: str, as_json: bool) -> None:
         click.echo(
             f"test accuracy {result['test_accuracy']:.4f}, loss {result['test_loss']:.4f} ({result['examples']})"
         )
+
+
+@cli.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False))
+@click.option(
+    "--method",
+    default="whitened",
+    show_default=True,
+    help="svd, fisher, asvd, whitened (each also as "
+    "whitened+int8, +int4, +nf4), magnitude, wanda, wanda-2:4, int8, int4, nf4.",
+)
+@click.option("--keep", type=float, default=0.5, show_default=True, help="Share of the targets' parameters to keep.")
+@click.option("--allocation", default="loss", show_default=True, help="Of ranks: loss, energy or uniform.")
+@click.option("--batches", type=click.IntRange(1), default=16, show_default=True, help="Of calibration, 32 texts each.")
+@click.option("--heal", "steps", type=click.IntRange(0), default=0, show_default=True, help="Steps of healing.")
+@click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak rate of healing.")
+@click.option(
+    "--rank",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of healing's updates of one factor at a time; 0 trains both factors in full.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of healing.")
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Rounds of latency.")
+@click.option("--json", "as_json", is_flag=True, help="Print the row as JSON.")
+def compress(model: str, as_json: bool, rank: int, **options: Any) -> None:
+    """Compress a trained model, heal it, print what was lost and saved. MODEL is an adapter of `train` or a study."""
+    from lorax_kit.benchmarks import table
+    from lorax_kit.workloads import compress_subject, sentiment_subject
+
+    row, _ = compress_subject(sentiment_subject(model), rank=rank or None, **options)
+    if as_json:
+        _echo(row)
+    else:
+        shown = ("method", "keep", "bytes_ratio", "model_ratio", "flops_ratio", "latency_ratio")
+        click.echo(table([row], (*shown, "metric_before", "metric_after", "metric_healed")))
 
 
 @cli.command()

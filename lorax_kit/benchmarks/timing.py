@@ -20,12 +20,15 @@ def waiting(fn: Callable[..., Any], *args: Any) -> Callable[[], None]:
 
 
 def alternate(runs: Mapping[str, Callable[[], Any]], rounds: Iterable[Any]) -> dict[str, list[float]]:
-    """Milliseconds of each run in each round; in a round every run has its turn, so they share the machine's mood."""
+    """Milliseconds of each run in each round; in a round every run has its turn, so they share the machine's mood.
+
+    Every other round goes backwards: what ran just before leaves its caches and threads behind.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
-    for _ in rounds:
-        for name, run in runs.items():
+    for n, _ in enumerate(rounds):
+        for name, run in list(runs.items())[:: -1 if n % 2 else 1]:
             began = perf_counter()
             run()
             times[name].append(1e3 * (perf_counter() - began))

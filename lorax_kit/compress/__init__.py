@@ -7,7 +7,9 @@ by products, and `compressed` runs any JAX function with them. `solve` is the pe
 from lorax_kit.compress.allocate import ALLOCATIONS, Candidate, allocate, candidate
 from lorax_kit.compress.calibrate import Moments, calibrate
 from lorax_kit.compress.decompose import METHODS
+from lorax_kit.compress.heal import distillation, heal
 from lorax_kit.compress.objective import Solution, objective, solve, solve_by_gradient
+from lorax_kit.compress.prune import PRUNINGS, prune
 from lorax_kit.compress.replace import CompressPlan, compress, plan_ranks
 from lorax_kit.core.compact import LowRank
 from lorax_kit.core.errors import CompressError
@@ -16,6 +18,7 @@ from lorax_kit.transform.adapt import compressed
 __all__ = [
     "ALLOCATIONS",
     "METHODS",
+    "PRUNINGS",
     "Candidate",
     "CompressError",
     "CompressPlan",
@@ -27,8 +30,11 @@ __all__ = [
     "candidate",
     "compress",
     "compressed",
+    "distillation",
+    "heal",
     "objective",
     "plan_ranks",
+    "prune",
     "solve",
     "solve_by_gradient",
 ]

@@ -70,7 +70,7 @@ def _tapped_bwd(residuals: tuple[Partial, Array, _Sums], g: Array) -> tuple[None
     inputs, value, sums = residuals
     x = inputs(value)
     if jnp.issubdtype(x.dtype, jnp.integer):
-        counts = sums.second.at[x].add(1.0, mode="drop")
+        counts = jnp.zeros_like(sums.second).at[x].add(1.0, mode="drop")
         found = _Sums(jnp.asarray(x.size, jnp.float32), counts, jnp.zeros_like(sums.first))
     else:
         x = x.astype(jnp.float32).reshape(-1, *x.shape[-2:])
@@ -137,7 +137,9 @@ def calibrate(
             site = sites[part.path]
             axes = part.axes(contract, free)
             sizes = [prod(weight.shape[d] for d in some) for some in (contract, stack)]
-            if axes is None or axes.inputs != site.axes.inputs:
+            if part.altered:
+                skipped[part.path] = f"it goes through {part.altered!r} before it is multiplied"
+            elif axes is None or axes.inputs != site.axes.inputs:
                 skipped[part.path] = "it is multiplied along other axes than the plan's inputs"
             elif sizes != [prod(site.in_shape), prod(site.stack_shape)]:
                 skipped[part.path] = "a part of it is used alone: a slice, or one layer of a stack"
@@ -191,6 +193,13 @@ def matrices(x: Array, site: Site) -> Array:
     axes = site.axes
     x = jnp.transpose(x, (*axes.stack, *axes.inputs, *axes.outputs))
     return x.reshape(prod(site.stack_shape), prod(site.in_shape), prod(site.out_shape))
+
+
+def from_matrices(x: Array, site: Site) -> Array:
+    """(S, K, N) as the parameter: the inverse of `matrices`."""
+    order = (*site.axes.stack, *site.axes.inputs, *site.axes.outputs)
+    x = x.reshape(*site.stack_shape, *site.in_shape, *site.out_shape)
+    return jnp.transpose(x, [order.index(i) for i in range(len(order))])
 
 
 def _moments(site: Site, sums: _Sums, fisher: np.ndarray | None) -> Moments:

@@ -30,12 +30,22 @@ class CompressPlan:
     Attributes:
       method: of `lorax_kit.compress.METHODS`.
       sites: what may be compressed.
-      ranks: one per site; None leaves it dense.
+      ranks: (path, rank) of what is; the rest stays dense. A mapping is taken, too.
+
+    Raises:
+      CompressError: a path that is no site.
     """
 
     method: str
     sites: Plan
-    ranks: tuple[int | None, ...]
+    ranks: tuple[tuple[str, int], ...] | Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        ranks = dict(self.ranks)
+        object.__setattr__(self, "ranks", tuple(ranks.items()))
+        known = {site.path for site in self.sites.sites}
+        if unknown := sorted(set(ranks) - known):
+            raise CompressError(f"{unknown[0]!r} is no site of the plan.\n  the sites: {', '.join(sorted(known))}")
 
     @property
     def kept(self) -> float:
@@ -44,8 +54,9 @@ class CompressPlan:
         return sum(self.parameters(site, rank) for site, rank in self.chosen()) / total
 
     def chosen(self) -> list[tuple[Site, int | None]]:
-        """Sites with their ranks."""
-        return list(zip(self.sites.sites, self.ranks, strict=True))
+        """Sites with their ranks, None where dense."""
+        ranks = dict(self.ranks)
+        return [(site, ranks.get(site.path)) for site in self.sites.sites]
 
     @staticmethod
     def parameters(site: Site, rank: int | None) -> int:
@@ -95,7 +106,7 @@ def plan_ranks(
         ]
         found[site.path] = candidate(np.stack(values), *stacked.shape[1:])
     ranks = allocate(found, keep, allocation, minimum)
-    return CompressPlan(method=method, sites=sites, ranks=tuple(ranks[site.path] for site in sites.sites))
+    return CompressPlan(method=method, sites=sites, ranks=tuple((p, r) for p, r in ranks.items() if r is not None))
 
 
 def compress(params: Params, plan: CompressPlan, stats: Stats | None = None, *, key: Array | None = None) -> Params:
@@ -118,7 +129,7 @@ def compress(params: Params, plan: CompressPlan, stats: Stats | None = None, *, 
       >>> import lorax_kit as lk
       >>> params = {"w": jnp.eye(8)[:, :6]}
       >>> sites = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), params)
-      >>> small = compress(params, CompressPlan(method="svd", sites=sites, ranks=(2,)))
+      >>> small = compress(params, CompressPlan(method="svd", sites=sites, ranks={"w": 2}))
       >>> small["w"].a.shape, small["w"].b.shape
       ((2, 8), (2, 6))
     """
@@ -133,7 +144,7 @@ def compress(params: Params, plan: CompressPlan, stats: Stats | None = None, *, 
             raise CompressError(
                 f"rank {rank} at {site.path!r} keeps {plan.parameters(site, rank)} of {size} parameters: "
                 f"it must be at least 1, and below {size / (plan.parameters(site, 1)):.1f}.\n"
-                "  leave it dense: rank None"
+                "  leave it dense"
             )
         own = None if key is None else site_key(key, site.path)
         moments = None if stats is None else stats.get(site.path)

@@ -60,6 +60,16 @@ What watches the inputs of parameters while a plan is being resolved. `inputs(va
 """
 
 
+REARRANGING = frozenset(
+    (
+        *("broadcast_in_dim", "concatenate", "convert_element_type", "copy", "copy_p", "expand_dims", "pcast", "pvary"),
+        *("optimization_barrier", "reduce_precision", "reshape", "sharding_constraint", "slice", "split", "squeeze"),
+        *("stack", "stop_gradient", "transpose", "unstack"),
+    )
+)
+"""Primitives after which the inputs of a parameter are what its axes say, or fewer or more of them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What the rules share.
@@ -274,7 +284,11 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
         if any(isinstance(x, Weight) for x in values):
             known = RULES.get(eqn.primitive.name)
             found = known(ctx, eqn, values) if known else f"no low-rank rule for {eqn.primitive.name!r}"
-            return bind(eqn, materialise(ctx, eqn, values, found)) if isinstance(found, str) else found
+            if isinstance(found, str):
+                return bind(eqn, materialise(ctx, eqn, values, found))
+            if ctx.tap is not None and eqn.primitive.name not in REARRANGING | CALLS:
+                return [_altered(x, eqn.primitive.name) if isinstance(x, Weight) else x for x in found]
+            return found
         if eqn.primitive.name == "broadcast_in_dim":
             ctx.narrow[eqn.outvars[0]] = _narrow(eqn, values[0])
         return bind(eqn, values)
@@ -337,6 +351,10 @@ def _watched(ctx: Context, eqn: Any, operand: int, x: Any) -> Any:
         ctx.record(x, eqn, operand, how="full")
         return x.w
     return x
+
+
+def _altered(weight: Weight, name: str) -> Weight:
+    return replace(weight, parts=tuple(part._replace(altered=name) for part in weight.parts))
 
 
 def _narrow(eqn: Any, x: Any) -> Any:

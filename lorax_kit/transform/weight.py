@@ -81,6 +81,7 @@ class Part(NamedTuple):
       dims: the original axes that each current dimension holds.
       looked: original axes along which entries were looked up.
       dropout: rate of the site.
+      altered: the operation, if any, after which its inputs may be others, or in another order (while being watched).
     """
 
     path: str
@@ -88,6 +89,7 @@ class Part(NamedTuple):
     dims: tuple[tuple[int, ...], ...]
     looked: tuple[int, ...] = ()
     dropout: float = 0.0
+    altered: str = ""
 
     def axes(self, contracted: tuple[int, ...], free: tuple[int, ...]) -> Axes | None:
         """What a product over these dimensions makes of the parameter's axes; None if it splits one of them.

@@ -1,4 +1,4 @@
-"""Joins models and tasks into problems a study can run: the one place where a name becomes weights and data."""
+"""Sentiment of film reviews as a problem for studies, and the commands that train, evaluate and inspect its models."""
 
 from __future__ import annotations
 

@@ -1,0 +1,152 @@
+"""`heal`: a compressed model is trained a little, and stays as small as it is.
+
+Low-rank updates of one factor, then of the other, and so on (SVD-LLM, Wang et al., arXiv 2403.07378, section 3.3):
+each is merged into its factor, so nothing grows. The loss may follow the original's outputs (Hinton, Vinyals & Dean,
+arXiv 1503.02531).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from tqdm import tqdm
+
+from lorax_kit.core.compact import LowRank
+from lorax_kit.core.errors import CompressError
+from lorax_kit.core.merge import merge, split
+from lorax_kit.core.paths import Params, flatten, paths
+from lorax_kit.core.spec import Full, LoRA, Spec
+from lorax_kit.training import make_step, partition
+from lorax_kit.transform import adapt, compressed, resolve
+
+SIDES = ("b", "a")
+
+
+def heal(
+    fn: Callable[..., Any],
+    params: Params,
+    loss: Callable[[Any, Any], Array],
+    batches: Iterator[Any],
+    key: Array,
+    *,
+    steps: int,
+    lr: float = 1e-3,
+    rank: int | None = 8,
+    rounds: int = 2,
+    full: tuple[str, ...] = (),
+    progress: bool = True,
+) -> Params:
+    """Train the factors of compressed params, alternately b and a.
+
+    Args:
+      fn: `fn(params, batch)`, of dense params.
+      params: from `compress`; not changed.
+      loss: `loss(outputs, batch)`, a scalar. `distillation` makes one that follows the original.
+      batches: an iterator that lasts for `steps`.
+      key: random key of the updates.
+      steps: in all, shared evenly among the rounds.
+      lr: peak rate of AdamW in each round, decaying linearly to 0.
+      rank: of the updates; at most the rank of the smallest factor counts. None trains the factors themselves.
+      rounds: how often the side changes: b, a, b, ... None of it matters where `rank` is None: both train together.
+      full: patterns of other parameters to train in full in every round (a head, norms).
+      progress: show a bar.
+
+    Returns:
+      Params of the same structure, shapes and dtypes.
+
+    Raises:
+      CompressError: nothing is low-rank, fewer steps than rounds, batches that end early, a loss that is not finite.
+    """
+    small = compressed(fn)
+    found = [p for p, x in flatten(params, whole=(LowRank,))[0].items() if isinstance(x, LowRank)]
+    if not found:
+        raise CompressError("no parameter is low-rank: there is nothing to heal.\n  compress the params first")
+    sides: tuple[tuple[str, ...], ...] = (SIDES,) if rank is None else tuple((SIDES[i % 2],) for i in range(rounds))
+    if steps < len(sides) or not sides:
+        raise CompressError(f"{steps} steps do not fill {rounds} rounds.")
+    shapes = paths(params)
+    bar = tqdm(total=steps, desc="healing", unit="step", disable=not progress)
+    with bar:
+        for i, side in enumerate(sides):
+            rules: dict[str, Any] = dict.fromkeys(full, Full())
+            for path in found:
+                for name in side:
+                    own = f"{path}/{name}"
+                    most = min(shapes[own].shape[0], max(shapes[own].shape[1:]))
+                    rules[own] = Full() if rank is None else LoRA(rank=min(rank, most), alpha=2 * min(rank, most))
+            count = steps * (i + 1) // len(sides) - steps * i // len(sides)
+            own_key = jax.random.fold_in(key, i)
+            params = _trained(small, params, Spec(rules), loss, batches, own_key, count, lr, bar)
+    return params
+
+
+def _trained(
+    small: Callable[..., Any],
+    params: Params,
+    spec: Spec,
+    loss: Callable[[Any, Any], Array],
+    batches: Iterator[Any],
+    key: Array,
+    steps: int,
+    lr: float,
+    bar: Any,
+) -> Params:
+    """`steps` steps of AdamW on what the spec trains, merged."""
+    first = next(batches, None)
+    if first is None:
+        raise CompressError("the healing batches ended early.")
+    plan = resolve(spec, params, small, first)
+    base, factors = split(params, plan, key)
+    adapted = adapt(small, plan)
+    tx = partition(optax.adamw(optax.linear_schedule(lr, 0.0, steps)), plan, clip=1.0)
+    init, step = make_step(lambda base, factors, batch: loss(adapted(base, factors, batch), batch), tx)
+    state, batch = init(factors), first
+    for n in range(steps):
+        state, info = step(state, base, batch)
+        bar.update()
+        if n % 10 == 0 or n + 1 == steps:
+            bar.set_postfix(loss=f"{float(info.loss):.4f}")
+            if not bool(info.finite):
+                raise CompressError(f"the loss of healing is not finite at step {n + 1}.\n  lower lr, now {lr:g}")
+        if n + 1 < steps:
+            batch = next(batches, None)
+            if batch is None:
+                raise CompressError(f"the healing batches ended after {n + 1} of {steps} steps.")
+    return merge(base, state.factors, plan)
+
+
+def distillation(
+    teacher: Callable[[Any], Array],
+    loss: Callable[[Any, Any], Array],
+    *,
+    weight: Callable[[Any], Array] | None = None,
+    share: float = 0.5,
+    temperature: float = 2.0,
+) -> Callable[[Any, Any], Array]:
+    """A loss that mixes `loss` with the divergence from a teacher's distribution.
+
+    (1 - share) loss + share T^2 KL(teacher / T || logits / T), a mean over the batch's positions.
+
+    Args:
+      teacher: batch -> logits (..., C); no gradient passes it.
+      weight: batch -> (...), how much each position counts; default all alike.
+    """
+    if not 0 <= share <= 1 or temperature <= 0:
+        raise CompressError(
+            f"share is {share!r} and temperature {temperature!r}; share in [0, 1], temperature above 0."
+        )
+
+    def mixed(logits: Array, batch: Any) -> Array:
+        wanted = jax.lax.stop_gradient(teacher(batch)).astype(jnp.float32) / temperature
+        ours = logits.astype(jnp.float32) / temperature
+        divergence = jnp.sum(jax.nn.softmax(wanted) * (jax.nn.log_softmax(wanted) - jax.nn.log_softmax(ours)), axis=-1)
+        counts = jnp.ones(divergence.shape) if weight is None else weight(batch).astype(jnp.float32)
+        mean = jnp.sum(divergence * counts) / jnp.maximum(jnp.sum(counts), 1e-9)
+        return (1 - share) * loss(logits, batch) + share * temperature**2 * mean
+
+    return mixed

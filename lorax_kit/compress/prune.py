@@ -1,0 +1,99 @@
+"""Pruning, the other way to drop parameters: by magnitude, or by Wanda, unstructured or 2 of 4.
+
+Wanda (Sun et al., arXiv 2306.11695): the score of an entry is |w_kn| times the norm of input k over the calibration
+data, compared among the entries of one output. Magnitude compares the entries of one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lorax_kit.compress.calibrate import Moments, from_matrices, matrices
+from lorax_kit.core.errors import CompressError
+from lorax_kit.core.merge import check_params
+from lorax_kit.core.paths import Params, flatten, unflatten
+from lorax_kit.core.plan import Plan
+
+PRUNINGS = ("magnitude", "wanda")
+
+
+def prune(
+    params: Params,
+    sites: Plan,
+    *,
+    keep: float,
+    method: str = "wanda",
+    stats: Mapping[str, Moments] | None = None,
+    pattern: str = "unstructured",
+) -> Params:
+    """Params whose sites have zeros in place of the entries that count least.
+
+    Args:
+      params: left as they are.
+      sites: from `lk.resolve`.
+      keep: share of each site's entries that stays, in (0, 1]; 0.5 for "2:4".
+      method: "magnitude" or "wanda".
+      stats: from `calibrate`, for "wanda".
+      pattern: "unstructured", or "2:4": two of every four consecutive inputs of an output, as sparse tensor cores want.
+
+    Returns:
+      The same tree, dense arrays of the same shapes.
+
+    Raises:
+      CompressError: unknown words, a share out of range, inputs not a multiple of 4 for "2:4", or missing data.
+
+    Example:
+      >>> import lorax_kit as lk
+      >>> params = {"w": jnp.asarray([[3.0, 1.0], [-2.0, 4.0]])}
+      >>> sites = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), params)
+      >>> prune(params, sites, keep=0.5, method="magnitude")["w"].tolist()
+      [[3.0, 0.0], [0.0, 4.0]]
+    """
+    if method not in PRUNINGS:
+        raise CompressError(f"pruning method {method!r} is unknown; choose from {', '.join(PRUNINGS)}.")
+    if pattern not in ("unstructured", "2:4"):
+        raise CompressError(f"pattern {pattern!r} is unknown; choose unstructured or 2:4.")
+    if not 0 < keep <= 1 or (pattern == "2:4" and keep != 0.5):
+        raise CompressError(f"keep is {keep!r}; it must lie in (0, 1], and be 0.5 for 2:4.")
+    named, treedef = flatten(params)
+    check_params(named, sites)
+    out = dict(named)
+    for site in sites.sites:
+        w = matrices(jnp.asarray(named[site.path]), site)  # (S, K, N)
+        score = jnp.abs(w.astype(jnp.float32))
+        if method == "wanda":
+            score = score * _input_norms(stats, site.path)[..., None]
+        if pattern == "2:4":
+            if w.shape[1] % 4:
+                raise CompressError(f"{site.path!r} has {w.shape[1]} inputs; 2:4 needs a multiple of 4.")
+            kept = _best(score.reshape(w.shape[0], -1, 4, w.shape[2]), 2, axis=2).reshape(w.shape)
+        elif method == "wanda":
+            kept = _best(score, round(keep * w.shape[1]), axis=1)
+        else:
+            kept = _best(score.reshape(w.shape[0], -1), round(keep * w.shape[1] * w.shape[2]), axis=1).reshape(w.shape)
+        out[site.path] = from_matrices(jnp.where(kept, w, 0), site)
+    return unflatten(out, treedef)
+
+
+def _best(score: Array, count: int, axis: int) -> Array:
+    """Which entries are among the `count` greatest along an axis; of equal ones the first."""
+    order = jnp.argsort(jnp.argsort(-score, axis=axis), axis=axis)
+    return order < count
+
+
+def _input_norms(stats: Mapping[str, Moments] | None, path: str) -> Array:
+    moments = None if stats is None else stats.get(path)
+    if moments is None:
+        raise CompressError(f"'wanda' needs calibration data for {path!r}.\n  stats = lk.compress.calibrate(...)")
+    if moments.gram is not None:
+        squares = np.diagonal(moments.gram, axis1=1, axis2=2)
+    else:
+        assert moments.counts is not None
+        squares = moments.counts[None]
+    if not np.isfinite(squares).all():
+        raise CompressError(f"the calibration data of {path!r} are not finite.")
+    return jnp.asarray(np.sqrt(squares), jnp.float32)

@@ -1,0 +1,14 @@
+"""Joins models and tasks into problems to train, evaluate and compress: where a name becomes weights and data."""
+
+from lorax_kit.workloads.compression import Subject, compress_subject, sentiment_subject
+from lorax_kit.workloads.sentiment import Sentiment, evaluate_adapter, inspect_model, train_adapter
+
+__all__ = [
+    "Sentiment",
+    "Subject",
+    "compress_subject",
+    "evaluate_adapter",
+    "inspect_model",
+    "sentiment_subject",
+    "train_adapter",
+]

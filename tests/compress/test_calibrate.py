@@ -1,0 +1,128 @@
+"""Calibration against the inputs themselves, in every way a parameter may be used."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lorax_kit as lk
+from lorax_kit.compress import CompressError, calibrate
+
+
+def sites(params, fn, *inputs, rank=1):
+    return lk.resolve(lk.Spec({"**": lk.LoRA(rank=rank)}), params, fn, *inputs)
+
+
+def draw(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def test_sums_over_batches_are_those_of_the_inputs_of_each_layer():
+    params = {"up": draw(0, 6, 5), "down": draw(1, 5, 4)}
+    xs = [draw(2, 7, 6), draw(3, 7, 6)]
+    found = calibrate(fn := lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"], params, sites(params, fn, xs[0]), xs,
+                      progress=False)  # fmt: skip
+    for path, inputs in (("up", xs), ("down", [jnp.tanh(x @ params["up"]) for x in xs])):
+        x = np.concatenate([np.asarray(x, np.float64) for x in inputs])
+        assert found[path].tokens == 14
+        np.testing.assert_allclose(found[path].gram[0], x.T @ x, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found[path].absolute[0], np.abs(x).mean(0), rtol=1e-5)
+        assert found[path].gram.dtype == np.float64
+
+
+def energy(params, fn, x):
+    plan = sites(params, fn, x)
+    (moments,) = calibrate(fn, params, plan, [x], progress=False).values()
+    from lorax_kit.compress.calibrate import matrices
+
+    w = np.asarray(matrices(params["w"], plan.sites[0]), np.float64)
+    return sum(np.trace(m.T @ g @ m) for m, g in zip(w, moments.gram, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "fn", "x"),
+    [
+        ((6, 4), lambda p, x: x @ p["w"], (5, 6)),
+        ((4, 6), lambda p, x: x @ p["w"].T, (5, 6)),
+        ((2, 3, 4), lambda p, x: jnp.einsum("thd,hdo->to", x, p["w"]), (5, 2, 3)),
+        ((3, 2, 4), lambda p, x: jnp.einsum("thd,dho->to", x, p["w"]), (5, 2, 3)),
+        ((3, 6, 4), lambda p, x: jnp.einsum("end,edh->enh", x, p["w"]), (3, 5, 6)),
+        ((6, 4, 3), lambda p, x: jnp.einsum("end,dhe->neh", x, p["w"]), (3, 5, 6)),
+        ((3, 3, 2, 5), lambda p, x: jax.lax.conv_general_dilated(
+            x, p["w"], (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")), (2, 8, 6, 2)),
+        ((5, 2, 3), lambda p, x: jax.lax.conv_general_dilated(
+            x, p["w"], (1,), [(1, 1)], rhs_dilation=(2,), dimension_numbers=("NCH", "OIH", "NCH")), (2, 2, 9)),
+    ],
+)  # fmt: skip
+def test_energy_of_a_linear_layer(shape, fn, x):
+    params, x = {"w": draw(0, *shape)}, draw(1, *x)
+    assert energy(params, fn, x) == pytest.approx(float(jnp.sum(fn(params, x) ** 2)), rel=1e-5)
+
+
+def test_groups_of_a_convolution_are_places_of_their_own():
+    params, x = {"w": draw(0, 3, 2, 4)}, draw(1, 2, 9, 4)
+
+    def fn(p, x):
+        numbers = ("NHC", "HIO", "NHC")
+        return jax.lax.conv_general_dilated(x, p["w"], (1,), "VALID", dimension_numbers=numbers, feature_group_count=2)
+
+    found = calibrate(fn, params, sites(params, fn, x), [x], progress=False)["w"]
+    windows = [x[:, i : i + 3, 2 * g : 2 * g + 2].reshape(2, 6) for i in range(7) for g in range(2)]
+    rows = np.concatenate(windows).astype(np.float64)
+    assert found.tokens == 28
+    np.testing.assert_allclose(found.gram[0], rows.T @ rows, rtol=1e-5, atol=1e-5)
+
+
+def test_a_recurrent_weight_sums_over_the_steps_of_its_scan():
+    params, xs = {"w": 0.3 * draw(0, 4, 4)}, draw(1, 6, 3, 4)
+
+    def fn(p, xs):
+        def step(h, x):
+            h = jnp.tanh(x + h @ p["w"])
+            return h, h
+
+        return jax.lax.scan(step, jnp.ones((3, 4)), xs)[1]
+
+    states = jnp.concatenate([jnp.ones((1, 3, 4)), fn(params, xs)[:-1]]).reshape(-1, 4)
+    found = calibrate(fn, params, sites(params, fn, xs), [xs], progress=False)["w"]
+    assert found.gram[0] == pytest.approx(np.asarray(states.T @ states, np.float64), rel=1e-4, abs=1e-4)
+
+
+def test_a_table_counts_its_rows():
+    params, ids = {"w": draw(0, 7, 4)}, jnp.asarray([[0, 3, 6], [3, 3, 1]])
+    fn = lambda p, ids: jnp.sum(p["w"][ids], axis=1)  # noqa: E731
+    found = calibrate(fn, params, sites(params, fn, ids), [ids, ids], progress=False)["w"]
+    assert found.counts.tolist() == [2, 2, 0, 6, 0, 0, 2]
+    assert found.gram is None
+
+
+def test_fisher_is_the_squared_gradient_of_each_batch_summed_over_outputs():
+    params, xs = {"w": draw(0, 6, 4)}, [draw(1, 5, 6), draw(2, 5, 6)]
+    fn, loss = lambda p, x: x @ p["w"], lambda y, x: jnp.mean(jnp.sin(y))
+    found = calibrate(fn, params, sites(params, fn, xs[0]), xs, loss=loss, progress=False)["w"]
+    squares = [jax.grad(lambda p, x=x: loss(fn(p, x), x))(params)["w"] ** 2 for x in xs]
+    np.testing.assert_allclose(found.fisher[0], np.mean([np.asarray(s).sum(1) for s in squares], axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (lambda p, x: jnp.argmax(x @ p["w"]), "no product or lookup of it leads to a float output"),
+        (lambda p, x: (x @ p["w"][:3])[..., None] if x.shape[-1] == 3 else x[:, :3] @ p["w"][:3],
+         "a part of it is used alone"),
+        (lambda p, x: x @ p["w"][::-1], "it goes through 'rev' before it is multiplied"),
+        (lambda p, x: x @ (p["w"] * jnp.arange(1.0, 7.0)[:, None]), "it goes through 'mul'"),
+    ],
+)  # fmt: skip
+def test_what_no_batch_reaches_is_an_error(fn, message):
+    params, x = {"w": draw(0, 6, 4)}, draw(1, 5, 6)
+    plan = sites(params, lambda p, x: x @ p["w"], x)
+    with pytest.raises(CompressError, match=message):
+        calibrate(fn, params, plan, [x], progress=False)
+
+
+def test_no_batches_is_an_error():
+    params, x = {"w": draw(0, 6, 4)}, draw(1, 5, 6)
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    with pytest.raises(CompressError, match="no calibration batches"):
+        calibrate(fn, params, sites(params, fn, x), [], progress=False)
