@@ -167,7 +167,7 @@ def evaluate(adapter: str, as_json: bool) -> None:
 @click.option(
     "--rank",
     type=click.IntRange(0),
-    default=0,
+    default=8,
     show_default=True,
     help="Of healing's updates of one factor at a time; 0 trains both factors in full.",
 )

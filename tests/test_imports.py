@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "analysis": {"core", "variants"},
     "checkpoint": {"core", "variants", "version"},
     "study": {"core", "variants", "transform", "training", "parallel", "analysis", "checkpoint", "version"},
+    "compress": {"core", "variants", "transform", "training"},
     "models": {"after"},
     "tasks": {"models"},
     "report": {"core", "analysis", "study"},

@@ -50,7 +50,8 @@ def heal(
       batches: an iterator that lasts for `steps`.
       key: random key of the updates.
       steps: in all, shared evenly among the rounds.
-      lr: peak rate of AdamW in each round, decaying linearly to 0.
+      lr: peak rate of AdamW in each round, reached in a tenth of its steps and decaying to 0 as a cosine. Factors
+        trained themselves (`rank` None) want a tenth of what low-rank updates want.
       rank: of the updates; at most the rank of the smallest factor counts. None trains the factors themselves.
       rounds: how often the side changes: b, a, b, ... None of it matters where `rank` is None: both train together.
       full: patterns of other parameters to train in full in every round (a head, norms).
@@ -103,7 +104,8 @@ def _trained(
     plan = resolve(spec, params, small, first)
     base, factors = split(params, plan, key)
     adapted = adapt(small, plan)
-    tx = partition(optax.adamw(optax.linear_schedule(lr, 0.0, steps)), plan, clip=1.0)
+    rate = optax.warmup_cosine_decay_schedule(0.0, lr, max(steps // 10, 1), steps)
+    tx = partition(optax.adamw(rate), plan, clip=1.0)
     init, step = make_step(lambda base, factors, batch: loss(adapted(base, factors, batch), batch), tx)
     state, batch = init(factors), first
     for n in range(steps):

@@ -223,6 +223,10 @@ def test_healing_may_follow_the_original(standard_promotion):
     assert loss(compressed(mlp)(healed, x), x) < loss(compressed(mlp)(small, x), x)
 
 
+def by(method, sites):
+    return CompressPlan(method=method, sites=sites, ranks={"up": 2, "down": 2})
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -233,14 +237,13 @@ def test_healing_may_follow_the_original(standard_promotion):
         (lambda p, s, t: plan_ranks(p, s, keep=0.5, stats=t, allocation="x"), "allocation 'x' is unknown"),
         (lambda p, s, t: plan_ranks(p, s, keep=0.5, stats=t, minimum=40), "has more parameters than the matrix itself"),
         (lambda p, s, t: compress(p, CompressPlan(method="svd", sites=s, ranks={"up": 14})), "at least 1, and below"),
-        (
-            lambda p, s, t: compress(p | {"up": p["up"] * jnp.nan}, CompressPlan(method="svd", sites=s, ranks={"up": 2})),
-         "'up' holds values that are not finite"),
-        (lambda p, s, t: compress(p, CompressPlan(method="whitened", sites=s, ranks={"up": 2, "down": 2}),
+        (lambda p, s, t: compress(p | {"up": p["up"] * jnp.nan},
+                                  by("svd", s)), "'up' holds values that are not finite"),
+        (lambda p, s, t: compress(p, by("whitened", s),
                                   {k: m._replace(gram=m.gram * np.nan) for k, m in t.items()}), "are not finite"),
-        (lambda p, s, t: compress(p, CompressPlan(method="whitened", sites=s, ranks={"up": 2, "down": 2}),
+        (lambda p, s, t: compress(p, by("whitened", s),
                                   {k: m._replace(gram=m.gram * 0) for k, m in t.items()}), "are zero"),
-        (lambda p, s, t: compress(p, CompressPlan(method="fisher", sites=s, ranks={"up": 2, "down": 2}),
+        (lambda p, s, t: compress(p, by("fisher", s),
                                   {k: m._replace(fisher=None) for k, m in t.items()}), "lack what 'fisher' needs"),
         (lambda p, s, t: CompressPlan(method="svd", sites=s, ranks={"u": 2}), "'u' is no site of the plan"),
         (lambda p, s, t: prune(p, s, keep=0.5, method="x"), "pruning method 'x'"),
