@@ -40,7 +40,12 @@ from lorax_kit.workloads.sentiment import Sentiment
 
 Apply = Callable[[Params, Any], Any]
 QUANTISATIONS = ("int8", "int4", "nf4")
-ALL_METHODS = (*METHODS, *PRUNINGS, "wanda-2:4", *QUANTISATIONS, *(f"whitened+{q}" for q in QUANTISATIONS))
+ALL_METHODS = (
+    *METHODS,
+    *(f"{m}+{q}" for m in METHODS for q in QUANTISATIONS),
+    *(*PRUNINGS, "magnitude-2:4", "wanda-2:4"),
+    *QUANTISATIONS,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,18 +131,19 @@ def compressed_params(
     Raises:
       CompressError: an unknown method, or what `plan_ranks`, `compress` and `prune` raise.
     """
+    _check_method(method)
     lowrank, _, bits = method.partition("+")
     paths = [site.path for site in sites.sites]
     if method in QUANTISATIONS:
         small = quantise(subject.params, paths, method)
-    elif lowrank in METHODS and bits in ("", *QUANTISATIONS):
+    elif lowrank in METHODS:
         plan = plan_ranks(subject.params, sites, keep=keep, method=lowrank, stats=stats, allocation=allocation)
         small = compress(subject.params, plan, stats)
         if bits:
             factors = [f"{s.path}/{side}" for s, rank in plan.chosen() if rank is not None for side in "ab"]
             whole = [s.path for s, rank in plan.chosen() if rank is None]
             small = quantise(small, [*factors, *whole], bits)
-    elif method in (*PRUNINGS, "wanda-2:4"):
+    else:
         kind, _, pattern = method.partition("-")
         pattern = pattern or "unstructured"
         small = prune(subject.params, sites, keep=keep, method=kind, stats=stats, pattern=pattern)
@@ -145,8 +151,6 @@ def compressed_params(
         entries = sum(named[p].size for p in paths)
         kept = sum(int(jnp.sum(named[p] != 0)) for p in paths)
         return small, 4 * kept + (kept // 4 if pattern == "2:4" else entries // 8)
-    else:
-        raise CompressError(f"method {method!r} is unknown; choose from {', '.join(ALL_METHODS)}.")
     named = flatten(small)[0]
     return small, sum(x.nbytes for p, x in named.items() if any(p == own or p.startswith(f"{own}/") for own in paths))
 
@@ -181,8 +185,11 @@ def compress_subject(
       model_ratio` (of the whole), `flops_ratio, latency_ms, latency_ratio, memory_ratio` (of a forward pass over a
       training batch), `metric, metric_before, metric_after, metric_healed` (None where nothing was healed).
     """
+    _check_method(method)
+    if steps and method.partition("+")[0] not in METHODS:
+        raise CompressError(f"{method!r} leaves nothing low-rank to heal.\n  heal svd, fisher, asvd or whitened")
     sites = subject.sites()
-    needs = method not in (*QUANTISATIONS, "svd", "magnitude")
+    needs = not method.startswith((*QUANTISATIONS, "svd", "magnitude"))
     if needs and stats is None:
         stats = statistics_of(subject, sites, batches, progress)
     small, stored = compressed_params(subject, method, keep, sites, stats, allocation)
@@ -213,6 +220,11 @@ def compress_subject(
         "metric_healed": healed,
     }
     return row, small
+
+
+def _check_method(method: str) -> None:
+    if method not in ALL_METHODS:
+        raise CompressError(f"method {method!r} is unknown; choose from {', '.join(ALL_METHODS)}.")
 
 
 def _count(params: Params) -> int:
