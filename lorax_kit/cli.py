@@ -156,8 +156,16 @@ def evaluate(adapter: str, as_json: bool) -> None:
     "--method",
     default="whitened",
     show_default=True,
-    help="svd, fisher, asvd, whitened (each also as "
-    "whitened+int8, +int4, +nf4), magnitude, wanda, wanda-2:4, int8, int4, nf4.",
+    help="svd, fisher, asvd, whitened, any of them with +int8, +int4 or +nf4; magnitude, wanda, either with -2:4; "
+    "int8, int4, nf4.",
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=("encoder/layer_*/**/kernel",),
+    show_default=True,
+    help="Pattern of parameters to compress, may be repeated.",
 )
 @click.option("--keep", type=float, default=0.5, show_default=True, help="Share of the targets' parameters to keep.")
 @click.option("--allocation", default="loss", show_default=True, help="Of ranks: loss, energy or uniform.")
@@ -174,12 +182,12 @@ def evaluate(adapter: str, as_json: bool) -> None:
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of healing.")
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Rounds of latency.")
 @click.option("--json", "as_json", is_flag=True, help="Print the row as JSON.")
-def compress(model: str, as_json: bool, rank: int, **options: Any) -> None:
+def compress(model: str, as_json: bool, rank: int, targets: tuple[str, ...], **options: Any) -> None:
     """Compress a trained model, heal it, print what was lost and saved. MODEL is an adapter of `train` or a study."""
     from lorax_kit.benchmarks import table
     from lorax_kit.workloads import compress_subject, sentiment_subject
 
-    row, _ = compress_subject(sentiment_subject(model), rank=rank or None, **options)
+    row, _ = compress_subject(sentiment_subject(model, targets=targets), rank=rank or None, **options)
     if as_json:
         _echo(row)
     else:

@@ -110,6 +110,29 @@ def test_inspect_lists_parameters_sites_and_adapters(finished, tmp_path, capsys)
         assert f"{given[0]} is about a model's parameters" in capsys.readouterr().err
 
 
+def test_compress_prints_the_row_of_the_contract(finished, capsys, standard_promotion):
+    adapter = finished[0] / finished[1]["rows"][0]["adapter"]
+    options = ["--batches", 1, "--rounds", 1, "--target", "encoder/layer_5/**/kernel", "--json"]
+    call("compress", adapter, "--method", "svd", "--keep", "0.5", *options)
+    found = json.loads(capsys.readouterr().out)
+    assert found["method"] == "svd"
+    assert found["bytes"] <= 0.5 * 4 * (4 * 384**2 + 2 * 384 * 1536)
+    assert 0.9 < found["flops_ratio"] < 0.93  # half of one layer of six
+    assert found["metric_before"] == finished[1]["rows"][0]["test_accuracy"]
+    assert {"params", "latency_ratio", "metric_after"} <= set(found)
+    assert found["metric_healed"] is None
+    for argv, message in (
+        (["--method", "pca"], "method 'pca' is unknown"),
+        (["--method", "svd", "--keep", "1.5"], "keep is 1.5"),
+        (["--method", "svd", "--keep", "0.001"], "is impossible"),
+        (["--method", "int8", "--heal", "5"], "nothing low-rank to heal"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            call("compress", adapter, *argv, *options)
+        assert e.value.code == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("method", "most"), [("int8", 0.27), ("int4", 0.15), ("nf4", 0.15)])
 def test_inspect_shows_the_bytes_of_a_quantised_base(method, most, tmp_path, capsys):
     spec = tmp_path / "spec.json"

@@ -104,7 +104,7 @@ def _trained(
     plan = resolve(spec, params, small, first)
     base, factors = split(params, plan, key)
     adapted = adapt(small, plan)
-    rate = optax.warmup_cosine_decay_schedule(0.0, lr, max(steps // 10, 1), steps)
+    rate = optax.warmup_cosine_decay_schedule(0.0, lr, warmup := max(steps // 10, 1), max(steps, warmup + 1))
     tx = partition(optax.adamw(rate), plan, clip=1.0)
     init, step = make_step(lambda base, factors, batch: loss(adapted(base, factors, batch), batch), tx)
     state, batch = init(factors), first

@@ -80,10 +80,16 @@ class Subject:
         return resolve(spec, self.params, self.apply, next(self.train(0)))
 
 
-def sentiment_subject(adapter: str | Path, *, batch_size: int = 32, length: int = 64) -> Subject:
+LINEARS = ("encoder/layer_*/**/kernel",)
+
+
+def sentiment_subject(
+    adapter: str | Path, *, targets: Sequence[str] = LINEARS, batch_size: int = 32, length: int = 64
+) -> Subject:
     """The classifier that an adapter of `lorax-kit train` or of a study makes of its base.
 
     Args:
+      targets: patterns of the parameters to compress.
       batch_size, length: of calibration and healing batches.
 
     Raises:
@@ -104,7 +110,7 @@ def sentiment_subject(adapter: str | Path, *, batch_size: int = 32, length: int 
         name=problem.facts["name"],
         params=merge(base, loaded.factors, loaded.plan),
         apply=problem.apply,
-        targets=("encoder/layer_*/**/kernel",),
+        targets=tuple(targets),
         loss=problem.loss,
         weight=lambda batch: batch.weight,
         train=lambda seed: problem.train(seed, 0),
