@@ -89,8 +89,8 @@ def allocate(
     if short:
         needed = cost(candidates, dict(least)) / sum(c.dense for c in candidates.values())
         raise CompressError(
-            f"keep={keep:g} is impossible: rank {minimum} everywhere already keeps {needed:.4f} of the parameters, "
-            f"and {short[0]!r} would fall below it."
+            f"keep={keep:g} is impossible: rank {minimum} everywhere already keeps {needed:.4f} of the parameters"
+            + (f", and {short[0]!r} would fall below it." if how == "uniform" else ".")
         )
     return ranks
 

@@ -82,6 +82,12 @@ def _tapped_bwd(residuals: tuple[Partial, Array, _Sums], g: Array) -> tuple[None
 _tapped.defvjp(_tapped_fwd, _tapped_bwd)
 
 
+def _layer(sums: _Sums, i: Array) -> _Sums:
+    """Of one of the stacked matrices; its tokens count for their mean."""
+    second, first = (jax.lax.dynamic_slice_in_dim(x, i, 1) for x in (sums.second, sums.first))
+    return _Sums(sums.tokens / len(sums.second), second, first)
+
+
 def _zeros(site: Site) -> _Sums:
     s, k = prod(site.stack_shape), prod(site.in_shape)
     if site.lookup:
@@ -141,8 +147,10 @@ def calibrate(
                 skipped[part.path] = f"it goes through {part.altered!r} before it is multiplied"
             elif axes is None or axes.inputs != site.axes.inputs:
                 skipped[part.path] = "it is multiplied along other axes than the plan's inputs"
+            elif sizes == [prod(site.in_shape), 1] and weight.layer is not None:
+                x = _tapped(inputs, x, _layer(sums[part.path], weight.layer))
             elif sizes != [prod(site.in_shape), prod(site.stack_shape)]:
-                skipped[part.path] = "a part of it is used alone: a slice, or one layer of a stack"
+                skipped[part.path] = "a part of it is used alone, as a slice, or a layer picked by its index"
             else:
                 x = _tapped(inputs, x, sums[part.path])
         return x
@@ -184,7 +192,7 @@ def calibrate(
     for path, moments in found.items():
         if moments.tokens == 0:
             why = skipped.get(path, "no product or lookup of it leads to a float output")
-            raise CompressError(f"calibration never reached {path!r}: {why}.\n  leave it out of the plan")
+            raise CompressError(f"calibration never reached {path!r}: {why}.\n  leave it out of the plan, or use 'svd'")
     return found
 
 

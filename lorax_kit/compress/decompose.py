@@ -112,7 +112,8 @@ def transform(method: str, moments: Moments | None, path: str, index: int = 0) -
 
 def _finite(x: np.ndarray | None, path: str, method: str) -> np.ndarray:
     if x is None:
-        raise CompressError(f"the calibration data of {path!r} lack what {method!r} needs.")
+        how = "calibrate(..., loss=...)" if method == "fisher" else "a table takes svd, fisher or whitened"
+        raise CompressError(f"the calibration data of {path!r} lack what {method!r} needs.\n  {how}")
     if not np.isfinite(x).all():
         raise CompressError(
             f"the calibration data of {path!r} are not finite: an input was NaN or infinite, or sums overflowed.\n"

@@ -7,7 +7,7 @@ arXiv 1503.02531).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ def heal(
     fn: Callable[..., Any],
     params: Params,
     loss: Callable[[Any, Any], Array],
-    batches: Iterator[Any],
+    batches: Iterable[Any],
     key: Array,
     *,
     steps: int,
@@ -47,7 +47,7 @@ def heal(
       fn: `fn(params, batch)`, of dense params.
       params: from `compress`; not changed.
       loss: `loss(outputs, batch)`, a scalar. `distillation` makes one that follows the original.
-      batches: an iterator that lasts for `steps`.
+      batches: as many as `steps`, or more.
       key: random key of the updates.
       steps: in all, shared evenly among the rounds.
       lr: peak rate of AdamW in each round, reached in a tenth of its steps and decaying to 0 as a cosine. Factors
@@ -70,7 +70,7 @@ def heal(
     sides: tuple[tuple[str, ...], ...] = (SIDES,) if rank is None else tuple((SIDES[i % 2],) for i in range(rounds))
     if steps < len(sides) or not sides:
         raise CompressError(f"{steps} steps do not fill {rounds} rounds.")
-    shapes = paths(params)
+    shapes, stream = paths(params), iter(batches)
     bar = tqdm(total=steps, desc="healing", unit="step", disable=not progress)
     with bar:
         for i, side in enumerate(sides):
@@ -82,7 +82,7 @@ def heal(
                     rules[own] = Full() if rank is None else LoRA(rank=min(rank, most), alpha=2 * min(rank, most))
             count = steps * (i + 1) // len(sides) - steps * i // len(sides)
             own_key = jax.random.fold_in(key, i)
-            params = _trained(small, params, Spec(rules), loss, batches, own_key, count, lr, bar)
+            params = _trained(small, params, Spec(rules), loss, stream, own_key, count, lr, bar)
     return params
 
 
@@ -118,7 +118,7 @@ def _trained(
         if n + 1 < steps:
             batch = next(batches, None)
             if batch is None:
-                raise CompressError(f"the healing batches ended after {n + 1} of {steps} steps.")
+                raise CompressError(f"the healing batches ended after {bar.n} of {bar.total} steps.")
     return merge(base, state.factors, plan)
 
 

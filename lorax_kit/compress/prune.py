@@ -69,7 +69,9 @@ def prune(
             score = score * _input_norms(stats, site.path)[..., None]
         if pattern == "2:4":
             if w.shape[1] % 4:
-                raise CompressError(f"{site.path!r} has {w.shape[1]} inputs; 2:4 needs a multiple of 4.")
+                raise CompressError(
+                    f"{site.path!r} has {w.shape[1]} inputs; 2:4 needs a multiple of 4.\n  leave it out"
+                )
             kept = _best(score.reshape(w.shape[0], -1, 4, w.shape[2]), 2, axis=2).reshape(w.shape)
         elif method == "wanda":
             kept = _best(score, round(keep * w.shape[1]), axis=1)

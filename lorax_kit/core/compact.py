@@ -66,6 +66,10 @@ class Quantised:
         """Number of axes."""
         return len(self.shape)
 
+    def __repr__(self) -> str:
+        """Without the codes."""
+        return f"Quantised({self.method}, shape={self.shape}, dtype={self.dtype}, block={self.block})"
+
     @property
     def nbytes(self) -> int:
         """Bytes of all its arrays."""
@@ -119,6 +123,11 @@ class LowRank:
         """Inverse of `tree_flatten_with_keys`."""
         names = ("a", "b", "residual", "shape", "dtype", "inputs", "outputs", "stack")
         return cls(**dict(zip(names, (*arrays, *static), strict=True)))
+
+    def __repr__(self) -> str:
+        """Without the entries."""
+        rest = "" if self.residual is None else ", with a residual"
+        return f"LowRank(rank={jnp.shape(self.a)[0]}, shape={self.shape}, dtype={self.dtype}{rest})"
 
     @property
     def rank(self) -> int:

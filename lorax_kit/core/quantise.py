@@ -59,7 +59,7 @@ def quantise(base: Any, patterns: Sequence[str], method: str = "nf4", *, block: 
       base: params, or the base of `lk.split`; not changed.
       patterns: of the paths to quantise, as in `lk.Spec`; each must match a float array of at least two axes.
       method: "int8", "int4" (both symmetric) or "nf4".
-      block: entries along the last axis that share a scale.
+      block: entries along the last axis that share a scale; fewer where that axis is shorter.
       double: keep the scales in 8 bits, too (one fp32 range per matrix).
 
     Returns:

@@ -121,6 +121,7 @@ class Weight:
       scale: scalar.
       key: random key of the site's dropout; None where nothing is dropped.
       source: of a quantised base, from which `used` restores `w` once more in the backward pass.
+      layer: which of its stacked matrices this is, () int32, where a scan reads them one by one while being watched.
       empty: the base is zero, and no product of it is formed.
       trained_in_full: only watched while a plan is being resolved, to see that it is used.
     """
@@ -133,18 +134,19 @@ class Weight:
     scale: Array | None = None
     key: Array | None = None
     source: Source | None = None
+    layer: Array | None = None
     empty: bool = False
     trained_in_full: bool = False
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Arrays, and what is static."""
-        arrays = (self.w, self.a, self.b, self.column, self.scale, self.key, self.source)
+        arrays = (self.w, self.a, self.b, self.column, self.scale, self.key, self.source, self.layer)
         return arrays, (self.parts, self.empty, self.trained_in_full)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], arrays: tuple[Any, ...]) -> Weight:
         """Inverse of `tree_flatten`."""
-        names = ("w", "a", "b", "column", "scale", "key", "source")
+        names = ("w", "a", "b", "column", "scale", "key", "source", "layer")
         fixed = dict(zip(("parts", "empty", "trained_in_full"), static, strict=True))
         return cls(**dict(zip(names, arrays, strict=True)), **fixed)
 

@@ -88,6 +88,20 @@ def test_a_recurrent_weight_sums_over_the_steps_of_its_scan():
     assert found.gram[0] == pytest.approx(np.asarray(states.T @ states, np.float64), rel=1e-4, abs=1e-4)
 
 
+def test_layers_read_by_a_scan_have_sums_of_their_own():
+    params, x = {"w": 0.4 * draw(0, 3, 4, 4)}, draw(1, 5, 4)
+    fn = lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0]  # noqa: E731
+    plan = sites(params, fn, x)
+    assert plan.sites[0].axes.stack == (0,)
+    found = calibrate(fn, params, plan, [x, x], progress=False)["w"]
+    assert found.tokens == 10
+    h = x
+    for i in range(3):
+        np.testing.assert_allclose(found.gram[i], 2 * np.asarray(h.T @ h), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.absolute[i], np.abs(h).mean(0), rtol=1e-5)
+        h = jnp.tanh(h @ params["w"][i])
+
+
 def test_a_table_counts_its_rows():
     params, ids = {"w": draw(0, 7, 4)}, jnp.asarray([[0, 3, 6], [3, 3, 1]])
     fn = lambda p, ids: jnp.sum(p["w"][ids], axis=1)  # noqa: E731

@@ -67,6 +67,9 @@ def _per_step(weight: Weight) -> tuple[dict[str, Any], dict[str, Any]]:
             fixed[name] = jnp.squeeze(x, lead)
     if weight.key is not None:
         scanned["key"] = jax.random.split(weight.key, n)
+    if weight.probe:
+        steps = jnp.arange(n)
+        scanned["layer"] = steps if weight.layer is None else weight.layer * n + steps
     source = weight.source
     if source is not None and not source.steps and source.quantised.ndim > 2:
         scanned["source"] = source
