@@ -69,13 +69,13 @@ def allocate(
         raise CompressError(f"allocation {how!r} is unknown; choose from {', '.join(ALLOCATIONS)}.")
     if not 0 < keep <= 1:
         raise CompressError(f"keep is {keep!r}; it must lie in (0, 1].")
+    if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 1:
+        raise CompressError(f"minimum is {minimum!r}; it must be a rank of at least 1.")
     budget = int(keep * sum(c.dense for c in candidates.values()) + 1e-6)
     least = {path: min(minimum, c.most) for path, c in candidates.items()}
     for path, rank in least.items():
-        if rank < 1 or rank < minimum:
-            raise CompressError(
-                f"rank {max(minimum, 1)} at {path!r} has more parameters than the matrix itself; leave it out."
-            )
+        if rank < minimum:
+            raise CompressError(f"rank {minimum} at {path!r} has more parameters than the matrix itself; leave it out.")
     if how == "uniform":
         ranks: dict[str, int | None] = {
             p: None if keep == 1 else max(int(keep * c.dense / c.per_rank + 1e-9), 0) for p, c in candidates.items()

@@ -156,7 +156,7 @@ def calibrate(
         return x
 
     def forward(sums: Mapping[str, _Sums], named: Mapping[str, Any], batch: Any) -> Array:
-        probes = {p: Weight(parts=(whole(p, sites[p].shape),), w=named[p]) for p in sites}
+        probes = {p: Weight(parts=(whole(p, sites[p].shape),), w=dense(named[p])) for p in sites}
         out = run(Context(tap=partial(taps, sums)), fn, named, treedef, probes, (batch,), {})
         floats = [x for x in jax.tree.leaves(out) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
         return sum((jnp.sum(x.astype(jnp.float32)) for x in floats), jnp.zeros(()))
@@ -181,6 +181,8 @@ def calibrate(
     fisher = {p: np.zeros((prod(s.stack_shape), prod(s.in_shape))) for p, s in sites.items()}
     n = 0
     for batch in tqdm(batches, desc="calibration", disable=not progress):
+        if any(0 in jnp.shape(x) for x in jax.tree.leaves(batch)):
+            raise CompressError(f"calibration batch {n + 1} is empty.")
         sums = add(sums, arrays, batch)
         if loss is not None:
             for path, x in squares(arrays, batch).items():
@@ -190,6 +192,11 @@ def calibrate(
         raise CompressError("there are no calibration batches.")
     found = {p: _moments(sites[p], sums[p], fisher[p] / n if loss is not None else None) for p in sites}
     for path, moments in found.items():
+        if path in skipped and moments.tokens > 0:
+            raise CompressError(
+                f"calibration knows some uses of {path!r}, but not all: {skipped[path]}.\n"
+                "  leave it out of the plan, or use 'svd'"
+            )
         if moments.tokens == 0:
             why = skipped.get(path, "no product or lookup of it leads to a float output")
             raise CompressError(f"calibration never reached {path!r}: {why}.\n  leave it out of the plan, or use 'svd'")

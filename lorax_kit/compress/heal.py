@@ -16,10 +16,10 @@ import optax
 from jax import Array
 from tqdm import tqdm
 
-from lorax_kit.core.compact import LowRank
+from lorax_kit.core.compact import LowRank, Quantised
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.merge import merge, split
-from lorax_kit.core.paths import Params, flatten, paths
+from lorax_kit.core.paths import Params, flatten, paths, unflatten
 from lorax_kit.core.spec import Full, LoRA, Spec
 from lorax_kit.training import make_step, partition
 from lorax_kit.transform import adapt, compressed, resolve
@@ -65,6 +65,12 @@ def heal(
     """
     small = compressed(fn)
     found = [p for p, x in flatten(params, whole=(LowRank,))[0].items() if isinstance(x, LowRank)]
+    named = flatten(params)[0]
+    for path in found:
+        if isinstance(named[f"{path}/a"], Quantised) or isinstance(named[f"{path}/b"], Quantised):
+            raise CompressError(f"the factors of {path!r} are quantised.\n  heal first, then lk.quantise")
+    if not 0 < lr < float("inf"):
+        raise CompressError(f"lr is {lr!r}; it must be a positive number.")
     if not found:
         raise CompressError("no parameter is low-rank: there is nothing to heal.\n  compress the params first")
     sides: tuple[tuple[str, ...], ...] = (SIDES,) if rank is None else tuple((SIDES[i % 2],) for i in range(rounds))
@@ -74,7 +80,7 @@ def heal(
     bar = tqdm(total=steps, desc="healing", unit="step", disable=not progress)
     with bar:
         for i, side in enumerate(sides):
-            rules: dict[str, Any] = dict.fromkeys(full, Full())
+            rules: dict[str, Any] = dict.fromkeys([full] if isinstance(full, str) else full, Full())
             for path in found:
                 for name in side:
                     own = f"{path}/{name}"
@@ -119,7 +125,9 @@ def _trained(
             batch = next(batches, None)
             if batch is None:
                 raise CompressError(f"the healing batches ended after {bar.n} of {bar.total} steps.")
-    return merge(base, state.factors, plan)
+    merged, (before, treedef) = flatten(merge(base, state.factors, plan))[0], flatten(base)
+    untouched = {path: x for path, x in before.items() if path not in plan.trained}  # quantised ones stay so
+    return unflatten(merged | untouched, treedef)
 
 
 def distillation(
@@ -138,16 +146,22 @@ def distillation(
       teacher: batch -> logits (..., C); no gradient passes it.
       weight: batch -> (...), how much each position counts; default all alike.
     """
-    if not 0 <= share <= 1 or temperature <= 0:
+    if not 0 <= share <= 1 or not 0 < temperature < float("inf"):
         raise CompressError(
             f"share is {share!r} and temperature {temperature!r}; share in [0, 1], temperature above 0."
         )
 
     def mixed(logits: Array, batch: Any) -> Array:
-        wanted = jax.lax.stop_gradient(teacher(batch)).astype(jnp.float32) / temperature
-        ours = logits.astype(jnp.float32) / temperature
-        divergence = jnp.sum(jax.nn.softmax(wanted) * (jax.nn.log_softmax(wanted) - jax.nn.log_softmax(ours)), axis=-1)
+        given = jax.lax.stop_gradient(teacher(batch))
+        if given.shape != logits.shape:
+            raise CompressError(f"the teacher's logits are {given.shape}, the student's {logits.shape}.")
+        wanted = jax.nn.log_softmax(given.astype(jnp.float32) / temperature)
+        ours = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+        shares = jnp.exp(wanted)  # a class without any may be masked in both: 0 (-inf + inf) counts nothing
+        divergence = jnp.sum(jnp.where(shares > 0, shares * (wanted - jnp.where(shares > 0, ours, 0)), 0), axis=-1)
         counts = jnp.ones(divergence.shape) if weight is None else weight(batch).astype(jnp.float32)
+        if counts.shape != divergence.shape:
+            raise CompressError(f"the weights are {counts.shape}, the positions {divergence.shape}.")
         mean = jnp.sum(divergence * counts) / jnp.maximum(jnp.sum(counts), 1e-9)
         return (1 - share) * loss(logits, batch) + share * temperature**2 * mean
 

@@ -66,7 +66,10 @@ def solve(w: Any, rank: int, lam: float = 0.0, mu: float = 0.0, *, squared: bool
     matrix = _checked(w, rank, lam, mu)
     u, s, vt = leading(matrix, rank)
     rest = 0.5 * max(float(np.sum(matrix**2) - np.sum(s**2)), 0.0)
-    penalty = lam * mu
+    with np.errstate(over="ignore"):
+        penalty = float(np.float64(lam) * np.float64(mu))
+    if not np.isfinite(penalty):
+        raise CompressError(f"lam {lam:g} times mu {mu:g} is too large a number.")
     if penalty == 0:
         t, value = s, 0.0
     elif squared:
@@ -80,8 +83,10 @@ def solve(w: Any, rank: int, lam: float = 0.0, mu: float = 0.0, *, squared: bool
     power = 0.25 if squared else 0.5
     c = (mu / lam) ** power if penalty > 0 else 1.0
     root = np.sqrt(t)
-    dtype = np.asarray(w).dtype if np.issubdtype(np.asarray(w).dtype, np.floating) else np.float64
+    dtype = np.asarray(w).dtype if jnp.issubdtype(np.asarray(w).dtype, jnp.floating) else np.dtype(np.float64)
     a, b = (c * u * root).astype(dtype), (root[:, None] * vt / c).astype(dtype)
+    if not np.isfinite(a).all() or not np.isfinite(b).all():
+        raise CompressError(f"the factors do not fit {dtype}.\n  give w in a wider dtype")
     return Solution(a, b, rest + value)
 
 
@@ -188,6 +193,8 @@ def _bisected(fn: Callable[[float], float], one: float, other: float) -> float:
 
 
 def _checked(w: Any, rank: int, lam: float, mu: float) -> np.ndarray:
+    if np.iscomplexobj(w):
+        raise CompressError("w is complex; only real matrices are decomposed.")
     matrix = np.asarray(w, np.float64)
     if matrix.ndim != 2 or not matrix.size:
         raise CompressError(f"w has shape {matrix.shape}; it must be a matrix.")

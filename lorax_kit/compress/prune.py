@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.compress.calibrate import Moments, from_matrices, matrices
+from lorax_kit.core.compact import dense
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.paths import Params, flatten, unflatten
@@ -63,7 +64,12 @@ def prune(
     check_params(named, sites)
     out = dict(named)
     for site in sites.sites:
-        w = matrices(jnp.asarray(named[site.path]), site)  # (S, K, N)
+        w = matrices(dense(named[site.path]), site)  # (S, K, N)
+        if not bool(jnp.isfinite(w).all()):
+            raise CompressError(f"{site.path!r} holds values that are not finite.")
+        least = w.shape[1] if method == "wanda" else w.shape[1] * w.shape[2]
+        if round(keep * least) < 1:
+            raise CompressError(f"keep={keep:g} leaves nothing of {site.path!r}: of {least} entries not one.")
         score = jnp.abs(w.astype(jnp.float32))
         if method == "wanda":
             score = score * _input_norms(stats, site.path)[..., None]

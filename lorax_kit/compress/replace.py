@@ -12,8 +12,8 @@ from jax import Array
 
 from lorax_kit.compress.allocate import allocate, candidate
 from lorax_kit.compress.calibrate import Moments, matrices
-from lorax_kit.compress.decompose import decompose, singular_values, transform
-from lorax_kit.core.compact import LowRank
+from lorax_kit.compress.decompose import METHODS, decompose, singular_values, transform
+from lorax_kit.core.compact import LowRank, dense
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.factors import site_key
 from lorax_kit.core.merge import check_params
@@ -41,7 +41,12 @@ class CompressPlan:
     ranks: tuple[tuple[str, int], ...] | Mapping[str, int]
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise CompressError(f"method {self.method!r} is unknown; choose from {', '.join(METHODS)}.")
         ranks = dict(self.ranks)
+        for path, rank in ranks.items():
+            if isinstance(rank, bool) or not isinstance(rank, int):
+                raise CompressError(f"the rank of {path!r} is {rank!r}; it must be an integer.")
         object.__setattr__(self, "ranks", tuple(ranks.items()))
         known = {site.path for site in self.sites.sites}
         if unknown := sorted(set(ranks) - known):
@@ -153,7 +158,7 @@ def compress(params: Params, plan: CompressPlan, stats: Stats | None = None, *, 
 
 
 def _dense(x: Any, site: Site) -> np.ndarray:
-    stacked = np.asarray(matrices(jnp.asarray(x), site), np.float64)
+    stacked = np.asarray(matrices(dense(x), site), np.float64)
     if not np.isfinite(stacked).all():
         raise CompressError(f"{site.path!r} holds values that are not finite.")
     return stacked

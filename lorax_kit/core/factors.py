@@ -106,6 +106,9 @@ def check_factors(plan: Plan, factors: FactorTree) -> None:
                 f"the factors at {site.path!r} have shapes a {found.a.shape}, b {found.b.shape}.\n"
                 f"  the plan (rank {site.setting.rank}) expects a {site.a_shape}, b {site.b_shape}"
             )
+        for name, x in (("a", found.a), ("b", found.b)):
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                raise AdapterError(f"{name} of {site.path!r} is {x.dtype}; factors are real floats.")
         size = (*site.stack_shape, *site.out_shape)
         if found.magnitude is not None and found.magnitude.shape != size:
             raise AdapterError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -88,5 +89,9 @@ def quantise(base: Any, patterns: Sequence[str], method: str = "nf4", *, block: 
         if isinstance(x, Quantised) or not jnp.issubdtype(x.dtype, jnp.floating) or len(x.shape) < 2:
             kind = f"{x.method}" if isinstance(x, Quantised) else f"{x.dtype} of shape {x.shape}"
             raise PlanError(f"{path!r} is {kind}; only float parameters of at least 2 axes are quantised.")
+        if 0 in x.shape:
+            raise PlanError(f"{path!r} of shape {x.shape} is empty: there is nothing to quantise.")
+        if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all()):
+            raise PlanError(f"{path!r} holds values that are not finite; they would spoil the scales of others.")
         out[path] = _quantised(jnp.asarray(x), method, block, double)
     return unflatten(out, treedef)

@@ -138,6 +138,10 @@ def adapt(
     """
     if kernel != "auto" and kernel not in KERNELS:
         raise PlanError(f"kernel {kernel!r} is unknown; choose from auto, {', '.join(KERNELS)}.")
+    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
+        raise PlanError(f"trials is {trials!r}; it must be an integer of at least 1.")
+    if costs is not None and not isinstance(costs, Costs):
+        raise PlanError(f"costs is a {type(costs).__name__}; read it from the file: Costs.read(FILE).")
     if "dropout_key" in _keywords(fn):
         raise PlanError(
             "the function has a keyword dropout_key, which adapted functions keep for the dropout of their sites.\n"

@@ -65,7 +65,7 @@ class Costs:
             data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
             (a0, a1), (w0, w1) = ((float(x) for x in data[name]) for name in ("activation", "weight"))
             device = str(data["device"])
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
             raise PlanError(
                 f"{str(path)!r} holds no costs ({type(e).__name__}: {e}).\n"
                 "  measure them: lorax-kit bench calibrate --out FILE"

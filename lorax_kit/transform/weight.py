@@ -53,7 +53,10 @@ class Source:
 
 @jax.custom_vjp
 def restored_product(fn: Partial, source: Source, x: Array) -> Array:
-    """`fn(w, x)`, linear in x, with w restored for it alone, and once more for dx; the base has no gradient."""
+    """`fn(w, x)`, linear in x, with w restored for it alone, and once more for the gradients.
+
+    The quantised base has none; what scaled or changed it since, and `x`, have theirs.
+    """
     later: Source = after(x, source)
     return fn(later.restore(), x)
 
@@ -62,11 +65,15 @@ def _restored_fwd(fn: Partial, source: Source, x: Array) -> tuple[Array, tuple[P
     return restored_product(fn, source, x), (fn, source, x)
 
 
-def _restored_bwd(residuals: tuple[Partial, Source, Array], g: Array) -> tuple[None, None, Array]:
+def _restored_bwd(residuals: tuple[Partial, Source, Array], g: Array) -> tuple[Partial, Any, Array]:
     fn, source, x = residuals
     later: Source = after(g, source)
-    w = later.restore()
-    return None, None, jax.vjp(lambda x: fn(w, x), x)[1](g)[0]
+
+    def product(fn: Partial, steps: tuple[Partial, ...], x: Array) -> Array:
+        return fn(replace(later, steps=steps).restore(), x)
+
+    dfn, dsteps, dx = jax.vjp(product, fn, later.steps, x)[1](g)
+    return dfn, Source(None, dsteps), dx  # type: ignore[arg-type]  # None: no gradient
 
 
 restored_product.defvjp(_restored_fwd, _restored_bwd)

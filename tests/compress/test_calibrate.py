@@ -124,6 +124,7 @@ def test_fisher_is_the_squared_gradient_of_each_batch_summed_over_outputs():
         (lambda p, x: jnp.argmax(x @ p["w"]), "no product or lookup of it leads to a float output"),
         (lambda p, x: (x @ p["w"][:3])[..., None] if x.shape[-1] == 3 else x[:, :3] @ p["w"][:3],
          "a part of it is used alone"),
+        (lambda p, x: x @ p["w"] + jnp.tanh(x @ p["w"][::-1]), "knows some uses of 'w', but not all"),
         (lambda p, x: x @ p["w"][::-1], "it goes through 'rev' before it is multiplied"),
         (lambda p, x: x @ (p["w"] * jnp.arange(1.0, 7.0)[:, None]), "it goes through 'mul'"),
     ],
@@ -133,6 +134,12 @@ def test_what_no_batch_reaches_is_an_error(fn, message):
     plan = sites(params, lambda p, x: x @ p["w"], x)
     with pytest.raises(CompressError, match=message):
         calibrate(fn, params, plan, [x], progress=False)
+
+
+def test_a_stopped_gradient_stops_no_sums():
+    params, x = {"w": draw(0, 6, 6)}, draw(1, 5, 6)
+    fn = lambda p, x: jax.lax.stop_gradient(jnp.tanh(x @ p["w"])) @ p["w"]  # noqa: E731
+    assert calibrate(fn, params, sites(params, fn, x), [x], progress=False)["w"].tokens == 10
 
 
 def test_no_batches_is_an_error():

@@ -206,6 +206,28 @@ def test_healing_lowers_the_loss_and_grows_nothing(model, rank, standard_promoti
     assert wanted.shape == (200, 12)
 
 
+def test_healing_leaves_quantised_leaves_as_they_are(model, standard_promotion):
+    params, sites, _, x = model
+    small = compress(params, CompressPlan(method="svd", sites=sites, ranks={"up": 4}))
+    mixed = lk.quantise(small, ["down"], "int8")
+    loss = lambda y, x: jnp.mean((y - mlp(params, x)) ** 2)  # noqa: E731
+    healed = heal(mlp, mixed, loss, [x] * 4, jax.random.key(0), steps=4, progress=False)
+    assert jax.tree.structure(healed) == jax.tree.structure(mixed)
+    assert healed["down"] is mixed["down"]
+    with pytest.raises(CompressError, match="heal first, then"):
+        heal(mlp, lk.quantise(small, ["up/*"], "int8"), loss, [x] * 4, jax.random.key(0), steps=4)
+
+
+def test_compressing_over_a_quantised_base_takes_what_it_restores(model):
+    params, sites, _, _ = model
+    base = lk.quantise(params, ["*"], "int8")
+    plan = plan_ranks(base, sites, keep=0.5, method="svd")
+    ours = compress(base, plan)["up"].restore()
+    theirs = compress(jax.tree.map(lambda x: x.restore(), base, is_leaf=lambda x: hasattr(x, "codes")), plan)["up"]
+    np.testing.assert_array_equal(ours, theirs.restore())
+    assert (prune(base, sites, keep=0.5, method="magnitude")["up"] != 0).mean() == 0.5
+
+
 def test_healing_may_follow_the_original(standard_promotion):
     from lorax_kit.compress import distillation
 
@@ -248,6 +270,12 @@ def by(method, sites):
         (lambda p, s, t: CompressPlan(method="svd", sites=s, ranks={"u": 2}), "'u' is no site of the plan"),
         (lambda p, s, t: prune(p, s, keep=0.5, method="x"), "pruning method 'x'"),
         (lambda p, s, t: prune(p, s, keep=0.4, pattern="2:4"), "0.5 for 2:4"),
+        (lambda p, s, t: prune(p, s, keep=0.01, stats=t), "leaves nothing of"),
+        (lambda p, s, t: prune(p | {"up": p["up"] * jnp.nan}, s, keep=0.5, stats=t), "not finite"),
+        (lambda p, s, t: CompressPlan(method="zz", sites=s, ranks={}), "method 'zz' is unknown"),
+        (lambda p, s, t: CompressPlan(method="svd", sites=s, ranks={"up": True}), "rank of 'up' is True"),
+        (lambda p, s, t: plan_ranks(p, s, keep=0.5, stats=t, minimum=0), "minimum is 0"),
+        (lambda p, s, t: lk.compress.distillation(None, None, temperature=float("nan")), "temperature nan"),
         (lambda p, s, t: prune(p, s, keep=0.5), "'wanda' needs calibration data"),
         (lambda p, s, t: heal(mlp, p, None, iter(()), None, steps=9), "no parameter is low-rank"),
     ],

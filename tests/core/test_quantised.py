@@ -1,5 +1,6 @@
 """Quantised bases: bytes, rounding, and the same numbers as the restored parameters wherever they are used."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -198,3 +199,31 @@ def test_what_is_trained_in_full_must_not_be_quantised():
     base, factors = lk.split({"w": W}, plan, jax.random.key(0))
     with pytest.raises(lk.PlanError, match="leave it out of lk"):
         lk.adapt(fn, plan)(lk.quantise(base, ["w"]), factors, X)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda p, x: x @ (p["w"] * p["gain"]),
+        lambda p, x: x @ (p["w"] * jnp.tanh(jnp.mean(x, axis=0))[None]),
+        lambda p, x: x @ (p["w"] / jnp.sqrt(jnp.sum(p["gain"] ** 2))),
+        lambda p, x: x @ (p["w"] * jnp.tanh(p["gain"]).T),
+    ],
+    ids=["gain", "by the input", "by a norm", "inputs"],
+)
+@pytest.mark.parametrize("kernel", ["auto", "plain"])
+def test_what_scales_a_quantised_parameter_has_its_gradient(fn, kernel):
+    params = {"w": jax.random.normal(jax.random.key(0), (6, 6)), "gain": jnp.linspace(0.5, 2, 6)[None]}
+    x = jax.random.normal(jax.random.key(1), (5, 6))
+    rules = {"w": lk.LoRA(rank=2)} | ({"gain": lk.Full()} if "gain" in str(fn.__code__.co_consts) else {})
+    plan = lk.resolve(lk.Spec(rules), params, fn, x)
+    base, factors = lk.split(params, plan, jax.random.key(2))
+    factors = jax.tree.map(lambda f: f + 0.1, factors)
+    quantised = lk.quantise(base, ["w"], "int8")
+    restored = {**base, "w": quantised["w"].restore()}
+    adapted = lk.adapt(fn, plan, kernel=kernel)
+    ours, theirs = (
+        jax.grad(lambda f, x, b=b: jnp.sum(adapted(b, f, x) ** 2), argnums=(0, 1))(factors, x)
+        for b in (quantised, restored)
+    )
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -78,6 +78,12 @@ def test_factors_are_params_of_their_own():
         assert "factored" in str(lk.explain(adapted, base, tuned, x))
 
 
+def test_padding_that_is_not_zero():
+    fn, x = lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (0, 2)), constant_values=1.0), jnp.ones((5, 64))  # noqa: E731
+    small = {"w": matrix(4)}
+    assert jnp.allclose(compressed(fn)(small, x), fn(restored(small), x), rtol=1e-4, atol=1e-3)
+
+
 def test_a_quantised_residual_and_quantised_factors():
     w = matrix(6)
     rest = lk.quantise({"r": 0.1 * jax.random.normal(jax.random.key(4), (64, 48))}, ["r"], "int8")["r"]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.tree_util import Partial
@@ -207,8 +208,11 @@ def pad(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     if not isinstance(weight, Weight):
         return "used as the value of padding"
     padded = {d for d, (low, high, inner) in enumerate(config) if low or high or inner}
+    zero = isinstance(eqn.invars[1], jex.Literal) and float(eqn.invars[1].val) == 0
+    weight = replace(weight, empty=weight.empty and zero)  # what is known only when it runs may not be zero
+    base = _padded(args[1], config)
     if weight.probe:
-        return [weight.rebased(_base(eqn, args))]
+        return [weight.rebased(base)]
     a, b = weight.factors()
     if weight.column is not None or any(weight.shape[d] == 1 for d in padded):
         return "padded under magnitudes, or along an axis of size 1"
@@ -220,7 +224,18 @@ def pad(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
         own = [c if varies(d) else none for d, c in enumerate(config)]
         return lax.pad(x, jnp.zeros((), x.dtype), [none] * lead + own)
 
-    return [_cut(weight, _base(eqn, args), cut)]
+    return [_cut(weight, base, cut)]
+
+
+def _padded(value: Any, config: Any) -> Partial:
+    """Padding with `value`; JAX cannot differentiate `lax.pad` with regard to the value alone."""
+
+    def run(value: Any, w: Array) -> Array:
+        inside = lax.pad(jnp.ones(w.shape, bool), jnp.zeros((), bool), config)
+        spread = jnp.broadcast_to(jnp.asarray(value, w.dtype), inside.shape)
+        return lax.select(inside, lax.pad(w, jnp.zeros((), w.dtype), config), spread)
+
+    return Partial(run, value)
 
 
 @rule("copy", "copy_p", "sharding_constraint", "optimization_barrier")
