@@ -79,7 +79,7 @@ def test_factors_are_params_of_their_own():
 
 
 def test_padding_that_is_not_zero():
-    fn, x = lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (0, 2)), constant_values=1.0), jnp.ones((5, 64))  # noqa: E731
+    fn, x = lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (0, 2)), constant_values=1.0), jnp.ones((5, 64))
     small = {"w": matrix(4)}
     assert jnp.allclose(compressed(fn)(small, x), fn(restored(small), x), rtol=1e-4, atol=1e-3)
 
