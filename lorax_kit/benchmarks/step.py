@@ -14,7 +14,7 @@ import optax
 from tqdm import tqdm
 
 from lorax_kit.benchmarks.case import Case, make_case
-from lorax_kit.benchmarks.timing import alternate, waiting
+from lorax_kit.benchmarks.timing import alternate, facts, waiting
 from lorax_kit.benchmarks.torch_peer import torch_steps
 from lorax_kit.core.factors import Factors
 from lorax_kit.core.merge import split
@@ -124,17 +124,7 @@ def _compiled(step: Any, state: Any, own: Any, batch: Any, into: dict[str, float
     began = perf_counter()
     compiled = traced.lower().compile()
     into["compile_s"] = perf_counter() - began
-    cost = compiled.cost_analysis()
-    facts = cost[0] if isinstance(cost, list) else cost
-    into |= {"flops": float(facts["flops"]), "bytes": float(facts["bytes accessed"])}
-    memory = compiled.memory_analysis()
-    into["temp_bytes"] = int(memory.temp_size_in_bytes)
-    into["peak_bytes"] = int(
-        memory.temp_size_in_bytes
-        + memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
+    into |= facts(compiled)
     held = [state]
 
     def run() -> float:

@@ -9,9 +9,26 @@ from typing import Any
 import jax
 
 
+def facts(compiled: Any) -> dict[str, float]:
+    """What XLA says of a compiled program: `flops`, `bytes`, `temp_bytes`, and the `peak_bytes` it holds at most."""
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    counted = cost[0] if isinstance(cost, list) else cost
+    peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return {
+        "flops": float(counted["flops"]),
+        "bytes": float(counted["bytes accessed"]),
+        "temp_bytes": int(memory.temp_size_in_bytes),
+        "peak_bytes": int(peak - memory.alias_size_in_bytes),
+    }
+
+
 def waiting(fn: Callable[..., Any], *args: Any) -> Callable[[], None]:
     """`fn(*args)` compiled, as a call that returns when the result is there."""
-    compiled = jax.jit(fn).lower(*args).compile()
+    return calling(jax.jit(fn).lower(*args).compile(), *args)
+
+
+def calling(compiled: Any, *args: Any) -> Callable[[], None]:
+    """A compiled program as a call that returns when the result is there."""
 
     def run() -> None:
         jax.block_until_ready(compiled(*args))

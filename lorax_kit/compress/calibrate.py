@@ -48,6 +48,20 @@ class Moments(NamedTuple):
     fisher: np.ndarray | None = None
 
 
+Stats = Mapping[str, Moments]
+
+
+def moments_of(stats: Stats | None, path: str, method: str) -> Moments:
+    """Those of a site, for a method that needs them.
+
+    Raises:
+      CompressError: there are none.
+    """
+    if stats is None or path not in stats:
+        raise CompressError(f"{method!r} needs calibration data for {path!r}.\n  stats = lk.compress.calibrate(...)")
+    return stats[path]
+
+
 class _Sums(NamedTuple):
     """On the device: tokens (), second (S, K, K) or counts (V,), first (S, K) of |x|."""
 

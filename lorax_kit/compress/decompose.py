@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from lorax_kit.compress.calibrate import Moments
+from lorax_kit.compress.calibrate import Stats, moments_of
 from lorax_kit.core.errors import CompressError
 
 METHODS = ("svd", "fisher", "asvd", "whitened")
@@ -73,11 +73,11 @@ class Transform(NamedTuple):
         return left if self.diagonal is None else left / self.diagonal[:, None]
 
 
-def transform(method: str, moments: Moments | None, path: str, index: int = 0) -> Transform:
+def transform(method: str, stats: Stats | None, path: str, index: int = 0) -> Transform:
     """T of a method.
 
     Args:
-      moments: of the site; "svd" needs none.
+      stats: of the site among others; "svd" needs none.
       index: which of the site's stacked matrices.
 
     Raises:
@@ -87,8 +87,7 @@ def transform(method: str, moments: Moments | None, path: str, index: int = 0) -
         raise CompressError(f"method {method!r} is unknown; choose from {', '.join(METHODS)}.")
     if method == "svd":
         return Transform()
-    if moments is None:
-        raise CompressError(f"{method!r} needs calibration data for {path!r}.\n  stats = lk.compress.calibrate(...)")
+    moments = moments_of(stats, path, method)
     if method == "fisher":
         return Transform(diagonal=_positive(np.sqrt(_finite(moments.fisher, path, method)[index])))
     if method == "asvd":

@@ -6,13 +6,11 @@ data, compared among the entries of one output. Magnitude compares the entries o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.compress.calibrate import Moments, from_matrices, matrices
+from lorax_kit.compress.calibrate import Stats, from_matrices, matrices, moments_of
 from lorax_kit.core.compact import dense
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.merge import check_params
@@ -28,7 +26,7 @@ def prune(
     *,
     keep: float,
     method: str = "wanda",
-    stats: Mapping[str, Moments] | None = None,
+    stats: Stats | None = None,
     pattern: str = "unstructured",
 ) -> Params:
     """Params whose sites have zeros in place of the entries that count least.
@@ -93,10 +91,8 @@ def _best(score: Array, count: int, axis: int) -> Array:
     return order < count
 
 
-def _input_norms(stats: Mapping[str, Moments] | None, path: str) -> Array:
-    moments = None if stats is None else stats.get(path)
-    if moments is None:
-        raise CompressError(f"'wanda' needs calibration data for {path!r}.\n  stats = lk.compress.calibrate(...)")
+def _input_norms(stats: Stats | None, path: str) -> Array:
+    moments = moments_of(stats, path, "wanda")
     if moments.gram is not None:
         squares = np.diagonal(moments.gram, axis1=1, axis2=2)
     else:

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.compress.allocate import allocate, candidate
-from lorax_kit.compress.calibrate import Moments, matrices
+from lorax_kit.compress.calibrate import Stats, matrices
 from lorax_kit.compress.decompose import METHODS, decompose, singular_values, transform
 from lorax_kit.core.compact import LowRank, dense
 from lorax_kit.core.errors import CompressError
@@ -19,8 +19,6 @@ from lorax_kit.core.factors import site_key
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import Plan, Site
-
-Stats = Mapping[str, Moments]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +103,7 @@ def plan_ranks(
     found = {}
     for site in sites.sites:
         stacked = _dense(named[site.path], site)
-        values = [
-            singular_values(w, transform(method, None if stats is None else stats.get(site.path), site.path, i))
-            for i, w in enumerate(stacked)
-        ]
+        values = [singular_values(w, transform(method, stats, site.path, i)) for i, w in enumerate(stacked)]
         found[site.path] = candidate(np.stack(values), *stacked.shape[1:])
     ranks = allocate(found, keep, allocation, minimum)
     return CompressPlan(method=method, sites=sites, ranks=tuple((p, r) for p, r in ranks.items() if r is not None))
@@ -152,8 +147,7 @@ def compress(params: Params, plan: CompressPlan, stats: Stats | None = None, *, 
                 "  leave it dense"
             )
         own = None if key is None else site_key(key, site.path)
-        moments = None if stats is None else stats.get(site.path)
-        out[site.path] = _replaced(site, named[site.path], plan.method, rank, moments, own)
+        out[site.path] = _replaced(site, named[site.path], plan.method, rank, stats, own)
     return unflatten(out, treedef)
 
 
@@ -164,9 +158,9 @@ def _dense(x: Any, site: Site) -> np.ndarray:
     return stacked
 
 
-def _replaced(site: Site, x: Any, method: str, rank: int, moments: Moments | None, key: Array | None) -> LowRank:
+def _replaced(site: Site, x: Any, method: str, rank: int, stats: Stats | None, key: Array | None) -> LowRank:
     pairs = [
-        decompose(w, transform(method, moments, site.path, i), rank, key).factors(rank)
+        decompose(w, transform(method, stats, site.path, i), rank, key).factors(rank)
         for i, w in enumerate(_dense(x, site))
     ]
     a, b = (jnp.asarray(np.stack(side, 1), x.dtype) for side in zip(*pairs, strict=True))  # (r, S, K), (r, S, N)

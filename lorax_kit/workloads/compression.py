@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.benchmarks.timing import alternate, waiting
-from lorax_kit.checkpoint.adapter import load_adapter, read_document
+from lorax_kit.benchmarks.timing import alternate, calling, facts
+from lorax_kit.checkpoint.adapter import load_adapter
 from lorax_kit.compress import (
     METHODS,
     PRUNINGS,
@@ -28,7 +28,8 @@ from lorax_kit.compress import (
     plan_ranks,
     prune,
 )
-from lorax_kit.core.errors import AdapterError, CompressError
+from lorax_kit.core.compact import METHODS as QUANTISATIONS
+from lorax_kit.core.errors import CompressError
 from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.plan import Plan
@@ -36,10 +37,9 @@ from lorax_kit.core.quantise import quantise
 from lorax_kit.core.spec import LoRA, Spec
 from lorax_kit.training.evaluate import mean_scores
 from lorax_kit.transform import resolve
-from lorax_kit.workloads.sentiment import Sentiment
+from lorax_kit.workloads.sentiment import workload_of
 
 Apply = Callable[[Params, Any], Any]
-QUANTISATIONS = ("int8", "int4", "nf4")
 ALL_METHODS = (
     *METHODS,
     *(f"{m}+{q}" for m in METHODS for q in QUANTISATIONS),
@@ -60,7 +60,7 @@ class Subject:
       weight: batch -> how much each row of the logits counts.
       train: an endless stream of batches from a seed.
       evaluate: `(apply, params) -> metric` over held-out data.
-      metric, higher: its name, and whether more is better.
+      metric: its name.
     """
 
     name: str
@@ -72,7 +72,6 @@ class Subject:
     train: Callable[[int], Iterator[Any]]
     evaluate: Callable[[Apply, Params], float]
     metric: str
-    higher: bool
 
     def sites(self) -> Plan:
         """The targets, resolved."""
@@ -95,10 +94,7 @@ def sentiment_subject(
     Raises:
       AdapterError: no adapter, or one that names no problem known here.
     """
-    meta = read_document(adapter)["meta"]
-    if not isinstance(meta.get("settings"), dict):
-        raise AdapterError(f"the adapter at {str(adapter)!r} does not say which problem it was trained on.")
-    problem = Sentiment.from_dict(meta["settings"] | {"batch_size": batch_size, "length": length}).build()
+    problem = replace(workload_of(adapter), batch_size=batch_size, length=length).build()
     base = problem.params(jax.random.key(0))
     loaded = load_adapter(adapter, base=base)
 
@@ -116,14 +112,16 @@ def sentiment_subject(
         train=lambda seed: problem.train(seed, 0),
         evaluate=evaluate,
         metric="accuracy",
-        higher=True,
     )
 
 
-def statistics_of(subject: Subject, sites: Plan, batches: int, progress: bool = True) -> dict[str, Moments]:
-    """Moments over the first batches of the training stream, with the loss's gradients."""
+def statistics_of(
+    subject: Subject, sites: Plan, batches: int, *, fisher: bool = True, progress: bool = True
+) -> dict[str, Moments]:
+    """Moments over the first batches of the training stream; with `fisher`, of the loss's gradients, too."""
     stream = itertools.islice(subject.train(0), batches)
-    return calibrate(subject.apply, subject.params, sites, stream, loss=subject.loss, progress=progress)
+    loss = subject.loss if fisher else None
+    return calibrate(subject.apply, subject.params, sites, stream, loss=loss, progress=progress)
 
 
 def compressed_params(
@@ -197,7 +195,7 @@ def compress_subject(
     sites = subject.sites()
     needs = not method.startswith((*QUANTISATIONS, "svd", "magnitude"))
     if needs and stats is None:
-        stats = statistics_of(subject, sites, batches, progress)
+        stats = statistics_of(subject, sites, batches, fisher=method.startswith("fisher"), progress=progress)
     small, stored = compressed_params(subject, method, keep, sites, stats, allocation)
     fn = compressed(subject.apply)
     before, after, healed = subject.evaluate(subject.apply, subject.params), subject.evaluate(fn, small), None
@@ -242,23 +240,16 @@ def _bytes(params: Params) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(params))
 
 
-def _peak(memory: Any) -> int:
-    """Params, inputs, outputs and temporaries of a compiled forward pass."""
-    return int(memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes)
-
-
 def _speed(dense: Apply, params: Params, fn: Apply, small: Params, batch: Any, rounds: int) -> dict[str, Any]:
     """FLOPs, memory and time of a forward pass, compressed against dense; medians of alternating rounds."""
-    compiled: list[Any] = [jax.jit(f).lower(p, batch).compile() for f, p in ((dense, params), (fn, small))]
-    costs = [c.cost_analysis() for c in compiled]
-    flops = [float((cost[0] if isinstance(cost, list) else cost)["flops"]) for cost in costs]
-    memory = [_peak(c.memory_analysis()) for c in compiled]
-    runs = {"dense": waiting(dense, params, batch), "small": waiting(fn, small, batch)}
-    times = alternate(runs, range(rounds))
+    values = {"dense": (params, batch), "small": (small, batch)}
+    compiled = {name: jax.jit(f).lower(*values[name]).compile() for name, f in (("dense", dense), ("small", fn))}
+    before, after = (facts(program) for program in compiled.values())
+    times = alternate({name: calling(program, *values[name]) for name, program in compiled.items()}, range(rounds))
     ratios: Sequence[float] = [a / b for a, b in zip(times["small"], times["dense"], strict=True)]
     return {
-        "flops_ratio": flops[1] / flops[0],
+        "flops_ratio": after["flops"] / before["flops"],
         "latency_ms": median(times["small"]),
         "latency_ratio": median(ratios),
-        "memory_ratio": memory[1] / memory[0],
+        "memory_ratio": after["peak_bytes"] / before["peak_bytes"],
     }

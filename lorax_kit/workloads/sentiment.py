@@ -144,16 +144,25 @@ class Sentiment:
         )
 
 
+def workload_of(adapter: str | Path) -> Sentiment:
+    """What a saved adapter was trained on.
+
+    Raises:
+      AdapterError: no adapter, a damaged one, or one that does not say.
+    """
+    meta = read_document(adapter)["meta"]
+    if not isinstance(meta.get("settings"), dict):
+        raise AdapterError(f"the adapter at {str(adapter)!r} does not say which problem it was trained on.")
+    return Sentiment.from_dict(meta["settings"])
+
+
 def evaluate_adapter(path: str | Path) -> dict[str, Any]:
     """Test metrics of a saved adapter, by the program that measured it when its study ended.
 
     Raises:
       AdapterError: no adapter, a damaged one, or one that names no problem known here.
     """
-    meta = read_document(path)["meta"]
-    if not isinstance(meta.get("settings"), dict):
-        raise AdapterError(f"the adapter at {str(path)!r} does not say which problem it was trained on.")
-    problem = Sentiment.from_dict(meta["settings"]).build()
+    problem = workload_of(path).build()
     base = problem.params(jax.random.key(0))
     adapter = load_adapter(path, base=base)
     measured = evaluator(problem, base, adapter.plan, problem.test)(merge(base, adapter.factors, adapter.plan))

@@ -50,7 +50,7 @@ def test_each_method_is_best_in_its_own_norm(model):
     w = np.asarray(params["up"], np.float64)
     found = {m: compress(params, CompressPlan(method=m, sites=sites, ranks={"up": 8}), stats)["up"] for m in METHODS}
     for own in METHODS:
-        t = transform(own, stats["up"], "up")
+        t = transform(own, stats, "up")
         errors = {m: np.linalg.norm(t.apply(w - np.asarray(f.restore(), np.float64))) for m, f in found.items()}
         assert min(errors, key=errors.get) == own
         assert errors[own] ** 2 == pytest.approx((singular_values(w, t)[8:] ** 2).sum(), rel=1e-3)
@@ -59,7 +59,7 @@ def test_each_method_is_best_in_its_own_norm(model):
 def test_the_whitened_loss_is_the_error_of_the_outputs(model):
     params, sites, stats, x = model
     small = compress(params, CompressPlan(method="whitened", sites=sites, ranks={"up": 8}), stats)
-    s = singular_values(np.asarray(params["up"]), transform("whitened", stats["up"], "up"))
+    s = singular_values(np.asarray(params["up"]), transform("whitened", stats, "up"))
     error = x @ params["up"] - compressed(lambda p, x: x @ p["up"])(small, x)
     assert float(jnp.sum(error**2)) == pytest.approx((s[8:] ** 2).sum(), rel=1e-3)
 
@@ -101,7 +101,7 @@ def test_singular_data_are_damped():
     stats = calibrate(fn, params, sites, [x], progress=False)
     small = compress(params, CompressPlan(method="whitened", sites=sites, ranks={"w": 3}), stats)
     assert jnp.allclose(compressed(fn)(small, x), fn(params, x), atol=1e-3)  # rank 3 holds all that was seen
-    assert transform("whitened", stats["w"], "w").damping > 0
+    assert transform("whitened", stats, "w").damping > 0
 
 
 def test_leading_triples_by_either_way():
