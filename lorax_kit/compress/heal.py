@@ -7,6 +7,7 @@ arXiv 1503.02531).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -113,18 +114,16 @@ def _trained(
     rate = optax.warmup_cosine_decay_schedule(0.0, lr, warmup := max(steps // 10, 1), max(steps, warmup + 1))
     tx = partition(optax.adamw(rate), plan, clip=1.0)
     init, step = make_step(lambda base, factors, batch: loss(adapted(base, factors, batch), batch), tx)
-    state, batch = init(factors), first
-    for n in range(steps):
+    state, taken = init(factors), 0
+    for taken, batch in enumerate(itertools.islice(itertools.chain([first], batches), steps), 1):
         state, info = step(state, base, batch)
         bar.update()
-        if n % 10 == 0 or n + 1 == steps:
+        if taken % 10 == 1 or taken == steps:
             bar.set_postfix(loss=f"{float(info.loss):.4f}")
             if not bool(info.finite):
-                raise CompressError(f"the loss of healing is not finite at step {n + 1}.\n  lower lr, now {lr:g}")
-        if n + 1 < steps:
-            batch = next(batches, None)
-            if batch is None:
-                raise CompressError(f"the healing batches ended after {bar.n} of {bar.total} steps.")
+                raise CompressError(f"the loss of healing is not finite at step {taken}.\n  lower lr, now {lr:g}")
+    if taken < steps:
+        raise CompressError(f"the healing batches ended after {bar.n} of {bar.total} steps.")
     merged, (before, treedef) = flatten(merge(base, state.factors, plan))[0], flatten(base)
     untouched = {path: x for path, x in before.items() if path not in plan.trained}  # quantised ones stay so
     return unflatten(merged | untouched, treedef)

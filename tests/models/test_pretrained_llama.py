@@ -22,6 +22,7 @@ from lorax_kit.models import (
     load_llama,
 )
 from tests.models import llama_files as tiny
+from tests.models.test_pretrained import tensors
 from tests.models.test_pretrained import write_folder as write_bert
 
 EXPECTED = LlamaConfig.from_dict(tiny.CONFIG)
@@ -100,15 +101,6 @@ def test_what_an_old_config_leaves_out():
 
 def config(**changes):
     return lambda folder: tiny.write_folder(folder, **changes)
-
-
-def tensors(change):
-    def damage(folder):
-        found = load_file(folder / "model.safetensors")
-        change(found)
-        save_file(found, folder / "model.safetensors")
-
-    return damage
 
 
 def index(change):
