@@ -35,6 +35,10 @@ class Adapted:
     recompute: bool = True
     costs: Costs | None = None
 
+    def __repr__(self) -> str:
+        # JAX writes what it traces into its messages, and a bound method's own text may hold whole arrays.
+        return f"adapt({getattr(self.fn, '__qualname__', type(self.fn).__name__)})"
+
     def __call__(
         self, base: Params, factors: FactorTree, *args: Any, dropout_key: Array | None = None, **kwargs: Any
     ) -> Any:
