@@ -32,7 +32,7 @@ JOINS = {"__init__", "__main__", "cli", "benchmarks", "workloads"}
 
 # Each dependency beyond jax, numpy and the project's own subject enters through one file.
 ONE_FILE = {
-    "click": {"cli"},
+    "click": {f"cli/{name}" for name in ("adapters", "bench", "compression", "root", "studies")},
     "jinja2": {"report/page"},
     "matplotlib": {"report/plots"},
     "scipy": {"study/statistics"},

@@ -1,0 +1,129 @@
+"""`train`, `evaluate` and `inspect`: one adapter, or one model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lorax_kit.cli.root import cli, echo
+
+
+@cli.command()
+@click.option("--rank", type=int, default=8, show_default=True, help="Rows of the factors.")
+@click.option("--alpha", type=float, default=16.0, show_default=True, help="The update is scaled by alpha / rank.")
+@click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak rate of AdamW, decaying linearly.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of factors, head and data order."
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=("encoder/layer_*/**/kernel",),
+    show_default=True,
+    help="Pattern of parameters to adapt, may be repeated: * within a name, ** over names, {a,b} either.",
+)
+@click.option("--variant", default="lora", show_default=True, help="lora or dora.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--length", type=click.IntRange(2), default=48, show_default=True, help="Tokens per training example.")
+@click.option("--epochs", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--steps-per-epoch", type=click.IntRange(1), default=None, help="Default: one pass over the data.")
+@click.option("--model", default="minilm", show_default=True, help="minilm, or a Hugging Face BERT folder.")
+@click.option("--source", default="rotten_tomatoes", show_default=True, help="rotten_tomatoes, imdb or all.")
+@click.option("--out", type=click.Path(file_okay=False), required=True, help="Folder for the adapter and metrics.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def train(out: str, as_json: bool, **options: Any) -> None:
+    """Train one adapter, with a progress bar per epoch."""
+    from lorax_kit.workloads import Sentiment, train_adapter
+
+    workload = Sentiment(**{name: options.pop(name) for name in ("model", "source", "batch_size", "length")})
+    result = train_adapter(workload, out=Path(out), **options)
+    if as_json:
+        echo(result)
+    else:
+        click.echo(f"test accuracy {result['test_accuracy']:.4f}; adapter: {result['adapter']}")
+
+
+@cli.command()
+@click.argument("adapter", type=click.Path(exists=True, file_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
+def evaluate(adapter: str, as_json: bool) -> None:
+    """Measure a saved adapter on the test split of the problem it was trained on."""
+    from lorax_kit.workloads import evaluate_adapter
+
+    result = evaluate_adapter(adapter)
+    if as_json:
+        echo(result)
+    else:
+        click.echo(
+            f"test accuracy {result['test_accuracy']:.4f}, loss {result['test_loss']:.4f} ({result['examples']})"
+        )
+
+
+@cli.command()
+@click.argument("model", default="minilm")
+@click.option("--spec", type=click.Path(exists=True, dir_okay=False), help="JSON of a Spec: show how each site runs.")
+@click.option(
+    "--quantise",
+    type=click.Choice(["int8", "int4", "nf4"]),
+    help="Show it over a base that keeps the adapted parameters in so many bits.",
+)
+@click.option("--tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens per example.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--html", type=click.Path(dir_okay=False), help="Write a picture of the parameter tree to this file.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def inspect(
+    model: str,
+    spec: str | None,
+    quantise: str | None,
+    tokens: int,
+    batch_size: int,
+    html: str | None,
+    as_json: bool,
+) -> None:
+    """List a model's parameters; with --spec, the sites it adapts, how each runs and why. MODEL may be an adapter."""
+    from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
+    from lorax_kit.workloads import inspect_model
+
+    if quantise is not None and spec is None:
+        raise click.UsageError("--quantise keeps the parameters that a spec adapts in few bits: give --spec, too.")
+    if (Path(model) / "spec").is_dir():
+        if given := [f"--{n}" for n, v in {"spec": spec, "quantise": quantise, "html": html}.items() if v is not None]:
+            raise click.UsageError(f"{given[0]} is about a model's parameters; MODEL is an adapter.")
+        document = read_document(model)
+        facts = {k: document[k] for k in ("base", "versions", "meta")} | {"spec": document["spec"].to_dict()}
+        facts |= {"bytes": adapter_bytes(model), "arrays": document["arrays"]}
+        click.echo(json.dumps(facts, indent=2) if as_json else _adapter_text(facts))
+        return
+    text = None if spec is None else Path(spec).read_text(encoding="utf-8")
+    found, shown = inspect_model(model, text, batch_size, tokens, quantise)
+    if html is not None:
+        from lorax_kit.report.parameters import write_parameters
+
+        write_parameters(html, found)
+    if as_json:
+        echo(found)
+    else:
+        click.echo(shown)
+
+
+def _adapter_text(facts: dict[str, Any]) -> str:
+    rules = (f"{pattern}: {', '.join(f'{k} {v}' for k, v in s.items())}" for pattern, s in facts["spec"]["rules"])
+    arrays = (f"{n}  {'x'.join(map(str, x['shape']))}  {x['dtype']}" for n, x in facts["arrays"].items())
+    size = sum(math.prod(x["shape"]) for x in facts["arrays"].values())
+    versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
+    return "\n".join(
+        [
+            *rules,
+            "",
+            *arrays,
+            "",
+            f"{size:,} parameters, {facts['bytes']:,} bytes on disk",
+            f"base {facts['base']}",
+            versions,
+        ]
+    )

@@ -1,0 +1,82 @@
+"""`bench`: measurements on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lorax_kit.cli.root import cli, echo
+
+
+@cli.group()
+def bench() -> None:
+    """Measure on this machine, side by side in one run."""
+
+
+@bench.command()
+@click.option("--width", type=click.IntRange(8), default=384, show_default=True)
+@click.option("--layers", type=click.IntRange(1), default=6, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--length", type=click.IntRange(2), default=128, show_default=True)
+@click.option("--rank", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--targets", type=click.Choice(["all-linear", "qv"]), default="all-linear", show_default=True)
+@click.option(
+    "--rounds", type=click.IntRange(1), default=15, show_default=True, help="Alternating rounds; medians are printed."
+)
+@click.option(
+    "--kernel",
+    type=click.Choice(["auto", "factored", "merged"]),
+    default="auto",
+    show_default=True,
+    help="What runs the sites; auto leaves it to the cost model.",
+)
+@click.option(
+    "--costs", type=click.Path(exists=True, dir_okay=False), help="What auto weighs: FILE of `bench calibrate`."
+)
+@click.option("--grid", is_flag=True, help="Many widths, lengths and ranks instead of the one given.")
+@click.option("--no-peer", is_flag=True, help="Leave out torch and PEFT even where they are installed.")
+@click.option(
+    "--out", type=click.Path(file_okay=False), help="Folder for the table (steps.json, steps.csv) and the plots."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
+def step(as_json: bool, grid: bool, no_peer: bool, out: str | None, costs: str | None, **options: Any) -> None:
+    """One training step: full fine-tuning, naive LoRA, ours, and PEFT on torch where the interop extra is installed."""
+    from lorax_kit.benchmarks import COLUMNS, bench_grid, bench_step, table
+    from lorax_kit.benchmarks.grid import write_rows
+    from lorax_kit.transform import Costs
+
+    shared: dict[str, Any] = {"peer": not no_peer, "costs": None if costs is None else Costs.read(costs)}
+    if grid:
+        rows = bench_grid(out, rounds=options["rounds"], kernel=options["kernel"], **shared)
+    else:
+        rows = [bench_step(**options, **shared)]
+        if out is not None:
+            write_rows(Path(out), rows)
+    if as_json:
+        echo(rows)
+    else:
+        click.echo(table(rows, COLUMNS))
+
+
+@bench.command()
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Alternating rounds per shape.")
+@click.option("--out", type=click.Path(dir_okay=False), help="Write the costs to this file, for `adapt(costs=...)`.")
+@click.option("--json", "as_json", is_flag=True, help="Print the costs and what they rest on as JSON.")
+def calibrate(rounds: int, out: str | None, as_json: bool) -> None:
+    """Measure what the forms of a low-rank product cost here: two minutes, for speed only, never needed."""
+    from lorax_kit.benchmarks import calibrate as measure
+    from lorax_kit.benchmarks.calibrate import calibration_table
+
+    found = measure(rounds=rounds)
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        echo(found)
+    else:
+        click.echo(calibration_table(found))
+        for name in ("activation", "weight"):
+            click.echo(f"{name}: {found[name][0]:.3g} + {found[name][1]:.3g} r ns per entry")

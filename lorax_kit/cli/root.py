@@ -1,0 +1,49 @@
+"""The command group that every command joins, how facts are printed, and what exit codes mean."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
+@click.version_option(package_name="lorax_kit")
+def cli() -> None:
+    """Low-rank adaptation for any JAX function: rank ablations from clone to report."""
+
+
+def echo(data: Any) -> None:
+    """Facts as JSON."""
+    click.echo(json.dumps(data, indent=2))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: exit codes as the module says."""
+    try:
+        cli.main(args=None if argv is None else list(argv), prog_name="lorax-kit", standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("lorax-kit: interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt:
+        click.echo("lorax-kit: interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    except click.exceptions.NoArgsIsHelpError as e:
+        click.echo(e.format_message(), err=True)
+        sys.exit(2)
+    except click.ClickException as e:
+        _fail(e.format_message())
+    except (ValueError, OSError, OverflowError, RecursionError) as e:
+        # Every error that this package raises on purpose is a ValueError, or an OSError about a file.
+        _fail(str(e))
+
+
+def _fail(message: str) -> None:
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    click.echo("lorax-kit: " + " | ".join(lines), err=True)
+    sys.exit(2)

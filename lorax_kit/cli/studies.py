@@ -1,0 +1,97 @@
+"""`study` and `report`: a rank ablation from a configuration to its page."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lorax_kit.cli.root import cli, echo
+
+
+def _config(path: str) -> dict[str, Any]:
+    """A study's JSON file: {"problem": {...}, "study": {...}}."""
+    from lorax_kit.core.errors import StudyError
+
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        raise StudyError(f"{path!r} is not JSON: {e}.") from None
+    if not isinstance(data, dict):
+        raise StudyError(f"{path!r} must hold an object with 'problem' and 'study'.")
+    unknown = sorted(set(data) - {"problem", "study"})
+    if unknown:
+        raise StudyError(f"{path!r} has the unknown key {', '.join(map(repr, unknown))}; known: 'problem', 'study'.")
+    return data
+
+
+@cli.command()
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False),
+    required=True,
+    help="JSON of problem and study, as experiments/demo.json.",
+)
+@click.option("--out", type=click.Path(file_okay=False), required=True, help="Run folder.")
+@click.option("--overwrite", is_flag=True, help="Discard what the folder holds.")
+@click.option(
+    "--devices", type=click.IntRange(1), default=1, show_default=True, help="Spread trials over so many devices."
+)
+@click.option(
+    "--memory-mib", type=click.IntRange(1), default=None, help="Memory budget per device; default: what is free."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+def study(config: str, out: str, overwrite: bool, devices: int, memory_mib: int | None, as_json: bool) -> None:
+    """Run a rank ablation, or go on with one, and write its report."""
+    import jax
+
+    from lorax_kit.core.errors import StudyError
+    from lorax_kit.parallel import device_mesh
+    from lorax_kit.report import read_run, summary_table, write_report
+    from lorax_kit.study import Study, run
+    from lorax_kit.workloads import Sentiment
+
+    data = _config(config)
+    design = Study.from_dict(data.get("study"))
+    workload = Sentiment.from_dict(data.get("problem", {}))
+    if devices > len(jax.devices()):
+        raise StudyError(f"--devices {devices}: JAX sees {len(jax.devices())}.")
+    mesh = None if devices == 1 else device_mesh("trial", jax.devices()[:devices])
+    click.echo(f"{len(design.trials())} trials of {design.steps} steps; loading model and data", err=True)
+    problem = workload.build()
+    budget = None if memory_mib is None else memory_mib * 2**20
+    command = shlex.join(["lorax-kit", *sys.argv[1:]])
+    try:
+        results = run(design, problem, out=out, mesh=mesh, memory_bytes=budget, overwrite=overwrite, command=command)
+    except KeyboardInterrupt:
+        if (Path(out) / "trials.jsonl").exists():
+            click.echo(f"the finished trials are in {write_report(out)}", err=True)
+        click.echo("the same command goes on from where it stopped", err=True)
+        raise
+    page = write_report(out)
+    if as_json:
+        echo({"rows": results.rows, "compiles": results.compiles, "report": str(page)})
+        return
+    click.echo(summary_table(read_run(out)))
+    best = results.best()
+    click.echo(f"\nbest single trial by validation: {best['trial']} (test accuracy {best['test_accuracy']:.4f})")
+    click.echo(f"report: {page}\ncheck it: lorax-kit evaluate {Path(out) / best['adapter']}")
+
+
+@cli.command()
+@click.argument("run_folder", type=click.Path(exists=True, file_okay=False))
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+def report(run_folder: str, as_json: bool) -> None:
+    """Write the report of a run folder anew: report.html, plots and results.csv."""
+    from lorax_kit.report import read_run, summary_table, write_report
+
+    page = write_report(run_folder)
+    if as_json:
+        echo({"rows": list(read_run(run_folder).trials), "report": str(page)})
+        return
+    click.echo(summary_table(read_run(run_folder)))
+    click.echo(f"report: {page}")
