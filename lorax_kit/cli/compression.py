@@ -1,7 +1,9 @@
-"""`compress`: a smaller model, and what it costs."""
+"""`compress`: a smaller model and what it costs, or many of them compared."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from typing import Any
 
 import click
@@ -10,25 +12,33 @@ from lorax_kit.cli.root import cli, echo
 
 
 @cli.command()
-@click.argument("model", type=click.Path(exists=True, file_okay=False))
+@click.argument("model")
 @click.option(
     "--method",
-    default="whitened",
-    show_default=True,
-    help="svd, fisher, asvd, whitened, any of them with +int8, +int4 or +nf4; magnitude, wanda, either with -2:4; "
-    "int8, int4, nf4.",
+    "methods",
+    multiple=True,
+    help="svd, fisher, asvd or whitened (the default), any with +int8, +int4, +nf4 (quantised factors) or "
+    "+residual-int8, +residual-int4, +residual-nf4 (what they leave is kept in few bits); magnitude, wanda, either "
+    "with -2:4; int8, int4, nf4; student. With --compare it may be repeated; default: most of them.",
 )
 @click.option(
     "--target",
     "targets",
     multiple=True,
-    default=("encoder/layer_*/**/kernel",),
-    show_default=True,
-    help="Pattern of parameters to compress, may be repeated.",
+    help="Pattern of parameters to compress, may be repeated; default: all linear ones of the layers.",
 )
-@click.option("--keep", type=float, default=0.5, show_default=True, help="Share of the targets' parameters to keep.")
+@click.option(
+    "--keep",
+    "keeps",
+    type=float,
+    multiple=True,
+    default=(0.5,),
+    show_default=True,
+    help="Share of the targets' parameters to keep; with --compare it may be repeated.",
+)
 @click.option("--allocation", default="loss", show_default=True, help="Of ranks: loss, energy or uniform.")
-@click.option("--batches", type=click.IntRange(1), default=16, show_default=True, help="Of calibration, 32 texts each.")
+@click.option("--sequential", is_flag=True, help="Compress layer after layer, each calibrated anew.")
+@click.option("--batches", type=click.IntRange(1), default=16, show_default=True, help="Of calibration.")
 @click.option("--heal", "steps", type=click.IntRange(0), default=0, show_default=True, help="Steps of healing.")
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak rate of healing.")
 @click.option(
@@ -38,17 +48,86 @@ from lorax_kit.cli.root import cli, echo
     show_default=True,
     help="Of healing's updates of one factor at a time; 0 trains both factors in full.",
 )
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Of healing's loss that follows the original's outputs; the rest follows the labels.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of healing.")
-@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Rounds of latency.")
-@click.option("--json", "as_json", is_flag=True, help="Print the row as JSON.")
-def compress(model: str, as_json: bool, rank: int, targets: tuple[str, ...], **options: Any) -> None:
-    """Compress a trained model, heal it, print what was lost and saved. MODEL is an adapter of `train` or a study."""
-    from lorax_kit.benchmarks import table
-    from lorax_kit.workloads import compress_subject, sentiment_subject
+@click.option(
+    "--rounds", type=click.IntRange(0), default=15, show_default=True, help="Alternating rounds of latency; 0: none."
+)
+@click.option("--compare", is_flag=True, help="Compare methods: report.html, plots and results.csv in --out.")
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="With --compare: from --seed on.")
+@click.option("--out", type=click.Path(file_okay=False), help="With --compare: its folder, to go on with or new.")
+@click.option("--json", "as_json", is_flag=True, help="Print the row, or rows, as JSON.")
+def compress(
+    model: str,
+    methods: tuple[str, ...],
+    targets: tuple[str, ...],
+    keeps: tuple[float, ...],
+    compare: bool,
+    seeds: int,
+    out: str | None,
+    sequential: bool,
+    rank: int,
+    seed: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Make a trained model smaller, heal it, print what was lost and saved.
 
-    row, _ = compress_subject(sentiment_subject(model, targets=targets), rank=rank or None, **options)
+    MODEL is an adapter of `train` or of a study, judged on its reviews; or smollm2, a .gguf file or a Hugging Face
+    LLaMA folder, judged on plays.
+    """
+    from lorax_kit.benchmarks import table
+    from lorax_kit.workloads import compress_subject, subject_of
+
+    options["rank"] = rank or None
+    if compare:
+        if out is None:
+            raise click.UsageError("--compare writes a report: give --out, its folder.")
+        if sequential:
+            raise click.UsageError("--compare has no --sequential: give it to one method.")
+        _compare(model, methods, targets, keeps, range(seed, seed + seeds), out, as_json, options)
+        return
+    if len(methods) > 1 or len(keeps) > 1 or seeds > 1 or out is not None:
+        raise click.UsageError("several methods, shares or seeds, and --out, go with --compare.")
+    subject, method = subject_of(model, targets=targets), methods[0] if methods else "whitened"
+    row, _ = compress_subject(subject, method=method, keep=keeps[0], sequential=sequential, seed=seed, **options)
     if as_json:
         echo(row)
     else:
         shown = ("method", "keep", "bytes_ratio", "model_ratio", "flops_ratio", "latency_ratio")
-        click.echo(table([row], (*shown, "metric_before", "metric_after", "metric_healed")))
+        click.echo(table([row], (*shown, "metric_before", "metric_after", "metric_healed", "agreement_after")))
+
+
+def _compare(
+    model: str,
+    methods: tuple[str, ...],
+    targets: tuple[str, ...],
+    keeps: tuple[float, ...],
+    seeds: range,
+    out: str,
+    as_json: bool,
+    options: dict[str, Any],
+) -> None:
+    from lorax_kit.report.compression import comparison_table, write_comparison
+    from lorax_kit.workloads import subject_of
+    from lorax_kit.workloads.comparison import METHODS, compare
+    from lorax_kit.workloads.methods import Method
+
+    chosen = methods or METHODS
+    able = [name for name in chosen if Method.parse(name).healed]
+    # Of the default methods two are healed: the best, and the student, which is nothing without.
+    heal = (able if methods else [name for name in able if name in ("whitened", "student")]) if options["steps"] else []
+    subject, command = subject_of(model, targets=targets), shlex.join(["lorax-kit", *sys.argv[1:]])
+    rows = compare(subject, out, methods=chosen, keeps=keeps, seeds=seeds, heal=heal, command=command, **options)
+    page = write_comparison(out)
+    if as_json:
+        echo({"rows": rows, "report": str(page)})
+        return
+    click.echo(comparison_table(out))
+    click.echo(f"report: {page}")

@@ -10,7 +10,8 @@ from lorax_kit.compress.decompose import METHODS
 from lorax_kit.compress.heal import distillation, heal
 from lorax_kit.compress.objective import Solution, objective, solve, solve_by_gradient
 from lorax_kit.compress.prune import PRUNINGS, prune
-from lorax_kit.compress.replace import CompressPlan, compress, plan_ranks
+from lorax_kit.compress.replace import CompressPlan, compress, plan_ranks, with_residuals
+from lorax_kit.compress.sequential import compress_sequentially
 from lorax_kit.core.compact import LowRank
 from lorax_kit.core.errors import CompressError
 from lorax_kit.transform.adapt import compressed
@@ -29,6 +30,7 @@ __all__ = [
     "calibrate",
     "candidate",
     "compress",
+    "compress_sequentially",
     "compressed",
     "distillation",
     "heal",
@@ -37,4 +39,5 @@ __all__ = [
     "prune",
     "solve",
     "solve_by_gradient",
+    "with_residuals",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -173,3 +173,33 @@ def _replaced(site: Site, x: Any, method: str, rank: int, stats: Stats | None, k
         outputs=site.axes.outputs,
         stack=site.axes.stack,
     )
+
+
+def with_residuals(params: Params, small: Params) -> Params:
+    """`small` whose products keep what they leave of the parameters: exact until the residuals are quantised.
+
+    Args:
+      params: the dense ones.
+      small: what `compress` made of them.
+
+    Returns:
+      The tree of `small`; its `LowRank` leaves have a `residual`, at `PATH/residual`, for `lk.quantise`.
+
+    Example:
+      >>> import lorax_kit as lk
+      >>> params = {"w": jnp.arange(12.0).reshape(4, 3)}
+      >>> sites = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), params)
+      >>> small = compress(params, CompressPlan(method="svd", sites=sites, ranks={"w": 1}))
+      >>> kept = lk.quantise(with_residuals(params, small), ["w/residual"], "int8", block=3)
+      >>> bool(jnp.allclose(kept["w"].restore(), params["w"], atol=0.02))
+      True
+    """
+    named, treedef = flatten(small, whole=(LowRank,))
+    dense_named, _ = flatten(params)
+
+    def kept(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, LowRank):
+            return leaf
+        return replace(leaf, residual=dense(dense_named[path]) - leaf.restore())
+
+    return unflatten({path: kept(path, leaf) for path, leaf in named.items()}, treedef)

@@ -1,7 +1,8 @@
 """Joins models and tasks into problems to train, evaluate and compress: where a name becomes weights and data."""
 
-from lorax_kit.workloads.compression import Subject, compress_subject, sentiment_subject
+from lorax_kit.workloads.compression import compress_subject
 from lorax_kit.workloads.sentiment import Sentiment, evaluate_adapter, inspect_model, train_adapter
+from lorax_kit.workloads.subjects import Subject, sentiment_subject, subject_of, text_subject
 
 __all__ = [
     "Sentiment",
@@ -10,5 +11,7 @@ __all__ = [
     "evaluate_adapter",
     "inspect_model",
     "sentiment_subject",
+    "subject_of",
+    "text_subject",
     "train_adapter",
 ]

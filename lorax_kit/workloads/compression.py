@@ -1,162 +1,22 @@
-"""Compresses a trained model by one method, heals it, and says what was lost and what was saved."""
+"""Makes a trained model smaller by one method, heals it, and says what was lost and what was saved."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from lorax_kit.benchmarks.timing import alternate, calling, facts
-from lorax_kit.checkpoint.adapter import load_adapter
-from lorax_kit.compress import (
-    METHODS,
-    PRUNINGS,
-    Moments,
-    calibrate,
-    compress,
-    compressed,
-    distillation,
-    heal,
-    plan_ranks,
-    prune,
-)
-from lorax_kit.core.compact import METHODS as QUANTISATIONS
+from lorax_kit.compress import Moments, distillation, heal
+from lorax_kit.compress.distil import distil
 from lorax_kit.core.errors import CompressError
-from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params, flatten
-from lorax_kit.core.plan import Plan
-from lorax_kit.core.quantise import quantise
-from lorax_kit.core.spec import LoRA, Spec
-from lorax_kit.training.evaluate import mean_scores
-from lorax_kit.transform import resolve
-from lorax_kit.workloads.sentiment import workload_of
-
-Apply = Callable[[Params, Any], Any]
-ALL_METHODS = (
-    *METHODS,
-    *(f"{m}+{q}" for m in METHODS for q in QUANTISATIONS),
-    *(*PRUNINGS, "magnitude-2:4", "wanda-2:4"),
-    *QUANTISATIONS,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A trained model with what compressing it needs.
-
-    Attributes:
-      name: of model and data.
-      params, apply: `apply(params, batch)`, logits.
-      targets: patterns of the parameters to compress.
-      loss: `loss(logits, batch)`, a scalar.
-      weight: batch -> how much each row of the logits counts.
-      train: an endless stream of batches from a seed.
-      evaluate: `(apply, params) -> metric` over held-out data.
-      metric: its name.
-    """
-
-    name: str
-    params: Params
-    apply: Apply
-    targets: tuple[str, ...]
-    loss: Callable[[Any, Any], Array]
-    weight: Callable[[Any], Array]
-    train: Callable[[int], Iterator[Any]]
-    evaluate: Callable[[Apply, Params], float]
-    metric: str
-
-    def sites(self) -> Plan:
-        """The targets, resolved."""
-        spec = Spec(dict.fromkeys(self.targets, LoRA(rank=1)))
-        return resolve(spec, self.params, self.apply, next(self.train(0)))
-
-
-LINEARS = ("encoder/layer_*/**/kernel",)
-
-
-def sentiment_subject(
-    adapter: str | Path, *, targets: Sequence[str] = LINEARS, batch_size: int = 32, length: int = 64
-) -> Subject:
-    """The classifier that an adapter of `lorax-kit train` or of a study makes of its base.
-
-    Args:
-      targets: patterns of the parameters to compress.
-      batch_size, length: of calibration and healing batches.
-
-    Raises:
-      AdapterError: no adapter, or one that names no problem known here.
-    """
-    problem = replace(workload_of(adapter), batch_size=batch_size, length=length).build()
-    base = problem.params(jax.random.key(0))
-    loaded = load_adapter(adapter, base=base)
-
-    def evaluate(apply: Apply, params: Params) -> float:
-        score = jax.jit(lambda params, batch: problem.score(apply(params, batch), batch))
-        return mean_scores([score(params, batch) for batch in problem.test])["accuracy"]
-
-    return Subject(
-        name=problem.facts["name"],
-        params=merge(base, loaded.factors, loaded.plan),
-        apply=problem.apply,
-        targets=tuple(targets),
-        loss=problem.loss,
-        weight=lambda batch: batch.weight,
-        train=lambda seed: problem.train(seed, 0),
-        evaluate=evaluate,
-        metric="accuracy",
-    )
-
-
-def statistics_of(
-    subject: Subject, sites: Plan, batches: int, *, fisher: bool = True, progress: bool = True
-) -> dict[str, Moments]:
-    """Moments over the first batches of the training stream; with `fisher`, of the loss's gradients, too."""
-    stream = itertools.islice(subject.train(0), batches)
-    loss = subject.loss if fisher else None
-    return calibrate(subject.apply, subject.params, sites, stream, loss=loss, progress=progress)
-
-
-def compressed_params(
-    subject: Subject, method: str, keep: float, sites: Plan, stats: dict[str, Moments] | None, allocation: str = "loss"
-) -> tuple[Params, int]:
-    """Params by one of ALL_METHODS, and the bytes in which their targets can be stored.
-
-    Low-rank and quantised leaves count as they are kept; zeros of pruning in a bitmap of one bit per entry beside the
-    values (two per kept value for 2:4), which is how sparse formats for such shares store them.
-
-    Raises:
-      CompressError: an unknown method, or what `plan_ranks`, `compress` and `prune` raise.
-    """
-    _check_method(method)
-    lowrank, _, bits = method.partition("+")
-    paths = [site.path for site in sites.sites]
-    if method in QUANTISATIONS:
-        small = quantise(subject.params, paths, method)
-    elif lowrank in METHODS:
-        plan = plan_ranks(subject.params, sites, keep=keep, method=lowrank, stats=stats, allocation=allocation)
-        small = compress(subject.params, plan, stats)
-        if bits:
-            factors = [f"{s.path}/{side}" for s, rank in plan.chosen() if rank is not None for side in "ab"]
-            whole = [s.path for s, rank in plan.chosen() if rank is None]
-            small = quantise(small, [*factors, *whole], bits)
-    else:
-        kind, _, pattern = method.partition("-")
-        pattern = pattern or "unstructured"
-        small = prune(subject.params, sites, keep=keep, method=kind, stats=stats, pattern=pattern)
-        named = flatten(small)[0]
-        entries = sum(named[p].size for p in paths)
-        kept = sum(int(jnp.sum(named[p] != 0)) for p in paths)
-        return small, 4 * kept + (kept // 4 if pattern == "2:4" else entries // 8)
-    named = flatten(small)[0]
-    return small, sum(x.nbytes for p, x in named.items() if any(p == own or p.startswith(f"{own}/") for own in paths))
+from lorax_kit.workloads.methods import Method, Small, finished, smaller, statistics_of, stored_bytes
+from lorax_kit.workloads.subjects import Apply, Quality, Subject
 
 
 def compress_subject(
@@ -170,65 +30,121 @@ def compress_subject(
     rank: int | None = 8,
     share: float = 0.5,
     allocation: str = "loss",
+    sequential: bool = False,
     rounds: int = 15,
     seed: int = 0,
-    stats: dict[str, Moments] | None = None,
+    stats: Mapping[str, Moments] | None = None,
+    original: Quality | None = None,
     progress: bool = True,
-) -> tuple[dict[str, Any], Params]:
-    """Compress, measure, heal, measure: one row, and the params it ends with.
+) -> tuple[dict[str, Any], Small]:
+    """Compress, measure, heal, measure: one row, and the model it ends with.
 
     Args:
-      keep: share of the targets' parameters (of each one's entries when pruning; quantising keeps all).
+      method: of `lorax_kit.workloads.methods.ALL_METHODS`.
+      keep: share of the targets' parameters (of each one's entries when pruning, of the layers for a student;
+        quantising keeps all).
       batches: of calibration.
-      steps, lr, rank, share: of healing; no steps, no healing. Only low-rank params are healed.
-      rounds: alternating rounds of latency, dense against compressed.
-      stats: of an earlier call with the same subject.
+      steps, lr, rank, share: of healing; no steps, no healing. Only low-rank models are healed, before their factors
+        are quantised, and students are trained, in full at a tenth of `lr`.
+      sequential: compress layer after layer, each calibrated anew.
+      rounds: alternating rounds of latency, dense against compressed; 0 leaves latency out.
+      seed: of healing: its order of the data, and its updates.
+      stats, original: of earlier calls with the same subject.
 
     Returns:
-      (row, params), the row with `subject, method, keep, params, bytes, bytes_ratio` (of the targets), `model_bytes,
-      model_ratio` (of the whole), `flops_ratio, latency_ms, latency_ratio, memory_ratio` (of a forward pass over a
-      training batch), `metric, metric_before, metric_after, metric_healed` (None where nothing was healed).
+      (row, model), the row with `subject, method, keep, seed, params, bytes, bytes_ratio` (of the targets),
+      `model_bytes, model_ratio` (of the whole), `flops_ratio, latency_ms, latency_ratio, memory_ratio` (of a forward
+      pass over a training batch), `metric, metric_before, metric_after, metric_healed, agreement_after,
+      agreement_healed` (None where nothing was healed).
+
+    Raises:
+      CompressError: an unknown method, healing of what cannot be healed, what the method itself raises.
     """
-    _check_method(method)
-    if steps and method.partition("+")[0] not in METHODS:
+    way = Method.parse(method)
+    if steps and not way.healed:
         raise CompressError(f"{method!r} leaves nothing low-rank to heal.\n  heal svd, fisher, asvd or whitened")
-    sites = subject.sites()
-    needs = not method.startswith((*QUANTISATIONS, "svd", "magnitude"))
-    if needs and stats is None:
-        stats = statistics_of(subject, sites, batches, fisher=method.startswith("fisher"), progress=progress)
-    small, stored = compressed_params(subject, method, keep, sites, stats, allocation)
-    fn = compressed(subject.apply)
-    before, after, healed = subject.evaluate(subject.apply, subject.params), subject.evaluate(fn, small), None
+    if sequential and way.kind != "low-rank":
+        raise CompressError(f"{method!r} does not go layer by layer: only svd, fisher, asvd and whitened do.")
+    if way.calibrated and stats is None:
+        stats = statistics_of(subject, batches, fisher=way.base == "fisher", progress=progress)
+    in_turn = batches if sequential and way.calibrated else 0
+    small = smaller(subject, way, keep, stats, allocation=allocation, in_turn=in_turn, progress=progress)
+    original = original or subject.quality(subject.apply, subject.params)
+    final, healed = finished(subject, way, small), None
+    after = subject.quality(*final, original)
     if steps:
-        teacher = jax.jit(lambda batch: subject.apply(subject.params, batch))
-        loss = distillation(teacher, subject.loss, weight=subject.weight, share=share)
-        key = jax.random.key(seed)
-        small = heal(subject.apply, small, loss, subject.train(seed), key, steps=steps, lr=lr, rank=rank,
-                     progress=progress)  # fmt: skip
-        healed = subject.evaluate(fn, small)
-    dense = sum(int(np.prod(site.shape)) for site in sites.sites)
-    whole = _bytes(subject.params)
+        small = healed_model(
+            subject, way, small, steps=steps, lr=lr, rank=rank, share=share, seed=seed, progress=progress
+        )
+        final = finished(subject, way, small)
+        healed = subject.quality(*final, original)
+    stored, whole = stored_bytes(subject, way, final.params), _bytes(subject.params)
+    named = flatten(subject.params)[0]
+    dense = sum(named[site.path].nbytes for site in subject.sites.sites)
+    rest = _bytes(final.params) - stored if way.kind == "student" else whole - dense
     row = {
         "subject": subject.name,
-        "method": method,
+        "method": method if not sequential else f"{method}, in turn",
         "keep": keep,
-        "params": _count(small),
+        "seed": seed,
+        "params": _count(final.params),
         "bytes": stored,
-        "bytes_ratio": stored / (4 * dense),
-        "model_bytes": whole - 4 * dense + stored,
-        "model_ratio": (whole - 4 * dense + stored) / whole,
-        **_speed(subject.apply, subject.params, fn, small, next(subject.train(0)), rounds),
+        "bytes_ratio": stored / dense,
+        "model_bytes": rest + stored,
+        "model_ratio": (rest + stored) / whole,
+        **_speed(subject, final, rounds),
         "metric": subject.metric,
-        "metric_before": before,
-        "metric_after": after,
-        "metric_healed": healed,
+        "metric_before": original.value(subject.metric),
+        "metric_after": after.value(subject.metric),
+        "metric_healed": None if healed is None else healed.value(subject.metric),
+        "agreement_after": after.agreement,
+        "agreement_healed": None if healed is None else healed.agreement,
     }
-    return row, small
+    return row, final
 
 
-def _check_method(method: str) -> None:
-    if method not in ALL_METHODS:
-        raise CompressError(f"method {method!r} is unknown; choose from {', '.join(ALL_METHODS)}.")
+def healed_model(
+    subject: Subject,
+    method: Method,
+    small: Small,
+    *,
+    steps: int,
+    lr: float = 1e-3,
+    rank: int | None = 8,
+    share: float = 0.5,
+    seed: int = 0,
+    progress: bool = True,
+) -> Small:
+    """A smaller model, trained a little to do what the original does.
+
+    The original's logits are computed beside each batch, so that its params are no constants of the step.
+    """
+    teacher = jax.jit(subject.apply)
+
+    def pairs() -> Iterator[tuple[Any, Array]]:
+        for batch in subject.train(seed):
+            yield batch, teacher(subject.params, batch)
+
+    loss = distillation(
+        lambda pair: pair[1],
+        lambda logits, pair: subject.loss(logits, pair[0]),
+        weight=lambda pair: subject.labels(pair[0])[1],
+        share=share,
+    )
+    if method.kind == "student":
+        own = small.apply
+        params = distil(
+            lambda params, pair: own(params, pair[0]), small.params, loss, pairs(), steps=steps, lr=lr / 10,
+            progress=progress,
+        )  # fmt: skip
+        return Small(own, params)
+
+    def dense(params: Params, pair: Any) -> Any:
+        return subject.apply(params, pair[0])
+
+    key = jax.random.key(seed)
+    params = heal(dense, small.params, loss, pairs(), key, steps=steps, lr=lr, rank=rank, progress=progress)
+    return Small(small.apply, params)
 
 
 def _count(params: Params) -> int:
@@ -240,16 +156,21 @@ def _bytes(params: Params) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(params))
 
 
-def _speed(dense: Apply, params: Params, fn: Apply, small: Params, batch: Any, rounds: int) -> dict[str, Any]:
+def _speed(subject: Subject, small: Small, rounds: int) -> dict[str, Any]:
     """FLOPs, memory and time of a forward pass, compressed against dense; medians of alternating rounds."""
-    values = {"dense": (params, batch), "small": (small, batch)}
-    compiled = {name: jax.jit(f).lower(*values[name]).compile() for name, f in (("dense", dense), ("small", fn))}
+    batch = next(subject.train(0))
+    models: dict[str, tuple[Apply, Params]] = {"dense": (subject.apply, subject.params), "small": small}
+    compiled = {name: jax.jit(fn).lower(params, batch).compile() for name, (fn, params) in models.items()}
     before, after = (facts(program) for program in compiled.values())
-    times = alternate({name: calling(program, *values[name]) for name, program in compiled.items()}, range(rounds))
-    ratios: Sequence[float] = [a / b for a, b in zip(times["small"], times["dense"], strict=True)]
-    return {
+    out = {
         "flops_ratio": after["flops"] / before["flops"],
-        "latency_ms": median(times["small"]),
-        "latency_ratio": median(ratios),
         "memory_ratio": after["peak_bytes"] / before["peak_bytes"],
+        "latency_ms": None,
+        "latency_ratio": None,
     }
+    if rounds:
+        runs = {name: calling(program, models[name][1], batch) for name, program in compiled.items()}
+        times = alternate(runs, range(rounds))
+        ratios: Sequence[float] = [a / b for a, b in zip(times["small"], times["dense"], strict=True)]
+        out |= {"latency_ms": median(times["small"]), "latency_ratio": median(ratios)}
+    return out

@@ -1,0 +1,82 @@
+"""Compression one group of parameters after another, each calibrated on what the compressed ones before it give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tqdm import tqdm
+
+from lorax_kit.compress.calibrate import calibrate
+from lorax_kit.compress.replace import CompressPlan, compress
+from lorax_kit.core.errors import CompressError
+from lorax_kit.core.paths import Params
+from lorax_kit.core.patterns import expand_braces, matches
+from lorax_kit.core.plan import Site
+from lorax_kit.transform.adapt import compressed
+
+
+def compress_sequentially(
+    fn: Callable[..., Any],
+    params: Params,
+    plan: CompressPlan,
+    batches: Sequence[Any],
+    groups: Sequence[str],
+    *,
+    loss: Callable[[Any, Any], Any] | None = None,
+    progress: bool = True,
+) -> Params:
+    """`compress`, with moments of the inputs that the sites of a group will have, not of those of the dense model.
+
+    Args:
+      fn: `fn(params, batch)`, of dense params.
+      params: left as they are.
+      plan: from `plan_ranks`, whose ranks stay.
+      batches: calibration data, read once for each group. A group's program ends where its last input is known.
+      groups: a pattern for each (`"layer_0/**"`), in the order in which `fn` uses them; together they name every site.
+      loss: as in `calibrate`, for "fisher".
+      progress: show a bar.
+
+    Returns:
+      What `compress` returns.
+
+    Raises:
+      CompressError: a group without a site, a site in no group or in two; what `calibrate` and `compress` raise.
+
+    Example:
+      >>> import jax.numpy as jnp, lorax_kit as lk
+      >>> params, x = {"up": jnp.eye(6), "down": jnp.eye(6)}, jnp.arange(48.0).reshape(8, 6) % 7
+      >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
+      >>> sites = lk.resolve(lk.Spec({"*": lk.LoRA(rank=1)}), params, fn, x)
+      >>> plan = CompressPlan(method="whitened", sites=sites, ranks={"up": 2, "down": 2})
+      >>> small = compress_sequentially(fn, params, plan, [x], ["up", "down"], progress=False)
+      >>> small["down"].rank
+      2
+    """
+    if not batches:
+        raise CompressError("there are no calibration batches.")
+    ranks, small = dict(plan.ranks), params
+    for own in tqdm(_grouped(plan.sites.sites, groups), desc="compressing in turn", unit="group", disable=not progress):
+        chosen = {site.path: ranks[site.path] for site in own if site.path in ranks}
+        if not chosen:
+            continue
+        sites = replace(plan.sites, sites=tuple(site for site in own if site.path in chosen), full=())
+        stats = calibrate(compressed(fn), small, sites, batches, loss=loss, progress=False)
+        small = compress(small, CompressPlan(method=plan.method, sites=sites, ranks=chosen), stats)
+    return small
+
+
+def _grouped(sites: Sequence[Site], groups: Sequence[str]) -> list[list[Site]]:
+    patterns = [expand_braces(group) for group in groups]
+    found: list[list[Site]] = [[] for _ in groups]
+    for site in sites:
+        own = [i for i, some in enumerate(patterns) if any(matches(p, site.path) for p in some)]
+        if len(own) != 1:
+            where = "no group" if not own else f"{len(own)} groups, first {groups[own[0]]!r} and {groups[own[1]]!r}"
+            raise CompressError(f"the site {site.path!r} is in {where}; it must be in one.")
+        found[own[0]].append(site)
+    for group, own_sites in zip(groups, found, strict=True):
+        if not own_sites:
+            raise CompressError(f"the group {group!r} holds none of the plan's sites.")
+    return found

@@ -1,0 +1,233 @@
+"""The page of a comparison of compressions: quality against bytes, FLOPs, latency and memory, and a table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorax_kit.report.page import inline_svg, render
+from lorax_kit.report.plots import FAINT, INK, MARKERS, OKABE_ITO, QUIET, Figure, Plot, canvas, legend_below
+from lorax_kit.report.plots import render as render_plot
+from lorax_kit.report.run_folder import RunFolderError, replace_file
+from lorax_kit.report.tables import bytes_text
+from lorax_kit.study.statistics import Interval, interval
+
+COSTS = {
+    "bytes_ratio": "bytes of the compressed parameters",
+    "flops_ratio": "FLOPs of a forward pass",
+    "latency_ratio": "latency of a forward pass",
+    "memory_ratio": "peak memory of a forward pass",
+}
+FAMILIES = ("svd", "fisher", "asvd", "whitened", "low-rank, quantised", "pruned", "quantised", "student")
+COLUMNS = (
+    *("subject", "method", "keep", "seed", "params", "bytes", "bytes_ratio", "model_bytes", "model_ratio"),
+    *("flops_ratio", "latency_ms", "latency_ratio", "memory_ratio", "metric"),
+    *("metric_before", "metric_after", "metric_healed", "agreement_after", "agreement_healed"),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method at one share, over the seeds of its healing.
+
+    Attributes:
+      method, keep: which.
+      row: of the first seed; what does not depend on the seed.
+      seeds: how many.
+      healed, agreement: over the seeds, with 95 % intervals; None where nothing was healed.
+    """
+
+    method: str
+    keep: float
+    row: Mapping[str, Any]
+    seeds: int
+    healed: Interval | None
+    agreement: Interval | None
+
+    @property
+    def best(self) -> float:
+        """The metric it ends with."""
+        return float(self.row["metric_after"]) if self.healed is None else self.healed.mean
+
+    @property
+    def family(self) -> int:
+        """Index in FAMILIES."""
+        name = self.method.removesuffix(", in turn")
+        if "+" in name:
+            return 4
+        if name in FAMILIES:
+            return FAMILIES.index(name)
+        return 5 if name.startswith(("magnitude", "wanda")) else 6
+
+
+def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """Rows gathered over seeds, in their order."""
+    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["keep"]), []).append(row)
+
+    def over(found: list[Mapping[str, Any]], name: str) -> Interval | None:
+        values = [row[name] for row in found if row[name] is not None]
+        return interval(values) if values else None
+
+    return [
+        Line(method, keep, found[0], len(found), over(found, "metric_healed"), over(found, "agreement_healed"))
+        for (method, keep), found in groups.items()
+    ]
+
+
+def front(lines: Sequence[Line], cost: str) -> list[Line]:
+    """Those that no other beats in both the cost and the metric, from the cheapest."""
+    higher = lines[0].row["metric"] == "accuracy"
+    kept: list[Line] = []
+    for line in sorted(lines, key=lambda x: (x.row[cost], -x.best if higher else x.best)):
+        if not kept or (line.best > kept[-1].best if higher else line.best < kept[-1].best):
+            kept.append(line)
+    return kept
+
+
+def write_comparison(folder: str | Path) -> Path:
+    """Write `report.html`, `plots/pareto.{svg,png}` and `results.csv` from a folder's `rows.jsonl`.
+
+    Returns:
+      The path of `report.html`.
+
+    Raises:
+      RunFolderError: the folder holds no rows.
+
+    Example:
+      >>> write_comparison("runs/compress")  # doctest: +SKIP
+      PosixPath('runs/compress/report.html')
+    """
+    path = Path(folder)
+    rows, about = read_rows(path)
+    lines = lines_of(rows)
+    plot = render_plot("pareto", lambda: _pareto(lines))
+    assert isinstance(plot, Plot)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path / "results.csv", text.getvalue().encode())
+    replace_file(path / "plots" / "pareto.svg", plot.svg.encode())
+    replace_file(path / "plots" / "pareto.png", plot.png)
+    first = rows[0]
+    fronts = {id(line) for line in front(lines, "bytes_ratio")}
+    page = render(
+        "compression.html",
+        name=first["subject"],
+        metric=first["metric"],
+        original=_number(first["metric_before"], first["metric"]),
+        facts=[(key, value if isinstance(value, str) else json.dumps(value)) for key, value in about.items()],
+        svg=inline_svg(plot),
+        caption=plot.caption,
+        lines=[_cells(line, id(line) in fronts) for line in lines],
+    )
+    replace_file(path / "report.html", page.encode())
+    return path / "report.html"
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of a comparison, and its settings.
+
+    Raises:
+      RunFolderError: files that are missing or damaged, or no rows yet.
+    """
+    try:
+        text, about = (
+            (path / "rows.jsonl").read_text("utf-8"),
+            json.loads((path / "comparison.json").read_text("utf-8")),
+        )
+        rows = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # a kill can cut the last
+    except (OSError, ValueError) as e:
+        raise RunFolderError(f"{str(path)!r} holds no comparison: {e}.") from None
+    if not rows:
+        raise RunFolderError(f"{str(path)!r} has no finished row yet.")
+    return rows, about
+
+
+def comparison_table(folder: str | Path) -> str:
+    """The lines of a comparison as aligned text."""
+    cells = [_cells(line, False) for line in lines_of(read_rows(Path(folder))[0])]
+    names = [name for name in cells[0] if name != "front"]
+    table = [names, *([row[name] for name in names] for row in cells)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(names))]
+    return "\n".join("  ".join(x.rjust(w) for x, w in zip(row, widths, strict=True)) for row in table)
+
+
+def _cells(line: Line, on_front: bool) -> dict[str, Any]:
+    row, metric = line.row, line.row["metric"]
+    agreement = row["agreement_after"] if line.agreement is None else line.agreement.mean
+    return {
+        "front": on_front,
+        "method": line.method,
+        "keep": f"{line.keep:g}",
+        "bytes": f"{row['bytes_ratio']:.3f}x",
+        "model": bytes_text(row["model_bytes"]),
+        "FLOPs": f"{row['flops_ratio']:.2f}x",
+        "latency": "" if row["latency_ratio"] is None else f"{row['latency_ratio']:.2f}x",
+        "memory": f"{row['memory_ratio']:.2f}x",
+        "after": _number(row["metric_after"], metric),
+        "healed": "" if line.healed is None else _interval(line.healed, metric),
+        "seeds": "" if line.healed is None else str(line.seeds),
+        "agreement": f"{100 * agreement:.1f} %",
+    }
+
+
+def _number(x: float, metric: str) -> str:
+    return f"{100 * x:.1f} %" if metric == "accuracy" else f"{x:.2f}" if x < 1000 else f"{x:.3g}"
+
+
+def _interval(x: Interval, metric: str) -> str:
+    if x.low != x.low or x.low == x.high:
+        return _number(x.mean, metric)
+    return f"{_number(x.mean, metric)} [{_number(x.low, metric)}, {_number(x.high, metric)}]"
+
+
+def _pareto(lines: Sequence[Line]) -> tuple[Figure, str]:
+    metric, original = lines[0].row["metric"], lines[0].row["metric_before"]
+    costs = {key: text for key, text in COSTS.items() if all(line.row[key] is not None for line in lines)}
+    figure = canvas(6.4 if len(costs) > 2 else 3.6)
+    panels = figure.subplots((len(costs) + 1) // 2, 2, sharey=True, squeeze=False).flat
+    scale = 100 if metric == "accuracy" else 1
+    named: set[int] = set()
+    for axes, (cost, text) in zip(panels, costs.items(), strict=False):
+        axes.axhline(scale * original, color=QUIET, linewidth=0.8)
+        axes.axvline(1, color=FAINT, linewidth=0.8, zorder=0)
+        for line in lines:
+            x, colour, marker = line.row[cost], OKABE_ITO[line.family], MARKERS[line.family]
+            style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4.5, "linestyle": "none"}
+            label = None if line.family in named else FAMILIES[line.family]
+            named.add(line.family)
+            if line.healed is not None:
+                after = line.row["metric_after"]
+                axes.plot([x, x], [scale * after, scale * line.best], color=colour, linewidth=0.6)
+                axes.plot(x, scale * after, **style | {"markerfacecolor": "white", "markersize": 3.5})
+                if line.healed.low == line.healed.low:
+                    ends = [scale * line.healed.low, scale * line.healed.high]
+                    axes.plot([x, x], ends, color=colour, linewidth=1.8)
+            axes.plot(x, scale * line.best, label=label, **style)
+        best = front(lines, cost)
+        axes.plot(
+            [line.row[cost] for line in best], [scale * line.best for line in best], color=INK, linewidth=0.7, zorder=0
+        )
+        axes.set_xlabel(f"{text}, of the original's")
+        axes.set_xlim(left=0)
+        if metric == "perplexity":
+            axes.set_yscale("log")
+    for axes in list(panels):
+        axes.set_visible(False)
+    for axes in figure.axes[::2]:
+        axes.set_ylabel("accuracy, %" if metric == "accuracy" else "perplexity")
+    legend_below(figure, figure.axes[0])
+    caption = (
+        f"What is left of the {metric} (grey line: the original) against four costs. Hollow marks are before healing, "
+        "filled ones what a method ends with, thick bars 95 % intervals over seeds; the black line joins those that no "
+        "other beats in both."
+    )
+    return figure, caption

@@ -1,0 +1,186 @@
+"""The ways of making a model smaller by name, from one word to a function, its params and their bytes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from lorax_kit.compress import (
+    METHODS,
+    PRUNINGS,
+    Moments,
+    calibrate,
+    compress,
+    compress_sequentially,
+    compressed,
+    plan_ranks,
+    prune,
+    with_residuals,
+)
+from lorax_kit.core.compact import METHODS as QUANTISATIONS
+from lorax_kit.core.compact import LowRank
+from lorax_kit.core.errors import CompressError
+from lorax_kit.core.paths import Params, flatten
+from lorax_kit.core.plan import matched
+from lorax_kit.core.quantise import quantise
+from lorax_kit.workloads.subjects import Apply, Subject
+
+STUDENT = "student"
+ALL_METHODS = (
+    *METHODS,
+    *(f"{m}+{q}" for m in METHODS for q in QUANTISATIONS),
+    *(f"{m}+residual-{q}" for m in METHODS for q in QUANTISATIONS),
+    *(*PRUNINGS, "magnitude-2:4", "wanda-2:4"),
+    *QUANTISATIONS,
+    STUDENT,
+)
+
+
+class Method(NamedTuple):
+    """A method's parts.
+
+    Attributes:
+      name: as given.
+      kind: "low-rank", "pruned", "quantised" or "student".
+      base: the decomposition or pruning.
+      bits: how factors, or with `residual` what they leave, are quantised; "" for not at all.
+      residual: whether what the factors leave is kept.
+      pattern: of pruning.
+    """
+
+    name: str
+    kind: str
+    base: str
+    bits: str = ""
+    residual: bool = False
+    pattern: str = "unstructured"
+
+    @classmethod
+    def parse(cls, name: str) -> Method:
+        """From one of ALL_METHODS.
+
+        Raises:
+          CompressError: it is none.
+        """
+        if name not in ALL_METHODS:
+            known = ", ".join((*METHODS, *PRUNINGS, "magnitude-2:4", "wanda-2:4", *QUANTISATIONS, STUDENT))
+            raise CompressError(
+                f"method {name!r} is unknown; choose from {known}; or add +int8, +int4, +nf4, +residual-int8, "
+                f"+residual-int4 or +residual-nf4 to {', '.join(METHODS)}."
+            )
+        if name == STUDENT:
+            return cls(name, "student", name)
+        if name in QUANTISATIONS:
+            return cls(name, "quantised", name, name)
+        base, _, extra = name.partition("+")
+        if base in METHODS:
+            return cls(name, "low-rank", base, extra.removeprefix("residual-"), extra.startswith("residual-"))
+        base, _, pattern = name.partition("-")
+        return cls(name, "pruned", base, pattern=pattern or "unstructured")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it reads calibration data."""
+        return self.base in (*METHODS, "wanda") and self.base != "svd"
+
+    @property
+    def healed(self) -> bool:
+        """Whether training can follow."""
+        return self.kind in ("low-rank", "student")
+
+
+class Small(NamedTuple):
+    """A smaller model: `apply(params, batch)`."""
+
+    apply: Apply
+    params: Params
+
+
+def statistics_of(subject: Subject, batches: int, *, fisher: bool = True, progress: bool = True) -> dict[str, Moments]:
+    """Moments over the first batches of the training stream; with `fisher`, of the loss's gradients, too."""
+    stream = itertools.islice(subject.train(0), batches)
+    loss = subject.loss if fisher else None
+    return calibrate(subject.apply, subject.params, subject.sites, stream, loss=loss, progress=progress)
+
+
+def smaller(
+    subject: Subject,
+    method: Method,
+    keep: float,
+    stats: Mapping[str, Moments] | None,
+    *,
+    allocation: str = "loss",
+    in_turn: int = 0,
+    progress: bool = True,
+) -> Small:
+    """The model made smaller, before it is healed and its factors are quantised (`finished`).
+
+    Args:
+      keep: share of the targets' parameters (of each one's entries when pruning, of the layers for a student;
+        quantising keeps all).
+      stats: for methods that are calibrated.
+      allocation: of ranks.
+      in_turn: compress layer after layer, each calibrated anew on so many batches; 0 for all at once.
+
+    Raises:
+      CompressError: what `plan_ranks`, `compress` and `prune` raise.
+    """
+    sites = subject.sites
+    if method.kind == "student":
+        if not 0 < keep <= 1:
+            raise CompressError(f"keep is {keep!r}; it must lie in (0, 1].")
+        return Small(*subject.student(max(round(keep * len(subject.layers)), 1)))
+    if method.kind == "quantised":
+        return Small(subject.apply, subject.params)
+    if method.kind == "pruned":
+        found = prune(subject.params, sites, keep=keep, method=method.base, stats=stats, pattern=method.pattern)
+        return Small(subject.apply, found)
+    plan = plan_ranks(subject.params, sites, keep=keep, method=method.base, stats=stats, allocation=allocation)
+    if in_turn:
+        batches = list(itertools.islice(subject.train(0), in_turn))
+        loss = subject.loss if method.base == "fisher" else None
+        small = compress_sequentially(
+            subject.apply, subject.params, plan, batches, subject.layers, loss=loss, progress=progress
+        )
+    else:
+        small = compress(subject.params, plan, stats)
+    if method.residual:
+        small = with_residuals(subject.params, small)
+        small = quantise(small, [f"{p}/residual" for p in _products(small)], method.bits)
+    return Small(compressed(subject.apply), small)
+
+
+def finished(subject: Subject, method: Method, small: Small) -> Small:
+    """With what the method's last step quantises."""
+    if not method.bits or method.residual:
+        return small
+    products = _products(small.params)
+    factors = [f"{path}/{side}" for path in products for side in "ab"]
+    whole = [site.path for site in subject.sites.sites if site.path not in products]
+    return Small(compressed(subject.apply), quantise(small.params, [*factors, *whole], method.bits))
+
+
+def stored_bytes(subject: Subject, method: Method, params: Params) -> int:
+    """Bytes in which the targets can be stored.
+
+    Low-rank and quantised leaves count as they are kept; zeros of pruning in a bitmap of one bit per entry beside the
+    values (two per kept value for 2:4), which is how sparse formats for such shares store them.
+    """
+    named = flatten(params)[0]
+    if method.kind == "pruned":
+        arrays = [named[site.path] for site in subject.sites.sites]
+        kept = sum(int(jnp.sum(x != 0)) for x in arrays)
+        size = arrays[0].dtype.itemsize
+        return size * kept + (kept // 4 if method.pattern == "2:4" else sum(x.size for x in arrays) // 8)
+    if method.kind == "student":
+        paths = {p for pattern in subject.targets for p in matched("the target", pattern, list(named))}
+    else:
+        paths = {site.path for site in subject.sites.sites}
+    return sum(x.nbytes for p, x in named.items() if p in paths or p.rsplit("/", 1)[0] in paths)
+
+
+def _products(params: Params) -> list[str]:
+    return [p for p, x in flatten(params, whole=(LowRank,))[0].items() if isinstance(x, LowRank)]
