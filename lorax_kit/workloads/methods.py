@@ -149,7 +149,9 @@ def smaller(
         small = compress(subject.params, plan, stats)
     if method.residual:
         small = with_residuals(subject.params, small)
-        small = quantise(small, [f"{p}/residual" for p in _products(small)], method.bits)
+        products = _products(small)
+        whole = [site.path for site in sites.sites if site.path not in products]
+        small = quantise(small, [*(f"{path}/residual" for path in products), *whole], method.bits)
     return Small(compressed(subject.apply), small)
 
 

@@ -21,6 +21,7 @@ from lorax_kit.core.plan import Plan
 from lorax_kit.core.spec import LoRA, Spec
 from lorax_kit.models import BertClassifier, BertConfig, LlamaModel, load_bert, load_llama
 from lorax_kit.tasks import (
+    Plays,
     correct,
     cross_entropies,
     cross_entropy,
@@ -176,6 +177,7 @@ def text_subject(
     batch_size: int = 2,
     length: int = 512,
     held_out: int = 32,
+    plays: Plays | None = None,
 ) -> Subject:
     """A LLaMA decoder, to predict the next tokens of Shakespeare's plays.
 
@@ -183,12 +185,13 @@ def text_subject(
       source: what `load_llama` takes.
       targets: patterns of the parameters to compress; default: the layers' kernels.
       batch_size, length: of all batches, in windows and tokens.
-      held_out: how many windows of plays that were held out are measured on.
+      held_out: how many windows of texts that were held out are measured on.
+      plays: the texts; default: Shakespeare's.
 
     Raises:
       MissingPackageError, FileNotFoundError, ValueError: what the loaders of models and plays raise.
     """
-    loaded, plays = load_llama(source), load_plays()
+    loaded, plays = load_llama(source), plays or load_plays()
     config, params = loaded.config, loaded.params
     length = min(length, config.max_position_embeddings)
 

@@ -1,0 +1,159 @@
+"""Every method on a tiny decoder: what a row says, what is healed, how a comparison goes on, and its page."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorax_kit.compress import CompressError, LowRank
+from lorax_kit.core.compact import Quantised
+from lorax_kit.core.paths import flatten
+from lorax_kit.report.compression import COLUMNS, comparison_table, front, lines_of, write_comparison
+from lorax_kit.report.run_folder import RunFolderError
+from lorax_kit.tasks import Plays
+from lorax_kit.workloads import compress_subject, subject_of, text_subject
+from lorax_kit.workloads.comparison import compare
+from lorax_kit.workloads.methods import Method, finished, smaller, statistics_of, stored_bytes
+from lorax_kit.workloads.subjects import fewer_layers
+from tests.models import llama_files
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+QUIET = {"rounds": 0, "batches": 2, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    llama_files.write_folder(folder)
+    plays = Plays(("to be, or not to be, that is the question: " * 20,), ("whether 'tis nobler in the mind " * 20,))
+    return text_subject(folder, batch_size=2, length=12, held_out=4, plays=plays)
+
+
+@pytest.fixture(scope="module")
+def stats(subject):
+    return statistics_of(subject, 2, progress=False)
+
+
+def test_quality_equals_numpy(subject):
+    found = subject.quality(subject.apply, subject.params)
+    losses, right, count = 0.0, 0, 0
+    for batch in subject.test:
+        logits = np.asarray(subject.apply(subject.params, batch), np.float64)[:, :-1]
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        label = np.asarray(batch.ids)[:, 1:]
+        losses -= np.take_along_axis(logp, label[..., None], -1).sum()
+        right += (logits.argmax(-1) == label).sum()
+        count += label.size
+    assert found.loss == pytest.approx(losses / count, rel=1e-5)
+    assert found.accuracy == pytest.approx(right / count)
+    assert found.value("perplexity") == pytest.approx(np.exp(losses / count), rel=1e-5)
+    assert found.agreement == 1.0
+
+
+def test_a_row_has_what_the_contract_names(subject, stats):
+    before = jax.tree.map(np.array, subject.params)
+    row, small = compress_subject(subject, method="whitened", keep=0.5, steps=6, rank=None, stats=stats, **QUIET)
+    jax.tree.map(np.testing.assert_array_equal, before, subject.params)
+    assert set(COLUMNS) == set(row)
+    assert row["bytes_ratio"] <= 0.5 < row["model_ratio"] < 1
+    assert row["flops_ratio"] < 1
+    assert row["metric"] == "perplexity"
+    assert row["params"] == sum(x.size for x in jax.tree.leaves(small.params))
+    assert 0 <= row["agreement_after"] <= 1
+    assert row["metric_healed"] < row["metric_after"]
+
+
+def test_in_turn_keeps_the_ranks(subject, stats):
+    way = Method.parse("whitened")
+    at_once = smaller(subject, way, 0.4, stats)
+    in_turn = smaller(subject, way, 0.4, stats, in_turn=2, progress=False)
+    assert jax.tree.map(jnp.shape, in_turn.params) == jax.tree.map(jnp.shape, at_once.params)
+    assert subject.quality(*in_turn).loss < 2 * subject.quality(*at_once).loss
+
+
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+def test_a_quantised_residual_brings_the_model_nearer_than_its_bits_alone(subject, stats, bits):
+    named = flatten(subject.params)[0]
+
+    def error(name):
+        way = Method.parse(name)
+        small = finished(subject, way, smaller(subject, way, 0.5, stats))
+        found = flatten(small.params, whole=(LowRank, Quantised))[0]
+        restored = {s.path: found[s.path] for s in subject.sites.sites}
+        total = sum(
+            float(jnp.sum((named[p] - (x.restore() if hasattr(x, "restore") else x)) ** 2)) for p, x in restored.items()
+        )
+        return total, stored_bytes(subject, way, small.params)
+
+    alone, both = error(bits), error(f"whitened+residual-{bits}")
+    assert both[0] < alone[0]
+    assert both[1] > alone[1]
+
+
+def test_a_student_keeps_the_outer_layers(subject):
+    params = {f"layer_{i}": i for i in range(6)} | {"norm": "n"}
+    assert fewer_layers(params, 3) == {"norm": "n", "layer_0": 0, "layer_1": 2, "layer_2": 5}
+    with pytest.raises(CompressError, match="7 layers; the model has 6"):
+        fewer_layers(params, 7)
+    row, small = compress_subject(subject, method="student", keep=0.5, steps=4, lr=1e-2, **QUIET)
+    assert row["bytes_ratio"] == 0.5
+    assert set(small.params) == {"embeddings", "head", "layer_0", "norm"}
+    assert row["metric_healed"] < row["metric_after"]
+
+
+def test_bytes_count_what_is_stored(subject, stats):
+    dense = sum(flatten(subject.params)[0][s.path].size for s in subject.sites.sites)
+    for name, expected in {
+        "magnitude": 4 * dense // 2 + dense // 8,
+        "magnitude-2:4": 4 * dense // 2 + dense // 8,
+    }.items():
+        way = Method.parse(name)
+        found = stored_bytes(subject, way, smaller(subject, way, 0.5, stats).params)
+        assert found == pytest.approx(expected, rel=2e-3)
+
+
+def test_bad_input(subject, stats, tmp_path):
+    for options, message in (
+        ({"method": "pca"}, "method 'pca' is unknown"),
+        ({"method": "whitened+int3"}, "is unknown"),
+        ({"method": "nf4", "steps": 3}, "nothing low-rank to heal"),
+        ({"method": "nf4", "sequential": True}, "does not go layer by layer"),
+        ({"method": "student", "keep": 1.5}, "keep is 1.5"),
+    ):
+        with pytest.raises(CompressError, match=message):
+            compress_subject(subject, **{"keep": 0.5, "stats": stats, **QUIET, **options})
+    with pytest.raises(CompressError, match="neither an adapter nor a decoder"):
+        subject_of(tmp_path)
+
+
+def test_a_comparison_goes_on_and_draws_its_page(subject, tmp_path):
+    options = {"steps": 2, "keeps": (0.5,), "heal": ("whitened",), "rank": None, "seeds": (0, 1), **QUIET, "rounds": 1}
+    out = tmp_path / "compare"
+    rows = compare(subject, out, methods=("svd", "whitened", "nf4"), **options)
+    assert [(r["method"], r["seed"]) for r in rows] == [("svd", 0), ("whitened", 0), ("whitened", 1), ("nf4", 0)]
+    with (out / "rows.jsonl").open("a") as file:
+        file.write('{"method": "cut')
+    again = compare(subject, out, methods=("svd", "whitened", "nf4", "magnitude"), **options)
+    assert again[:4] == rows
+    assert again[4]["method"] == "magnitude"
+    assert len((out / "rows.jsonl").read_text().splitlines()) == 5
+    page = write_comparison(out)
+    text = page.read_text()
+    assert "whitened" in text
+    assert "<svg" in text
+    assert (out / "results.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+    assert (out / "plots" / "pareto.png").stat().st_size > 10_000
+    assert len(comparison_table(out).splitlines()) == 5
+    with pytest.raises(CompressError, match="holds a comparison with steps 2, not 3"):
+        compare(subject, out, methods=("svd",), **{**options, "steps": 3})
+    with pytest.raises(RunFolderError, match="holds no comparison"):
+        write_comparison(tmp_path)
+
+
+def test_the_front_holds_what_nothing_beats():
+    def row(method, size, metric):
+        return dict.fromkeys(COLUMNS) | {"method": method, "keep": 1, "bytes_ratio": size, "metric_after": metric,
+                                         "metric": "accuracy"}  # fmt: skip
+
+    lines = lines_of([row("a", 0.5, 0.7), row("b", 0.2, 0.6), row("c", 0.6, 0.65), row("d", 0.9, 0.8)])
+    assert [line.method for line in front(lines, "bytes_ratio")] == ["b", "a", "d"]
