@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from time import perf_counter
 from typing import Any
 
 import jax
+from jax.extend import core as jex
 
 
 def facts(compiled: Any) -> dict[str, float]:
-    """What XLA says of a compiled program: `flops`, `bytes`, `temp_bytes`, and the `peak_bytes` it holds at most."""
+    """What XLA says of a compiled program: `flops`, `bytes`, `temp_bytes`, and the `peak_bytes` it holds at most.
+
+    It counts the body of a loop once, however often that runs: see `product_flops`.
+    """
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     counted = cost[0] if isinstance(cost, list) else cost
     peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
@@ -20,6 +25,30 @@ def facts(compiled: Any) -> dict[str, float]:
         "temp_bytes": int(memory.temp_size_in_bytes),
         "peak_bytes": int(peak - memory.alias_size_in_bytes),
     }
+
+
+def product_flops(fn: Callable[..., Any], *args: Any) -> int:
+    """FLOPs of the dot products in `fn(*args)`: of a scan as often as it runs, of a while once, of a cond all branches.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> power = lambda w: jax.lax.scan(lambda h, _: (h @ w, None), w, length=5)[0]
+      >>> product_flops(power, jnp.eye(3))
+      270
+    """
+    return _products(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def _products(jaxpr: Any) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            sizes = [eqn.invars[0].aval.shape[i] for i in contracted]
+            total += 2 * prod(sizes) * eqn.outvars[0].aval.size
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        total += times * sum(_products(inner) for inner in jex.jaxprs_in_params(eqn.params))
+    return total
 
 
 def waiting(fn: Callable[..., Any], *args: Any) -> Callable[[], None]:

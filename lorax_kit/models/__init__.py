@@ -3,6 +3,7 @@
 from lorax_kit.models.assets import MissingPackageError, locate
 from lorax_kit.models.bert import BertClassifier, BertConfig, BertEncoder
 from lorax_kit.models.llama import LlamaConfig, LlamaModel
+from lorax_kit.models.lstm import LstmClassifier, LstmConfig
 from lorax_kit.models.pretrained import Pretrained, classifier_names, classifier_params, load_bert, torch_names
 from lorax_kit.models.pretrained_llama import PretrainedLlama, llama_names, load_llama
 from lorax_kit.models.tokenizer import Tokenizer
@@ -13,6 +14,8 @@ __all__ = [
     "BertEncoder",
     "LlamaConfig",
     "LlamaModel",
+    "LstmClassifier",
+    "LstmConfig",
     "MissingPackageError",
     "Pretrained",
     "PretrainedLlama",

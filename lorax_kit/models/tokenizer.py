@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,29 @@ class Tokenizer:
             inner.post_processor = processors.TemplateProcessing(
                 single=text, pair=[*text, "$B"], special_tokens=[(x, ids[x]) for x in around]
             )
+        return cls(inner)
+
+    @classmethod
+    def from_texts(cls, texts: Sequence[str], size: int) -> Tokenizer:
+        """Whole words in lower case, punctuation apart: the most frequent of these texts, of equal ones the first.
+
+        Args:
+          texts: those to train on, and no others.
+          size: of the vocabulary. Id 0 is left to padding, id 1 is every other word.
+
+        Raises:
+          ValueError: a size that holds no word, or texts without one.
+        """
+        normalizer = normalizers.Lowercase()
+        split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+        counts = Counter(word for text in texts for word, _ in split.pre_tokenize_str(normalizer.normalize_str(text)))
+        if size < 3 or not counts:
+            raise ValueError(
+                f"a vocabulary of {size} of {len(counts)} words; it needs a size of at least 3, and a word."
+            )
+        ids = {"[PAD]": 0, "[UNK]": 1} | {word: i for i, (word, _) in enumerate(counts.most_common(size - 2), 2)}
+        inner = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+        inner.normalizer, inner.pre_tokenizer = normalizer, split
         return cls(inner)
 
     def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:

@@ -65,6 +65,7 @@ def fit(
     monitor: str = "val_loss",
     log: str | Path | None = None,
     progress: bool = True,
+    around: tuple[int, int] = (0, 0),
 ) -> Fitted:
     """Train for some epochs.
 
@@ -78,6 +79,7 @@ def fit(
       monitor: a metric of the history; names with "loss" are better when lower, others when higher.
       log: append one JSON object per epoch to this file.
       progress: draw a bar per epoch.
+      around: how many epochs of a longer training came before these and come after them; their numbers count on.
 
     Raises:
       LoraxError: no epochs, an epoch without batches, `patience` without `evaluate`, an unknown `monitor`.
@@ -93,10 +95,11 @@ def fit(
     best: tuple[float, Any] | None = None
     waited, stopped = 0, "epochs"
     sign = 1.0 if "loss" in monitor else -1.0
-    for number, batches in enumerate(epochs, 1):
+    last = around[0] + len(epochs) + around[1]
+    for number, batches in enumerate(epochs, around[0] + 1):
         began = time.perf_counter()
         running = _Running()
-        bar = tqdm(batches, desc=f"Epoch {number}/{len(epochs)}", disable=not progress, unit="step", leave=True)
+        bar = tqdm(batches, desc=f"Epoch {number}/{last}", disable=not progress, unit="step", leave=True)
         failed = None
         for batch in bar:
             state, info = step(state, base, batch)
@@ -120,7 +123,7 @@ def fit(
         history.append(row)
         if progress:
             shown = [f"{k}: {v:.4f}" for k, v in row.items() if k not in ("epoch", "steps", "seconds")]
-            tqdm.write(f"Epoch {number}/{len(epochs)} - {row['seconds']:.0f}s - {' - '.join(shown)}", file=sys.stderr)
+            tqdm.write(f"Epoch {number}/{last} - {row['seconds']:.0f}s - {' - '.join(shown)}", file=sys.stderr)
         if log is not None:
             with open(log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -48,6 +48,13 @@ def test_history_log_and_bar_agree(tmp_path, capsys):
     assert fitted.stopped == "epochs"
 
 
+def test_epochs_of_a_longer_training_count_on(capsys):
+    step, state, base = setup()
+    fitted = lk.fit(step, state, base, epochs(2), around=(3, 1))
+    assert [row["epoch"] for row in fitted.history] == [4, 5]
+    assert "Epoch 5/6" in capsys.readouterr().err
+
+
 def test_an_epochs_loss_is_the_mean_over_its_steps():
     step, state, base = setup()
     singles = setup()

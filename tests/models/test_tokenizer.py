@@ -1,0 +1,20 @@
+"""A vocabulary of whole words, made from texts."""
+
+import pytest
+
+from lorax_kit.models import Tokenizer
+
+TEXTS = ["A good, good film!", "a BAD film"]
+
+
+def test_the_most_frequent_words_have_the_first_ids():
+    words = Tokenizer.from_texts(TEXTS, 6)
+    assert words.inner.get_vocab() == {"[PAD]": 0, "[UNK]": 1, "a": 2, "good": 3, "film": 4, ",": 5}
+    assert words.encode(["Good film, bad film"], 10) == [[3, 4, 5, 1, 4]]
+    assert words.encode(["Good film, bad film"], 2) == [[3, 4]]
+
+
+@pytest.mark.parametrize(("texts", "size"), [(TEXTS, 2), (["  "], 10), ([], 10)])
+def test_a_vocabulary_without_words_says_so(texts, size):
+    with pytest.raises(ValueError, match="at least 3, and a word"):
+        Tokenizer.from_texts(texts, size)
