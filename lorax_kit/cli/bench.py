@@ -62,6 +62,25 @@ def step(as_json: bool, grid: bool, no_peer: bool, out: str | None, costs: str |
 
 
 @bench.command()
+@click.option("--width", type=click.IntRange(8), default=768, show_default=True)
+@click.option("--layers", type=click.IntRange(1), default=6, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--length", type=click.IntRange(2), default=256, show_default=True)
+@click.option("--keep", type=float, default=0.5, show_default=True, help="Share of the linear parameters to keep.")
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Alternating rounds.")
+@click.option("--json", "as_json", is_flag=True, help="Print the row as JSON.")
+def forward(as_json: bool, **options: Any) -> None:
+    """A forward pass with compressed parameters against the dense one."""
+    from lorax_kit.benchmarks import FORWARD_COLUMNS, bench_forward, table
+
+    row = bench_forward(**options)
+    if as_json:
+        echo(row)
+    else:
+        click.echo(table([row], FORWARD_COLUMNS))
+
+
+@bench.command()
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Alternating rounds per shape.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Write the costs to this file, for `adapt(costs=...)`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the costs and what they rest on as JSON.")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lorax_kit.benchmarks import bench_grid, calibrate
+from lorax_kit.benchmarks import bench_forward, bench_grid, calibrate
 from lorax_kit.benchmarks.calibrate import calibration_table
 from lorax_kit.core.errors import PlanError
 from lorax_kit.transform import Costs
@@ -23,6 +23,13 @@ def test_a_grid_leaves_its_table_and_plots(tmp_path):
     assert row["spread_best"][0] <= row["ratio_best"] <= row["spread_best"][1]
     assert row["of_peak"] == pytest.approx(row["ours_flops"] / row["ours_ms"] / 1e6 / row["peak_gflops"])
     assert row["flops_ratio"] < 1
+
+
+def test_a_compressed_forward_pass_has_fewer_flops():
+    row = bench_forward(width=64, layers=1, batch_size=2, length=16, keep=0.5, rounds=2, progress=False)
+    assert 0.4 < row["keep"] <= 0.5
+    assert row["flops_ratio"] < 0.8
+    assert row["spread"][0] <= row["latency_ratio"] <= row["spread"][1]
 
 
 def test_calibration_is_a_file_that_adapt_reads(tmp_path):
