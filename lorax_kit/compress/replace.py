@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.compress.allocate import allocate, candidate
-from lorax_kit.compress.calibrate import Stats, matrices
+from lorax_kit.compress.calibrate import Moments, Stats, matrices
 from lorax_kit.compress.decompose import METHODS, decompose, singular_values, transform
 from lorax_kit.core.compact import LowRank, dense
 from lorax_kit.core.errors import CompressError
@@ -88,8 +88,10 @@ def plan_ranks(
       keep: in (0, 1].
       method: "svd", "fisher", "asvd" or "whitened".
       stats: from `calibrate`; all but "svd" need it.
-      allocation: "loss", "energy" or "uniform", as `allocate` says. "loss" compares sites by the error of their
-        outputs, which for "whitened" is exact.
+      allocation: "loss", "energy" or "uniform", as `allocate` says. "loss" adds up what truncations drop in the norm
+        of the method: for "whitened" errors of outputs, each site's times the mean squared gradient of the loss there,
+        if `stats` have gradients (`calibrate(..., loss=...)`). Give them: layers whose outputs are large would
+        otherwise be given most (SmolLM2 with a fifth removed: perplexity 42 with, 242 without; 58 by "uniform").
       minimum: the least rank.
 
     Raises:
@@ -103,8 +105,10 @@ def plan_ranks(
     found = {}
     for site in sites.sites:
         stacked = _dense(named[site.path], site)
-        values = [singular_values(w, transform(method, stats, site.path, i)) for i, w in enumerate(stacked)]
-        found[site.path] = candidate(np.stack(values), *stacked.shape[1:])
+        values = np.stack([singular_values(w, transform(method, stats, site.path, i)) for i, w in enumerate(stacked)])
+        if method == "whitened" and allocation == "loss" and stats is not None:
+            values = values * np.sqrt(_sensitivity(stats[site.path]))[:, None]
+        found[site.path] = candidate(values, *stacked.shape[1:])
     ranks = allocate(found, keep, allocation, minimum)
     return CompressPlan(method=method, sites=sites, ranks=tuple((p, r) for p, r in ranks.items() if r is not None))
 
@@ -149,6 +153,22 @@ def compress(params: Params, plan: CompressPlan, stats: Stats | None = None, *, 
         own = None if key is None else site_key(key, site.path)
         out[site.path] = _replaced(site, named[site.path], plan.method, rank, stats, own)
     return unflatten(out, treedef)
+
+
+def _sensitivity(moments: Moments) -> np.ndarray:
+    """(S,) how much the loss minds an error of the outputs: their mean squared gradient, up to a factor.
+
+    E (dL/dW_kn)^2 = E x_k^2 E g_n^2 where inputs and output gradients are independent (K-FAC, Martens & Grosse, arXiv
+    1503.05671), so the sum of the one over k, over that of E x_k^2, is E g_n^2. Ones without gradients.
+    """
+    if moments.fisher is None:
+        return np.ones(1)
+    if moments.gram is not None:
+        given = np.diagonal(moments.gram, axis1=1, axis2=2)
+    else:  # a table
+        assert moments.counts is not None
+        given = moments.counts[None]
+    return np.sum(moments.fisher, axis=1) / np.maximum(np.sum(given, axis=1), np.finfo(np.float64).tiny)
 
 
 def _dense(x: Any, site: Site) -> np.ndarray:

@@ -75,7 +75,7 @@ def compare(
     calibrated = [way for way, _, _, _ in todo if way.calibrated]
     stats = None
     if calibrated:
-        fisher = any(way.base == "fisher" for way in calibrated)
+        fisher = any(way.wants_gradients(settings.get("allocation", "loss")) for way in calibrated)
         stats = statistics_of(subject, batches, fisher=fisher, progress=progress)
     original = subject.quality(subject.apply, subject.params) if todo else None
     for way, keep, seed, healed in tqdm(todo, desc="methods", unit="row", disable=not progress):

@@ -66,7 +66,7 @@ def compress_subject(
     if sequential and way.kind != "low-rank":
         raise CompressError(f"{method!r} does not go layer by layer: only svd, fisher, asvd and whitened do.")
     if way.calibrated and stats is None:
-        stats = statistics_of(subject, batches, fisher=way.base == "fisher", progress=progress)
+        stats = statistics_of(subject, batches, fisher=way.wants_gradients(allocation), progress=progress)
     in_turn = batches if sequential and way.calibrated else 0
     small = smaller(subject, way, keep, stats, allocation=allocation, in_turn=in_turn, progress=progress)
     original = original or subject.quality(subject.apply, subject.params)

@@ -86,6 +86,10 @@ class Method(NamedTuple):
         """Whether it reads calibration data."""
         return self.base in (*METHODS, "wanda") and self.base != "svd"
 
+    def wants_gradients(self, allocation: str) -> bool:
+        """Whether it reads gradients of the loss, too."""
+        return self.base == "fisher" or (self.base == "whitened" and allocation == "loss")
+
     @property
     def healed(self) -> bool:
         """Whether training can follow."""
