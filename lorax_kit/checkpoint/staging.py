@@ -12,14 +12,17 @@ from pathlib import Path
 from lorax_kit.core.errors import AdapterError
 
 
-def refuse_existing(path: Path, overwrite: bool, marker: str) -> None:
-    """Raise `AdapterError` if `path` exists and may not be replaced: only a folder that holds `marker` ever is."""
+def refuse_existing(path: Path, overwrite: bool, marker: str | None, kind: str = "adapter") -> None:
+    """Raise `AdapterError` if `path` exists and may not be replaced.
+
+    Only a folder that holds `marker` ever is, or without a marker a file; `kind` says what such a path is.
+    """
     if not path.exists() and not path.is_symlink():
         return
     if not overwrite:
         raise AdapterError(f"{str(path)!r} exists.\n  choose another path, or pass overwrite=True")
-    if path.is_symlink() or not (path / marker).exists():
-        raise AdapterError(f"{str(path)!r} exists and is no such adapter: it is not replaced.\n  choose another path")
+    if path.is_symlink() or not (path.is_file() if marker is None else (path / marker).exists()):
+        raise AdapterError(f"{str(path)!r} exists and is no such {kind}: it is not replaced.\n  choose another path")
 
 
 @contextmanager

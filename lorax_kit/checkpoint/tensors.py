@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from lorax_kit.core.errors import AdapterError
@@ -23,7 +23,17 @@ def read_tensors(file: Path) -> dict[str, np.ndarray]:
         raise AdapterError(f"{str(file)!r} is damaged: {e}.\n  restore it from a copy") from None
 
 
-def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write tensors as torch's libraries expect them (they look for the format "pt")."""
+def read_metadata(file: Path) -> dict[str, str]:
+    """What stands beside the tensors; a damaged file raises `AdapterError`."""
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            return opened.metadata() or {}
+    except SafetensorError as e:
+        raise AdapterError(f"{str(file)!r} is damaged: {e}.\n  restore it from a copy") from None
+
+
+def write_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as torch's libraries expect them (they look for the format "pt"), and metadata beside them."""
     # Copies of what is not contiguous: a transposed view would be written in the order it lies in memory.
-    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, file, metadata={"format": "pt"})
+    contiguous = {name: np.asarray(x, order="C") for name, x in tensors.items()}
+    save_file(contiguous, file, metadata={"format": "pt", **(metadata or {})})

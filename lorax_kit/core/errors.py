@@ -23,3 +23,7 @@ class StudyError(LoraxError):
 
 class CompressError(LoraxError):
     """A compression that is impossible, that lacks data, or whose numbers are not finite."""
+
+
+class ExportError(LoraxError):
+    """A function or params that a deployment format cannot hold, or an exported file that cannot be used."""

@@ -93,6 +93,8 @@ def choose(product: Product, trials: int, costs: Costs) -> tuple[str, str]:
     _, m, k, n, _ = product
     if trials > 1:
         return "factored", f"{trials} stacked trials share one base product"
+    if not isinstance(m, int):  # traced for any number of them, for export
+        return "factored", f"{m} tokens may be few against {k}x{n}"
     if costs.merged(product) <= costs.factored(product):
         return "merged", f"{m} tokens outweigh two passes over {k}x{n}"
     return "factored", f"{m} tokens are few against {k}x{n}"
@@ -105,7 +107,9 @@ def together(products: Sequence[Product], trials: int) -> bool:
     384-wide encoder's step gains nothing (0.72x of full fine-tuning, 0.71x apart; 8x128 tokens), so only narrower ones
     are joined, and not for few tokens. Stacked trials are rows of one product already.
     """
-    return trials == 1 and products[0].tokens >= 64 and max(p.outputs for p in products) <= 256
+    tokens = products[0].tokens
+    known = isinstance(tokens, int)  # not where a function is traced for any number of them
+    return trials == 1 and known and tokens >= 64 and max(p.outputs for p in products) <= 256
 
 
 def step_flops(product: Product, how: str) -> tuple[int, int]:

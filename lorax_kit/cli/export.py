@@ -1,0 +1,63 @@
+"""`export`: a trained model for runtimes that know nothing of the project."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from lorax_kit.cli.root import cli, echo
+
+
+@cli.command()
+@click.argument("adapter", type=click.Path(exists=True, file_okay=False))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["safetensors", "stablehlo", "onnx"]),
+    required=True,
+    help="Params alone; a program for jax alone; a model for ONNX Runtime (the export extra).",
+)
+@click.option("--int8", is_flag=True, help="Matrices of the ONNX model in 8 bits.")
+@click.option("--method", help="Compress first, by a method of `lorax-kit compress`; without, the adapter is merged.")
+@click.option(
+    "--keep", type=float, default=0.5, show_default=True, help="Share of the targets' parameters that --method keeps."
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="Pattern of parameters to compress, may be repeated; default: all linear.",
+)
+@click.option("--batches", type=click.IntRange(1), default=16, show_default=True, help="Of calibration.")
+@click.option(
+    "--platform",
+    "platforms",
+    type=click.Choice(["cpu", "cuda", "rocm", "tpu"]),
+    multiple=True,
+    default=("cpu",),
+    show_default=True,
+    help="That runs the StableHLO; may be repeated.",
+)
+@click.option(
+    "--rounds", type=click.IntRange(0), default=15, show_default=True, help="Alternating rounds of latency; 0: none."
+)
+@click.option("--out", type=click.Path(file_okay=False), required=True, help="Folder for the model and its words.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
+def export(adapter: str, out: str, as_json: bool, **options: Any) -> None:
+    """Export a trained classifier, and measure what was written against JAX on its test reviews.
+
+    ADAPTER is a folder of `train` or of a study. The folder --out holds the model, vocab.txt and export.json.
+    """
+    from lorax_kit.benchmarks import table
+    from lorax_kit.workloads.deployment import export_adapter
+
+    row = export_adapter(adapter, out, **options)
+    if as_json:
+        echo(row)
+        return
+    shown = ("format", "method", "int8", "bytes", "max_difference", "accuracy_jax", "accuracy", "latency_ratio")
+    click.echo(table([row], shown))
+    click.echo(f"adapter {row['adapter_bytes']:,} bytes, base {row['base_bytes']:,}, exported {row['params_bytes']:,}")
+    click.echo(f"{row['examples']} test reviews; {', '.join(row['files'])} in {row['path']}")

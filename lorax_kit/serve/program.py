@@ -1,0 +1,79 @@
+"""A function of params and inputs as one closed program, which the formats of deployment translate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+
+from lorax_kit.core.errors import ExportError
+from lorax_kit.core.paths import Params, is_array
+
+HOST = frozenset(("pure_callback", "io_callback", "debug_callback", "debug_print"))
+"""Operations that call back into this process: no file holds what they call."""
+
+
+class Program(NamedTuple):
+    """What an exported file does.
+
+    Attributes:
+      run: `run(*arrays)`, a list of arrays; the params are constants of it.
+      inputs: name -> shape and dtype, sizes symbolic where they vary.
+      outputs: how many.
+      operations: names of its primitives, those of inner functions, too.
+    """
+
+    run: Callable[..., list[Any]]
+    inputs: dict[str, jax.ShapeDtypeStruct]
+    outputs: int
+    operations: frozenset[str]
+
+
+def program(fn: Callable[..., Any], params: Params, inputs: Mapping[str, Any]) -> Program:
+    """Trace `fn(params, *inputs.values())` once.
+
+    Args:
+      fn: traceable by JAX; its outputs are arrays, or a pytree of them.
+      params: a pytree; compact leaves need an `fn` of `lk.compress.compressed`.
+      inputs: name -> array or `jax.ShapeDtypeStruct`. `jax.export.symbolic_args_specs(inputs, "batch, length")` makes
+        sizes that may vary.
+
+    Raises:
+      ExportError: inputs that are no arrays, a function that cannot be traced for them, or that calls back to Python.
+    """
+    if not inputs:
+        raise ExportError("there are no inputs: name them, such as {'x': jax.ShapeDtypeStruct((1, 4), 'float32')}.")
+    for name, x in inputs.items():
+        if not is_array(x):
+            raise ExportError(f"the input {name!r} is a {type(x).__name__}; it must be an array or its shape.")
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in inputs.items()}
+    try:
+        closed = jax.make_jaxpr(lambda *arrays: jax.tree.leaves(fn(params, *arrays)))(*shapes.values())
+    except Exception as e:  # the function is the caller's: it may raise anything
+        shown = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in shapes.items())
+        raise ExportError(
+            f"the function cannot be traced for the inputs {shown}: {first_line(e)}.\n"
+            "  if sizes are symbolic, give the one it needs as a number"
+        ) from e
+    operations = frozenset(_operations(closed.jaxpr))
+    if found := sorted(HOST & operations):
+        raise ExportError(
+            f"the function uses {found[0]!r}, which calls back into Python: no exported file can hold it.\n"
+            "  leave it out of the function that you export"
+        )
+    return Program(jex.jaxpr_as_fun(closed), shapes, len(closed.jaxpr.outvars), operations)
+
+
+def _operations(jaxpr: Any) -> Iterator[str]:
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for inner in jex.jaxprs_in_params(eqn.params):
+            yield from _operations(inner)
+
+
+def first_line(e: Exception) -> str:
+    """What an error says, in one line without its full stop."""
+    lines = str(e).strip().splitlines()
+    return f"{type(e).__name__}: {lines[0][:200].rstrip('. ')}" if lines else type(e).__name__

@@ -1,0 +1,80 @@
+"""A function with its params inside as serialised StableHLO, which jax reads and runs without the project.
+
+exported = jax.export.deserialize(bytearray(pathlib.Path("model.stablehlo").read_bytes()))
+(logits,) = exported.call(ids, mask)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+
+from lorax_kit.checkpoint.staging import refuse_existing, staged
+from lorax_kit.core.errors import ExportError
+from lorax_kit.core.paths import Params
+from lorax_kit.serve.program import first_line, program
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def save_stablehlo(
+    file: str | Path,
+    fn: Callable[..., Any],
+    params: Params,
+    inputs: Mapping[str, Any],
+    *,
+    platforms: Sequence[str] = ("cpu",),
+    overwrite: bool = False,
+) -> None:
+    """Write `fn(params, *inputs.values())` as `jax.export` serialises it.
+
+    Args:
+      file: to create; it appears whole or not at all.
+      fn, params, inputs: as `lorax_kit.serve.program.program` takes them: sizes of the inputs may be symbolic.
+      platforms: that shall run it, of "cpu", "cuda", "rocm" and "tpu"; none of them needs to be here.
+      overwrite: replace an existing file; otherwise it is an error.
+
+    Raises:
+      AdapterError: the file exists.
+      ExportError: an unknown platform; what `program` raises; an operation that cannot be serialised.
+
+    Example:
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> file, x = tempfile.mkdtemp() + "/model.stablehlo", jnp.ones((2, 4))
+      >>> inputs = jax.export.symbolic_args_specs({"x": x}, "batch, 4")
+      >>> save_stablehlo(file, lambda p, x: x @ p["w"], {"w": jnp.ones((4, 3))}, inputs)
+      >>> load_stablehlo(file)(jnp.ones((7, 4)))[0].shape
+      (7, 3)
+    """
+    path = Path(file).absolute()
+    refuse_existing(path, overwrite, None, "file")
+    if unknown := sorted(set(platforms) - set(PLATFORMS)):
+        raise ExportError(f"platform {unknown[0]!r} is unknown; choose from {', '.join(PLATFORMS)}.")
+    traced = program(fn, params, inputs)
+    try:
+        exported = jax.export.export(jax.jit(traced.run), platforms=tuple(platforms))(*traced.inputs.values())
+        written = exported.serialize()
+    except Exception as e:
+        raise ExportError(f"StableHLO cannot hold the function for {', '.join(platforms)}: {first_line(e)}.") from e
+    with staged(path, overwrite) as new:
+        new.write_bytes(written)
+
+
+def load_stablehlo(file: str | Path) -> Callable[..., list[jax.Array]]:
+    """`run(*arrays)` of a file of `save_stablehlo`: the function's outputs as a list.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ExportError: it is damaged, or of a version of jax that this one cannot read.
+    """
+    content = bytearray(Path(file).read_bytes())
+    try:
+        exported = jax.export.deserialize(content)
+    except Exception as e:
+        raise ExportError(f"{str(file)!r} is damaged or of another jax: {first_line(e)}.\n  export it again") from e
+    return jax.jit(exported.call)

@@ -1,0 +1,137 @@
+"""Params in a safetensors file: arrays by path, and in its metadata what makes leaves in few bits or of products whole.
+
+A dense leaf is the tensor PATH; a `LowRank` leaf is PATH/a, PATH/b and PATH/residual; of a `Quantised` leaf the arrays
+are PATH:codes, PATH:scales and, with double quantisation, PATH:step and PATH:offset.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_kit.checkpoint.staging import refuse_existing, staged
+from lorax_kit.checkpoint.tensors import read_metadata, read_tensors, write_tensors
+from lorax_kit.core.compact import LowRank, Quantised
+from lorax_kit.core.errors import ExportError
+from lorax_kit.core.paths import Params, closest, flatten, is_array, unflatten
+
+COMPACT = "lorax_kit.compact"
+"""Key of the metadata."""
+_ARRAYS: Mapping[type, tuple[str, ...]] = {
+    LowRank: ("a", "b", "residual"),
+    Quantised: ("codes", "scales", "step", "offset"),
+}
+_SEPARATOR = {LowRank: "/", Quantised: ":"}
+_KINDS = {kind.__name__: kind for kind in _ARRAYS}
+
+
+def save_tensors(file: str | Path, params: Params, *, overwrite: bool = False) -> None:
+    """Write params, merged or factored, to a safetensors file, bit for bit.
+
+    Args:
+      file: to create; it appears whole or not at all.
+      params: any pytree of arrays, `LowRank` and `Quantised` leaves (`lk.merge`, `lk.compress.compress`,
+        `lk.quantise` make them).
+      overwrite: replace an existing file; otherwise it is an error.
+
+    Raises:
+      AdapterError: the file exists.
+      ExportError: params without arrays, or with a leaf that is none.
+
+    Example:
+      >>> import tempfile
+      >>> file = tempfile.mkdtemp() + "/model.safetensors"
+      >>> save_tensors(file, {"dense": {"kernel": jnp.ones((4, 3))}})
+      >>> load_tensors(file)["dense"]["kernel"].shape
+      (4, 3)
+    """
+    path = Path(file).absolute()
+    refuse_existing(path, overwrite, None, "file")
+    tensors: dict[str, np.ndarray] = {}
+    compact: dict[str, dict[str, Any]] = {}
+    for name, leaf in flatten(params, whole=(LowRank, Quantised))[0].items():
+        _store(name, leaf, tensors, compact)
+    if not tensors:
+        raise ExportError("the params hold no arrays: there is nothing to export.")
+    with staged(path, overwrite) as new:
+        write_tensors(new, tensors, {COMPACT: json.dumps(compact, sort_keys=True)})
+
+
+def _store(path: str, leaf: Any, tensors: dict[str, np.ndarray], compact: dict[str, dict[str, Any]]) -> None:
+    kind = type(leaf)
+    if kind in _ARRAYS:
+        static = {f.name: getattr(leaf, f.name) for f in fields(leaf) if f.name not in _ARRAYS[kind]}
+        compact[path] = {"kind": kind.__name__, **static, "dtype": str(jnp.dtype(leaf.dtype))}
+        for name in _ARRAYS[kind]:
+            if getattr(leaf, name) is not None:
+                _store(f"{path}{_SEPARATOR[kind]}{name}", getattr(leaf, name), tensors, compact)
+        return
+    if not is_array(leaf):
+        raise ExportError(f"{path!r} is a {kind.__name__}, no array; export params, not a model's settings.")
+    if path in tensors:
+        raise ExportError(f"two arrays of the params would share the name {path!r}; rename one.")
+    tensors[path] = np.asarray(leaf)
+
+
+def load_tensors(file: str | Path, like: Params = None) -> Params:
+    """Read what `save_tensors` wrote.
+
+    Args:
+      file: of `save_tensors`.
+      like: params of the same paths, dense, when they are not nested dicts; their leaves may be shapes only.
+
+    Returns:
+      Nested dicts by path, or the structure of `like`, with the leaves that were saved.
+
+    Raises:
+      FileNotFoundError: no such file.
+      AdapterError: a damaged file.
+      ExportError: tensors without their metadata, or the other way; paths that are not those of `like`.
+    """
+    path = Path(file)
+    tensors: dict[str, Any] = dict(read_tensors(path))
+    try:
+        compact = json.loads(read_metadata(path).get(COMPACT, "{}"))
+        # The innermost first: the arrays of a product may be in few bits.
+        for name in sorted(compact, key=len, reverse=True):
+            tensors[name] = _restored(name, dict(compact[name]), tensors)
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise ExportError(f"{str(path)!r} does not hold what its metadata say: {e!r}.\n  export it again") from None
+    leaves = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in tensors.items()}
+    if like is None:
+        return _nested(leaves)
+    known, treedef = flatten(like)
+    if odd := sorted(set(known) ^ set(leaves)):
+        raise ExportError(
+            f"{str(path)!r} and `like` differ at {odd[0]!r}.\n  closest in the file: {closest(odd[0], list(leaves))}"
+        )
+    return unflatten({name: leaves[name] for name in known}, treedef)
+
+
+def _restored(path: str, static: dict[str, Any], tensors: dict[str, Any]) -> LowRank | Quantised:
+    """A compact leaf; its arrays are taken out of `tensors`."""
+    kind = _KINDS[static.pop("kind")]
+    own = {name: tensors.pop(f"{path}{_SEPARATOR[kind]}{name}", None) for name in _ARRAYS[kind]}
+    for name in _ARRAYS[kind][:2]:
+        if own[name] is None:
+            raise KeyError(f"{path}{_SEPARATOR[kind]}{name}")
+    arrays = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in own.items()}
+    lists = {name: tuple(x) for name, x in static.items() if isinstance(x, list)}
+    return kind(**{**static, **lists, **arrays, "dtype": jnp.dtype(static["dtype"])})
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = out
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return out

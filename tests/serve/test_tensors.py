@@ -1,0 +1,115 @@
+"""Params on disk come back bit for bit: merged, factored, in few bits, of any structure."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lorax_kit as lk
+from lorax_kit.checkpoint.tensors import read_tensors, write_tensors
+from lorax_kit.compress import CompressPlan, compress, with_residuals
+from lorax_kit.core.compact import LowRank
+from lorax_kit.serve import ExportError, load_tensors, save_tensors
+from tests import tiny
+
+PARAMS = tiny.params(jax.random.key(0))
+SITES = lk.resolve(lk.Spec({"{up,down}/kernel": lk.LoRA(rank=1)}), PARAMS, tiny.apply, tiny.points(0, 4))
+FACTORED = compress(PARAMS, CompressPlan(method="svd", sites=SITES, ranks={"up/kernel": 2, "down/kernel": 3}))
+
+
+def same(x, y):
+    assert jax.tree.structure(x) == jax.tree.structure(y)
+    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def residual():
+    whole = with_residuals(PARAMS, FACTORED)
+    return lk.quantise(whole, ["*/kernel/{a,b,residual}"], "nf4", block=4)
+
+
+CASES = {
+    "merged": lambda: PARAMS,
+    "factored": lambda: FACTORED,
+    "int8": lambda: lk.quantise(PARAMS, ["{up,down}/kernel"], "int8", block=4),
+    "nf4, double": lambda: lk.quantise(PARAMS, ["up/kernel"], "nf4", block=2, double=True),
+    "factors in four bits": lambda: lk.quantise(FACTORED, ["{up,down}/kernel/{a,b}"], "int4", block=4),
+    "residuals in four bits": residual,
+    "dtypes and a scalar": lambda: {"a": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.float32(-0.0), "c": jnp.arange(3)},
+    "transposed on the host": lambda: {"a": np.arange(6, dtype=np.float32).reshape(2, 3).T},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_params_come_back_bit_for_bit(case, tmp_path):
+    params = CASES[case]()
+    save_tensors(tmp_path / "m.safetensors", params)
+    same(load_tensors(tmp_path / "m.safetensors"), params)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_a_factored_file_holds_the_factors_by_path_and_nothing_whole(tmp_path):
+    save_tensors(tmp_path / "m.safetensors", FACTORED)
+    found = read_tensors(tmp_path / "m.safetensors")
+    assert set(found) == set(lk.paths(FACTORED))
+    assert found["up/kernel/a"].shape == (2, 8)
+    assert sum(x.nbytes for x in found.values()) == sum(x.nbytes for x in jax.tree.leaves(FACTORED))
+    batch = tiny.points(1, 8)
+    loaded = load_tensors(tmp_path / "m.safetensors")
+    assert isinstance(loaded["up"]["kernel"], LowRank)
+    run = lk.compress.compressed(tiny.apply)
+    assert (run(loaded, batch) == run(FACTORED, batch)).all()
+
+
+class Pair(NamedTuple):
+    w: jax.Array
+    rest: list
+
+
+def test_like_gives_the_structure_back(tmp_path):
+    params = Pair(jnp.ones((2, 3)), [jnp.zeros(4), FACTORED["up"]["kernel"]])
+    save_tensors(tmp_path / "m.safetensors", params)
+    dense = Pair(jnp.zeros((2, 3)), [jnp.zeros(4), jax.ShapeDtypeStruct((8, 9), jnp.float32)])
+    same(load_tensors(tmp_path / "m.safetensors", like=dense), params)
+    with pytest.raises(ExportError, match="differ at 'rest/1'"):
+        load_tensors(tmp_path / "m.safetensors", like=Pair(dense.w, dense.rest[:1]))
+
+
+def test_what_exists_is_kept_and_a_failed_export_leaves_nothing(tmp_path):
+    file = tmp_path / "m.safetensors"
+    for params, message in (
+        ({"a": jnp.ones(2), "b": "gelu"}, "'b' is a str"),
+        ({}, "hold no arrays"),
+        ({"w": FACTORED["up"]["kernel"], "w/a": jnp.ones(2)}, "share the"),
+    ):
+        with pytest.raises(lk.LoraxError, match=message):
+            save_tensors(file, params)
+        assert list(tmp_path.iterdir()) == []
+    file.write_bytes(b"mine")
+    with pytest.raises(lk.AdapterError, match="exists"):
+        save_tensors(file, PARAMS)
+    with pytest.raises(ExportError):
+        save_tensors(file, {"a": None, "b": "gelu"}, overwrite=True)
+    assert file.read_bytes() == b"mine"
+    save_tensors(file, PARAMS, overwrite=True)
+    same(load_tensors(file), PARAMS)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(lk.AdapterError, match="is no such file"):
+        save_tensors(tmp_path / "folder", PARAMS, overwrite=True)
+
+
+def test_files_that_are_damaged_or_do_not_hold_what_they_say(tmp_path):
+    file = tmp_path / "m.safetensors"
+    save_tensors(file, FACTORED)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(lk.AdapterError, match="is damaged"):
+        load_tensors(file)
+    for metadata in ('{"w": {"kind": "LowRank", "shape": [2, 2], "dtype": "float32"}}', '{"w": 3}', "[", '{"w": {}}'):
+        write_tensors(file, {"w/a": np.ones((1, 2), np.float32)}, {"lorax_kit.compact": metadata})
+        with pytest.raises(ExportError, match="does not hold what its metadata say"):
+            load_tensors(file)
