@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lorax_kit.compress.arguments import check_count, check_share, check_word
 from lorax_kit.core.errors import CompressError
 
 ALLOCATIONS = ("loss", "energy", "uniform")
@@ -54,7 +55,9 @@ def allocate(
     Args:
       keep: share of the sites' parameters, in (0, 1].
       how: "loss" minimises the sum of what truncations drop; "energy" the sum of the shares of each site's own energy
-        that they drop; "uniform" keeps `keep` of every site.
+        that they drop; "uniform" keeps `keep` of every site. "loss" trusts that sites are comparable: outputs in one
+        unit for "whitened", gradients for "fisher". Where a model has converged, gradients are noise and their size
+        says little of what a site is worth: prefer "energy" for "fisher" and "svd" there, above all at a low `keep`.
       minimum: the least rank.
 
     Raises:
@@ -65,12 +68,10 @@ def allocate(
       >>> allocate({"steep": steep, "flat": flat}, keep=0.75)
       {'steep': 1, 'flat': None}
     """
-    if how not in ALLOCATIONS:
-        raise CompressError(f"allocation {how!r} is unknown; choose from {', '.join(ALLOCATIONS)}.")
-    if not 0 < keep <= 1:
-        raise CompressError(f"keep is {keep!r}; it must lie in (0, 1].")
-    if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 1:
-        raise CompressError(f"minimum is {minimum!r}; it must be a rank of at least 1.")
+    check_word("allocation", how, ALLOCATIONS)
+    keep, minimum = check_share("keep", keep), check_count("minimum", minimum)
+    if not candidates:
+        raise CompressError("there are no candidates to give ranks.")
     budget = int(keep * sum(c.dense for c in candidates.values()) + 1e-6)
     least = {path: min(minimum, c.most) for path, c in candidates.items()}
     for path, rank in least.items():

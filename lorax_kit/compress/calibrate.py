@@ -1,9 +1,8 @@
 """What the inputs of each site look like: sums over calibration batches, one pass, in memory that does not grow.
 
-The function is traced as `lk.resolve` traces it. Where a parameter is multiplied, its input passes through an
-identity whose derivative rule returns sum x x^T as the cotangent of an argument of its own: JAX's backward pass then
-adds up all uses, all steps of a scan and the taken branch of a cond. Nothing else of the backward pass is needed, and
-XLA drops it.
+The function is traced as `lk.resolve` traces it. Where a parameter is multiplied, sum x x^T of its input is added to
+a mutable array of the program (`jax.new_ref`), in whatever scan, while loop or branch that happens. Nothing is
+differentiated, and XLA drops what follows the last input.
 """
 
 from __future__ import annotations
@@ -17,17 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.tree_util import Partial
 from tqdm import tqdm
 
+from lorax_kit.compress.arguments import batches_of, check_function, planned, scalar_of, shown
 from lorax_kit.core.compact import dense
 from lorax_kit.core.errors import CompressError
-from lorax_kit.core.merge import check_params
-from lorax_kit.core.paths import Params, flatten, unflatten
+from lorax_kit.core.paths import Params, is_array, unflatten
 from lorax_kit.core.plan import Plan, Site
 from lorax_kit.transform.interpret import Context
 from lorax_kit.transform.trace import run
-from lorax_kit.transform.weight import Weight, whole
+from lorax_kit.transform.weight import Part, Weight, whole
 
 
 class Moments(NamedTuple):
@@ -38,7 +36,8 @@ class Moments(NamedTuple):
       gram: (S, K, K) sum of x x^T; None for a table.
       absolute: (S, K) mean of |x|; None for a table.
       counts: (V,) how often each row of a table was looked up; None for a product.
-      fisher: (S, K) mean over batches of the squared gradients, summed over the outputs; None without a loss.
+      fisher: (S, K) mean of the squared gradients over batches and outputs; None without a loss. A mean, so that sites
+        of many outputs do not count for more: the loss rises by about half of sum_k fisher_k sum_n (dW_kn)^2.
     """
 
     tokens: float
@@ -57,49 +56,30 @@ def moments_of(stats: Stats | None, path: str, method: str) -> Moments:
     Raises:
       CompressError: there are none.
     """
+    if stats is not None and not isinstance(stats, Mapping):
+        raise CompressError(f"stats are {shown(stats)}; they must be what lk.compress.calibrate returns.")
     if stats is None or path not in stats:
         raise CompressError(f"{method!r} needs calibration data for {path!r}.\n  stats = lk.compress.calibrate(...)")
-    return stats[path]
+    if not isinstance(found := stats[path], Moments):
+        raise CompressError(f"the stats of {path!r} are {shown(found)}; lk.compress.calibrate makes them.")
+    return found
+
+
+def check_finite(x: Any, path: str) -> None:
+    """Raise `CompressError` if moments of a site are not finite; None is."""
+    if x is not None and not np.isfinite(x).all():
+        raise CompressError(
+            f"the calibration data of {path!r} are not finite: an input or gradient was, or sums overflowed.\n"
+            "  check the params and the batches"
+        )
 
 
 class _Sums(NamedTuple):
-    """On the device: tokens (), second (S, K, K) or counts (V,), first (S, K) of |x|."""
+    """On the device: tokens (), second (S, K, K) or counts (V,), first (S, K) of |x|; arrays, or `jax.Ref`s of them."""
 
-    tokens: Array
-    second: Array
-    first: Array
-
-
-@jax.custom_vjp
-def _tapped(inputs: Partial, value: Array, sums: _Sums) -> Array:
-    """`value`; the cotangent of `sums` is the sums over `inputs(value)`."""
-    return value
-
-
-def _tapped_fwd(inputs: Partial, value: Array, sums: _Sums) -> tuple[Array, tuple[Partial, Array, _Sums]]:
-    return value, (inputs, value, sums)
-
-
-def _tapped_bwd(residuals: tuple[Partial, Array, _Sums], g: Array) -> tuple[None, Array, _Sums]:
-    inputs, value, sums = residuals
-    x = inputs(value)
-    if jnp.issubdtype(x.dtype, jnp.integer):
-        counts = jnp.zeros_like(sums.second).at[x].add(1.0, mode="drop")
-        found = _Sums(jnp.asarray(x.size, jnp.float32), counts, jnp.zeros_like(sums.first))
-    else:
-        x = x.astype(jnp.float32).reshape(-1, *x.shape[-2:])
-        second = jnp.einsum("smi,smj->sij", x, x, precision=jax.lax.Precision.HIGHEST)
-        found = _Sums(jnp.asarray(x.shape[1], jnp.float32), second, jnp.sum(jnp.abs(x), axis=1))
-    return None, jnp.zeros_like(g), found
-
-
-_tapped.defvjp(_tapped_fwd, _tapped_bwd)
-
-
-def _layer(sums: _Sums, i: Array) -> _Sums:
-    """Of one of the stacked matrices; its tokens count for their mean."""
-    second, first = (jax.lax.dynamic_slice_in_dim(x, i, 1) for x in (sums.second, sums.first))
-    return _Sums(sums.tokens / len(sums.second), second, first)
+    tokens: Any
+    second: Any
+    first: Any
 
 
 def _zeros(site: Site) -> _Sums:
@@ -107,6 +87,26 @@ def _zeros(site: Site) -> _Sums:
     if site.lookup:
         return _Sums(jnp.zeros(()), jnp.zeros((k,)), jnp.zeros((0,)))
     return _Sums(jnp.zeros(()), jnp.zeros((s, k, k)), jnp.zeros((s, k)))
+
+
+def _count_rows(sums: _Sums, rows: Array) -> None:
+    sums.second[...] = sums.second[...].at[rows].add(1.0, mode="drop")
+    sums.tokens[...] += jnp.float32(rows.size)
+
+
+def _add_inputs(sums: _Sums, x: Array, layer: Array | None) -> None:
+    """Add x (*S, M, K), or (M, K) of one of the stacked matrices, whose tokens count for the mean of all."""
+    x = x.astype(jnp.float32).reshape(-1, *x.shape[-2:])
+    second = jnp.einsum("smi,smj->sij", x, x, precision=jax.lax.Precision.HIGHEST)
+    first, tokens = jnp.sum(jnp.abs(x), axis=1), jnp.float32(x.shape[1])
+    if layer is None:
+        sums.second[...] += second
+        sums.first[...] += first
+        sums.tokens[...] += tokens
+    else:
+        sums.second[layer] += second[0]
+        sums.first[layer] += first[0]
+        sums.tokens[...] += tokens / sums.first.shape[0]
 
 
 def calibrate(
@@ -144,62 +144,59 @@ def calibrate(
       >>> moments.tokens, moments.gram[0, 0].tolist()
       (8.0, [252.0, 288.0, 324.0])
     """
-    named, treedef = flatten(params)
-    check_params(named, plan)
+    check_function("fn", fn, "fn(params, batch)")
+    if loss is not None:
+        check_function("loss", loss, "loss(fn(params, batch), batch)")
+    named, treedef = planned(params, plan)
     sites = {site.path: site for site in plan.sites}
     skipped: dict[str, str] = {}
 
     def taps(
         sums: Mapping[str, _Sums], weight: Weight, dims: tuple[tuple[int, ...], ...], x: Array, inputs: Any
-    ) -> Any:
-        contract, free, stack = dims
+    ) -> Array:
         for part in weight.parts:
             site = sites[part.path]
-            axes = part.axes(contract, free)
-            sizes = [prod(weight.shape[d] for d in some) for some in (contract, stack)]
-            if part.altered:
-                skipped[part.path] = f"it goes through {part.altered!r} before it is multiplied"
-            elif axes is None or axes.inputs != site.axes.inputs:
-                skipped[part.path] = "it is multiplied along other axes than the plan's inputs"
-            elif sizes == [prod(site.in_shape), 1] and weight.layer is not None:
-                x = _tapped(inputs, x, _layer(sums[part.path], weight.layer))
-            elif sizes != [prod(site.in_shape), prod(site.stack_shape)]:
-                skipped[part.path] = "a part of it is used alone, as a slice, or a layer picked by its index"
+            if why := _refused(site, part, weight, dims):
+                skipped[part.path] = why
+                continue
+            found = inputs(x)
+            rows = jnp.issubdtype(found.dtype, jnp.integer) and found.ndim == 1
+            if rows != site.lookup:
+                skipped[part.path] = "its rows are looked up in one place, and multiplied in another"
+            elif rows:
+                _count_rows(sums[part.path], found)
             else:
-                x = _tapped(inputs, x, sums[part.path])
+                _add_inputs(sums[part.path], found, weight.layer)
         return x
-
-    def forward(sums: Mapping[str, _Sums], named: Mapping[str, Any], batch: Any) -> Array:
-        probes = {p: Weight(parts=(whole(p, sites[p].shape),), w=dense(named[p])) for p in sites}
-        out = run(Context(tap=partial(taps, sums)), fn, named, treedef, probes, (batch,), {})
-        floats = [x for x in jax.tree.leaves(out) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-        return sum((jnp.sum(x.astype(jnp.float32)) for x in floats), jnp.zeros(()))
 
     @partial(jax.jit, donate_argnums=0)
     def add(sums: dict[str, _Sums], arrays: dict[str, Array], batch: Any) -> dict[str, _Sums]:
-        found = jax.grad(forward)(sums, {**named, **arrays}, batch)
-        return jax.tree.map(jnp.add, sums, found)
+        refs = jax.tree.map(jax.new_ref, sums)
+        own = {**named, **arrays}
+        probes = {p: Weight(parts=(whole(p, sites[p].shape),), w=dense(own[p])) for p in sites}
+        run(Context(tap=partial(taps, refs)), fn, own, treedef, probes, (batch,), {})
+        return jax.tree.map(jax.freeze, refs)
 
     @jax.jit
     def squares(arrays: dict[str, Array], batch: Any) -> dict[str, Array]:
         assert loss is not None
 
         def value(own: dict[str, Array]) -> Array:
-            return loss(fn(unflatten({**named, **arrays, **own}, treedef), batch), batch)
+            return scalar_of(loss, fn(unflatten({**named, **arrays, **own}, treedef), batch), batch)
 
         own = {p: dense(arrays[p]) for p in sites}
-        return {p: jnp.sum(matrices(g, sites[p]) ** 2, axis=-1) for p, g in jax.grad(value)(own).items()}
+        return {p: jnp.mean(matrices(g, sites[p]) ** 2, axis=-1) for p, g in jax.grad(value)(own).items()}
 
-    arrays = {p: x for p, x in named.items() if hasattr(x, "shape")}
+    arrays = {p: x for p, x in named.items() if is_array(x)}
     sums = {p: _zeros(site) for p, site in sites.items()}
     fisher = {p: np.zeros((prod(s.stack_shape), prod(s.in_shape))) for p, s in sites.items()}
     n = 0
-    for batch in tqdm(batches, desc="calibration", disable=not progress):
+    for batch in tqdm(batches_of("the calibration batches", batches), desc="calibration", disable=not progress):
         if any(0 in jnp.shape(x) for x in jax.tree.leaves(batch)):
             raise CompressError(f"calibration batch {n + 1} is empty.")
         sums = add(sums, arrays, batch)
         if loss is not None:
-            for path, x in squares(arrays, batch).items():
+            for path, x in _differentiated(squares, arrays, batch).items():
                 fisher[path] += np.asarray(x, np.float64)
         n += 1
     if n == 0:
@@ -212,9 +209,41 @@ def calibrate(
                 "  leave it out of the plan, or use 'svd'"
             )
         if moments.tokens == 0:
-            why = skipped.get(path, "no product or lookup of it leads to a float output")
+            why = skipped.get(path, "no batch led to a product or lookup of it")
             raise CompressError(f"calibration never reached {path!r}: {why}.\n  leave it out of the plan, or use 'svd'")
+        for sum_ in moments:
+            check_finite(sum_, path)
     return found
+
+
+def _refused(site: Site, part: Part, weight: Weight, dims: tuple[tuple[int, ...], ...]) -> str:
+    """Why the inputs of a use are not those of the site, or cannot be summed; "" where they can."""
+    contract, free, stack = dims
+    axes = part.axes(contract, free)
+    sizes = [prod(weight.shape[d] for d in some) for some in (contract, stack)]
+    if part.altered:
+        return f"it goes through {part.altered!r} before it is multiplied"
+    if jax.sharding.get_abstract_mesh().manual_axes:  # JAX lets no mutable array in
+        return "it is used inside shard_map; calibrate the function of one device"
+    if axes is None or axes.inputs != site.axes.inputs:
+        return "it is multiplied along other axes than the plan's inputs"
+    if sizes == [prod(site.in_shape), 1] and weight.layer is not None:
+        return ""
+    if sizes != [prod(site.in_shape), prod(site.stack_shape)]:
+        return "a part of it is used alone, as a slice, or a layer picked by its index"
+    return ""
+
+
+def _differentiated(squares: Callable[..., dict[str, Array]], *args: Any) -> dict[str, Array]:
+    try:
+        return squares(*args)
+    except ValueError as e:
+        if "Reverse-mode differentiation" not in str(e):
+            raise
+        raise CompressError(
+            "the loss has no gradient: the function runs a while loop, which JAX cannot differentiate backwards.\n"
+            "  leave out loss and use 'whitened', or loop by lax.scan"
+        ) from e
 
 
 def matrices(x: Array, site: Site) -> Array:

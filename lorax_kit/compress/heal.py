@@ -17,6 +17,15 @@ import optax
 from jax import Array
 from tqdm import tqdm
 
+from lorax_kit.compress.arguments import (
+    batches_of,
+    check_count,
+    check_function,
+    check_key,
+    check_number,
+    check_rate,
+    scalar_of,
+)
 from lorax_kit.core.compact import LowRank, Quantised
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.merge import merge, split
@@ -64,20 +73,23 @@ def heal(
     Raises:
       CompressError: nothing is low-rank, fewer steps than rounds, batches that end early, a loss that is not finite.
     """
+    check_function("fn", fn, "fn(params, batch)")
     small = compressed(fn)
     found = [p for p, x in flatten(params, whole=(LowRank,))[0].items() if isinstance(x, LowRank)]
+    if not found:
+        raise CompressError("no parameter is low-rank: there is nothing to heal.\n  compress the params first")
     named = flatten(params)[0]
     for path in found:
         if isinstance(named[f"{path}/a"], Quantised) or isinstance(named[f"{path}/b"], Quantised):
             raise CompressError(f"the factors of {path!r} are quantised.\n  heal first, then lk.quantise")
-    if not 0 < lr < float("inf"):
-        raise CompressError(f"lr is {lr!r}; it must be a positive number.")
-    if not found:
-        raise CompressError("no parameter is low-rank: there is nothing to heal.\n  compress the params first")
+    check_function("loss", loss, "loss(outputs, batch)")
+    check_key(key)
+    steps, rounds, lr = check_count("steps", steps), check_count("rounds", rounds), check_rate(lr)
+    rank = None if rank is None else check_count("rank", rank)
     sides: tuple[tuple[str, ...], ...] = (SIDES,) if rank is None else tuple((SIDES[i % 2],) for i in range(rounds))
-    if steps < len(sides) or not sides:
+    if steps < len(sides):
         raise CompressError(f"{steps} steps do not fill {rounds} rounds.")
-    shapes, stream = paths(params), iter(batches)
+    shapes, stream = paths(params), batches_of("the healing batches", batches)
     bar = tqdm(total=steps, desc="healing", unit="step", disable=not progress)
     with bar:
         for i, side in enumerate(sides):
@@ -113,7 +125,7 @@ def _trained(
     adapted = adapt(small, plan)
     rate = optax.warmup_cosine_decay_schedule(0.0, lr, warmup := max(steps // 10, 1), max(steps, warmup + 1))
     tx = partition(optax.adamw(rate), plan, clip=1.0)
-    init, step = make_step(lambda base, factors, batch: loss(adapted(base, factors, batch), batch), tx)
+    init, step = make_step(lambda base, factors, batch: scalar_of(loss, adapted(base, factors, batch), batch), tx)
     state, taken = init(factors), 0
     for taken, batch in enumerate(itertools.islice(itertools.chain([first], batches), steps), 1):
         state, info = step(state, base, batch)
@@ -145,10 +157,12 @@ def distillation(
       teacher: batch -> logits (..., C); no gradient passes it.
       weight: batch -> (...), how much each position counts; default all alike.
     """
-    if not 0 <= share <= 1 or not 0 < temperature < float("inf"):
+    if check_number("share", share, 0.0) > 1 or check_number("temperature", temperature, 0.0) == 0:
         raise CompressError(
             f"share is {share!r} and temperature {temperature!r}; share in [0, 1], temperature above 0."
         )
+    for name, fn in (("teacher", teacher), ("loss", loss)):
+        check_function(name, fn, "teacher(batch)" if name == "teacher" else "loss(outputs, batch)")
 
     def mixed(logits: Array, batch: Any) -> Array:
         given = jax.lax.stop_gradient(teacher(batch))

@@ -6,16 +6,18 @@ data, compared among the entries of one output. Magnitude compares the entries o
 
 from __future__ import annotations
 
+from math import prod
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.compress.calibrate import Stats, from_matrices, matrices, moments_of
+from lorax_kit.compress.arguments import check_share, check_word, planned
+from lorax_kit.compress.calibrate import Stats, check_finite, from_matrices, matrices, moments_of
 from lorax_kit.core.compact import dense
 from lorax_kit.core.errors import CompressError
-from lorax_kit.core.merge import check_params
-from lorax_kit.core.paths import Params, flatten, unflatten
-from lorax_kit.core.plan import Plan
+from lorax_kit.core.paths import Params, unflatten
+from lorax_kit.core.plan import Plan, Site
 
 PRUNINGS = ("magnitude", "wanda")
 
@@ -52,14 +54,12 @@ def prune(
       >>> prune(params, sites, keep=0.5, method="magnitude")["w"].tolist()
       [[3.0, 0.0], [0.0, 4.0]]
     """
-    if method not in PRUNINGS:
-        raise CompressError(f"pruning method {method!r} is unknown; choose from {', '.join(PRUNINGS)}.")
-    if pattern not in ("unstructured", "2:4"):
-        raise CompressError(f"pattern {pattern!r} is unknown; choose unstructured or 2:4.")
-    if not 0 < keep <= 1 or (pattern == "2:4" and keep != 0.5):
-        raise CompressError(f"keep is {keep!r}; it must lie in (0, 1], and be 0.5 for 2:4.")
-    named, treedef = flatten(params)
-    check_params(named, sites)
+    check_word("pruning method", method, PRUNINGS)
+    check_word("pattern", pattern, ("unstructured", "2:4"))
+    keep = check_share("keep", keep)
+    if pattern == "2:4" and keep != 0.5:
+        raise CompressError(f"keep is {keep!r}; it must be 0.5 for 2:4.")
+    named, treedef = planned(params, sites)
     out = dict(named)
     for site in sites.sites:
         w = matrices(dense(named[site.path]), site)  # (S, K, N)
@@ -70,7 +70,7 @@ def prune(
             raise CompressError(f"keep={keep:g} leaves nothing of {site.path!r}: of {least} entries not one.")
         score = jnp.abs(w.astype(jnp.float32))
         if method == "wanda":
-            score = score * _input_norms(stats, site.path)[..., None]
+            score = score * _input_norms(stats, site)[..., None]
         if pattern == "2:4":
             if w.shape[1] % 4:
                 raise CompressError(
@@ -91,13 +91,23 @@ def _best(score: Array, count: int, axis: int) -> Array:
     return order < count
 
 
-def _input_norms(stats: Stats | None, path: str) -> Array:
-    moments = moments_of(stats, path, "wanda")
-    if moments.gram is not None:
+def _input_norms(stats: Stats | None, site: Site) -> Array:
+    """(S, K)."""
+    moments = moments_of(stats, site.path, "wanda")
+    if moments.counts is not None:
+        squares = moments.counts[None]
+    elif moments.gram is not None:
         squares = np.diagonal(moments.gram, axis1=1, axis2=2)
     else:
-        assert moments.counts is not None
-        squares = moments.counts[None]
-    if not np.isfinite(squares).all():
-        raise CompressError(f"the calibration data of {path!r} are not finite.")
+        raise CompressError(
+            f"the calibration data of {site.path!r} lack what 'wanda' needs: gram, or a table's counts."
+        )
+    wanted = (prod(site.stack_shape), prod(site.in_shape))
+    if squares.shape != wanted:
+        raise CompressError(
+            f"the calibration data of {site.path!r} are of (stacked, inputs) {squares.shape}, "
+            f"the parameter {site.shape} has {wanted}.\n"
+            "  they are of another model: calibrate this one"
+        )
+    check_finite(squares, site.path)
     return jnp.asarray(np.sqrt(squares), jnp.float32)

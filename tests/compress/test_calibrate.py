@@ -110,18 +110,18 @@ def test_a_table_counts_its_rows():
     assert found.gram is None
 
 
-def test_fisher_is_the_squared_gradient_of_each_batch_summed_over_outputs():
+def test_fisher_is_the_mean_squared_gradient_of_the_batches_over_outputs():
     params, xs = {"w": draw(0, 6, 4)}, [draw(1, 5, 6), draw(2, 5, 6)]
     fn, loss = lambda p, x: x @ p["w"], lambda y, x: jnp.mean(jnp.sin(y))
     found = calibrate(fn, params, sites(params, fn, xs[0]), xs, loss=loss, progress=False)["w"]
     squares = [jax.grad(lambda p, x=x: loss(fn(p, x), x))(params)["w"] ** 2 for x in xs]
-    np.testing.assert_allclose(found.fisher[0], np.mean([np.asarray(s).sum(1) for s in squares], axis=0), rtol=1e-5)
+    np.testing.assert_allclose(found.fisher[0], np.mean([np.asarray(s).mean(1) for s in squares], axis=0), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("fn", "message"),
     [
-        (lambda p, x: jnp.argmax(x @ p["w"]), "no product or lookup of it leads to a float output"),
+        (lambda p, x: jax.lax.cond(x.sum() > 1e9, lambda: x @ p["w"], lambda: jnp.zeros((5, 4))), "no batch led to"),
         (lambda p, x: (x @ p["w"][:3])[..., None] if x.shape[-1] == 3 else x[:, :3] @ p["w"][:3],
          "a part of it is used alone"),
         (lambda p, x: x @ p["w"] + jnp.tanh(x @ p["w"][::-1]), "knows some uses of 'w', but not all"),
@@ -136,10 +136,69 @@ def test_what_no_batch_reaches_is_an_error(fn, message):
         calibrate(fn, params, plan, [x], progress=False)
 
 
-def test_a_stopped_gradient_stops_no_sums():
+@jax.custom_vjp
+def own_product(x, w):
+    return x @ w
+
+
+own_product.defvjp(lambda x, w: (x @ w, (x, w)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g))
+
+
+@pytest.mark.parametrize(
+    ("fn", "tokens"),
+    [
+        (lambda p, x: jnp.argmax(x @ p["w"], -1), 5),
+        (lambda p, x: (jnp.argmax(x @ p["w"], -1), x @ p["w"]), 10),
+        (lambda p, x: jnp.round(x @ p["w"]) @ p["w"], 10),
+        (lambda p, x: jax.lax.stop_gradient(jnp.tanh(x @ p["w"])) @ p["w"], 10),
+        (lambda p, x: jax.lax.while_loop(
+            lambda c: c[0] < 4, lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["w"])), (0, x))[1], 20),
+        (lambda p, x: jax.lax.scan(lambda h, _: (jax.lax.cond(
+            h[0, 0] > 1e9, lambda: h, lambda: jnp.tanh(h @ p["w"])), None), x, length=3)[0], 15),
+        (lambda p, x: own_product(x, p["w"]), 5),
+        (lambda p, x: jax.checkpoint(lambda x: jnp.tanh(x @ p["w"]))(x), 5),
+    ],
+    ids=["integers", "both", "rounded", "stopped", "while", "cond in scan", "custom vjp", "checkpoint"],
+)  # fmt: skip
+def test_every_use_counts_whatever_follows_it(fn, tokens):
     params, x = {"w": draw(0, 6, 6)}, draw(1, 5, 6)
-    fn = lambda p, x: jax.lax.stop_gradient(jnp.tanh(x @ p["w"])) @ p["w"]  # noqa: E731
-    assert calibrate(fn, params, sites(params, fn, x), [x], progress=False)["w"].tokens == 10
+    found = calibrate(fn, params, sites(params, fn, x), [x], progress=False)["w"]
+    assert found.tokens == tokens
+    if tokens == 5:
+        np.testing.assert_allclose(found.gram[0], x.T @ x, rtol=1e-5, atol=1e-5)
+
+
+def test_a_loop_without_gradients_has_no_fisher():
+    params, x = {"w": draw(0, 6, 6)}, draw(1, 5, 6)
+    fn = lambda p, x: jax.lax.while_loop(lambda h: h[0, 0] < 0, lambda h: h @ p["w"], x)  # noqa: E731
+    plan = sites(params, fn, x)
+    with pytest.raises(CompressError, match="a while loop, which JAX cannot differentiate backwards"):
+        calibrate(fn, params, plan, [x], loss=lambda y, x: jnp.mean(y), progress=False)
+
+
+def test_inside_shard_map_is_an_error_that_says_so():
+    params, x = {"w": draw(0, 6, 4)}, draw(1, 4, 6)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {"in_specs": (jax.P(), jax.P("data")), "out_specs": jax.P("data")}
+    fn = lambda p, x: jax.shard_map(lambda w, x: x @ w, mesh=mesh, **specs)(p["w"], x)  # noqa: E731
+    plan = sites(params, fn, x)
+    with pytest.raises(CompressError, match="used inside shard_map"):
+        calibrate(fn, params, plan, [x], progress=False)
+
+
+def test_a_table_that_is_multiplied_elsewhere_is_an_error():
+    params, ids = {"w": draw(0, 7, 7)}, jnp.asarray([0, 3])
+    fn = lambda p, ids: jax.nn.one_hot(ids, 7) @ p["w"] + p["w"][ids]  # noqa: E731
+    plan = sites(params, lambda p, ids: p["w"][ids], ids)
+    with pytest.raises(CompressError, match="knows some uses of 'w', but not all: its rows are looked up in one place"):
+        calibrate(fn, params, plan, [ids], progress=False)
+
+
+def test_integers_times_a_parameter_are_inputs_not_rows():
+    params, x = {"w": draw(0, 3, 4)}, jnp.arange(6, dtype=jnp.int32).reshape(2, 3)
+    fn = lambda p, x: jax.lax.dot(x, p["w"], preferred_element_type=jnp.float32)  # noqa: E731
+    found = calibrate(fn, params, sites(params, fn, x), [x], progress=False)["w"]
+    np.testing.assert_allclose(found.gram[0], x.T @ x)
 
 
 def test_no_batches_is_an_error():

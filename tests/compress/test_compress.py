@@ -24,7 +24,7 @@ from lorax_kit.compress import (
     prune,
 )
 from lorax_kit.compress.allocate import _points, cost
-from lorax_kit.compress.decompose import leading, randomised, singular_values, transform
+from lorax_kit.compress.decompose import Transform, leading, randomised, singular_values, transform
 
 
 def draw(seed, *shape):
@@ -115,6 +115,37 @@ def test_leading_triples_by_either_way():
     u, s, vt = leading(low, 3)
     np.testing.assert_allclose((u * s) @ vt, low, atol=1e-10)
     assert not leading(np.zeros((4, 3)), 2)[1].any()
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30)])
+@pytest.mark.parametrize("fall", [1.0, 0.7, 0.1])
+def test_what_truncations_lose_is_exact(shape, fall):
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.normal(size=(n, 30)))[0] for n in shape)
+    s = fall ** np.arange(30)
+    found = singular_values((u * s) @ v.T, Transform())
+    tails, exact = (np.cumsum(x[::-1] ** 2)[::-1] for x in (found, s))
+    np.testing.assert_allclose(tails, exact, atol=1e-13 * exact[0])
+    assert (np.diff(found) <= 0).all()
+
+
+def test_scales_at_which_squares_over_or_underflow():
+    w = np.asarray(draw(0, 6, 5), np.float64)
+    s = np.linalg.svd(w, compute_uv=False)
+    for scale in (1e-200, 1e200):
+        np.testing.assert_allclose(singular_values(w * scale, Transform()) / scale, s, rtol=1e-9)
+        np.testing.assert_allclose(leading(w * scale, 3)[1] / scale, s[:3], rtol=1e-9)
+
+
+def test_fisher_counts_sites_of_many_outputs_no_more_than_others():
+    params, x = {"w": draw(0, 6, 4)}, draw(1, 5, 6)
+    wide = {"w": jnp.concatenate([params["w"]] * 8, axis=1)}
+    fn, loss = lambda p, x: x @ p["w"], lambda y, x: jnp.sum(jnp.sin(y))
+    fishers = [
+        calibrate(fn, p, lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), p, fn, x), [x], loss=loss, progress=False)["w"]
+        for p in (params, wide)
+    ]
+    np.testing.assert_allclose(fishers[0].fisher, fishers[1].fisher, rtol=1e-5)
 
 
 def test_randomised_comes_close(key):
@@ -275,7 +306,7 @@ def by(method, sites):
         (lambda p, s, t: CompressPlan(method="zz", sites=s, ranks={}), "method 'zz' is unknown"),
         (lambda p, s, t: CompressPlan(method="svd", sites=s, ranks={"up": True}), "rank of 'up' is True"),
         (lambda p, s, t: plan_ranks(p, s, keep=0.5, stats=t, minimum=0), "minimum is 0"),
-        (lambda p, s, t: lk.compress.distillation(None, None, temperature=float("nan")), "temperature nan"),
+        (lambda p, s, t: lk.compress.distillation(None, None, temperature=float("nan")), "temperature is nan"),
         (lambda p, s, t: prune(p, s, keep=0.5), "'wanda' needs calibration data"),
         (lambda p, s, t: heal(mlp, p, None, iter(()), None, steps=9), "no parameter is low-rank"),
     ],

@@ -40,12 +40,12 @@ def value_and_grad(w, rank, lam, mu, squared):
 @pytest.mark.parametrize("squared", [False, True])
 def test_never_above_the_best_of_many_starts(squared):
     rng = np.random.default_rng(1)
-    for w, rank, lam, mu in problems(0, 25):
+    for w, rank, lam, mu in problems(0, 10):  # experiments/solver.py has 500
         found = solve(w, rank, lam, mu, squared=squared)
         fn = value_and_grad(w, rank, lam, mu, squared)
         own = fn(np.concatenate([found.a.ravel(), found.b.ravel()]))[0]
         assert own == pytest.approx(found.objective, rel=1e-9, abs=1e-12)
-        starts = [np.linalg.norm(w) ** 0.5 * rng.normal(size=(sum(w.shape)) * rank) for _ in range(8)]
+        starts = [np.linalg.norm(w) ** 0.5 * rng.normal(size=(sum(w.shape)) * rank) for _ in range(4)]
         options = {"maxiter": 3000, "ftol": 1e-15, "gtol": 1e-10}
         best = min(minimize(fn, z, jac=True, method="L-BFGS-B", options=options).fun for z in starts)
         assert found.objective <= best * (1 + 1e-8)
@@ -79,6 +79,34 @@ def test_the_gradient_solver_comes_close_from_above(key, standard_promotion):
     exact = solve(w, 3, 0.5, 0.5)
     near = solve_by_gradient(w, 3, 0.5, 0.5, key, steps=2000)
     assert exact.objective * (1 - 1e-6) <= near.objective <= exact.objective * 1.001
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("scale", [1e-120, 1e-30, 1e30, 1e120])
+def test_any_scale_is_the_same_problem(scale, squared):
+    w = np.random.default_rng(0).normal(size=(6, 5))
+    own = scale ** (1.0 if squared else 1.5)
+    one, other = solve(w, 3, 0.3, 0.7, squared=squared), solve(w * scale, 3, 0.3 * own, 0.7 * own, squared=squared)
+    assert other.objective == pytest.approx(one.objective * scale**2, rel=1e-9)
+    np.testing.assert_allclose(other.a @ other.b / scale, one.a @ one.b, atol=1e-9)
+
+
+@pytest.mark.parametrize("spectrum", [[1.0, 1e-7, 1e-12], [1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
+def test_a_small_objective_of_large_numbers_is_that_of_the_factors(spectrum):
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.normal(size=(n, 3)))[0] for n in (7, 5))
+    w = (u * spectrum) @ v.T
+    for rank in (1, 2, 3):
+        a, b, value = solve(w, rank, 1e-7, 2e-7)
+        own = 0.5 * ((w - a @ b) ** 2).sum() + 1e-7 * np.linalg.norm(a) + 2e-7 * np.linalg.norm(b)
+        assert value == pytest.approx(own, rel=1e-9)
+
+
+def test_the_gradient_solver_takes_the_steps_it_is_told(key, standard_promotion):
+    w = np.random.default_rng(0).normal(size=(12, 10)).astype(np.float32)
+    found = [solve_by_gradient(w, 3, 0.5, 0.5, key, steps=steps).objective for steps in (1, 30, 1000)]
+    assert found == sorted(found, reverse=True)
+    assert found[-1] <= solve(w, 3, 0.5, 0.5).objective * (1 + 1e-4)  # the defaults
 
 
 @pytest.mark.parametrize(

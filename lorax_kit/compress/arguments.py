@@ -1,0 +1,115 @@
+"""What the functions of compression refuse in their arguments: one check for each kind, each an error in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lorax_kit.core.errors import CompressError
+from lorax_kit.core.merge import check_params
+from lorax_kit.core.paths import Params, flatten, is_array
+from lorax_kit.core.plan import Plan
+
+
+def shown(x: Any) -> str:
+    """A value in one short line: arrays by shape, the rest by its repr."""
+    if is_array(x):
+        return f"an array of shape {x.shape} and dtype {x.dtype}"
+    text = repr(x)
+    return text if len(text) <= 60 and "\n" not in text else f"a {type(x).__name__}"
+
+
+def check_function(name: str, fn: Any, of: str) -> None:
+    """Raise `CompressError` unless it can be called; `of` says how."""
+    if not callable(fn):
+        raise CompressError(f"{name} is {shown(fn)}; it must be a function: {of}.")
+
+
+def check_count(name: str, x: Any, least: int = 1) -> int:
+    """An integer of at least `least`."""
+    if isinstance(x, bool | np.bool) or not isinstance(x, int | np.integer) or x < least:
+        raise CompressError(f"{name} is {shown(x)}; it must be an integer of at least {least}.")
+    return int(x)
+
+
+def check_number(name: str, x: Any, least: float = -np.inf) -> float:
+    """A finite real number of at least `least`, also from an array of no axes."""
+    value = x.item() if is_array(x) and x.shape == () and not isinstance(x, jax.core.Tracer) else x
+    if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(float(value)) or float(value) < least:
+        bound = f" of at least {least:g}" if np.isfinite(least) else ""
+        raise CompressError(f"{name} is {shown(x)}; it must be a finite number{bound}.")
+    return float(value)
+
+
+def check_rate(lr: Any) -> float:
+    """A learning rate: above 0."""
+    if check_number("lr", lr, 0.0) == 0:
+        raise CompressError("lr is 0; it must be a positive number.")
+    return float(lr)
+
+
+def check_share(name: str, x: Any) -> float:
+    """A number in (0, 1]."""
+    if isinstance(x, bool) or not isinstance(x, Real) or not 0 < float(x) <= 1:
+        raise CompressError(f"{name} is {shown(x)}; it must lie in (0, 1].")
+    return float(x)
+
+
+def check_word(name: str, x: Any, words: tuple[str, ...]) -> None:
+    """One of some words."""
+    if not isinstance(x, str) or x not in words:
+        raise CompressError(f"{name} {shown(x)} is unknown; choose from {', '.join(words)}.")
+
+
+def check_key(key: Any) -> None:
+    """Raise `CompressError` unless it is one random key, typed or of two integers."""
+    if is_array(key):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if (typed and key.shape == ()) or (key.dtype == jnp.uint32 and key.shape == (2,)):
+            return
+    raise CompressError(f"key is {shown(key)}; it must be one random key: jax.random.key(0).")
+
+
+def batches_of(name: str, batches: Any) -> Iterator[Any]:
+    """An iterator over batches; one batch alone, or what cannot be iterated, is refused."""
+    if is_array(batches) or isinstance(batches, str | bytes | Mapping) or not isinstance(batches, Iterable):
+        raise CompressError(f"{name} are {shown(batches)}; give an iterable of batches.\n  for one batch: [batch]")
+    return iter(batches)
+
+
+def planned(params: Params, sites: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+    """Flattened params that fit the sites.
+
+    Raises:
+      CompressError: sites that are no plan or have no low-rank site, a planned parameter that is no array.
+      PlanError: params that do not fit.
+    """
+    if not isinstance(sites, Plan):
+        raise CompressError(
+            f"the sites are {shown(sites)}; they come from lk.resolve(spec, params, apply_fn, *inputs)."
+        )
+    if not sites.sites:
+        raise CompressError("the plan has no low-rank sites: there is nothing to compress.")
+    named, treedef = flatten(params)
+    for site in sites.sites:
+        if site.path in named and not is_array(named[site.path]):
+            raise CompressError(f"{site.path!r} is {shown(named[site.path])}; it must be an array.")
+    check_params(named, sites)
+    return named, treedef
+
+
+def scalar_of(loss: Callable[[Any, Any], Any], outputs: Any, batch: Any) -> Array:
+    """`loss(outputs, batch)`, which must be one float."""
+    value = loss(outputs, batch)
+    if not is_array(value) and not isinstance(value, Real):
+        raise CompressError(f"the loss returned {shown(value)}; it must be a float scalar, as jnp.mean(losses).")
+    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        kind = f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}"
+        raise CompressError(f"the loss has {kind}; it must be a float scalar, as jnp.mean(losses).")
+    return jnp.asarray(value)
