@@ -47,11 +47,12 @@ def check_number(name: str, x: Any, least: float = -np.inf) -> float:
     return float(value)
 
 
-def check_rate(lr: Any) -> float:
-    """A learning rate: above 0."""
-    if check_number("lr", lr, 0.0) == 0:
-        raise CompressError("lr is 0; it must be a positive number.")
-    return float(lr)
+def check_positive(name: str, x: Any) -> float:
+    """A finite number above 0."""
+    value = check_number(name, x, 0.0)
+    if value == 0:
+        raise CompressError(f"{name} is 0; it must be a positive number.")
+    return value
 
 
 def check_share(name: str, x: Any) -> float:

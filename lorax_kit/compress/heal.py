@@ -23,7 +23,7 @@ from lorax_kit.compress.arguments import (
     check_function,
     check_key,
     check_number,
-    check_rate,
+    check_positive,
     scalar_of,
 )
 from lorax_kit.core.compact import LowRank, Quantised
@@ -84,7 +84,7 @@ def heal(
             raise CompressError(f"the factors of {path!r} are quantised.\n  heal first, then lk.quantise")
     check_function("loss", loss, "loss(outputs, batch)")
     check_key(key)
-    steps, rounds, lr = check_count("steps", steps), check_count("rounds", rounds), check_rate(lr)
+    steps, rounds, lr = check_count("steps", steps), check_count("rounds", rounds), check_positive("lr", lr)
     rank = None if rank is None else check_count("rank", rank)
     sides: tuple[tuple[str, ...], ...] = (SIDES,) if rank is None else tuple((SIDES[i % 2],) for i in range(rounds))
     if steps < len(sides):

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from lorax_kit.compress.arguments import check_count, check_key, check_number, shown
+from lorax_kit.compress.arguments import check_count, check_key, check_number, check_positive, shown
 from lorax_kit.compress.decompose import leading
 from lorax_kit.core.errors import CompressError
 
@@ -124,8 +124,10 @@ def solve_by_gradient(
     """
     _checked(w, rank, lam, mu)
     check_key(key)
-    steps, rate = check_count("steps", steps), check_number("rate", rate, 0.0)
-    matrix = jnp.asarray(w, dtype=w.dtype if jnp.issubdtype(jnp.result_type(w), jnp.floating) else jnp.float32)
+    steps, rate = check_count("steps", steps), check_positive("rate", rate)
+    matrix = jnp.asarray(w)
+    if not jnp.issubdtype(matrix.dtype, jnp.floating):
+        matrix = matrix.astype(jnp.float32)
     keys = jax.random.split(key)
     scale = (jnp.linalg.norm(matrix) / (matrix.size * rank) ** 0.5) ** 0.5
     start = tuple(

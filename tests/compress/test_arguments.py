@@ -76,6 +76,7 @@ def planned(stats, method="whitened"):
         (lambda: solve(np.full((3, 2), 1e200), 1), "too large to be summed"),
         (lambda: solve_by_gradient(jnp.ones((3, 2)), 1, 1.0, 1.0, 7), "key is 7; it must be one random key"),
         (lambda: solve_by_gradient(jnp.ones((3, 2)), 1, 1.0, 1.0, KEY, steps=0), "steps is 0"),
+        (lambda: solve_by_gradient([[1, 2]], 1, 1.0, 1.0, KEY, rate=0), "rate is 0; it must be a positive number"),
         (lambda: calibrated(fn="f"), "fn is 'f'; it must be a function"),
         (lambda: calibrated(loss=3), "loss is 3; it must be a function"),
         (lambda: calibrated(batches=None), "batches are None; give an iterable"),
