@@ -54,7 +54,7 @@ def smollm2() -> None:
     """SmolLM2-135M with 20 % and 40 % of its linear parameters removed; perplexity of plays that were held out."""
     subject = text_subject("smollm2")
     methods = ("svd", "fisher", "asvd", "whitened", "whitened+residual-nf4", "wanda", "nf4")
-    options = {"heal": ("whitened",), "batches": 64, "steps": 150, "share": 1.0}
+    options = {"heal": ("whitened",), "batches": 64, "steps": 150, "share": 1.0, "rounds": 5}
     compare(subject, OUT / "smollm2", methods=methods, keeps=(0.8, 0.6), **options)
     show("smollm2")
 

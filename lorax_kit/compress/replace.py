@@ -207,10 +207,10 @@ def with_residuals(params: Params, small: Params) -> Params:
 
     Example:
       >>> import lorax_kit as lk
-      >>> params = {"w": jnp.arange(12.0).reshape(4, 3)}
+      >>> params = {"w": jnp.arange(12.0).reshape(3, 4)}
       >>> sites = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), params)
       >>> small = compress(params, CompressPlan(method="svd", sites=sites, ranks={"w": 1}))
-      >>> kept = lk.quantise(with_residuals(params, small), ["w/residual"], "int8", block=3)
+      >>> kept = lk.quantise(with_residuals(params, small), ["w/residual"], "int8", block=4)
       >>> bool(jnp.allclose(kept["w"].restore(), params["w"], atol=0.02))
       True
     """
