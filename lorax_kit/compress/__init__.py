@@ -6,8 +6,9 @@ by products, and `compressed` runs any JAX function with them. `solve` is the pe
 
 from lorax_kit.compress.allocate import ALLOCATIONS, Candidate, allocate, candidate
 from lorax_kit.compress.calibrate import Moments, calibrate
-from lorax_kit.compress.decompose import METHODS
-from lorax_kit.compress.heal import distillation, heal
+from lorax_kit.compress.decompose import METHODS, damping
+from lorax_kit.compress.distil import distil, distillation
+from lorax_kit.compress.heal import heal
 from lorax_kit.compress.objective import Solution, objective, solve, solve_by_gradient
 from lorax_kit.compress.prune import PRUNINGS, prune
 from lorax_kit.compress.replace import CompressPlan, compress, plan_ranks, with_residuals
@@ -32,6 +33,8 @@ __all__ = [
     "compress",
     "compress_sequentially",
     "compressed",
+    "damping",
+    "distil",
     "distillation",
     "heal",
     "objective",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,12 +13,12 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.compress.allocate import allocate, candidate
+from lorax_kit.compress.arguments import check_count, check_key, check_word, planned, shown
 from lorax_kit.compress.calibrate import Moments, Stats, matrices
 from lorax_kit.compress.decompose import METHODS, decompose, singular_values, transform
 from lorax_kit.core.compact import LowRank, dense
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.factors import site_key
-from lorax_kit.core.merge import check_params
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import Plan, Site
 
@@ -39,12 +41,14 @@ class CompressPlan:
     ranks: tuple[tuple[str, int], ...] | Mapping[str, int]
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise CompressError(f"method {self.method!r} is unknown; choose from {', '.join(METHODS)}.")
-        ranks = dict(self.ranks)
-        for path, rank in ranks.items():
-            if isinstance(rank, bool) or not isinstance(rank, int):
-                raise CompressError(f"the rank of {path!r} is {rank!r}; it must be an integer.")
+        check_word("method", self.method, METHODS)
+        if not isinstance(self.sites, Plan):
+            raise CompressError(f"the sites are {shown(self.sites)}; they come from lk.resolve.")
+        try:
+            ranks = dict(self.ranks)
+        except (TypeError, ValueError):
+            raise CompressError(f"the ranks are {shown(self.ranks)}; give a mapping of paths to ranks.") from None
+        ranks = {path: check_count(f"the rank of {path!r}", rank) for path, rank in ranks.items()}
         object.__setattr__(self, "ranks", tuple(ranks.items()))
         known = {site.path for site in self.sites.sites}
         if unknown := sorted(set(ranks) - known):
@@ -98,10 +102,9 @@ def plan_ranks(
       CompressError: unknown words, an impossible budget, data that are missing, singular beyond use, or not finite.
       PlanError: params that do not fit the sites.
     """
-    named, _ = flatten(params)
-    check_params(named, sites)
-    if not sites.sites:
-        raise CompressError("the plan has no low-rank sites: there is nothing to compress.")
+    named, _ = planned(params, sites)
+    check_word("method", method, METHODS)
+    _warn_of_little_data(sites.sites, method, stats)
     found = {}
     for site in sites.sites:
         stacked = _dense(named[site.path], site)
@@ -137,8 +140,12 @@ def compress(params: Params, plan: CompressPlan, stats: Stats | None = None, *, 
       >>> small["w"].a.shape, small["w"].b.shape
       ((2, 8), (2, 6))
     """
-    named, treedef = flatten(params)
-    check_params(named, plan.sites)
+    if not isinstance(plan, CompressPlan):
+        raise CompressError(f"the plan is {shown(plan)}; it comes from lk.compress.plan_ranks, or is a CompressPlan.")
+    named, treedef = planned(params, plan.sites)
+    if key is not None:
+        check_key(key)
+    _warn_of_little_data([site for site, rank in plan.chosen() if rank is not None], plan.method, stats)
     out = dict(named)
     for site, rank in plan.chosen():
         if rank is None:
@@ -153,6 +160,24 @@ def compress(params: Params, plan: CompressPlan, stats: Stats | None = None, *, 
         own = None if key is None else site_key(key, site.path)
         out[site.path] = _replaced(site, named[site.path], plan.method, rank, stats, own)
     return unflatten(out, treedef)
+
+
+def _warn_of_little_data(sites: Sequence[Site], method: str, stats: Stats | None) -> None:
+    """Directions that no input took are decided by the damping alone: `damping` says how much was added."""
+    if method != "whitened" or stats is None:
+        return
+    short = [
+        (site, seen)
+        for site in sites
+        if not site.lookup and site.path in stats and (seen := stats[site.path].tokens) < prod(site.in_shape)
+    ]
+    if short:
+        site, seen = short[0]
+        warnings.warn(
+            f"{len(short)} of {len(sites)} sites saw fewer inputs than they have dimensions, first {site.path!r}: "
+            f"{seen:.0f} of {prod(site.in_shape)}; calibrate on more batches",
+            stacklevel=3,
+        )
 
 
 def _sensitivity(moments: Moments) -> np.ndarray:

@@ -289,8 +289,6 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
             if ctx.tap is not None and eqn.primitive.name not in REARRANGING | CALLS:
                 return [_altered(x, eqn.primitive.name) if isinstance(x, Weight) else x for x in found]
             return found
-        if ctx.tap is not None and eqn.primitive.name == "stop_gradient":
-            return values  # what is watched travels with gradients
         if eqn.primitive.name == "broadcast_in_dim":
             ctx.narrow[eqn.outvars[0]] = _narrow(eqn, values[0])
         return bind(eqn, values)

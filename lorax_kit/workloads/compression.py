@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.benchmarks.timing import alternate, calling, facts, product_flops
-from lorax_kit.compress import Moments, distillation, heal
-from lorax_kit.compress.distil import distil
+from lorax_kit.compress import Moments, distil, distillation, heal
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.workloads.methods import Method, Small, finished, smaller, statistics_of, stored_bytes
