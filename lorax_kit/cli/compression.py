@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -124,7 +125,13 @@ def _compare(
     # Of the default methods two are healed: the best, and the student, which is nothing without.
     heal = (able if methods else [name for name in able if name in ("whitened", "student")]) if options["steps"] else []
     subject, command = subject_of(model, targets=targets), shlex.join(["lorax-kit", *sys.argv[1:]])
-    rows = compare(subject, out, methods=chosen, keeps=keeps, seeds=seeds, heal=heal, command=command, **options)
+    try:
+        rows = compare(subject, out, methods=chosen, keeps=keeps, seeds=seeds, heal=heal, command=command, **options)
+    except KeyboardInterrupt:
+        if (Path(out) / "rows.jsonl").exists():
+            click.echo(f"the finished rows are in {write_comparison(out)}", err=True)
+        click.echo("the same command goes on from where it stopped", err=True)
+        raise
     page = write_comparison(out)
     if as_json:
         echo({"rows": rows, "report": str(page)})

@@ -11,18 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from lorax_kit.report.page import inline_svg, render
-from lorax_kit.report.plots import FAINT, INK, MARKERS, OKABE_ITO, QUIET, Figure, Plot, canvas, legend_below
+from lorax_kit.report.plots import FAINT, INK, MARKERS, OKABE_ITO, QUIET, Figure, Plot, canvas, legend_below, log_values
 from lorax_kit.report.plots import render as render_plot
 from lorax_kit.report.run_folder import RunFolderError, replace_file
 from lorax_kit.report.tables import bytes_text
 from lorax_kit.study.statistics import Interval, interval
 
-COSTS = {
-    "bytes_ratio": "bytes of the compressed parameters",
-    "flops_ratio": "FLOPs of a forward pass",
-    "latency_ratio": "latency of a forward pass",
-    "memory_ratio": "peak memory of a forward pass",
-}
+COSTS = {"bytes_ratio": "bytes", "flops_ratio": "FLOPs", "latency_ratio": "latency", "memory_ratio": "peak memory"}
+MOST = 30
+"""Perplexities above so many times the original's are drawn at the edge."""
 FAMILIES = ("svd", "fisher", "asvd", "whitened", "low-rank, quantised", "pruned", "quantised", "student")
 COLUMNS = (
     *("subject", "method", "keep", "seed", "params", "bytes", "bytes_ratio", "model_bytes", "model_ratio"),
@@ -194,10 +191,13 @@ def _pareto(lines: Sequence[Line]) -> tuple[Figure, str]:
     costs = {key: text for key, text in COSTS.items() if all(line.row[key] is not None for line in lines)}
     figure = canvas(6.4 if len(costs) > 2 else 3.6)
     panels = figure.subplots((len(costs) + 1) // 2, 2, sharey=True, squeeze=False).flat
-    scale = 100 if metric == "accuracy" else 1
     named: set[int] = set()
+
+    def shown(x: float) -> float:
+        return 100 * x if metric == "accuracy" else min(x, MOST * original)
+
     for axes, (cost, text) in zip(panels, costs.items(), strict=False):
-        axes.axhline(scale * original, color=QUIET, linewidth=0.8)
+        axes.axhline(shown(original), color=QUIET, linewidth=0.8)
         axes.axvline(1, color=FAINT, linewidth=0.8, zorder=0)
         for line in lines:
             x, colour, marker = line.row[cost], OKABE_ITO[line.family], MARKERS[line.family]
@@ -205,29 +205,32 @@ def _pareto(lines: Sequence[Line]) -> tuple[Figure, str]:
             label = None if line.family in named else FAMILIES[line.family]
             named.add(line.family)
             if line.healed is not None:
-                after = line.row["metric_after"]
-                axes.plot([x, x], [scale * after, scale * line.best], color=colour, linewidth=0.6)
-                axes.plot(x, scale * after, **style | {"markerfacecolor": "white", "markersize": 3.5})
+                after = shown(line.row["metric_after"])
+                axes.plot([x, x], [after, shown(line.best)], color=colour, linewidth=0.6)
+                axes.plot(x, after, **style | {"markerfacecolor": "white", "markersize": 3.5})
                 if line.healed.low == line.healed.low:
-                    ends = [scale * line.healed.low, scale * line.healed.high]
+                    ends = [shown(line.healed.low), shown(line.healed.high)]
                     axes.plot([x, x], ends, color=colour, linewidth=1.8)
-            axes.plot(x, scale * line.best, label=label, **style)
+            axes.plot(x, shown(line.best), label=label, clip_on=False, **style)
         best = front(lines, cost)
         axes.plot(
-            [line.row[cost] for line in best], [scale * line.best for line in best], color=INK, linewidth=0.7, zorder=0
+            [line.row[cost] for line in best], [shown(line.best) for line in best], color=INK, linewidth=0.7, zorder=0
         )
-        axes.set_xlabel(f"{text}, of the original's")
+        axes.set_xlabel(text)
         axes.set_xlim(left=0)
         if metric == "perplexity":
             axes.set_yscale("log")
+            axes.set_ylim(0.8 * min(original, *(line.best for line in lines)), MOST * original)
+            log_values(axes)
     for axes in list(panels):
         axes.set_visible(False)
     for axes in figure.axes[::2]:
         axes.set_ylabel("accuracy, %" if metric == "accuracy" else "perplexity")
     legend_below(figure, figure.axes[0])
+    edge = f" Perplexities above {MOST * original:.0f} are drawn at the edge." if metric == "perplexity" else ""
     caption = (
-        f"What is left of the {metric} (grey line: the original) against four costs. Hollow marks are before healing, "
-        "filled ones what a method ends with, thick bars 95 % intervals over seeds; the black line joins those that no "
-        "other beats in both."
+        f"What is left of the {metric} (grey line: the original) against costs, as shares of the original's. Hollow "
+        "marks are before healing, filled ones what a method ends with, thick bars 95 % intervals over seeds; the "
+        f"black line joins those that no other beats in both.{edge}"
     )
     return figure, caption
