@@ -12,7 +12,9 @@ import jax
 import pytest
 
 from lorax_kit.cli import cli, main
+from lorax_kit.core.paths import paths
 from lorax_kit.report import read_run
+from lorax_kit.serve import load_tensors
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
@@ -110,11 +112,14 @@ def test_inspect_lists_parameters_sites_and_adapters(finished, tmp_path, capsys)
         assert f"{given[0]} is about a model's parameters" in capsys.readouterr().err
 
 
-def test_compress_prints_the_row_of_the_contract(finished, capsys, standard_promotion):
+def test_compress_prints_the_row_of_the_contract(finished, tmp_path, capsys, standard_promotion):
     adapter = finished[0] / finished[1]["rows"][0]["adapter"]
     options = ["--batches", 1, "--rounds", 1, "--target", "encoder/layer_5/**/kernel", "--json"]
-    call("compress", adapter, "--method", "svd", "--keep", "0.5", *options)
+    out = tmp_path / "small"
+    call("compress", adapter, "--method", "svd", "--keep", "0.5", "--out", out, *options)
     found = json.loads(capsys.readouterr().out)
+    assert json.loads((out / "row.json").read_text()) == found
+    assert "encoder/layer_5/mlp/up/kernel/a" in paths(load_tensors(out / "model.safetensors"))
     assert found["method"] == "svd"
     assert found["bytes"] <= 0.5 * 4 * (4 * 384**2 + 2 * 384 * 1536)
     assert 0.9 < found["flops_ratio"] < 0.93  # half of one layer of six
@@ -123,7 +128,9 @@ def test_compress_prints_the_row_of_the_contract(finished, capsys, standard_prom
     assert found["metric_healed"] is None
     for argv, message in (
         (["--method", "pca"], "method 'pca' is unknown"),
-        (["--method", "svd", "--keep", "1.5"], "keep is 1.5"),
+        (["--method", "svd", "--keep", "1.5"], "1.5 is not in the range 0<x<=1"),
+        (["--allocation", "foo"], "'foo' is not one of"),
+        (["--keep", "0.5", "--keep", "0.4"], "go with --compare"),
         (["--method", "svd", "--keep", "0.001"], "is impossible"),
         (["--method", "int8", "--heal", "5"], "nothing low-rank to heal"),
     ):

@@ -37,3 +37,4 @@ def write_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str
     # Copies of what is not contiguous: a transposed view would be written in the order it lies in memory.
     contiguous = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     save_file(contiguous, file, metadata={"format": "pt", **(metadata or {})})
+    file.chmod(0o644)  # safetensors makes private files; a model is there to be shared

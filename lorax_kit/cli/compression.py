@@ -31,16 +31,29 @@ from lorax_kit.cli.root import cli, echo
 @click.option(
     "--keep",
     "keeps",
-    type=float,
+    type=click.FloatRange(0, 1, min_open=True),
     multiple=True,
     default=(0.5,),
     show_default=True,
     help="Share of the targets' parameters to keep; with --compare it may be repeated.",
 )
-@click.option("--allocation", default="loss", show_default=True, help="Of ranks: loss, energy or uniform.")
+@click.option(
+    "--allocation",
+    type=click.Choice(["loss", "energy", "uniform"]),
+    default="loss",
+    show_default=True,
+    help="Of ranks: by predicted loss, by each one's own energy, or the same share everywhere.",
+)
 @click.option("--sequential", is_flag=True, help="Compress layer after layer, each calibrated anew.")
 @click.option("--batches", type=click.IntRange(1), default=16, show_default=True, help="Of calibration.")
-@click.option("--heal", "steps", type=click.IntRange(0), default=0, show_default=True, help="Steps of healing.")
+@click.option(
+    "--heal",
+    "steps",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Steps of healing low-rank models, or of training the student.",
+)
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak rate of healing.")
 @click.option(
     "--rank",
@@ -62,7 +75,11 @@ from lorax_kit.cli.root import cli, echo
 )
 @click.option("--compare", is_flag=True, help="Compare methods: report.html, plots and results.csv in --out.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="With --compare: from --seed on.")
-@click.option("--out", type=click.Path(file_okay=False), help="With --compare: its folder, to go on with or new.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False),
+    help="Folder for the smaller model (model.safetensors, row.json); with --compare its folder, to go on with or new.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the row, or rows, as JSON.")
 def compress(
     model: str,
@@ -84,7 +101,8 @@ def compress(
     LLaMA folder, judged on plays.
     """
     from lorax_kit.benchmarks import table
-    from lorax_kit.workloads import compress_subject, subject_of
+    from lorax_kit.checkpoint.staging import refuse_existing
+    from lorax_kit.workloads import compress_subject, save_small, subject_of
 
     options["rank"] = rank or None
     if compare:
@@ -94,13 +112,20 @@ def compress(
             raise click.UsageError("--compare has no --sequential: give it to one method.")
         _compare(model, methods, targets, keeps, range(seed, seed + seeds), out, as_json, options)
         return
-    if len(methods) > 1 or len(keeps) > 1 or seeds > 1 or out is not None:
-        raise click.UsageError("several methods, shares or seeds, and --out, go with --compare.")
+    if len(methods) > 1 or len(keeps) > 1 or seeds > 1:
+        raise click.UsageError("several methods, shares or seeds go with --compare.")
+    if out is not None:
+        refuse_existing(Path(out), False, None)
     subject, method = subject_of(model, targets=targets), methods[0] if methods else "whitened"
-    row, _ = compress_subject(subject, method=method, keep=keeps[0], sequential=sequential, seed=seed, **options)
+    row, small = compress_subject(subject, method=method, keep=keeps[0], sequential=sequential, seed=seed, **options)
+    if out is not None:
+        save_small(out, row, small)
     if as_json:
         echo(row)
     else:
+        click.echo(
+            f"{row['subject']}: {row['metric']}; bytes of the targets, of the whole model, against the original's"
+        )
         shown = ("method", "keep", "bytes_ratio", "model_ratio", "flops_ratio", "latency_ratio")
         click.echo(table([row], (*shown, "metric_before", "metric_after", "metric_healed", "agreement_after")))
 

@@ -86,9 +86,18 @@ def study(config: str, out: str, overwrite: bool, devices: int, memory_mib: int 
 @click.argument("run_folder", type=click.Path(exists=True, file_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 def report(run_folder: str, as_json: bool) -> None:
-    """Write the report of a run folder anew: report.html, plots and results.csv."""
+    """Write the report of a run folder, or of a comparison, anew: report.html, plots and results.csv."""
     from lorax_kit.report import read_run, summary_table, write_report
+    from lorax_kit.report.compression import comparison_table, read_rows, write_comparison
 
+    if (Path(run_folder) / "comparison.json").exists():
+        page = write_comparison(run_folder)
+        if as_json:
+            echo({"rows": read_rows(Path(run_folder))[0], "report": str(page)})
+            return
+        click.echo(comparison_table(run_folder))
+        click.echo(f"report: {page}")
+        return
     page = write_report(run_folder)
     if as_json:
         echo({"rows": list(read_run(run_folder).trials), "report": str(page)})

@@ -98,6 +98,10 @@ def plan_ranks(
         otherwise be given most (SmolLM2 with a fifth removed: perplexity 42 with, 242 without; 58 by "uniform").
       minimum: the least rank.
 
+    Returns:
+      The plan. A site of which a product would not pay, or that gains most from staying whole, has no rank in it:
+      `compress` leaves it dense.
+
     Raises:
       CompressError: unknown words, an impossible budget, data that are missing, singular beyond use, or not finite.
       PlanError: params that do not fit the sites.
@@ -105,13 +109,19 @@ def plan_ranks(
     named, _ = planned(params, sites)
     check_word("method", method, METHODS)
     _warn_of_little_data(sites.sites, method, stats)
-    found = {}
+    found, blind = {}, False
     for site in sites.sites:
         stacked = _dense(named[site.path], site)
         values = np.stack([singular_values(w, transform(method, stats, site.path, i)) for i, w in enumerate(stacked)])
         if method == "whitened" and allocation == "loss" and stats is not None:
+            blind = blind or stats[site.path].fisher is None
             values = values * np.sqrt(_sensitivity(stats[site.path]))[:, None]
         found[site.path] = candidate(values, *stacked.shape[1:])
+    if blind and len(sites.sites) > 1:
+        warnings.warn(
+            "ranks by 'loss' without gradients favour sites of large outputs: calibrate(..., loss=...), or 'energy'",
+            stacklevel=2,
+        )
     ranks = allocate(found, keep, allocation, minimum)
     return CompressPlan(method=method, sites=sites, ranks=tuple((p, r) for p, r in ranks.items() if r is not None))
 

@@ -1,6 +1,6 @@
 """Joins models and tasks into problems to train, evaluate and compress: where a name becomes weights and data."""
 
-from lorax_kit.workloads.compression import compress_subject
+from lorax_kit.workloads.compression import compress_subject, save_small
 from lorax_kit.workloads.sentiment import Sentiment, evaluate_adapter, inspect_model, train_adapter
 from lorax_kit.workloads.subjects import Subject, sentiment_subject, subject_of, text_subject
 
@@ -10,6 +10,7 @@ __all__ = [
     "compress_subject",
     "evaluate_adapter",
     "inspect_model",
+    "save_small",
     "sentiment_subject",
     "subject_of",
     "text_subject",

@@ -78,7 +78,9 @@ def compare(
         fisher = any(way.wants_gradients(settings.get("allocation", "loss")) for way in calibrated)
         stats = statistics_of(subject, batches, fisher=fisher, progress=progress)
     original = subject.quality(subject.apply, subject.params) if todo else None
-    for way, keep, seed, healed in tqdm(todo, desc="methods", unit="row", disable=not progress):
+    bar = tqdm(todo, desc="methods", unit="row", total=len(rows) + len(todo), initial=len(rows), disable=not progress)
+    for way, keep, seed, healed in bar:
+        bar.set_postfix_str(f"{way.name} {keep:g}, seed {seed}")
         row, _ = compress_subject(
             subject, method=way.name, keep=keep, steps=steps if healed else 0, seed=seed, batches=batches, stats=stats,
             original=original, progress=progress, **settings,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -11,9 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.benchmarks.timing import alternate, calling, facts, product_flops
+from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.compress import Moments, distil, distillation, heal
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.paths import Params, flatten
+from lorax_kit.serve import save_tensors
 from lorax_kit.workloads.methods import Method, Small, finished, smaller, statistics_of, stored_bytes
 from lorax_kit.workloads.subjects import Apply, Quality, Subject
 
@@ -84,7 +88,7 @@ def compress_subject(
     row = {
         "subject": subject.name,
         "method": method if not sequential else f"{method}, in turn",
-        "keep": keep,
+        "keep": 1.0 if way.kind == "quantised" else keep,
         "seed": seed,
         "params": _count(final.params),
         "bytes": stored,
@@ -100,6 +104,20 @@ def compress_subject(
         "agreement_healed": None if healed is None else healed.agreement,
     }
     return row, final
+
+
+def save_small(out: str | Path, row: dict[str, Any], small: Small) -> None:
+    """Write a folder of `model.safetensors` (`lorax_kit.serve.load_tensors` reads it) and `row.json`, or nothing.
+
+    Raises:
+      AdapterError: the folder exists.
+    """
+    path = Path(out).absolute()
+    refuse_existing(path, False, None)
+    with staged(path, False) as folder:
+        folder.mkdir()
+        save_tensors(folder / "model.safetensors", small.params)
+        (folder / "row.json").write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
 
 
 def healed_model(

@@ -23,7 +23,7 @@ from lorax_kit.serve.onnx import check_installed
 from lorax_kit.tasks import Batch
 from lorax_kit.version import __version__
 from lorax_kit.workloads.methods import Method, Small, finished, smaller, statistics_of
-from lorax_kit.workloads.sentiment import workload_of
+from lorax_kit.workloads.sentiment import adapter_folder, workload_of
 from lorax_kit.workloads.subjects import Subject, sentiment_subject
 
 FILES = {"safetensors": "model.safetensors", "stablehlo": "model.stablehlo", "onnx": "model.onnx"}
@@ -90,6 +90,7 @@ def export_adapter(
             "what is written could not be measured here.\n  add this machine's platform to them"
         )
     refuse_existing(path, overwrite, DOCUMENT, "export")
+    adapter = adapter_folder(adapter)
     workload = workload_of(adapter)
     pretrained = load_bert(workload.model)
     words, normaliser = _vocabulary(pretrained.tokenizer_file)

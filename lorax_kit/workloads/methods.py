@@ -105,7 +105,7 @@ class Small(NamedTuple):
 
 def statistics_of(subject: Subject, batches: int, *, fisher: bool = True, progress: bool = True) -> dict[str, Moments]:
     """Moments over the first batches of the training stream; with `fisher`, of the loss's gradients, too."""
-    stream = itertools.islice(subject.train(0), batches)
+    stream = list(itertools.islice(subject.train(0), batches))  # a list: its bar knows the end
     loss = subject.loss if fisher else None
     return calibrate(subject.apply, subject.params, subject.sites, stream, loss=loss, progress=progress)
 

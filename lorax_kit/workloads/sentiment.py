@@ -144,6 +144,12 @@ class Sentiment:
         )
 
 
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter itself, given it or the folder that `lorax-kit train` made."""
+    inner = Path(path) / "adapter"
+    return inner if (inner / "spec").is_dir() else Path(path)
+
+
 def workload_of(adapter: str | Path) -> Sentiment:
     """What a saved adapter was trained on.
 
@@ -162,6 +168,7 @@ def evaluate_adapter(path: str | Path) -> dict[str, Any]:
     Raises:
       AdapterError: no adapter, a damaged one, or one that names no problem known here.
     """
+    path = adapter_folder(path)
     problem = workload_of(path).build()
     base = problem.params(jax.random.key(0))
     adapter = load_adapter(path, base=base)

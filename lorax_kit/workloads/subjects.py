@@ -32,7 +32,7 @@ from lorax_kit.tasks import (
     windows,
 )
 from lorax_kit.transform import resolve
-from lorax_kit.workloads.sentiment import workload_of
+from lorax_kit.workloads.sentiment import adapter_folder, workload_of
 
 Apply = Callable[[Params, Any], Any]
 
@@ -122,10 +122,12 @@ def subject_of(model: str | Path, *, targets: Sequence[str] = ()) -> Subject:
     Raises:
       AdapterError, MissingPackageError, FileNotFoundError, ValueError: what the loaders raise.
     """
-    if (Path(model) / "spec").is_dir():
+    if (adapter_folder(model) / "spec").is_dir():
         return sentiment_subject(model, targets=targets)
     if str(model) == "smollm2" or Path(model).suffix == ".gguf" or (Path(model) / "config.json").is_file():
         return text_subject(model, targets=targets)
+    if not Path(model).exists():
+        raise FileNotFoundError(f"there is no file or folder {str(model)!r}.")
     raise CompressError(
         f"{str(model)!r} is neither an adapter nor a decoder.\n"
         "  give a folder of `lorax-kit train` (its adapter), smollm2, a .gguf file, or a Hugging Face LLaMA folder"
@@ -144,6 +146,7 @@ def sentiment_subject(
     Raises:
       AdapterError: no adapter, or one that names no problem known here.
     """
+    adapter = adapter_folder(adapter)
     workload = replace(workload_of(adapter), batch_size=batch_size, length=length)
     problem = workload.build()
     base = problem.params(jax.random.key(0))

@@ -29,7 +29,8 @@ def model():
 def test_rank_goes_where_the_loss_minds(model):
     params, x, sites = model
     blind, seeing = (calibrate(fn, params, sites, [x], loss=own, progress=False) for own in (None, loss))
-    plans = [plan_ranks(params, sites, keep=0.5, method="whitened", stats=stats) for stats in (blind, seeing)]
+    with pytest.warns(UserWarning, match="without gradients"):
+        plans = [plan_ranks(params, sites, keep=0.5, method="whitened", stats=stats) for stats in (blind, seeing)]
     ranks = [dict(plan.ranks) for plan in plans]
     assert ranks[0].get("loud", 16) > ranks[0].get("quiet", 16)
     assert ranks[1].get("loud", 16) < ranks[1].get("quiet", 16)
