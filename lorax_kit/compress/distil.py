@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ from lorax_kit.compress.arguments import (
 )
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.merge import merge, split
-from lorax_kit.core.paths import Params, flatten, unflatten
+from lorax_kit.core.paths import Params, flatten, is_array, unflatten
 from lorax_kit.core.spec import Full, Spec
 from lorax_kit.training import make_step, partition
 from lorax_kit.transform import adapt, resolve
@@ -48,8 +49,10 @@ def distillation(
         raise CompressError(
             f"share is {share!r} and temperature {temperature!r}; share in [0, 1], temperature above 0."
         )
-    for name, fn in (("teacher", teacher), ("loss", loss)):
-        check_function(name, fn, "teacher(batch)" if name == "teacher" else "loss(outputs, batch)")
+    check_function("teacher", teacher, "teacher(batch)")
+    check_function("loss", loss, "loss(outputs, batch)")
+    if weight is not None:
+        check_function("weight", weight, "weight(batch)")
 
     def mixed(logits: Array, batch: Any) -> Array:
         given = jax.lax.stop_gradient(teacher(batch))
@@ -58,7 +61,8 @@ def distillation(
         wanted = jax.nn.log_softmax(given.astype(jnp.float32) / temperature)
         ours = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
         shares = jnp.exp(wanted)  # a class without any may be masked in both: 0 (-inf + inf) counts nothing
-        divergence = jnp.sum(jnp.where(shares > 0, shares * (wanted - jnp.where(shares > 0, ours, 0)), 0), axis=-1)
+        some = ~(shares <= 0)  # NaN is not left out
+        divergence = jnp.sum(jnp.where(some, shares * (wanted - jnp.where(some, ours, 0)), 0), axis=-1)
         counts = jnp.ones(divergence.shape) if weight is None else weight(batch).astype(jnp.float32)
         if counts.shape != divergence.shape:
             raise CompressError(f"the weights are {counts.shape}, the positions {divergence.shape}.")
@@ -78,7 +82,7 @@ def distil(
     lr: float = 1e-4,
     progress: bool = True,
 ) -> Params:
-    """Train every parameter of a student; `distillation` makes the loss that follows a teacher.
+    """Train the float parameters that a student uses; `distillation` makes the loss that follows a teacher.
 
     Args:
       fn: `fn(params, batch)`, the student.
@@ -95,8 +99,26 @@ def distil(
     check_function("fn", fn, "fn(params, batch)")
     check_function("loss", loss, "loss(outputs, batch)")
     steps, lr, stream = check_count("steps", steps), check_positive("lr", lr), batches_of("the batches", batches)
+    first = next(stream, None)
+    if first is None:
+        raise CompressError("there are no batches.")
+    spec = Spec({f"re:{re.escape(path)}": Full() for path in _used(fn, params, first)})
+    stream = itertools.chain([first], stream)
     with tqdm(total=steps, desc="distilling", unit="step", disable=not progress) as bar:
-        return trained(fn, params, Spec({"**": Full()}), loss, stream, jax.random.key(0), steps, lr, bar)
+        return trained(fn, params, spec, loss, stream, jax.random.key(0), steps, lr, bar)
+
+
+def _used(fn: Callable[..., Any], params: Params, batch: Any) -> list[str]:
+    """Paths of the float arrays that `fn` reads."""
+    named, treedef = flatten(params)
+    floats = {path: x for path, x in named.items() if is_array(x) and jnp.issubdtype(x.dtype, jnp.floating)}
+
+    def call(own: dict[str, Any], batch: Any) -> Any:
+        return fn(unflatten({**named, **own}, treedef), batch)
+
+    jaxpr = jax.make_jaxpr(call)(floats, batch).jaxpr
+    read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
+    return [path for path, v in zip(sorted(floats), jaxpr.invars, strict=False) if id(v) in read]
 
 
 def trained(
@@ -113,23 +135,28 @@ def trained(
     """`steps` steps of AdamW on what the spec trains, merged."""
     first = next(batches, None)
     if first is None:
-        raise CompressError("the healing batches ended early.")
+        raise CompressError("the batches ended early.")
     plan = resolve(spec, params, small, first)
     base, factors = split(params, plan, key)
     adapted = adapt(small, plan)
-    rate = optax.warmup_cosine_decay_schedule(0.0, lr, warmup := max(steps // 10, 1), max(steps, warmup + 1))
+    warmup = max(steps // 10, 1)
+    rate = optax.warmup_cosine_decay_schedule(lr / warmup, lr, warmup, max(steps, warmup + 1))  # no step of rate 0
     tx = partition(optax.adamw(rate), plan, clip=1.0)
     init, step = make_step(lambda base, factors, batch: scalar_of(loss, adapted(base, factors, batch), batch), tx)
-    state, taken = init(factors), 0
+    state, taken, finite = init(factors), 0, jnp.asarray(True)
     for taken, batch in enumerate(itertools.islice(itertools.chain([first], batches), steps), 1):
         state, info = step(state, base, batch)
         bar.update()
+        finite &= info.finite
         if taken % 10 == 1 or taken == steps:
             bar.set_postfix(loss=f"{float(info.loss):.4f}")
-            if not bool(info.finite):
-                raise CompressError(f"the loss of healing is not finite at step {taken}.\n  lower lr, now {lr:g}")
+            if not bool(finite):
+                raise CompressError(
+                    f"the loss or its gradient was not finite by step {taken}.\n"
+                    f"  check params and batches, or lower lr, now {lr:g}"
+                )
     if taken < steps:
-        raise CompressError(f"the healing batches ended after {bar.n} of {bar.total} steps.")
+        raise CompressError(f"the batches ended after {taken} of {steps} steps.")
     merged, (before, treedef) = flatten(merge(base, state.factors, plan))[0], flatten(base)
     untouched = {path: x for path, x in before.items() if path not in plan.trained}  # quantised ones stay so
     return unflatten(merged | untouched, treedef)

@@ -14,12 +14,12 @@ from jax import Array
 
 from lorax_kit.compress.allocate import allocate, candidate
 from lorax_kit.compress.arguments import check_count, check_key, check_word, planned, shown
-from lorax_kit.compress.calibrate import Moments, Stats, matrices
+from lorax_kit.compress.calibrate import Moments, Stats, check_finite, matrices, moments_of
 from lorax_kit.compress.decompose import METHODS, decompose, singular_values, transform
 from lorax_kit.core.compact import LowRank, dense
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.factors import site_key
-from lorax_kit.core.paths import Params, flatten, unflatten
+from lorax_kit.core.paths import Params, flatten, is_array, unflatten
 from lorax_kit.core.plan import Plan, Site
 
 
@@ -115,7 +115,13 @@ def plan_ranks(
         values = np.stack([singular_values(w, transform(method, stats, site.path, i)) for i, w in enumerate(stacked)])
         if method == "whitened" and allocation == "loss" and stats is not None:
             blind = blind or stats[site.path].fisher is None
-            values = values * np.sqrt(_sensitivity(stats[site.path]))[:, None]
+            weights = _sensitivity(stats[site.path], site.path)
+            if len(weights) not in (1, len(values)):
+                raise CompressError(
+                    f"the stats of {site.path!r} are of {len(weights)} stacked matrices; the parameter has "
+                    f"{len(values)}.\n  calibrate this model"
+                )
+            values = values * np.sqrt(weights)[:, None]
         found[site.path] = candidate(values, *stacked.shape[1:])
     if blind and len(sites.sites) > 1:
         warnings.warn(
@@ -179,7 +185,7 @@ def _warn_of_little_data(sites: Sequence[Site], method: str, stats: Stats | None
     short = [
         (site, seen)
         for site in sites
-        if not site.lookup and site.path in stats and (seen := stats[site.path].tokens) < prod(site.in_shape)
+        if not site.lookup and (seen := moments_of(stats, site.path, method).tokens) < prod(site.in_shape)
     ]
     if short:
         site, seen = short[0]
@@ -190,7 +196,7 @@ def _warn_of_little_data(sites: Sequence[Site], method: str, stats: Stats | None
         )
 
 
-def _sensitivity(moments: Moments) -> np.ndarray:
+def _sensitivity(moments: Moments, path: str) -> np.ndarray:
     """(S,) how much the loss minds an error of the outputs: their mean squared gradient, up to a factor.
 
     E (dL/dW_kn)^2 = E x_k^2 E g_n^2 where inputs and output gradients are independent (K-FAC, Martens & Grosse, arXiv
@@ -198,11 +204,17 @@ def _sensitivity(moments: Moments) -> np.ndarray:
     """
     if moments.fisher is None:
         return np.ones(1)
+    check_finite(moments.fisher, path)
     if moments.gram is not None:
         given = np.diagonal(moments.gram, axis1=1, axis2=2)
     else:  # a table
         assert moments.counts is not None
         given = moments.counts[None]
+    if given.shape != moments.fisher.shape:
+        raise CompressError(
+            f"the stats of {path!r} have gradients of shape {moments.fisher.shape} and inputs of shape {given.shape}.\n"
+            "  calibrate this model"
+        )
     return np.sum(moments.fisher, axis=1) / np.maximum(np.sum(given, axis=1), np.finfo(np.float64).tiny)
 
 
@@ -231,7 +243,7 @@ def _replaced(site: Site, x: Any, method: str, rank: int, stats: Stats | None, k
 
 
 def with_residuals(params: Params, small: Params) -> Params:
-    """`small` whose products keep what they leave of the parameters: exact until the residuals are quantised.
+    """`small` whose products keep what they leave of the parameters: exact to rounding, until that is quantised.
 
     Args:
       params: the dense ones.
@@ -239,6 +251,9 @@ def with_residuals(params: Params, small: Params) -> Params:
 
     Returns:
       The tree of `small`; its `LowRank` leaves have a `residual`, at `PATH/residual`, for `lk.quantise`.
+
+    Raises:
+      CompressError: nothing is low-rank, a residual is there, params of another shape or not finite.
 
     Example:
       >>> import lorax_kit as lk
@@ -250,11 +265,23 @@ def with_residuals(params: Params, small: Params) -> Params:
       True
     """
     named, treedef = flatten(small, whole=(LowRank,))
-    dense_named, _ = flatten(params)
-
-    def kept(path: str, leaf: Any) -> Any:
-        if not isinstance(leaf, LowRank):
-            return leaf
-        return replace(leaf, residual=dense(dense_named[path]) - leaf.restore())
-
-    return unflatten({path: kept(path, leaf) for path, leaf in named.items()}, treedef)
+    originals, _ = flatten(params, whole=(LowRank,))
+    products = {path: leaf for path, leaf in named.items() if isinstance(leaf, LowRank)}
+    if not products:
+        raise CompressError("no parameter of the second argument is low-rank: with_residuals(params, small).")
+    out = dict(named)
+    for path, leaf in products.items():
+        if leaf.residual is not None:
+            raise CompressError(f"{path!r} has a residual already.")
+        original = originals.get(path)
+        fits = is_array(original) and not isinstance(original, LowRank)
+        if original is None or not fits or tuple(original.shape) != leaf.shape:
+            raise CompressError(
+                f"{path!r} is low-rank of shape {leaf.shape}; the params there are {shown(original)}.\n"
+                "  give the dense params that were compressed"
+            )
+        residual = dense(original).astype(leaf.dtype) - leaf.restore()
+        if not bool(jnp.isfinite(residual).all()):
+            raise CompressError(f"{path!r} holds values that are not finite.")
+        out[path] = replace(leaf, residual=residual)
+    return unflatten(out, treedef)

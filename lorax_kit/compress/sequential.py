@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
 
+from lorax_kit.compress.arguments import batches_of, check_function, shown
 from lorax_kit.compress.calibrate import calibrate
 from lorax_kit.compress.replace import CompressPlan, compress
 from lorax_kit.core.errors import CompressError
@@ -21,7 +22,7 @@ def compress_sequentially(
     fn: Callable[..., Any],
     params: Params,
     plan: CompressPlan,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     groups: Sequence[str],
     *,
     loss: Callable[[Any, Any], Any] | None = None,
@@ -54,6 +55,12 @@ def compress_sequentially(
       >>> small["down"].rank
       2
     """
+    check_function("fn", fn, "fn(params, batch)")
+    if not isinstance(plan, CompressPlan):
+        raise CompressError(f"the plan is {shown(plan)}; it comes from lk.compress.plan_ranks, or is a CompressPlan.")
+    if isinstance(groups, str) or not isinstance(groups, Sequence) or not all(isinstance(g, str) for g in groups):
+        raise CompressError(f"the groups are {shown(groups)}; give a list of patterns, one for each group.")
+    batches = list(batches_of("the calibration batches", batches))  # read once for each group
     if not batches:
         raise CompressError("there are no calibration batches.")
     ranks, small = dict(plan.ranks), params

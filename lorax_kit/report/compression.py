@@ -35,7 +35,7 @@ class Line:
     Attributes:
       method, keep: which.
       row: of the first seed; what does not depend on the seed.
-      seeds: how many.
+      seeds: how many healed ones.
       healed, agreement: over the seeds, with 95 % intervals; None where nothing was healed.
     """
 
@@ -72,10 +72,12 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
         values = [row[name] for row in found if row[name] is not None]
         return interval(values) if values else None
 
-    return [
-        Line(method, keep, found[0], len(found), over(found, "metric_healed"), over(found, "agreement_healed"))
-        for (method, keep), found in groups.items()
-    ]
+    lines = []
+    for (method, keep), found in groups.items():
+        healed = [row for row in found if row["metric_healed"] is not None]
+        intervals = over(healed, "metric_healed"), over(healed, "agreement_healed")
+        lines.append(Line(method, keep, (healed or found)[0], len(healed), *intervals))
+    return lines
 
 
 def front(lines: Sequence[Line], cost: str) -> list[Line]:
@@ -140,7 +142,9 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             (path / "rows.jsonl").read_text("utf-8"),
             json.loads((path / "comparison.json").read_text("utf-8")),
         )
-        rows = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # a kill can cut the last
+        rows = [json.loads(line) for line in text.split("\n")[:-1]]  # a kill can cut the last
+        if not isinstance(about, dict) or not all(isinstance(row, dict) and set(COLUMNS) <= set(row) for row in rows):
+            raise ValueError("rows or settings lack what this version writes")
     except (OSError, ValueError) as e:
         raise RunFolderError(f"{str(path)!r} holds no comparison: {e}.") from None
     if not rows:

@@ -7,16 +7,18 @@ are PATH:codes, PATH:scales and, with double quantisation, PATH:step and PATH:of
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.checkpoint.tensors import read_metadata, read_tensors, write_tensors
+from lorax_kit.core.compact import METHODS as QUANTISATIONS
 from lorax_kit.core.compact import LowRank, Quantised
 from lorax_kit.core.errors import ExportError
 from lorax_kit.core.paths import Params, closest, flatten, is_array, unflatten
@@ -29,6 +31,13 @@ _ARRAYS: Mapping[type, tuple[str, ...]] = {
 }
 _SEPARATOR = {LowRank: "/", Quantised: ":"}
 _KINDS = {kind.__name__: kind for kind in _ARRAYS}
+DTYPES = frozenset(
+    (
+        *("float64", "float32", "float16", "bfloat16", "complex64", "bool"),
+        *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    )
+)
+"""What both the format and JAX keep bit for bit."""
 
 
 def save_tensors(file: str | Path, params: Params, *, overwrite: bool = False) -> None:
@@ -59,6 +68,7 @@ def save_tensors(file: str | Path, params: Params, *, overwrite: bool = False) -
         _store(name, leaf, tensors, compact)
     if not tensors:
         raise ExportError("the params hold no arrays: there is nothing to export.")
+    _check_nesting(tensors)
     with staged(path, overwrite) as new:
         write_tensors(new, tensors, {COMPACT: json.dumps(compact, sort_keys=True)})
 
@@ -76,6 +86,10 @@ def _store(path: str, leaf: Any, tensors: dict[str, np.ndarray], compact: dict[s
         raise ExportError(f"{path!r} is a {kind.__name__}, no array; export params, not a model's settings.")
     if path in tensors:
         raise ExportError(f"two arrays of the params would share the name {path!r}; rename one.")
+    if path == "__metadata__" or str(leaf.dtype) not in DTYPES or not isinstance(leaf, np.ndarray | jax.Array):
+        own = path == "__metadata__"
+        why = "a name that the format keeps for itself" if own else f"a {type(leaf).__name__} of dtype {leaf.dtype}"
+        raise ExportError(f"{path!r} cannot be stored: it is {why}.")
     tensors[path] = np.asarray(leaf)
 
 
@@ -100,10 +114,13 @@ def load_tensors(file: str | Path, like: Params = None) -> Params:
         compact = json.loads(read_metadata(path).get(COMPACT, "{}"))
         # The innermost first: the arrays of a product may be in few bits.
         for name in sorted(compact, key=len, reverse=True):
+            if name in tensors:
+                raise ValueError(f"{name} is there twice")
             tensors[name] = _restored(name, dict(compact[name]), tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ExportError(f"{str(path)!r} does not hold what its metadata say: {e!r}.\n  export it again") from None
     leaves = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in tensors.items()}
+    _check_nesting(leaves)
     if like is None:
         return _nested(leaves)
     known, treedef = flatten(like)
@@ -111,6 +128,11 @@ def load_tensors(file: str | Path, like: Params = None) -> Params:
         raise ExportError(
             f"{str(path)!r} and `like` differ at {odd[0]!r}.\n  closest in the file: {closest(odd[0], list(leaves))}"
         )
+    for name, x in known.items():
+        if tuple(x.shape) != tuple(leaves[name].shape):
+            raise ExportError(
+                f"{name!r} is {tuple(leaves[name].shape)} in {str(path)!r}, and {tuple(x.shape)} in `like`."
+            )
     return unflatten({name: leaves[name] for name in known}, treedef)
 
 
@@ -123,7 +145,22 @@ def _restored(path: str, static: dict[str, Any], tensors: dict[str, Any]) -> Low
             raise KeyError(f"{path}{_SEPARATOR[kind]}{name}")
     arrays = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in own.items()}
     lists = {name: tuple(x) for name, x in static.items() if isinstance(x, list)}
-    return kind(**{**static, **lists, **arrays, "dtype": jnp.dtype(static["dtype"])})
+    leaf = kind(**{**static, **lists, **arrays, "dtype": jnp.dtype(static["dtype"])})
+    found = jax.eval_shape(leaf.restore).shape
+    if isinstance(leaf, Quantised) and (leaf.method not in QUANTISATIONS or leaf.codes.dtype.kind not in "iu"):
+        raise ValueError(f"{path} is quantised by {leaf.method!r} in {leaf.codes.dtype}")
+    if isinstance(leaf, LowRank) and leaf.a.shape[0] != leaf.b.shape[0]:
+        raise ValueError(f"{path} has factors of {leaf.a.shape[0]} and {leaf.b.shape[0]} rows")
+    if tuple(found) != tuple(leaf.shape):
+        raise ValueError(f"{path} is {found}, not {leaf.shape}")
+    return leaf
+
+
+def _check_nesting(names: Collection[str]) -> None:
+    """Raise `ExportError` where a name is both an array and a folder of arrays."""
+    folders = {name.rsplit("/", i)[0] for name in names for i in range(1, name.count("/") + 1)}
+    if both := sorted(folders & set(names)):
+        raise ExportError(f"{both[0]!r} is the name of an array, and the beginning of another's; rename one.")
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,12 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from lorax_kit.checkpoint.fingerprint import fingerprint
+from lorax_kit.compress import ALLOCATIONS
+from lorax_kit.compress.arguments import check_count, check_share, check_word
 from lorax_kit.core.errors import CompressError
+from lorax_kit.report.compression import read_rows
+from lorax_kit.report.run_folder import RunFolderError
 from lorax_kit.version import __version__
 from lorax_kit.workloads.compression import compress_subject
 from lorax_kit.workloads.methods import Method, statistics_of
@@ -22,6 +27,7 @@ METHODS = (
 )
 WITHOUT_SHARE = ("int8", "int4", "nf4", "magnitude-2:4", "wanda-2:4")
 """Methods whose share of the parameters is not a choice."""
+SETTINGS = {"lr", "rank", "share", "allocation", "rounds"}
 
 
 def compare(
@@ -51,27 +57,41 @@ def compare(
     Raises:
       CompressError: an unknown method, a folder of other settings, what a method raises.
     """
+    if unknown := sorted(set(settings) - SETTINGS):
+        raise CompressError(f"{unknown[0]!r} is no setting of a comparison; known: {', '.join(sorted(SETTINGS))}.")
+    check_word("allocation", settings.get("allocation", "loss"), ALLOCATIONS)
+    check_count("batches", batches)
+    check_count("steps", steps, 0)
+    for keep in keeps:
+        check_share("keep", keep)
+    for seed in seeds:
+        check_count("seed", seed, 0)
+    if not (methods and keeps and seeds):
+        raise CompressError("methods, keeps and seeds must each hold something.")
     ways = [Method.parse(name) for name in methods]
     for name in heal:
         if not Method.parse(name).healed:
             raise CompressError(f"{name!r} leaves nothing low-rank to heal.\n  heal svd, fisher, asvd or whitened")
+    if not steps:
+        heal = ()
     about = {
         "subject": subject.name,
+        "params": fingerprint(subject.params),
         "targets": list(subject.targets),
         "batches": batches,
         "steps": steps,
         **{name: settings[name] for name in sorted(settings)},
     }
     folder = Path(out)
-    rows = _begun(folder, about, command)
+    rows = _begun(folder, about)
     done = {(row["method"], row["keep"], row["seed"], row["metric_healed"] is not None) for row in rows}
-    todo = [
+    wanted = dict.fromkeys(
         (way, keep, seed, way.name in heal)
         for way in ways
         for keep in ((0.5 if "2:4" in way.name else 1.0,) if way.name in WITHOUT_SHARE else keeps)
         for seed in (seeds if way.name in heal else seeds[:1])
-        if (way.name, keep, seed, way.name in heal) not in done
-    ]
+    )
+    todo = [one for one in wanted if (one[0].name, *one[1:]) not in done]
     calibrated = [way for way, _, _, _ in todo if way.calibrated]
     stats = None
     if calibrated:
@@ -85,30 +105,41 @@ def compare(
             subject, method=way.name, keep=keep, steps=steps if healed else 0, seed=seed, batches=batches, stats=stats,
             original=original, progress=progress, **settings,
         )  # fmt: skip
+        if not (folder / "comparison.json").exists():  # only now: a call that fails leaves no folder
+            _begin(folder, about, command)
         rows.append(row)
         with (folder / "rows.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     return rows
 
 
-def _begun(folder: Path, about: dict[str, Any], command: str) -> list[dict[str, Any]]:
-    """The rows that are there, of the same settings."""
-    head, rows = folder / "comparison.json", folder / "rows.jsonl"
-    if head.exists():
-        found = json.loads(head.read_text(encoding="utf-8"))
-        other = [key for key, value in about.items() if found.get(key) != value]
-        if other:
-            key = other[0]
+def _begun(folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that are there, of the same model and settings."""
+    head, file = folder / "comparison.json", folder / "rows.jsonl"
+    if not head.exists():
+        if file.exists():
+            raise CompressError(f"{str(folder)!r} has rows of unknown settings: its comparison.json is gone.")
+        return []
+    try:
+        begun = file.exists() and "\n" in file.read_text(encoding="utf-8")
+        rows, found = read_rows(folder) if begun else ([], json.loads(head.read_text(encoding="utf-8")))
+    except (RunFolderError, ValueError) as e:
+        raise CompressError(f"{str(folder)!r} cannot be gone on with: {e}.\n  choose another folder") from None
+    for key, value in about.items():
+        if not isinstance(found, dict) or found.get(key) != value:
+            was = found.get(key) if isinstance(found, dict) else None
             raise CompressError(
-                f"{str(folder)!r} holds a comparison with {key} {found.get(key)!r}, not {about[key]!r}.\n"
+                f"{str(folder)!r} holds a comparison with {key} {was!r}, not {value!r}.\n"
                 "  choose another folder, or the same settings"
             )
-        lines = rows.read_text(encoding="utf-8").splitlines() if rows.exists() else []
-        whole = [line for line in lines if line.endswith("}")]
-        if whole != lines:  # a kill cut the last line
-            rows.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
-        return [json.loads(line) for line in whole]
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    if text and not text.endswith("\n"):  # a kill cut the last line
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return rows
+
+
+def _begin(folder: Path, about: dict[str, Any], command: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     versions = {"jax": jax.__version__, "lorax_kit": __version__, "device": jax.devices()[0].device_kind}
-    head.write_text(json.dumps({**about, "command": command, **versions}, indent=2) + "\n", encoding="utf-8")
-    return []
+    text = json.dumps({**about, "command": command, **versions}, indent=2) + "\n"
+    (folder / "comparison.json").write_text(text, encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,6 +16,7 @@ from jax import Array
 from lorax_kit.benchmarks.timing import alternate, calling, facts, product_flops
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.compress import Moments, distil, distillation, heal
+from lorax_kit.core.compact import Quantised
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.serve import save_tensors
@@ -165,8 +167,9 @@ def healed_model(
 
 
 def _count(params: Params) -> int:
-    """Numbers that are stored and not zero."""
-    return sum(int(jnp.sum(x != 0)) for x in jax.tree.leaves(params))
+    """Entries that are stored: those that are not zero of an array, all of a quantised one."""
+    leaves = flatten(params)[0].values()
+    return sum(prod(x.shape) if isinstance(x, Quantised) else int(jnp.sum(x != 0)) for x in leaves)
 
 
 def _bytes(params: Params) -> int:

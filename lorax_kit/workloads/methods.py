@@ -20,10 +20,12 @@ from lorax_kit.compress import (
     prune,
     with_residuals,
 )
+from lorax_kit.compress.arguments import check_share
 from lorax_kit.core.compact import METHODS as QUANTISATIONS
 from lorax_kit.core.compact import LowRank
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.paths import Params, flatten
+from lorax_kit.core.patterns import matches
 from lorax_kit.core.plan import matched
 from lorax_kit.core.quantise import quantise
 from lorax_kit.workloads.subjects import Apply, Subject
@@ -134,8 +136,12 @@ def smaller(
     """
     sites = subject.sites
     if method.kind == "student":
-        if not 0 < keep <= 1:
-            raise CompressError(f"keep is {keep!r}; it must lie in (0, 1].")
+        check_share("keep", keep)
+        for layer in subject.layers:
+            if not any(matches(layer, site.path) for site in sites.sites):
+                raise CompressError(
+                    f"a student has fewer layers, and no target is in {layer!r}: leave the targets out."
+                )
         return Small(*subject.student(max(round(keep * len(subject.layers)), 1)))
     if method.kind == "quantised":
         return Small(subject.apply, subject.params)
@@ -178,9 +184,9 @@ def stored_bytes(subject: Subject, method: Method, params: Params) -> int:
     named = flatten(params)[0]
     if method.kind == "pruned":
         arrays = [named[site.path] for site in subject.sites.sites]
-        kept = sum(int(jnp.sum(x != 0)) for x in arrays)
-        size = arrays[0].dtype.itemsize
-        return size * kept + (kept // 4 if method.pattern == "2:4" else sum(x.size for x in arrays) // 8)
+        kept = [int(jnp.sum(x != 0)) for x in arrays]
+        values = sum(x.dtype.itemsize * n for x, n in zip(arrays, kept, strict=True))
+        return values + (sum(kept) // 4 if method.pattern == "2:4" else sum(x.size for x in arrays) // 8)
     if method.kind == "student":
         paths = {p for pattern in subject.targets for p in matched("the target", pattern, list(named))}
     else:

@@ -41,9 +41,9 @@ def test_rank_goes_where_the_loss_minds(model):
 def test_sensitivity_is_the_mean_squared_gradient_of_the_outputs(model):
     params, x, sites = model
     stats = calibrate(fn, params, sites, [x], loss=loss, progress=False)
-    found = {path: float(_sensitivity(stats[path])[0]) for path in params}
+    found = {path: float(_sensitivity(stats[path], path)[0]) for path in params}
     assert found["loud"] / found["quiet"] == pytest.approx(1e-6, rel=1e-3)
     # Exactly, for one input: (x g^T)^2 summed over x^2 is g^2.
     one = calibrate(fn, params, sites, [x[:1]], loss=loss, progress=False)
     gradient = jax.grad(loss)(fn(params, x[:1]), x[:1])
-    assert float(_sensitivity(one["quiet"])[0]) == pytest.approx(float(jnp.mean(gradient**2)), rel=1e-5)
+    assert float(_sensitivity(one["quiet"], "quiet")[0]) == pytest.approx(float(jnp.mean(gradient**2)), rel=1e-5)

@@ -113,3 +113,19 @@ def test_files_that_are_damaged_or_do_not_hold_what_they_say(tmp_path):
         write_tensors(file, {"w/a": np.ones((1, 2), np.float32)}, {"lorax_kit.compact": metadata})
         with pytest.raises(ExportError, match="does not hold what its metadata say"):
             load_tensors(file)
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    for params, message in (
+        ({"__metadata__": jnp.ones(2)}, "keeps for itself"),
+        ({"x": jnp.ones(2, jnp.float8_e4m3fn)}, "of dtype float8_e4m3fn"),
+        ({"x": np.array(["a"])}, "cannot be stored"),
+        ({"x": jax.random.key(0)}, "cannot be stored"),
+        ({"a": jnp.ones(2), "a/b": jnp.ones(2)}, "'a' is the name of an array"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            save_tensors(tmp_path / "x.safetensors", params)
+    assert not list(tmp_path.iterdir())
+    save_tensors(tmp_path / "x.safetensors", {"x": jnp.ones((2, 3))})
+    with pytest.raises(ExportError, match=r"'x' is \(2, 3\) in .* and \(3, 2\) in `like`"):
+        load_tensors(tmp_path / "x.safetensors", {"x": jnp.ones((3, 2))})

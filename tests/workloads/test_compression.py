@@ -1,5 +1,8 @@
 """Every method on a tiny decoder: what a row says, what is healed, how a comparison goes on, and its page."""
 
+import json
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,6 +151,32 @@ def test_a_comparison_goes_on_and_draws_its_page(subject, tmp_path):
         compare(subject, out, methods=("svd",), **{**options, "steps": 3})
     with pytest.raises(RunFolderError, match="holds no comparison"):
         write_comparison(tmp_path)
+
+
+def test_a_comparison_belongs_to_its_weights(subject, tmp_path):
+    out = tmp_path / "compare"
+    compare(subject, out, methods=("int8", "int8"), **QUIET)
+    assert len((out / "rows.jsonl").read_text().splitlines()) == 1
+    other = replace(subject, params=jax.tree.map(lambda x: 1.5 * x, subject.params))
+    with pytest.raises(CompressError, match="holds a comparison with params"):
+        compare(other, out, methods=("int8",), **QUIET)
+    rows = out / "rows.jsonl"
+    rows.write_text(rows.read_text()[:-1])  # a kill between a row and its end of line
+    compare(subject, out, methods=("int8", "nf4"), **QUIET)
+    assert [json.loads(line)["method"] for line in rows.read_text().splitlines()] == ["int8", "nf4"]
+
+
+def test_a_comparison_that_fails_leaves_no_folder(subject, tmp_path):
+    for options, message in (
+        ({"keeps": (0,)}, "keep is 0"),
+        ({"allocation": "foo"}, "allocation 'foo' is unknown"),
+        ({"temperature": 3}, "'temperature' is no setting"),
+        ({"seeds": ()}, "must each hold something"),
+        ({"methods": ("nf4",), "heal": ("nf4",)}, "nothing low-rank to heal"),
+    ):
+        with pytest.raises(CompressError, match=message):
+            compare(subject, tmp_path / "out", **{"methods": ("svd",), **QUIET, **options})
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_front_holds_what_nothing_beats():
