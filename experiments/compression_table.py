@@ -4,7 +4,12 @@
     python experiments/compression_table.py smollm2     # needs `make llama`; 20 % and 40 % removed
 
 Writes runs/compression/{minilm,smollm2}: report.html, results.csv, rows.jsonl; a second call goes on where the first
-stopped. Hardware: 2 CPU cores.
+stopped. Hardware: 2 CPU cores; smollm2 about an hour.
+
+Result so far: smollm2 with 20 % removed, perplexity of 32 windows of held-out plays (the original: 31.8): svd 41,486,
+asvd 35,030, fisher 127, whitened 40.9, healed by 150 steps of distillation alone 37.2. With an equal share of every
+matrix kept, svd, asvd and fisher leave 1.7e7, 1.6e6 and 6,220, whitened 57.7 (16 windows): ASVD is behind FWSVD here,
+unlike on LLaMA-7B.
 """
 
 import argparse
