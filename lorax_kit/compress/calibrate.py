@@ -46,6 +46,13 @@ class Moments(NamedTuple):
     counts: np.ndarray | None = None
     fisher: np.ndarray | None = None
 
+    @property
+    def squares(self) -> np.ndarray | None:
+        """(S, K) sum of x_k^2; of a table (1, V), how often each row was looked up."""
+        if self.counts is not None:
+            return self.counts[None]
+        return None if self.gram is None else np.diagonal(self.gram, axis1=1, axis2=2)
+
 
 Stats = Mapping[str, Moments]
 

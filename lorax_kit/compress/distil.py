@@ -118,7 +118,7 @@ def _used(fn: Callable[..., Any], params: Params, batch: Any) -> list[str]:
 
     jaxpr = jax.make_jaxpr(call)(floats, batch).jaxpr
     read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
-    return [path for path, v in zip(sorted(floats), jaxpr.invars, strict=False) if id(v) in read]
+    return [path for path, v in zip(sorted(floats), jaxpr.invars[: len(floats)], strict=True) if id(v) in read]
 
 
 def trained(

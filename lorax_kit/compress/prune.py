@@ -94,11 +94,8 @@ def _best(score: Array, count: int, axis: int) -> Array:
 def _input_norms(stats: Stats | None, site: Site) -> Array:
     """(S, K)."""
     moments = moments_of(stats, site.path, "wanda")
-    if moments.counts is not None:
-        squares = moments.counts[None]
-    elif moments.gram is not None:
-        squares = np.diagonal(moments.gram, axis1=1, axis2=2)
-    else:
+    squares = moments.squares
+    if squares is None:
         raise CompressError(
             f"the calibration data of {site.path!r} lack what 'wanda' needs: gram, or a table's counts."
         )

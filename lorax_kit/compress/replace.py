@@ -156,8 +156,7 @@ def compress(params: Params, plan: CompressPlan, stats: Stats | None = None, *, 
       >>> small["w"].a.shape, small["w"].b.shape
       ((2, 8), (2, 6))
     """
-    if not isinstance(plan, CompressPlan):
-        raise CompressError(f"the plan is {shown(plan)}; it comes from lk.compress.plan_ranks, or is a CompressPlan.")
+    check_plan(plan)
     named, treedef = planned(params, plan.sites)
     if key is not None:
         check_key(key)
@@ -176,6 +175,12 @@ def compress(params: Params, plan: CompressPlan, stats: Stats | None = None, *, 
         own = None if key is None else site_key(key, site.path)
         out[site.path] = _replaced(site, named[site.path], plan.method, rank, stats, own)
     return unflatten(out, treedef)
+
+
+def check_plan(plan: Any) -> None:
+    """Raise `CompressError` unless it is one."""
+    if not isinstance(plan, CompressPlan):
+        raise CompressError(f"the plan is {shown(plan)}; it comes from lk.compress.plan_ranks, or is a CompressPlan.")
 
 
 def _warn_of_little_data(sites: Sequence[Site], method: str, stats: Stats | None) -> None:
@@ -205,11 +210,8 @@ def _sensitivity(moments: Moments, path: str) -> np.ndarray:
     if moments.fisher is None:
         return np.ones(1)
     check_finite(moments.fisher, path)
-    if moments.gram is not None:
-        given = np.diagonal(moments.gram, axis1=1, axis2=2)
-    else:  # a table
-        assert moments.counts is not None
-        given = moments.counts[None]
+    given = moments.squares
+    assert given is not None  # `transform` read it
     if given.shape != moments.fisher.shape:
         raise CompressError(
             f"the stats of {path!r} have gradients of shape {moments.fisher.shape} and inputs of shape {given.shape}.\n"

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from lorax_kit.compress.arguments import batches_of, check_function, shown
 from lorax_kit.compress.calibrate import calibrate
-from lorax_kit.compress.replace import CompressPlan, compress
+from lorax_kit.compress.replace import CompressPlan, check_plan, compress
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.paths import Params
 from lorax_kit.core.patterns import expand_braces, matches
@@ -56,8 +56,7 @@ def compress_sequentially(
       2
     """
     check_function("fn", fn, "fn(params, batch)")
-    if not isinstance(plan, CompressPlan):
-        raise CompressError(f"the plan is {shown(plan)}; it comes from lk.compress.plan_ranks, or is a CompressPlan.")
+    check_plan(plan)
     if isinstance(groups, str) or not isinstance(groups, Sequence) or not all(isinstance(g, str) for g in groups):
         raise CompressError(f"the groups are {shown(groups)}; give a list of patterns, one for each group.")
     batches = list(batches_of("the calibration batches", batches))  # read once for each group

@@ -18,7 +18,7 @@ from lorax_kit.report.compression import read_rows
 from lorax_kit.report.run_folder import RunFolderError
 from lorax_kit.version import __version__
 from lorax_kit.workloads.compression import compress_subject
-from lorax_kit.workloads.methods import Method, statistics_of
+from lorax_kit.workloads.methods import Method, statistics_for
 from lorax_kit.workloads.subjects import Subject
 
 METHODS = (
@@ -59,7 +59,8 @@ def compare(
     """
     if unknown := sorted(set(settings) - SETTINGS):
         raise CompressError(f"{unknown[0]!r} is no setting of a comparison; known: {', '.join(sorted(SETTINGS))}.")
-    check_word("allocation", settings.get("allocation", "loss"), ALLOCATIONS)
+    allocation = settings.get("allocation", "loss")
+    check_word("allocation", allocation, ALLOCATIONS)
     check_count("batches", batches)
     check_count("steps", steps, 0)
     for keep in keeps:
@@ -92,11 +93,8 @@ def compare(
         for seed in (seeds if way.name in heal else seeds[:1])
     )
     todo = [one for one in wanted if (one[0].name, *one[1:]) not in done]
-    calibrated = [way for way, _, _, _ in todo if way.calibrated]
-    stats = None
-    if calibrated:
-        fisher = any(way.wants_gradients(settings.get("allocation", "loss")) for way in calibrated)
-        stats = statistics_of(subject, batches, fisher=fisher, progress=progress)
+    left = [way for way, _, _, _ in todo]
+    stats = statistics_for(subject, left, batches, allocation=allocation, progress=progress)
     original = subject.quality(subject.apply, subject.params) if todo else None
     bar = tqdm(todo, desc="methods", unit="row", total=len(rows) + len(todo), initial=len(rows), disable=not progress)
     for way, keep, seed, healed in bar:

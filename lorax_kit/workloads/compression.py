@@ -20,7 +20,7 @@ from lorax_kit.core.compact import Quantised
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.serve import save_tensors
-from lorax_kit.workloads.methods import Method, Small, finished, smaller, statistics_of, stored_bytes
+from lorax_kit.workloads.methods import Method, Small, finished, smaller, statistics_for, stored_bytes, total_bytes
 from lorax_kit.workloads.subjects import Apply, Quality, Subject
 
 
@@ -70,8 +70,8 @@ def compress_subject(
         raise CompressError(f"{method!r} leaves nothing low-rank to heal.\n  heal svd, fisher, asvd or whitened")
     if sequential and way.kind != "low-rank":
         raise CompressError(f"{method!r} does not go layer by layer: only svd, fisher, asvd and whitened do.")
-    if way.calibrated and stats is None:
-        stats = statistics_of(subject, batches, fisher=way.wants_gradients(allocation), progress=progress)
+    if stats is None:
+        stats = statistics_for(subject, [way], batches, allocation=allocation, progress=progress)
     in_turn = batches if sequential and way.calibrated else 0
     small = smaller(subject, way, keep, stats, allocation=allocation, in_turn=in_turn, progress=progress)
     original = original or subject.quality(subject.apply, subject.params)
@@ -83,10 +83,10 @@ def compress_subject(
         )
         final = finished(subject, way, small)
         healed = subject.quality(*final, original)
-    stored, whole = stored_bytes(subject, way, final.params), _bytes(subject.params)
+    stored, whole = stored_bytes(subject, way, final.params), total_bytes(subject.params)
     named = flatten(subject.params)[0]
     dense = sum(named[site.path].nbytes for site in subject.sites.sites)
-    rest = _bytes(final.params) - stored if way.kind == "student" else whole - dense
+    rest = total_bytes(final.params) - stored if way.kind == "student" else whole - dense
     row = {
         "subject": subject.name,
         "method": method if not sequential else f"{method}, in turn",
@@ -170,10 +170,6 @@ def _count(params: Params) -> int:
     """Entries that are stored: those that are not zero of an array, all of a quantised one."""
     leaves = flatten(params)[0].values()
     return sum(prod(x.shape) if isinstance(x, Quantised) else int(jnp.sum(x != 0)) for x in leaves)
-
-
-def _bytes(params: Params) -> int:
-    return sum(x.nbytes for x in jax.tree.leaves(params))
 
 
 def _speed(subject: Subject, small: Small, rounds: int) -> dict[str, Any]:

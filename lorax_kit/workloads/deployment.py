@@ -22,7 +22,7 @@ from lorax_kit.serve import load_onnx, load_stablehlo, load_tensors, save_onnx, 
 from lorax_kit.serve.onnx import check_installed
 from lorax_kit.tasks import Batch
 from lorax_kit.version import __version__
-from lorax_kit.workloads.methods import Method, Small, finished, smaller, statistics_of
+from lorax_kit.workloads.methods import Method, Small, finished, smaller, statistics_for, total_bytes
 from lorax_kit.workloads.sentiment import adapter_folder, workload_of
 from lorax_kit.workloads.subjects import Subject, sentiment_subject
 
@@ -120,8 +120,8 @@ def export_adapter(
             "file": FILES[form],
             "bytes": (new / FILES[form]).stat().st_size,
             "adapter_bytes": adapter_bytes(adapter),
-            "base_bytes": _bytes(subject.params),
-            "params_bytes": _bytes(model.params),
+            "base_bytes": total_bytes(subject.params),
+            "params_bytes": total_bytes(model.params),
             **measured,
         }
         (new / VOCABULARY).write_text("\n".join(words) + "\n", encoding="utf-8")
@@ -131,8 +131,7 @@ def export_adapter(
 
 
 def _compressed(subject: Subject, method: Method, keep: float, batches: int, progress: bool) -> Small:
-    fisher = method.base == "fisher"
-    stats = statistics_of(subject, batches, fisher=fisher, progress=progress) if method.calibrated else None
+    stats = statistics_for(subject, [method], batches, progress=progress)
     return finished(subject, method, smaller(subject, method, keep, stats, progress=progress))
 
 
@@ -196,10 +195,6 @@ def _measured(subject: Subject, model: Small, run: Run, rounds: int) -> dict[str
         out |= {"latency_jax_ms": median(times["jax"]), "latency_ms": median(times["exported"])}
         out |= {"latency_ratio": median(ratios)}
     return out
-
-
-def _bytes(params: Any) -> int:
-    return sum(x.nbytes for x in jax.tree.leaves(params))
 
 
 def _layers(params: Any) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from lorax_kit.compress import (
@@ -105,10 +106,15 @@ class Small(NamedTuple):
     params: Params
 
 
-def statistics_of(subject: Subject, batches: int, *, fisher: bool = True, progress: bool = True) -> dict[str, Moments]:
-    """Moments over the first batches of the training stream; with `fisher`, of the loss's gradients, too."""
+def statistics_for(
+    subject: Subject, methods: Iterable[Method], batches: int, *, allocation: str = "loss", progress: bool = True
+) -> dict[str, Moments] | None:
+    """What the methods read of the first batches of the training stream; None where none of them is calibrated."""
+    calibrated = [method for method in methods if method.calibrated]
+    if not calibrated:
+        return None
     stream = list(itertools.islice(subject.train(0), batches))  # a list: its bar knows the end
-    loss = subject.loss if fisher else None
+    loss = subject.loss if any(method.wants_gradients(allocation) for method in calibrated) else None
     return calibrate(subject.apply, subject.params, subject.sites, stream, loss=loss, progress=progress)
 
 
@@ -192,6 +198,11 @@ def stored_bytes(subject: Subject, method: Method, params: Params) -> int:
     else:
         paths = {site.path for site in subject.sites.sites}
     return sum(x.nbytes for p, x in named.items() if p in paths or p.rsplit("/", 1)[0] in paths)
+
+
+def total_bytes(params: Params) -> int:
+    """Of all arrays."""
+    return sum(x.nbytes for x in jax.tree.leaves(params))
 
 
 def _products(params: Params) -> list[str]:

@@ -16,7 +16,7 @@ from lorax_kit.report.run_folder import RunFolderError
 from lorax_kit.tasks import Plays
 from lorax_kit.workloads import compress_subject, subject_of, text_subject
 from lorax_kit.workloads.comparison import compare
-from lorax_kit.workloads.methods import Method, finished, smaller, statistics_of, stored_bytes
+from lorax_kit.workloads.methods import Method, finished, smaller, statistics_for, stored_bytes
 from lorax_kit.workloads.subjects import fewer_layers
 from tests.models import llama_files
 
@@ -34,7 +34,7 @@ def subject(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stats(subject):
-    return statistics_of(subject, 2, progress=False)
+    return statistics_for(subject, [Method.parse("whitened"), Method.parse("wanda")], 2, progress=False)
 
 
 def test_quality_equals_numpy(subject):
