@@ -25,6 +25,7 @@ from lorax_kit.workloads.comparison import METHODS, compare
 
 OUT = Path("runs/compression")
 SEEDS = range(5)
+HEALING = {"steps": 300, "rank": None, "lr": 2e-4}
 
 
 def minilm() -> None:
@@ -41,17 +42,15 @@ def minilm() -> None:
     found = lk.run(study, Sentiment(length=None).build(), out=OUT / "classifiers")
     losses = []
     for trial in found.rows:
-        subject = sentiment_subject(OUT / "classifiers" / trial["adapter"])
-        row, _ = compress_subject(
-            subject, method="whitened", keep=0.5, steps=600, rank=None, lr=2e-4, seed=trial["seed"], rounds=0
-        )
+        subject = sentiment_subject(OUT / "classifiers" / trial["adapter"], length=48)
+        row, _ = compress_subject(subject, method="whitened", keep=0.5, seed=trial["seed"], rounds=0, **HEALING)
         losses.append(row["metric_healed"] - row["metric_before"])
         before, after, healed = (row[f"metric_{when}"] for when in ("before", "after", "healed"))
         print(f"seed {trial['seed']}: {before:.3f} -> {after:.3f} -> {healed:.3f}")
     low = interval(100 * np.array(losses))
     print(f"healed minus original: {low.mean:+.2f} points [{low.low:+.2f}, {low.high:+.2f}]")
-    subject = sentiment_subject(OUT / "classifiers" / found.rows[0]["adapter"])
-    compare(subject, OUT / "minilm", methods=METHODS, keeps=(0.5, 0.3), seeds=SEEDS, steps=600, rank=None, lr=2e-4)
+    subject = sentiment_subject(OUT / "classifiers" / found.rows[0]["adapter"], length=48)
+    compare(subject, OUT / "minilm", methods=METHODS, keeps=(0.5, 0.3), **HEALING)
     show("minilm")
 
 
@@ -59,7 +58,7 @@ def smollm2() -> None:
     """SmolLM2-135M with 20 % and 40 % of its linear parameters removed; perplexity of plays that were held out."""
     subject = text_subject("smollm2")
     methods = ("svd", "fisher", "asvd", "whitened", "whitened+residual-nf4", "wanda", "nf4")
-    options = {"heal": ("whitened",), "batches": 64, "steps": 150, "share": 1.0, "rounds": 5}
+    options = {"heal": ("whitened",), "batches": 64, "steps": 150, "rounds": 3}
     compare(subject, OUT / "smollm2", methods=methods, keeps=(0.8, 0.6), **options)
     show("smollm2")
 

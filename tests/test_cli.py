@@ -118,7 +118,8 @@ def test_compress_prints_the_row_of_the_contract(finished, tmp_path, capsys, sta
     out = tmp_path / "small"
     call("compress", adapter, "--method", "svd", "--keep", "0.5", "--out", out, *options)
     found = json.loads(capsys.readouterr().out)
-    assert json.loads((out / "row.json").read_text()) == found
+    kept = json.loads((out / "row.json").read_text())
+    assert (len(kept.pop("original")), kept) == (64, found)
     assert "encoder/layer_5/mlp/up/kernel/a" in paths(load_tensors(out / "model.safetensors"))
     assert found["method"] == "svd"
     assert found["bytes"] <= 0.5 * 4 * (4 * 384**2 + 2 * 384 * 1536)
@@ -126,6 +127,22 @@ def test_compress_prints_the_row_of_the_contract(finished, tmp_path, capsys, sta
     assert found["metric_before"] == finished[1]["rows"][0]["test_accuracy"]
     assert {"params", "latency_ratio", "metric_after"} <= set(found)
     assert found["metric_healed"] is None
+    export = ["export", adapter, "--format", "safetensors", "--rounds", 0, "--out", tmp_path / "exported"]
+    call(*export, "--compressed", out, "--json")
+    row = json.loads(capsys.readouterr().out)
+    assert (row["method"], row["keep"], row["healed"], row["accuracy"]) == ("svd", 0.5, False, found["metric_after"])
+    other = finished[0] / finished[1]["rows"][1]["adapter"]
+    for argv, message in (
+        (["export", other, *export[2:-1], tmp_path / "x", "--compressed", out], "was made of another one than"),
+        ([*export[:-1], tmp_path / "x", "--compressed", finished[0]], "is no model of `lorax-kit compress --out`"),
+        ([*export, "--compressed", out, "--method", "svd"], "takes no method"),
+        ([*export, "--keep", "0.3"], "--keep goes with --method"),
+        ([*export, "--platform", "cpu"], "--platform goes with --format stablehlo"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            call(*argv)
+        assert e.value.code == 2
+        assert message in capsys.readouterr().err
     for argv, message in (
         (["--method", "pca"], "method 'pca' is unknown"),
         (["--method", "svd", "--keep", "1.5"], "1.5 is not in the range 0<x<=1"),
@@ -301,7 +318,7 @@ def test_a_killed_study_leaves_its_finished_trials_and_goes_on(finished, tmp_pat
     """Ctrl-C in a real process after the first of three groups; the rest is the same as without it."""
     out = tmp_path / "run"
     argv = [sys.executable, "-m", "lorax_kit", "study", "--memory-mib", "9", "--out", str(out)]
-    argv += ["--config", config(tmp_path, study={"probe_lr": 0.01, "steps": 200, "seed": [0, 1]})]
+    argv += ["--config", config(tmp_path, study={"probe_lr": 0.01, "steps": 80, "seed": [0, 1]})]
     process = subprocess.Popen(argv, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     trials = out / "trials.jsonl"

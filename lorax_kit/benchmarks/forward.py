@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
 from lorax_kit.benchmarks.case import make_case
-from lorax_kit.benchmarks.timing import alternate, calling, facts
+from lorax_kit.benchmarks.timing import alternate, calling, facts, ratio
 from lorax_kit.compress import compress, compressed, plan_ranks
 
 FORWARD_COLUMNS = (
@@ -33,8 +33,7 @@ def bench_forward(
     runs = {name: calling(program, models[name][1], case.batch) for name, program in compiled.items()}
     bar = tqdm(range(rounds), desc=f"{width} wide, {batch_size}x{length}, keep {keep:g}", disable=not progress)
     times = alternate(runs, bar)
-    ratios = [a / b for a, b in zip(times["small"], times["dense"], strict=True)]
-    quarters = quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    latency = ratio(times, "small", "dense")
     sizes = {"width": width, "layers": layers, "batch_size": batch_size, "length": length}
     return {
         **sizes,
@@ -43,8 +42,8 @@ def bench_forward(
         "rounds": rounds,
         "dense_ms": median(times["dense"]),
         "small_ms": median(times["small"]),
-        "latency_ratio": median(ratios),
-        "spread": [quarters[0], quarters[2]],
+        "latency_ratio": latency.median,
+        "spread": latency.spread,
         **{f"{name}_ratio": small[key] / dense[key] for name, key in
            (("flops", "flops"), ("bytes", "bytes"), ("temp", "temp_bytes"))},
         "backend": jax.default_backend(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from statistics import median, quantiles
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -14,7 +14,7 @@ import optax
 from tqdm import tqdm
 
 from lorax_kit.benchmarks.case import Case, make_case
-from lorax_kit.benchmarks.timing import alternate, facts, waiting
+from lorax_kit.benchmarks.timing import alternate, facts, ratio, waiting
 from lorax_kit.benchmarks.torch_peer import torch_steps
 from lorax_kit.core.factors import Factors
 from lorax_kit.core.merge import split
@@ -135,7 +135,7 @@ def _compiled(step: Any, state: Any, own: Any, batch: Any, into: dict[str, float
 
 
 def _ratios(times: dict[str, list[float]]) -> dict[str, Any]:
-    """Ours against each other step: the pairs of a round share the machine's mood."""
+    """Ours against each other step."""
     out: dict[str, Any] = {}
     forms = [name for name in ("factored", "merged") if name in times]
     pairs = {"full": ("ours", "full"), "naive": ("ours", "naive"), "peft": ("ours", "peft")}
@@ -145,9 +145,8 @@ def _ratios(times: dict[str, list[float]]) -> dict[str, Any]:
         if other not in times:
             out |= {f"ratio_{name}": None, f"spread_{name}": None}
             continue
-        found = [a / b for a, b in zip(times[one], times[other], strict=True)]
-        quarters = quantiles(found, n=4) if len(found) > 1 else [found[0]] * 3
-        out |= {f"ratio_{name}": median(found), f"spread_{name}": [quarters[0], quarters[2]]}
+        found = ratio(times, one, other)
+        out |= {f"ratio_{name}": found.median, f"spread_{name}": found.spread}
     return out
 
 

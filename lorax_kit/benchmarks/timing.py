@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
+from statistics import median, quantiles
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core as jex
@@ -79,6 +80,25 @@ def alternate(runs: Mapping[str, Callable[[], Any]], rounds: Iterable[Any]) -> d
             run()
             times[name].append(1e3 * (perf_counter() - began))
     return times
+
+
+class Ratio(NamedTuple):
+    """One run against another, over rounds: the median of the ratios within each round, and their quartiles."""
+
+    median: float
+    spread: list[float]
+
+
+def ratio(times: Mapping[str, Sequence[float]], one: str, other: str) -> Ratio:
+    """Of `alternate`'s times: the pairs of a round share the machine's mood.
+
+    Example:
+      >>> ratio({"ours": [1.0, 2.0, 3.0], "theirs": [2.0, 2.0, 2.0]}, "ours", "theirs")
+      Ratio(median=1.0, spread=[0.5, 1.5])
+    """
+    found = [a / b for a, b in zip(times[one], times[other], strict=True)]
+    quarters = quantiles(found, n=4) if len(found) > 1 else [found[0]] * 3
+    return Ratio(median(found), [quarters[0], quarters[2]])
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

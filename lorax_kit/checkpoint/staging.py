@@ -1,13 +1,15 @@
-"""A path that appears whole or not at all: written beside its place, then renamed into it."""
+"""A path that appears whole or not at all: written beside its place, then renamed into it; a folder of one writer."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from lorax_kit.core.errors import AdapterError
 
@@ -49,3 +51,14 @@ def staged(path: Path, overwrite: bool) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def sole_writer(folder: Path) -> IO[str] | None:
+    """An open file that keeps other processes away from a folder until it is closed; None while another has it."""
+    file = open(folder / ".lock", "w")  # noqa: SIM115  (held until the caller closes it)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file

@@ -119,7 +119,7 @@ def compress(
     subject, method = subject_of(model, targets=targets), methods[0] if methods else "whitened"
     row, small = compress_subject(subject, method=method, keep=keeps[0], sequential=sequential, seed=seed, **options)
     if out is not None:
-        save_small(out, row, small)
+        save_small(out, subject, row, small)
     if as_json:
         echo(row)
     else:

@@ -20,24 +20,25 @@ from lorax_kit.cli.root import cli, echo
 )
 @click.option("--int8", is_flag=True, help="Matrices of the ONNX model in 8 bits.")
 @click.option("--method", help="Compress first, by a method of `lorax-kit compress`; without, the adapter is merged.")
-@click.option(
-    "--keep", type=float, default=0.5, show_default=True, help="Share of the targets' parameters that --method keeps."
-)
+@click.option("--keep", type=float, help="Share of the targets' parameters that --method keeps.  [default: 0.5]")
 @click.option(
     "--target",
     "targets",
     multiple=True,
-    help="Pattern of parameters to compress, may be repeated; default: all linear.",
+    help="Pattern of parameters that --method compresses, may be repeated; default: all linear.",
 )
-@click.option("--batches", type=click.IntRange(1), default=16, show_default=True, help="Of calibration.")
+@click.option("--batches", type=click.IntRange(1), help="Of calibration for --method.  [default: 16]")
+@click.option(
+    "--compressed",
+    type=click.Path(exists=True, file_okay=False),
+    help="The model that `lorax-kit compress ADAPTER --out` left in this folder, healed or not, instead of --method.",
+)
 @click.option(
     "--platform",
     "platforms",
     type=click.Choice(["cpu", "cuda", "rocm", "tpu"]),
     multiple=True,
-    default=("cpu",),
-    show_default=True,
-    help="That runs the StableHLO; may be repeated.",
+    help="That runs the StableHLO; may be repeated.  [default: cpu]",
 )
 @click.option(
     "--rounds", type=click.IntRange(0), default=15, show_default=True, help="Alternating rounds of latency; 0: none."
@@ -53,7 +54,13 @@ def export(adapter: str, out: str, as_json: bool, **options: Any) -> None:
     from lorax_kit.benchmarks import table
     from lorax_kit.workloads.deployment import export_adapter
 
-    row = export_adapter(adapter, out, **options)
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    for name, flag in (("keep", "--keep"), ("targets", "--target"), ("batches", "--batches")):
+        if name in given and "method" not in given:
+            raise click.UsageError(f"{flag} goes with --method.")
+    if "platforms" in given and options["form"] != "stablehlo":
+        raise click.UsageError("--platform goes with --format stablehlo.")
+    row = export_adapter(adapter, out, **given)
     if as_json:
         echo(row)
         return

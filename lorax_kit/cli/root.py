@@ -19,8 +19,10 @@ def cli() -> None:
 
 
 def echo(data: Any) -> None:
-    """Facts as JSON."""
-    click.echo(json.dumps(data, indent=2))
+    """Facts as JSON; what is not finite as null."""
+    from lorax_kit.study.store import plain
+
+    click.echo(json.dumps(plain(data), indent=2))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

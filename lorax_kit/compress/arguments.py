@@ -68,6 +68,14 @@ def check_word(name: str, x: Any, words: tuple[str, ...]) -> None:
         raise CompressError(f"{name} {shown(x)} is unknown; choose from {', '.join(words)}.")
 
 
+def patterns_of(name: str, x: Any) -> tuple[str, ...]:
+    """Patterns, of one or of several."""
+    found = (x,) if isinstance(x, str) else x
+    if not isinstance(found, list | tuple) or not all(isinstance(one, str) for one in found):
+        raise CompressError(f"{name} is {shown(x)}; it must be patterns: ('head/*',).")
+    return tuple(found)
+
+
 def check_key(key: Any) -> None:
     """Raise `CompressError` unless it is one random key, typed or of two integers."""
     if is_array(key):
@@ -98,6 +106,8 @@ def planned(params: Params, sites: Any) -> tuple[dict[str, Any], jax.tree_util.P
     if not sites.sites:
         raise CompressError("the plan has no low-rank sites: there is nothing to compress.")
     named, treedef = flatten(params)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(named)):
+        raise CompressError("the params are being traced: compression works on values, outside of jit and grad.")
     for site in sites.sites:
         if site.path in named and not is_array(named[site.path]):
             raise CompressError(f"{site.path!r} is {shown(named[site.path])}; it must be an array.")

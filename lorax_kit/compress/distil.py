@@ -20,6 +20,7 @@ from lorax_kit.compress.arguments import (
     check_number,
     check_positive,
     scalar_of,
+    shown,
 )
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.merge import merge, split
@@ -55,7 +56,7 @@ def distillation(
         check_function("weight", weight, "weight(batch)")
 
     def mixed(logits: Array, batch: Any) -> Array:
-        given = jax.lax.stop_gradient(teacher(batch))
+        given = jax.lax.stop_gradient(_floats("teacher", teacher(batch)))
         if given.shape != logits.shape:
             raise CompressError(f"the teacher's logits are {given.shape}, the student's {logits.shape}.")
         wanted = jax.nn.log_softmax(given.astype(jnp.float32) / temperature)
@@ -63,13 +64,21 @@ def distillation(
         shares = jnp.exp(wanted)  # a class without any may be masked in both: 0 (-inf + inf) counts nothing
         some = ~(shares <= 0)  # NaN is not left out
         divergence = jnp.sum(jnp.where(some, shares * (wanted - jnp.where(some, ours, 0)), 0), axis=-1)
-        counts = jnp.ones(divergence.shape) if weight is None else weight(batch).astype(jnp.float32)
+        counts = jnp.ones(divergence.shape)
+        if weight is not None:
+            counts = _floats("weight", weight(batch)).astype(jnp.float32)
         if counts.shape != divergence.shape:
             raise CompressError(f"the weights are {counts.shape}, the positions {divergence.shape}.")
         mean = jnp.sum(divergence * counts) / jnp.maximum(jnp.sum(counts), 1e-9)
         return (1 - share) * loss(logits, batch) + share * temperature**2 * mean
 
     return mixed
+
+
+def _floats(name: str, x: Any) -> Array:
+    if not is_array(x):
+        raise CompressError(f"{name}(batch) is {shown(x)}; it must be an array.")
+    return jnp.asarray(x)
 
 
 def distil(

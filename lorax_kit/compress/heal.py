@@ -19,6 +19,7 @@ from lorax_kit.compress.arguments import (
     check_function,
     check_key,
     check_positive,
+    patterns_of,
 )
 from lorax_kit.compress.distil import trained
 from lorax_kit.core.compact import LowRank, Quantised
@@ -77,6 +78,7 @@ def heal(
             raise CompressError(f"the factors of {path!r} are quantised.\n  heal first, then lk.quantise")
     check_function("loss", loss, "loss(outputs, batch)")
     check_key(key)
+    full = patterns_of("full", full)
     steps, rounds, lr = check_count("steps", steps), check_count("rounds", rounds), check_positive("lr", lr)
     rank = None if rank is None else check_count("rank", rank)
     sides: tuple[tuple[str, ...], ...] = (SIDES,) if rank is None else tuple((SIDES[i % 2],) for i in range(rounds))
@@ -86,7 +88,7 @@ def heal(
     bar = tqdm(total=steps, desc="healing", unit="step", disable=not progress)
     with bar:
         for i, side in enumerate(sides):
-            rules: dict[str, Any] = dict.fromkeys([full] if isinstance(full, str) else full, Full())
+            rules: dict[str, Any] = dict.fromkeys(full, Full())
             for path in found:
                 for name in side:
                     own = f"{path}/{name}"

@@ -233,6 +233,8 @@ def _replaced(site: Site, x: Any, method: str, rank: int, stats: Stats | None, k
         for i, w in enumerate(_dense(x, site))
     ]
     a, b = (jnp.asarray(np.stack(side, 1), x.dtype) for side in zip(*pairs, strict=True))  # (r, S, K), (r, S, N)
+    if not bool(jnp.isfinite(a).all() & jnp.isfinite(b).all()):
+        raise CompressError(f"the factors of {site.path!r} do not fit into {x.dtype}.\n  cast it to float32 first")
     return LowRank(
         a=a.reshape(rank, *site.stack_shape, *site.in_shape),
         b=b.reshape(rank, *site.stack_shape, *site.out_shape),

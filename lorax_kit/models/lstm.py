@@ -24,6 +24,13 @@ class LstmConfig:
     num_classes: int = 2
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "embedding_size", "hidden_size", "num_layers", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1).")
+
 
 class LstmClassifier(nn.Module):
     """Embedding, LSTM layers, mean over the states of the tokens that count, linear head.

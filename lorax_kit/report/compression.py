@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,11 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
 
 
 def front(lines: Sequence[Line], cost: str) -> list[Line]:
-    """Those that no other beats in both the cost and the metric, from the cheapest."""
+    """Those that no other beats in both the cost and the metric, from the cheapest; a metric must be finite for it."""
     higher = lines[0].row["metric"] == "accuracy"
     kept: list[Line] = []
-    for line in sorted(lines, key=lambda x: (x.row[cost], -x.best if higher else x.best)):
+    finite = [line for line in lines if isfinite(line.best)]
+    for line in sorted(finite, key=lambda x: (x.row[cost], -x.best if higher else x.best)):
         if not kept or (line.best > kept[-1].best if higher else line.best < kept[-1].best):
             kept.append(line)
     return kept
@@ -224,7 +226,7 @@ def _pareto(lines: Sequence[Line]) -> tuple[Figure, str]:
         axes.set_xlim(left=0)
         if metric == "perplexity":
             axes.set_yscale("log")
-            axes.set_ylim(0.8 * min(original, *(line.best for line in lines)), MOST * original)
+            axes.set_ylim(0.8 * min(original, *(line.best for line in lines if isfinite(line.best))), MOST * original)
             log_values(axes)
     for axes in list(panels):
         axes.set_visible(False)

@@ -101,6 +101,8 @@ def save_onnx(
 def load_onnx(file: str | Path) -> Callable[..., list[np.ndarray]]:
     """`run(*arrays)` of an ONNX model in ONNX Runtime on the CPU: its outputs as a list.
 
+    `run` raises `ExportError` for inputs that the model does not take.
+
     Raises:
       FileNotFoundError: no such file.
       ExportError: the extra is not installed; a file that the runtime cannot run.
@@ -117,7 +119,16 @@ def load_onnx(file: str | Path) -> Callable[..., list[np.ndarray]]:
     except Exception as e:
         raise ExportError(f"ONNX Runtime cannot run {str(file)!r}: {first_line(e)}.") from e
     names = [x.name for x in session.get_inputs()]
-    return lambda *arrays: session.run(None, dict(zip(names, map(np.asarray, arrays), strict=True)))
+
+    def run(*arrays: Any) -> list[np.ndarray]:
+        if len(arrays) != len(names):
+            raise ExportError(f"{str(file)!r} takes {', '.join(names)}; {len(arrays)} arrays were given.")
+        try:
+            return session.run(None, dict(zip(names, map(np.asarray, arrays), strict=True)))
+        except Exception as e:  # pybind's own kinds
+            raise ExportError(f"{str(file)!r} cannot be run on these inputs: {first_line(e)}.") from e
+
+    return run
 
 
 def _unsupported(error: Exception, operations: frozenset[str]) -> ExportError:

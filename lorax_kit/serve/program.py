@@ -57,6 +57,7 @@ def program(fn: Callable[..., Any], params: Params, inputs: Mapping[str, Any]) -
             f"the function cannot be traced for the inputs {shown}: {first_line(e)}.\n"
             "  if sizes are symbolic, give the one it needs as a number"
         ) from e
+    closed = closed.replace(jaxpr=_needed(closed.jaxpr))
     operations = frozenset(_operations(closed.jaxpr))
     if found := sorted(HOST & operations):
         raise ExportError(
@@ -64,6 +65,29 @@ def program(fn: Callable[..., Any], params: Params, inputs: Mapping[str, Any]) -
             "  leave it out of the function that you export"
         )
     return Program(jex.jaxpr_as_fun(closed), shapes, len(closed.jaxpr.outvars), operations)
+
+
+def _needed(jaxpr: Any) -> Any:
+    """Without equations that no output needs: XLA drops them, converters translate them, or fail (a layer's keys)."""
+    wanted, kept = set(_variables(jaxpr.outvars)), []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not wanted.isdisjoint(eqn.outvars):
+            wanted |= set(_variables(eqn.invars))
+            kept.append(eqn.replace(params={name: _inner(x) for name, x in eqn.params.items()}))
+    return jaxpr.replace(eqns=kept[::-1])
+
+
+def _variables(atoms: Any) -> Iterator[Any]:
+    return (x for x in atoms if isinstance(x, jex.Var))
+
+
+def _inner(x: Any) -> Any:
+    """A parameter of an equation, its functions without what they do not need."""
+    if isinstance(x, jex.ClosedJaxpr):
+        return x.replace(jaxpr=_needed(x.jaxpr))
+    if isinstance(x, jex.Jaxpr):
+        return _needed(x)
+    return type(x)(map(_inner, x)) if type(x) in (tuple, list) else x
 
 
 def _operations(jaxpr: Any) -> Iterator[str]:

@@ -68,6 +68,8 @@ def save_stablehlo(
 def load_stablehlo(file: str | Path) -> Callable[..., list[jax.Array]]:
     """`run(*arrays)` of a file of `save_stablehlo`: the function's outputs as a list.
 
+    `run` raises `ExportError` for inputs that the program does not take.
+
     Raises:
       FileNotFoundError: no such file.
       ExportError: it is damaged, or of a version of jax that this one cannot read.
@@ -77,4 +79,13 @@ def load_stablehlo(file: str | Path) -> Callable[..., list[jax.Array]]:
         exported = jax.export.deserialize(content)
     except Exception as e:
         raise ExportError(f"{str(file)!r} is damaged or of another jax: {first_line(e)}.\n  export it again") from e
-    return jax.jit(exported.call)
+    call = jax.jit(exported.call)
+
+    def run(*arrays: Any) -> list[jax.Array]:
+        try:
+            return call(*arrays)
+        except (TypeError, ValueError) as e:
+            wanted = ", ".join(str(x) for x in exported.in_avals)
+            raise ExportError(f"{str(file)!r} takes {wanted}: {first_line(e)}.") from e
+
+    return run

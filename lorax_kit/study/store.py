@@ -10,7 +10,6 @@ training.npz   the group under way at its last save                replaced atom
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -28,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_kit.checkpoint.staging import sole_writer
 from lorax_kit.core.errors import StudyError
 from lorax_kit.study.engine import Progress
 from lorax_kit.version import __version__
@@ -50,14 +50,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _plain(x: Any) -> Any:
+def plain(x: Any) -> Any:
     """NaN and infinities as null: they are not JSON."""
     if isinstance(x, float) and not math.isfinite(x):
         return None
     if isinstance(x, Mapping):
-        return {k: _plain(v) for k, v in x.items()}
+        return {k: plain(v) for k, v in x.items()}
     if isinstance(x, list | tuple):
-        return [_plain(v) for v in x]
+        return [plain(v) for v in x]
     return x
 
 
@@ -103,12 +103,9 @@ class RunStore:
           StudyError: another process is writing to it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115  (held until close)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
-            raise StudyError(f"another process is writing to {str(self.path)!r}.\n  wait for it, or stop it") from None
+        self._lock = sole_writer(self.path)
+        if self._lock is None:
+            raise StudyError(f"another process is writing to {str(self.path)!r}.\n  wait for it, or stop it")
         if self._discard:
             for name in ("study.json", *JSONL, TRAINING, "results.csv", "report.html"):
                 (self.path / name).unlink(missing_ok=True)
@@ -156,7 +153,7 @@ class RunStore:
 
     def write_info(self, **values: Any) -> None:
         """Update `study.json`, replaced in one step."""
-        self.info = {**self.info, "identity": self.identity, **_plain(values)}
+        self.info = {**self.info, "identity": self.identity, **plain(values)}
         file = self.path / "study.json"
         staged = file.with_suffix(".json.tmp")
         staged.write_text(json.dumps(self.info, indent=2), encoding="utf-8")
@@ -164,7 +161,7 @@ class RunStore:
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows to a JSONL file and make sure they are on disk."""
-        text = "".join(json.dumps(_plain(row)) + "\n" for row in rows)
+        text = "".join(json.dumps(plain(row)) + "\n" for row in rows)
         with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(text)
             file.flush()

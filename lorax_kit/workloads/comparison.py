@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 from tqdm import tqdm
 
 from lorax_kit.checkpoint.fingerprint import fingerprint
+from lorax_kit.checkpoint.staging import sole_writer
 from lorax_kit.compress import ALLOCATIONS
 from lorax_kit.compress.arguments import check_count, check_share, check_word
 from lorax_kit.core.errors import CompressError
@@ -83,61 +85,93 @@ def compare(
         "steps": steps,
         **{name: settings[name] for name in sorted(settings)},
     }
-    folder = Path(out)
-    rows = _begun(folder, about)
-    done = {(row["method"], row["keep"], row["seed"], row["metric_healed"] is not None) for row in rows}
     wanted = dict.fromkeys(
         (way, keep, seed, way.name in heal)
         for way in ways
         for keep in ((0.5 if "2:4" in way.name else 1.0,) if way.name in WITHOUT_SHARE else keeps)
         for seed in (seeds if way.name in heal else seeds[:1])
     )
-    todo = [one for one in wanted if (one[0].name, *one[1:]) not in done]
-    left = [way for way, _, _, _ in todo]
-    stats = statistics_for(subject, left, batches, allocation=allocation, progress=progress)
-    original = subject.quality(subject.apply, subject.params) if todo else None
-    bar = tqdm(todo, desc="methods", unit="row", total=len(rows) + len(todo), initial=len(rows), disable=not progress)
-    for way, keep, seed, healed in bar:
-        bar.set_postfix_str(f"{way.name} {keep:g}, seed {seed}")
-        row, _ = compress_subject(
-            subject, method=way.name, keep=keep, steps=steps if healed else 0, seed=seed, batches=batches, stats=stats,
-            original=original, progress=progress, **settings,
-        )  # fmt: skip
-        if not (folder / "comparison.json").exists():  # only now: a call that fails leaves no folder
-            _begin(folder, about, command)
-        rows.append(row)
-        with (folder / "rows.jsonl").open("a", encoding="utf-8") as file:
+    with closing(_Folder(Path(out), about, command)) as folder:
+        done = {(row["method"], row["keep"], row["seed"], row["metric_healed"] is not None) for row in folder.rows}
+        todo = [one for one in wanted if (one[0].name, *one[1:]) not in done]
+        left = [way for way, _, _, _ in todo]
+        stats = statistics_for(subject, left, batches, allocation=allocation, progress=progress)
+        original = subject.quality(subject.apply, subject.params) if todo else None
+        count = len(folder.rows) + len(todo)
+        bar = tqdm(todo, desc="methods", unit="row", total=count, initial=len(folder.rows), disable=not progress)
+        for way, keep, seed, healed in bar:
+            bar.set_postfix_str(f"{way.name} {keep:g}, seed {seed}")
+            row, _ = compress_subject(
+                subject, method=way.name, keep=keep, steps=steps if healed else 0, seed=seed, batches=batches,
+                stats=stats, original=original, progress=progress, **settings,
+            )  # fmt: skip
+            folder.add(row)
+        return folder.rows
+
+
+class _Folder:
+    """Rows on disk, of one model and one set of settings, written by one process.
+
+    Nothing is written before the first row: a call that fails leaves no folder.
+
+    Raises:
+      CompressError: the folder holds other settings, is damaged, or is being written to.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any], command: str) -> None:
+        self.path, self.about, self.command = path, about, command
+        self._held: IO[str] | None = None
+        self.rows: list[dict[str, Any]] = []
+        self.head, self.file = path / "comparison.json", path / "rows.jsonl"
+        if self.head.exists():
+            self._lock()
+            try:
+                self._read()
+            except CompressError:
+                self.close()
+                raise
+        elif self.file.exists():
+            raise CompressError(f"{str(path)!r} has rows of unknown settings: its comparison.json is gone.")
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row; the first makes the folder."""
+        if self._held is None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            if self.head.exists():
+                raise CompressError(f"another process began {str(self.path)!r} meanwhile.\n  call again to go on")
+            versions = {"jax": jax.__version__, "lorax_kit": __version__, "device": jax.devices()[0].device_kind}
+            text = json.dumps({**self.about, "command": self.command, **versions}, indent=2) + "\n"
+            self.head.write_text(text, encoding="utf-8")
+        self.rows.append(row)
+        with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-    return rows
 
+    def _lock(self) -> None:
+        self._held = sole_writer(self.path)
+        if self._held is None:
+            raise CompressError(f"another process is writing to {str(self.path)!r}.\n  wait for it, or stop it")
 
-def _begun(folder: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that are there, of the same model and settings."""
-    head, file = folder / "comparison.json", folder / "rows.jsonl"
-    if not head.exists():
-        if file.exists():
-            raise CompressError(f"{str(folder)!r} has rows of unknown settings: its comparison.json is gone.")
-        return []
-    try:
-        begun = file.exists() and "\n" in file.read_text(encoding="utf-8")
-        rows, found = read_rows(folder) if begun else ([], json.loads(head.read_text(encoding="utf-8")))
-    except (RunFolderError, ValueError) as e:
-        raise CompressError(f"{str(folder)!r} cannot be gone on with: {e}.\n  choose another folder") from None
-    for key, value in about.items():
-        if not isinstance(found, dict) or found.get(key) != value:
-            was = found.get(key) if isinstance(found, dict) else None
-            raise CompressError(
-                f"{str(folder)!r} holds a comparison with {key} {was!r}, not {value!r}.\n"
-                "  choose another folder, or the same settings"
-            )
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    if text and not text.endswith("\n"):  # a kill cut the last line
-        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    return rows
+    def close(self) -> None:
+        """Let other processes write."""
+        if self._held is not None:
+            self._held.close()
 
-
-def _begin(folder: Path, about: dict[str, Any], command: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    versions = {"jax": jax.__version__, "lorax_kit": __version__, "device": jax.devices()[0].device_kind}
-    text = json.dumps({**about, "command": command, **versions}, indent=2) + "\n"
-    (folder / "comparison.json").write_text(text, encoding="utf-8")
+    def _read(self) -> None:
+        text = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
+        try:
+            if "\n" in text:
+                self.rows, found = read_rows(self.path)
+            else:
+                found = json.loads(self.head.read_text(encoding="utf-8"))
+        except (RunFolderError, ValueError) as e:
+            raise CompressError(f"{str(self.path)!r} cannot be gone on with: {e}.\n  choose another folder") from None
+        for key, value in self.about.items():
+            if not isinstance(found, dict) or found.get(key) != value:
+                was = found.get(key) if isinstance(found, dict) else None
+                raise CompressError(
+                    f"{str(self.path)!r} holds a comparison with {key} {was!r}, not {value!r}.\n"
+                    "  choose another folder, or the same settings"
+                )
+        if text and not text.endswith("\n"):  # a kill cut the last line
+            self.file.write_text("".join(f"{json.dumps(row)}\n" for row in self.rows), encoding="utf-8")

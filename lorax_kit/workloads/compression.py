@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from statistics import median
@@ -12,16 +13,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from tqdm import tqdm
 
-from lorax_kit.benchmarks.timing import alternate, calling, facts, product_flops
+from lorax_kit.benchmarks.timing import alternate, calling, facts, product_flops, ratio
+from lorax_kit.checkpoint.fingerprint import fingerprint
 from lorax_kit.checkpoint.staging import refuse_existing, staged
-from lorax_kit.compress import Moments, distil, distillation, heal
+from lorax_kit.compress import Moments, compressed, distil, distillation, heal
+from lorax_kit.compress.arguments import check_count, check_share
 from lorax_kit.core.compact import Quantised
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.paths import Params, flatten
-from lorax_kit.serve import save_tensors
-from lorax_kit.workloads.methods import Method, Small, finished, smaller, statistics_for, stored_bytes, total_bytes
+from lorax_kit.serve import load_tensors, save_tensors
+from lorax_kit.workloads.methods import (
+    Method,
+    Small,
+    finished,
+    smaller,
+    statistics_for,
+    stored_bytes,
+    students_layers,
+    total_bytes,
+)
 from lorax_kit.workloads.subjects import Apply, Quality, Subject
+
+MODEL, ROW = "model.safetensors", "row.json"
+IN_TURN = ", in turn"
+"""Ends the method's name in a row of layer after layer."""
 
 
 def compress_subject(
@@ -65,7 +82,8 @@ def compress_subject(
     Raises:
       CompressError: an unknown method, healing of what cannot be healed, what the method itself raises.
     """
-    way = Method.parse(method)
+    way, seed = Method.parse(method), check_count("seed", seed, 0)
+    keep, steps, rounds = check_share("keep", keep), check_count("steps", steps, 0), check_count("rounds", rounds, 0)
     if steps and not way.healed:
         raise CompressError(f"{method!r} leaves nothing low-rank to heal.\n  heal svd, fisher, asvd or whitened")
     if sequential and way.kind != "low-rank":
@@ -73,23 +91,33 @@ def compress_subject(
     if stats is None:
         stats = statistics_for(subject, [way], batches, allocation=allocation, progress=progress)
     in_turn = batches if sequential and way.calibrated else 0
+
+    def say(phase: str) -> None:
+        if progress:
+            tqdm.write(f"{method}, {keep:g} kept: {phase}", file=sys.stderr)
+
+    say("making it smaller")
     small = smaller(subject, way, keep, stats, allocation=allocation, in_turn=in_turn, progress=progress)
+    say("measuring")
     original = original or subject.quality(subject.apply, subject.params)
     final, healed = finished(subject, way, small), None
     after = subject.quality(*final, original)
     if steps:
+        say("healing")
         small = healed_model(
             subject, way, small, steps=steps, lr=lr, rank=rank, share=share, seed=seed, progress=progress
         )
         final = finished(subject, way, small)
         healed = subject.quality(*final, original)
+    if rounds:
+        say("timing")
     stored, whole = stored_bytes(subject, way, final.params), total_bytes(subject.params)
     named = flatten(subject.params)[0]
     dense = sum(named[site.path].nbytes for site in subject.sites.sites)
     rest = total_bytes(final.params) - stored if way.kind == "student" else whole - dense
     row = {
         "subject": subject.name,
-        "method": method if not sequential else f"{method}, in turn",
+        "method": method + IN_TURN * sequential,
         "keep": 1.0 if way.kind == "quantised" else keep,
         "seed": seed,
         "params": _count(final.params),
@@ -108,7 +136,7 @@ def compress_subject(
     return row, final
 
 
-def save_small(out: str | Path, row: dict[str, Any], small: Small) -> None:
+def save_small(out: str | Path, subject: Subject, row: dict[str, Any], small: Small) -> None:
     """Write a folder of `model.safetensors` (`lorax_kit.serve.load_tensors` reads it) and `row.json`, or nothing.
 
     Raises:
@@ -118,8 +146,32 @@ def save_small(out: str | Path, row: dict[str, Any], small: Small) -> None:
     refuse_existing(path, False, None)
     with staged(path, False) as folder:
         folder.mkdir()
-        save_tensors(folder / "model.safetensors", small.params)
-        (folder / "row.json").write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+        save_tensors(folder / MODEL, small.params)
+        text = json.dumps(row | {"original": fingerprint(subject.params)}, indent=2) + "\n"
+        (folder / ROW).write_text(text, encoding="utf-8")
+
+
+def load_small(folder: str | Path, subject: Subject) -> tuple[dict[str, Any], Small]:
+    """What `save_small` wrote: the row, and the model.
+
+    Raises:
+      CompressError: no such folder, a damaged one, or one made of another model than the subject's.
+      ExportError: damaged tensors.
+    """
+    path = Path(folder)
+    try:
+        row = json.loads((path / ROW).read_text(encoding="utf-8"))
+        way, keep, original = Method.parse(row["method"].removesuffix(IN_TURN)), float(row["keep"]), row["original"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CompressError(
+            f"{str(path)!r} is no model of `lorax-kit compress --out`: {type(e).__name__} {e}."
+        ) from None
+    if original != fingerprint(subject.params):
+        raise CompressError(f"the model in {str(path)!r} was made of another one than {subject.name!r}.")
+    params = load_tensors(path / MODEL)
+    if way.kind == "student":
+        return row, Small(subject.student(students_layers(subject, keep))[0], params)
+    return row, Small(subject.apply if way.kind == "pruned" else compressed(subject.apply), params)
 
 
 def healed_model(
@@ -189,6 +241,5 @@ def _speed(subject: Subject, small: Small, rounds: int) -> dict[str, Any]:
     if rounds:
         runs = {name: calling(program, models[name][1], batch) for name, program in compiled.items()}
         times = alternate(runs, range(rounds))
-        ratios: Sequence[float] = [a / b for a, b in zip(times["small"], times["dense"], strict=True)]
-        out |= {"latency_ms": median(times["small"]), "latency_ratio": median(ratios)}
+        out |= {"latency_ms": median(times["small"]), "latency_ratio": ratio(times, "small", "dense").median}
     return out

@@ -13,7 +13,7 @@ import jax
 import jax.export
 import numpy as np
 
-from lorax_kit.benchmarks.timing import alternate
+from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.checkpoint.adapter import adapter_bytes
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.core.errors import ExportError
@@ -22,6 +22,7 @@ from lorax_kit.serve import load_onnx, load_stablehlo, load_tensors, save_onnx, 
 from lorax_kit.serve.onnx import check_installed
 from lorax_kit.tasks import Batch
 from lorax_kit.version import __version__
+from lorax_kit.workloads.compression import load_small
 from lorax_kit.workloads.methods import Method, Small, finished, smaller, statistics_for, total_bytes
 from lorax_kit.workloads.sentiment import adapter_folder, workload_of
 from lorax_kit.workloads.subjects import Subject, sentiment_subject
@@ -43,6 +44,7 @@ def export_adapter(
     keep: float = 0.5,
     targets: Sequence[str] = (),
     batches: int = 16,
+    compressed: str | Path | None = None,
     int8: bool = False,
     platforms: Sequence[str] = ("cpu",),
     rounds: int = 15,
@@ -60,14 +62,15 @@ def export_adapter(
       form: "safetensors", "stablehlo" or "onnx".
       method, keep, targets, batches: compress first, as `compress_subject` takes them; without a method the adapter
         is merged.
+      compressed: instead, a folder of `lorax-kit compress ADAPTER --out`, healed or not.
       int8: quantise the ONNX model.
       platforms: that StableHLO is lowered for.
       rounds: alternating rounds of latency, JAX against the exported model; 0 leaves latency out.
       overwrite: replace an earlier export; otherwise it is an error.
 
     Returns:
-      `format, method, keep, int8, path, files` (name -> bytes), `file, bytes` (of the model), `adapter_bytes` (on
-      disk), `base_bytes` (fp32), `params_bytes` (of what was exported), `max_difference` (of logits, over all test
+      `format, method, keep, healed, int8, path, files` (name -> bytes), `file, bytes` (of the model), `adapter_bytes`
+      (on disk), `base_bytes` (fp32), `params_bytes` (of what was exported), `max_difference` (of logits, over all test
       reviews), `accuracy_merged` (before compression), `accuracy_jax, accuracy, agreement, examples`, `batch` (shape),
       `latency_jax_ms, latency_ms, latency_ratio`.
 
@@ -81,6 +84,8 @@ def export_adapter(
         raise ExportError(f"format {form!r} is unknown; choose from {', '.join(FILES)}.")
     if int8 and form != "onnx":
         raise ExportError(f"int8 is a form of onnx, not of {form}.\n  compress first by method int8")
+    if compressed is not None and method is not None:
+        raise ExportError("a model that is compressed already takes no method: give one of the two.")
     if form == "onnx":
         check_installed()
     here = {"gpu": {"cuda", "rocm"}}.get(jax.default_backend(), {jax.default_backend()})
@@ -95,8 +100,11 @@ def export_adapter(
     pretrained = load_bert(workload.model)
     words, normaliser = _vocabulary(pretrained.tokenizer_file)
     subject = sentiment_subject(adapter, targets=targets)
-    model = Small(subject.apply, subject.params)
-    if method is not None:
+    model, healed = Small(subject.apply, subject.params), False
+    if compressed is not None:
+        kept, model = load_small(compressed, subject)
+        method, keep, healed = kept["method"], kept["keep"], kept["metric_healed"] is not None
+    elif method is not None:
         model = _compressed(subject, Method.parse(method), keep, batches, progress)
     document = {
         "lorax_kit": __version__,
@@ -116,6 +124,7 @@ def export_adapter(
             "format": form,
             "method": method,
             "keep": keep if method is not None else None,
+            "healed": healed,
             "int8": int8,
             "file": FILES[form],
             "bytes": (new / FILES[form]).stat().st_size,
@@ -191,9 +200,8 @@ def _measured(subject: Subject, model: Small, run: Run, rounds: int) -> dict[str
         ids, mask = subject.test[0].ids, subject.test[0].mask
         runs = {"jax": lambda: np.asarray(in_jax(model.params, ids, mask)), "exported": lambda: run(ids, mask)}
         times = alternate(runs, range(rounds))
-        ratios = [a / b for a, b in zip(times["exported"], times["jax"], strict=True)]
         out |= {"latency_jax_ms": median(times["jax"]), "latency_ms": median(times["exported"])}
-        out |= {"latency_ratio": median(ratios)}
+        out |= {"latency_ratio": ratio(times, "exported", "jax").median}
     return out
 
 

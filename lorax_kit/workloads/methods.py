@@ -148,7 +148,7 @@ def smaller(
                 raise CompressError(
                     f"a student has fewer layers, and no target is in {layer!r}: leave the targets out."
                 )
-        return Small(*subject.student(max(round(keep * len(subject.layers)), 1)))
+        return Small(*subject.student(students_layers(subject, keep)))
     if method.kind == "quantised":
         return Small(subject.apply, subject.params)
     if method.kind == "pruned":
@@ -169,6 +169,11 @@ def smaller(
         whole = [site.path for site in sites.sites if site.path not in products]
         small = quantise(small, [*(f"{path}/residual" for path in products), *whole], method.bits)
     return Small(compressed(subject.apply), small)
+
+
+def students_layers(subject: Subject, keep: float) -> int:
+    """How many layers a student has that keeps such a share of them."""
+    return max(round(keep * len(subject.layers)), 1)
 
 
 def finished(subject: Subject, method: Method, small: Small) -> Small:

@@ -37,6 +37,7 @@ SITES = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), PARAMS, fn, X)
 SMALL = compress(PARAMS, CompressPlan(method="svd", sites=SITES, ranks={"w": 2}))
 OTHER = {"w": Moments(tokens=1.0, gram=np.eye(5)[None], absolute=np.ones((1, 5)), fisher=np.ones((1, 5)))}
 EMPTY = Moments(tokens=1.0)
+TINY = np.full((1, 300), 1e-12)
 
 
 def mean(y, x):
@@ -54,6 +55,13 @@ def calibrated(fn=fn, params=PARAMS, sites=SITES, batches=(X,), **options):
 
 def pruned(**options):
     return prune(PARAMS, SITES, **{"keep": 0.5, **options})
+
+
+def half():
+    """Singular values above what the parameter's dtype holds."""
+    params = {"w": jnp.full((300, 300), 6e4, jnp.float16)}
+    sites = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), params)
+    compress(params, CompressPlan(method="asvd", sites=sites, ranks={"w": 1}), {"w": EMPTY._replace(absolute=TINY)})
 
 
 def planned(stats, method="whitened"):
@@ -86,6 +94,7 @@ def planned(stats, method="whitened"):
         (lambda: calibrated(params={"w": "abc"}), "'w' is 'abc'; it must be an array"),
         (lambda: calibrated(loss=lambda y, x: None), "the loss returned None"),
         (lambda: calibrated(loss=lambda y, x: y), r"the loss has shape \(10, 6\)"),
+        (lambda: jax.jit(lambda p: calibrated(params=p))(PARAMS), "the params are being traced"),
         (lambda: calibrated(batches=[X, X * jnp.nan]), "calibration data of 'w' are not finite"),
         (lambda: healed(loss=None), "loss is None; it must be a function"),
         (lambda: healed(loss=lambda y, x: None), "the loss returned None"),
@@ -99,6 +108,9 @@ def planned(stats, method="whitened"):
         (lambda: healed(rounds="two"), "rounds is 'two'"),
         (lambda: healed(lr="fast"), "lr is 'fast'"),
         (lambda: healed(lr=0.0), "lr is 0"),
+        (lambda: healed(full=None), "full is None; it must be patterns"),
+        (lambda: healed(distillation(lambda x: [1.0], mean)), r"teacher\(batch\) is \[1.0\]; it must be an array"),
+        (lambda: healed(distillation(lambda x: x[:, :6], mean, weight=lambda x: 1)), r"weight\(batch\) is 1"),
         (lambda: heal(fn, "params", mean, [X], KEY, steps=2), "no parameter is low-rank"),
         (lambda: distillation(mean, None), "loss is None"),
         (lambda: distillation(mean, mean, share="half"), "share is 'half'"),
@@ -115,6 +127,7 @@ def planned(stats, method="whitened"):
         (lambda: planned(OTHER, "fisher"), "'w' have 5 inputs"),
         (lambda: planned({"w": Moments(tokens=1.0, fisher=np.zeros((1, 8)))}, "fisher"), "all gradients of 'w'"),
         (lambda: planned({"w": Moments(tokens=1.0, absolute=np.zeros((0, 8)))}, "asvd"), "of 0 stacked matrices"),
+        (half, "factors of 'w' do not fit into float16"),
         (lambda: allocate({}, 0.5), "no candidates"),
         (lambda: allocate({}, "half"), "keep is 'half'"),
     ],

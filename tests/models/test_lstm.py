@@ -121,3 +121,9 @@ def test_a_product_of_all_energy_equals_the_dense_model(params, sites):
 def test_no_gate_is_materialised(params, sites):
     base, factors = lk.split(params, sites, jax.random.key(0))
     assert lk.explain(lk.adapt(apply, sites), base, factors, (IDS, MASK)).materialised == ()
+
+
+@pytest.mark.parametrize(("field", "value"), [("hidden_size", 0), ("num_layers", -1), ("dropout", 1.0)])
+def test_impossible_sizes_are_named(field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value}"):
+        replace(CONFIG, **{field: value})

@@ -10,6 +10,7 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.compress import compress, compressed, plan_ranks
+from lorax_kit.models import LstmClassifier, LstmConfig
 from lorax_kit.models.bert import BertClassifier, BertConfig
 from lorax_kit.serve import ExportError, load_onnx, save_onnx
 from tests import tiny
@@ -116,7 +117,26 @@ def test_existing_and_damaged_files(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_onnx(tmp_path / "none")
     save_onnx(file, points, PARAMS, INPUTS, overwrite=True)
-    np.testing.assert_allclose(load_onnx(file)(X)[0], points(PARAMS, X), rtol=0, atol=1e-4)
+    run = load_onnx(file)
+    np.testing.assert_allclose(run(X)[0], points(PARAMS, X), rtol=0, atol=1e-4)
+    for inputs, message in (((X, X), "takes x; 2 arrays were given"), ((X[:, :2],), "cannot be run on these inputs")):
+        with pytest.raises(ExportError, match=message):
+            run(*inputs)
+
+
+@pytest.mark.interop
+def test_an_lstm_of_any_batch(tmp_path):
+    """The keys that its layers draw and do not use have no counterpart in the format."""
+    model = LstmClassifier(LstmConfig(vocab_size=50, embedding_size=8, hidden_size=8))
+    ids = np.random.default_rng(0).integers(1, 50, (3, 7)).astype(np.int32)
+    mask = (np.arange(7) < np.array([7, 4, 1])[:, None]).astype(np.int32)
+    params = model.init(jax.random.key(0), ids, mask)["params"]
+    inputs = jax.export.symbolic_args_specs({"ids": ids, "mask": mask}, "batch, 7")
+    save_onnx(tmp_path / "m.onnx", lambda p, *x: model.apply({"params": p}, *x), params, inputs)
+    run = load_onnx(tmp_path / "m.onnx")
+    for n in (1, 3):
+        ours = model.apply({"params": params}, ids[:n], mask[:n])
+        np.testing.assert_allclose(run(ids[:n], mask[:n])[0], ours, rtol=0, atol=1e-5)
 
 
 @pytest.mark.interop

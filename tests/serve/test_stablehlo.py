@@ -135,3 +135,7 @@ def test_existing_and_damaged_files(tmp_path):
     assert file.read_bytes() == b"mine"
     with pytest.raises(ExportError, match="is damaged or of another jax"):
         load_stablehlo(file)
+    save_stablehlo(file, points, PARAMS, {"x": BATCH.x}, overwrite=True)
+    for inputs in ((), (BATCH.x, BATCH.x), (BATCH.x[:, :2],)):
+        with pytest.raises(ExportError, match=r"takes float32\[5,"):
+            load_stablehlo(file)(*inputs)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lorax_kit.checkpoint.staging import sole_writer
 from lorax_kit.compress import CompressError, LowRank
 from lorax_kit.core.compact import Quantised
 from lorax_kit.core.paths import flatten
@@ -16,6 +17,7 @@ from lorax_kit.report.run_folder import RunFolderError
 from lorax_kit.tasks import Plays
 from lorax_kit.workloads import compress_subject, subject_of, text_subject
 from lorax_kit.workloads.comparison import compare
+from lorax_kit.workloads.compression import load_small, save_small
 from lorax_kit.workloads.methods import Method, finished, smaller, statistics_for, stored_bytes
 from lorax_kit.workloads.subjects import fewer_layers
 from tests.models import llama_files
@@ -166,6 +168,24 @@ def test_a_comparison_belongs_to_its_weights(subject, tmp_path):
     assert [json.loads(line)["method"] for line in rows.read_text().splitlines()] == ["int8", "nf4"]
 
 
+def test_a_comparison_has_one_writer(subject, tmp_path):
+    out = tmp_path / "compare"
+    compare(subject, out, methods=("int8",), **QUIET)
+    with sole_writer(out), pytest.raises(CompressError, match="another process is writing to"):
+        compare(subject, out, methods=("nf4",), **QUIET)
+    assert len(compare(subject, out, methods=("int8", "nf4"), **QUIET)) == 2
+
+
+@pytest.mark.parametrize("method", ["whitened+int8", "magnitude", "student"])
+def test_what_was_kept_is_read_again(subject, stats, method, tmp_path):
+    row, small = compress_subject(subject, method=method, keep=0.5, stats=stats, **QUIET)
+    save_small(tmp_path / "small", subject, row, small)
+    again, loaded = load_small(tmp_path / "small", subject)
+    assert again == row | {"original": again["original"]}
+    found = subject.quality(*loaded), subject.quality(*small)
+    assert found[0].loss == found[1].loss
+
+
 def test_a_comparison_that_fails_leaves_no_folder(subject, tmp_path):
     for options, message in (
         ({"keeps": (0,)}, "keep is 0"),
@@ -185,4 +205,6 @@ def test_the_front_holds_what_nothing_beats():
                                          "metric": "accuracy"}  # fmt: skip
 
     lines = lines_of([row("a", 0.5, 0.7), row("b", 0.2, 0.6), row("c", 0.6, 0.65), row("d", 0.9, 0.8)])
+    assert [line.method for line in front(lines, "bytes_ratio")] == ["b", "a", "d"]
+    lines += lines_of([row("broken", 0.1, float("nan"))])
     assert [line.method for line in front(lines, "bytes_ratio")] == ["b", "a", "d"]
