@@ -18,7 +18,9 @@ from pathlib import Path
 from statistics import median
 
 import jax
+import jax.export
 import jax.numpy as jnp
+import numpy as np
 import optax
 from safetensors.numpy import save_file
 
@@ -26,7 +28,10 @@ import lorax_kit as lk
 from lorax_kit.benchmarks.timing import alternate, product_flops, table, waiting
 from lorax_kit.core.paths import flatten
 from lorax_kit.models import LstmClassifier, LstmConfig, Tokenizer
+from lorax_kit.serve import load_onnx, save_onnx
+from lorax_kit.serve.onnx import check_installed
 from lorax_kit.tasks import (
+    Batch,
     correct,
     cross_entropies,
     cross_entropy,
@@ -97,6 +102,30 @@ def train(apply, params, loss, rounds, val, *, rate, key, around):
     return lk.merge(base, fitted.state.factors, plan), fitted.history
 
 
+def exported(models, test, out):
+    """ONNX files of the original and of the healed model, in fp32 and int8: bytes, and accuracy in ONNX Runtime."""
+    try:
+        check_installed()
+    except lk.LoraxError as e:
+        print(f"No ONNX files: {e}")
+        return
+    shape = jax.ShapeDtypeStruct((1, LENGTH), np.int32)
+    inputs = jax.export.symbolic_args_specs({"ids": shape, "mask": shape}, f"batch, {LENGTH}")
+    rows = []
+    for name, int8 in itertools.product(("original", "healed"), (False, True)):
+        fn, params = models[name]
+        file = out / f"{name}{'-int8' if int8 else ''}.onnx"
+        save_onnx(file, lambda p, ids, mask, fn=fn: fn(p, Batch(ids, mask, None, None)), params, inputs,
+                  outputs=("logits",), int8=int8, overwrite=True)  # fmt: skip
+        run, right, total = load_onnx(file), 0, 0
+        for batch in test:
+            counts = np.asarray(batch.weight) > 0
+            right += int(np.sum((run(batch.ids, batch.mask)[0].argmax(-1) == batch.label)[counts]))
+            total += int(counts.sum())
+        rows.append({"file": file.name, "bytes": file.stat().st_size, "test accuracy": f"{right / total:.4f}"})
+    print(table(rows, list(rows[0])))
+
+
 def main(seed, epochs, keep, out):
     """Train, compress, heal; `epochs` in all."""
     batches, val, test, steps = data()
@@ -144,6 +173,7 @@ def main(seed, epochs, keep, out):
     (out / "history.json").write_text(json.dumps(history + more, indent=2) + "\n", encoding="utf-8")
     found = {"kept": plan.kept, "ranks": dict(plan.ranks), "models": rows}
     (out / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    exported(models, test, out)
     shown = [row | {"test accuracy": f"{row['test accuracy']:.4f}"} for row in rows]
     print(table(shown, list(rows[0])))
 

@@ -22,7 +22,8 @@ from lorax_kit.compress.arguments import (
     patterns_of,
 )
 from lorax_kit.compress.distil import trained
-from lorax_kit.core.compact import LowRank, Quantised
+from lorax_kit.compress.replace import low_rank
+from lorax_kit.core.compact import Quantised
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.paths import Params, flatten, paths
 from lorax_kit.core.spec import Full, LoRA, Spec
@@ -69,7 +70,7 @@ def heal(
     """
     check_function("fn", fn, "fn(params, batch)")
     small = compressed(fn)
-    found = [p for p, x in flatten(params, whole=(LowRank,))[0].items() if isinstance(x, LowRank)]
+    found = low_rank(params)
     if not found:
         raise CompressError("no parameter is low-rank: there is nothing to heal.\n  compress the params first")
     named = flatten(params)[0]

@@ -246,6 +246,11 @@ def _replaced(site: Site, x: Any, method: str, rank: int, stats: Stats | None, k
     )
 
 
+def low_rank(params: Params) -> dict[str, LowRank]:
+    """The products among params, by path."""
+    return {p: x for p, x in flatten(params, whole=(LowRank,))[0].items() if isinstance(x, LowRank)}
+
+
 def with_residuals(params: Params, small: Params) -> Params:
     """`small` whose products keep what they leave of the parameters: exact to rounding, until that is quantised.
 
@@ -270,7 +275,7 @@ def with_residuals(params: Params, small: Params) -> Params:
     """
     named, treedef = flatten(small, whole=(LowRank,))
     originals, _ = flatten(params, whole=(LowRank,))
-    products = {path: leaf for path, leaf in named.items() if isinstance(leaf, LowRank)}
+    products = low_rank(small)
     if not products:
         raise CompressError("no parameter of the second argument is low-rank: with_residuals(params, small).")
     out = dict(named)

@@ -132,7 +132,11 @@ def merge(base: Params, factors: FactorTree, plan: Plan) -> Params:
     check_factors(plan, factors)
     for path, leaf in factors.items():
         for name, x in leaf._asdict().items():
-            if x is not None and not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(x).all()):
+            if x is None or isinstance(x, jax.core.Tracer):
+                continue
+            with jax.ensure_compile_time_eval():  # where only the base is traced
+                finite = bool(jnp.isfinite(x).all())
+            if not finite:
                 raise AdapterError(
                     f"{name} of {path!r} holds values that are not finite; merging would spoil the base."
                 )

@@ -231,7 +231,7 @@ class Weight:
         a, b = self.factors()
         letters = "abcdefghijklmnopqrstuvwxy"
         names = [
-            "Z" + "".join(letters[d] for d in range(self.w.ndim) if x.shape[1 + d] > 1 or self.shape[d] == 1)
+            "Z" + "".join(letters[d] for d in range(self.w.ndim) if x.shape[1 + d] != 1 or self.shape[d] == 1)
             for x in (a, b)
         ]
         both = "".join(letters[d] for d in range(self.w.ndim) if any(letters[d] in n for n in names))

@@ -22,8 +22,8 @@ from lorax_kit.compress import (
     with_residuals,
 )
 from lorax_kit.compress.arguments import check_share
+from lorax_kit.compress.replace import low_rank
 from lorax_kit.core.compact import METHODS as QUANTISATIONS
-from lorax_kit.core.compact import LowRank
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.patterns import matches
@@ -165,7 +165,7 @@ def smaller(
         small = compress(subject.params, plan, stats)
     if method.residual:
         small = with_residuals(subject.params, small)
-        products = _products(small)
+        products = low_rank(small)
         whole = [site.path for site in sites.sites if site.path not in products]
         small = quantise(small, [*(f"{path}/residual" for path in products), *whole], method.bits)
     return Small(compressed(subject.apply), small)
@@ -180,7 +180,7 @@ def finished(subject: Subject, method: Method, small: Small) -> Small:
     """With what the method's last step quantises."""
     if not method.bits or method.residual:
         return small
-    products = _products(small.params)
+    products = low_rank(small.params)
     factors = [f"{path}/{side}" for path in products for side in "ab"]
     whole = [site.path for site in subject.sites.sites if site.path not in products]
     return Small(compressed(subject.apply), quantise(small.params, [*factors, *whole], method.bits))
@@ -208,7 +208,3 @@ def stored_bytes(subject: Subject, method: Method, params: Params) -> int:
 def total_bytes(params: Params) -> int:
     """Of all arrays."""
     return sum(x.nbytes for x in jax.tree.leaves(params))
-
-
-def _products(params: Params) -> list[str]:
-    return [p for p, x in flatten(params, whole=(LowRank,))[0].items() if isinstance(x, LowRank)]

@@ -49,7 +49,7 @@ def test_accumulation_equals_the_whole_batch():
 
 def test_clipping_uses_the_norm_of_the_trained_leaves_only():
     plan, base, factors, loss, batch = setup()
-    grads = jax.grad(lambda f: loss(base, f, batch))(factors)
+    grads = jax.jit(jax.grad(lambda f: loss(base, f, batch)))(factors)
     norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in jax.tree.leaves(grads)))
     init, step = lk.make_step(loss, lk.partition(optax.sgd(1.0), plan, clip=norm / 10))
     state, info = step(init(factors), base, batch)
@@ -59,7 +59,7 @@ def test_clipping_uses_the_norm_of_the_trained_leaves_only():
 
 def test_rates_per_label_are_loraplus():
     plan, base, factors, loss, batch = setup("dora")
-    grads = jax.grad(lambda f: loss(base, f, batch))(factors)
+    grads = jax.jit(jax.grad(lambda f: loss(base, f, batch)))(factors)
     rates = {"a": 0.1, "b": 1.6, "magnitude": 0.0, "full": 0.5}
     init, step = lk.make_step(loss, lk.partition({k: optax.sgd(v) for k, v in rates.items()}, plan))
     state, _ = step(init(factors), base, batch)

@@ -41,7 +41,8 @@ def test_reverse_over_reverse(kernel):
 
     def curvature(loss):
         """The gradient of the squared gradient: as meta-learning needs it."""
-        return jax.grad(lambda f: sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(loss)(f))))(factors)
+        squares = lambda f: sum(jnp.sum(g**2) for g in jax.tree.leaves(jax.grad(loss)(f)))  # noqa: E731
+        return jax.jit(jax.grad(squares))(factors)
 
     ours = curvature(lambda f: jnp.sum(jnp.sin(adapted(base, f, X))))
     theirs = curvature(merged_loss(plan, base))

@@ -109,6 +109,18 @@ def _looked_up(eqn: Any, weight: Weight, indices: Array, axis: int) -> Weight:
 def _entries(eqn: Any, weight: Weight, indices: Array, axis: int) -> Partial:
     """The lookup in the base; in a quantised table only the rows looked up are restored."""
     whole = Partial(lambda indices, w: bind(eqn, [w, indices])[0], indices)
+    if weight.empty:
+
+        def zeros(indices: Array, w: Array) -> Array:
+            """By a table of one column: what is filled where indices are out of bounds, without one of zeros."""
+            thin = tuple(n if d == axis else 1 for d, n in enumerate(w.shape))
+            y = lax.gather(
+                lax.slice(w, (0,) * w.ndim, thin), indices, eqn.params["dimension_numbers"], (1,) * w.ndim,
+                mode=eqn.params["mode"], fill_value=eqn.params["fill_value"],
+            )  # fmt: skip
+            return jnp.broadcast_to(y, eqn.outvars[0].aval.shape)
+
+        return Partial(zeros, indices)
     source = weight.source
     if source is None or source.steps or axis != 0 or weight.w.ndim != 2 or indices.shape[-1] != 1:
         return whole
