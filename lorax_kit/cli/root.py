@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import click
 
@@ -28,7 +31,8 @@ def echo(data: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: exit codes as the module says."""
     try:
-        cli.main(args=None if argv is None else list(argv), prog_name="lorax-kit", standalone_mode=False)
+        with _terminated_as_interrupted():
+            cli.main(args=None if argv is None else list(argv), prog_name="lorax-kit", standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("lorax-kit: interrupted", err=True)
         sys.exit(INTERRUPTED)
@@ -43,6 +47,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, OverflowError, RecursionError) as e:
         # Every error that this package raises on purpose is a ValueError, or an OSError about a file.
         _fail(str(e))
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Schedulers end a job by SIGTERM: it leaves what Ctrl-C leaves. Only a main thread may ask for signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str) -> None:

@@ -26,13 +26,17 @@ class Candidate(NamedTuple):
 
     Attributes:
       losses: (R + 1,) what truncating at rank 0, 1, ..., R drops, over all its stacked matrices.
-      per_rank: parameters of one more rank, over the stack.
-      dense: parameters of the site.
+      per_rank: cost of one more rank, over the stack: in parameters, or in bytes.
+      dense: of the site.
     """
 
     losses: np.ndarray
     per_rank: int
     dense: int
+
+    def times(self, size: int) -> Candidate:
+        """At so many bytes per parameter."""
+        return self._replace(per_rank=size * self.per_rank, dense=size * self.dense)
 
     @property
     def most(self) -> int:

@@ -78,18 +78,20 @@ def plan_ranks(
     params: Params,
     sites: Plan,
     *,
-    keep: float,
+    keep: float | None = None,
+    max_bytes: int | None = None,
     method: str = "whitened",
     stats: Stats | None = None,
     allocation: str = "loss",
     minimum: int = 1,
 ) -> CompressPlan:
-    """Choose the ranks that keep at most `keep` of the sites' parameters.
+    """Choose the ranks that keep at most `keep` of the sites' parameters, or at most `max_bytes` of them.
 
     Args:
       params: that the sites were resolved against.
       sites: from `lk.resolve`; the ranks of its settings do not matter.
-      keep: in (0, 1].
+      keep: in (0, 1]; this or `max_bytes`.
+      max_bytes: of all sites, in their own dtypes, whether they become products or stay whole.
       method: "svd", "fisher", "asvd" or "whitened".
       stats: from `calibrate`; all but "svd" need it.
       allocation: "loss", "energy" or "uniform", as `allocate` says. "loss" adds up what truncations drop in the norm
@@ -108,6 +110,10 @@ def plan_ranks(
     """
     named, _ = planned(params, sites)
     check_word("method", method, METHODS)
+    if (keep is None) == (max_bytes is None):
+        raise CompressError("give one budget: keep, a share of the parameters, or max_bytes.")
+    if max_bytes is not None:
+        check_count("max_bytes", max_bytes)
     _warn_of_little_data(sites.sites, method, stats)
     found, blind = {}, False
     for site in sites.sites:
@@ -123,12 +129,16 @@ def plan_ranks(
                 )
             values = values * np.sqrt(weights)[:, None]
         found[site.path] = candidate(values, *stacked.shape[1:])
+        if max_bytes is not None:
+            found[site.path] = found[site.path].times(named[site.path].dtype.itemsize)
     if blind and len(sites.sites) > 1:
         warnings.warn(
             "ranks by 'loss' without gradients favour sites of large outputs: calibrate(..., loss=...), or 'energy'",
             stacklevel=2,
         )
-    ranks = allocate(found, keep, allocation, minimum)
+    share = keep if max_bytes is None else min(max_bytes / sum(c.dense for c in found.values()), 1.0)
+    assert share is not None
+    ranks = allocate(found, share, allocation, minimum)
     return CompressPlan(method=method, sites=sites, ranks=tuple((p, r) for p, r in ranks.items() if r is not None))
 
 

@@ -200,6 +200,22 @@ def test_plans_are_hashable_and_keep_no_more_than_asked(model):
     assert plan.ranks == ()
 
 
+def test_a_budget_of_bytes_counts_each_sites_dtype(model):
+    """An fp16 site gives a rank for half of what it costs in fp32."""
+    params = model[0] | {"down": model[0]["down"].astype(jnp.float16)}
+    sites = lk.resolve(lk.Spec({"{up,down}": lk.LoRA(rank=1)}), params)
+    total = 4 * 24 * 32 + 2 * 32 * 12
+    for budget in (total // 3, total // 2, 2 * total):
+        plan = plan_ranks(params, sites, max_bytes=budget, method="svd")
+        small = compress(params, plan)
+        stored = sum(x.nbytes for x in jax.tree.leaves({k: small[k] for k in ("up", "down")}))
+        one_rank_more = min(4 * (24 + 32), 2 * (32 + 12))
+        assert budget - one_rank_more < stored <= budget or (stored == total and plan.ranks == ())
+    for keeps in ({}, {"keep": 0.5, "max_bytes": 100}):
+        with pytest.raises(CompressError, match="give one budget"):
+            plan_ranks(params, sites, method="svd", **keeps)
+
+
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_pruning_keeps_what_counts_most(model, method):
     params, sites, stats, x = model

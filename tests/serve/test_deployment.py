@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,12 @@ def test_a_failure_while_measuring_leaves_the_earlier_export(adapter, tmp_path, 
         export_adapter(adapter, tmp_path / "x", form="safetensors", overwrite=True, progress=False)
     assert {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    monkeypatch.setattr("lorax_kit.workloads.deployment._measured", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as e:  # as a scheduler ends a job
+        call("export", adapter, "--format", "safetensors", "--rounds", 0, "--out", tmp_path / "y")
+    assert e.value.code == 130
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def script():
