@@ -20,7 +20,7 @@ import numpy as np
 import lorax_kit as lk
 from lorax_kit.report.compression import comparison_table, write_comparison
 from lorax_kit.study.statistics import interval
-from lorax_kit.workloads import Sentiment, compress_subject, sentiment_subject, text_subject
+from lorax_kit.workloads import Sentiment, sentiment_subject, text_subject
 from lorax_kit.workloads.comparison import METHODS, compare
 
 OUT = Path("runs/compression")
@@ -40,10 +40,10 @@ def minilm() -> None:
         probe_lr=(),
     )
     found = lk.run(study, Sentiment(length=None).build(), out=OUT / "classifiers")
-    losses = []
+    losses, options = [], {"methods": ("whitened",), "keeps": (0.5,), "rounds": 0, **HEALING}
     for trial in found.rows:
         subject = sentiment_subject(OUT / "classifiers" / trial["adapter"], length=48)
-        row, _ = compress_subject(subject, method="whitened", keep=0.5, seed=trial["seed"], rounds=0, **HEALING)
+        (row,) = compare(subject, OUT / "minilm" / f"seed {trial['seed']}", seeds=(trial["seed"],), **options)
         losses.append(row["metric_healed"] - row["metric_before"])
         before, after, healed = (row[f"metric_{when}"] for when in ("before", "after", "healed"))
         print(f"seed {trial['seed']}: {before:.3f} -> {after:.3f} -> {healed:.3f}")

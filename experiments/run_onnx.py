@@ -81,7 +81,12 @@ def load_tokenizer(folder: Path, document: dict[str, Any]) -> WordPiece:
 def main(folder: Path, texts: Sequence[str]) -> None:
     import onnxruntime
 
-    document = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+    try:
+        document = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+    except OSError as e:
+        sys.exit(f"{folder} is no folder of lorax-kit export: {e}")
+    if document["format"] != "onnx":
+        sys.exit(f"{folder} holds {document['format']}; this runs what `lorax-kit export --format onnx` wrote.")
     tokenizer = load_tokenizer(folder, document)
     session = onnxruntime.InferenceSession(folder / document["file"], providers=["CPUExecutionProvider"])
     rows = [tokenizer.encode(text, document["max_length"]) for text in texts]
@@ -100,4 +105,6 @@ if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     given = sys.argv[2:] or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not given:
+        sys.exit("no text: give texts as arguments, or one per line on the standard input.")
     main(Path(sys.argv[1]), given)

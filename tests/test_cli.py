@@ -63,7 +63,7 @@ def test_study_prints_rows_and_leaves_a_report(finished):
 def test_evaluate_reproduces_the_row_exactly(finished, capsys):
     out, printed, _ = finished
     # As a user would, in another process without the tests' settings.
-    for row in printed["rows"]:
+    for row in (printed["rows"][0], printed["rows"][-1]):  # an adapter, and the probe
         argv = [sys.executable, "-m", "lorax_kit", "evaluate", str(out / row["adapter"]), "--json"]
         process = subprocess.run(argv, env=ENV, capture_output=True, text=True, check=True, timeout=300)
         found = json.loads(process.stdout)
@@ -150,6 +150,10 @@ def test_compress_prints_the_row_of_the_contract(finished, tmp_path, capsys, sta
         (["--keep", "0.5", "--keep", "0.4"], "go with --compare"),
         (["--method", "svd", "--keep", "0.001"], "is impossible"),
         (["--method", "int8", "--heal", "5"], "nothing low-rank to heal"),
+        (["--method", "int8", "--keep", "0.3"], "int8 keeps all"),
+        (["--lr", "0.1"], "--lr goes with --heal"),
+        (["--compare", "--out", tmp_path / "x", "--seeds", 5], "--seeds goes with --heal"),
+        (["--out", out], "exists. | choose another path\n"),
     ):
         with pytest.raises(SystemExit) as e:
             call("compress", adapter, *argv, *options)

@@ -14,15 +14,17 @@ from typing import IO
 from lorax_kit.core.errors import AdapterError
 
 
-def refuse_existing(path: Path, overwrite: bool, marker: str | None, kind: str = "adapter") -> None:
+def refuse_existing(path: Path, overwrite: bool | None, marker: str | None, kind: str = "adapter") -> None:
     """Raise `AdapterError` if `path` exists and may not be replaced.
 
-    Only a folder that holds `marker` ever is, or without a marker a file; `kind` says what such a path is.
+    Only a folder that holds `marker` ever is, or without a marker a file; `kind` says what such a path is. `overwrite`
+    is None where the caller cannot ask for it.
     """
     if not path.exists() and not path.is_symlink():
         return
     if not overwrite:
-        raise AdapterError(f"{str(path)!r} exists.\n  choose another path, or pass overwrite=True")
+        way = "choose another path" + ("" if overwrite is None else ", or pass overwrite=True (--overwrite)")
+        raise AdapterError(f"{str(path)!r} exists.\n  {way}")
     if path.is_symlink() or not (path.is_file() if marker is None else (path / marker).exists()):
         raise AdapterError(f"{str(path)!r} exists and is no such {kind}: it is not replaced.\n  choose another path")
 

@@ -102,9 +102,12 @@ def compress(
     """
     from lorax_kit.benchmarks import table
     from lorax_kit.checkpoint.staging import refuse_existing
+    from lorax_kit.core.compact import METHODS as QUANTISATIONS
     from lorax_kit.workloads import compress_subject, save_small, subject_of
 
     options["rank"] = rank or None
+    if not options["steps"]:
+        _refuse_given({"lr": "--lr", "rank": "--rank", "share": "--share", "seeds": "--seeds"}, "--heal")
     if compare:
         if out is None:
             raise click.UsageError("--compare writes a report: give --out, its folder.")
@@ -115,8 +118,11 @@ def compress(
     if len(methods) > 1 or len(keeps) > 1 or seeds > 1:
         raise click.UsageError("several methods, shares or seeds go with --compare.")
     if out is not None:
-        refuse_existing(Path(out), False, None)
-    subject, method = subject_of(model, targets=targets), methods[0] if methods else "whitened"
+        refuse_existing(Path(out), None, None)
+    method = methods[0] if methods else "whitened"
+    if method in QUANTISATIONS:
+        _refuse_given({"keeps": "--keep"}, f"methods that leave something out: {method} keeps all")
+    subject = subject_of(model, targets=targets)
     row, small = compress_subject(subject, method=method, keep=keeps[0], sequential=sequential, seed=seed, **options)
     if out is not None:
         save_small(out, subject, row, small)
@@ -128,6 +134,14 @@ def compress(
         )
         shown = ("method", "keep", "bytes_ratio", "model_ratio", "flops_ratio", "latency_ratio")
         click.echo(table([row], (*shown, "metric_before", "metric_after", "metric_healed", "agreement_after")))
+
+
+def _refuse_given(options: dict[str, str], needed: str) -> None:
+    """Raise for options on the command line that would do nothing."""
+    context = click.get_current_context()
+    for name, flag in options.items():
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{flag} goes with {needed}.")
 
 
 def _compare(
@@ -142,7 +156,7 @@ def _compare(
 ) -> None:
     from lorax_kit.report.compression import comparison_table, write_comparison
     from lorax_kit.workloads import subject_of
-    from lorax_kit.workloads.comparison import METHODS, compare
+    from lorax_kit.workloads.comparison import METHODS, RowFailed, compare
     from lorax_kit.workloads.methods import Method
 
     chosen = methods or METHODS
@@ -152,10 +166,11 @@ def _compare(
     subject, command = subject_of(model, targets=targets), shlex.join(["lorax-kit", *sys.argv[1:]])
     try:
         rows = compare(subject, out, methods=chosen, keeps=keeps, seeds=seeds, heal=heal, command=command, **options)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RowFailed) as e:
         if (Path(out) / "rows.jsonl").exists():
             click.echo(f"the finished rows are in {write_comparison(out)}", err=True)
-        click.echo("the same command goes on from where it stopped", err=True)
+        if isinstance(e, KeyboardInterrupt):
+            click.echo("the same command goes on from where it stopped", err=True)
         raise
     page = write_comparison(out)
     if as_json:

@@ -16,7 +16,7 @@ from lorax_kit.compress.allocate import allocate, candidate
 from lorax_kit.compress.arguments import check_count, check_key, check_word, planned, shown
 from lorax_kit.compress.calibrate import Moments, Stats, check_finite, matrices, moments_of
 from lorax_kit.compress.decompose import METHODS, decompose, singular_values, transform
-from lorax_kit.core.compact import LowRank, dense
+from lorax_kit.core.compact import LowRank, Quantised, dense
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.factors import site_key
 from lorax_kit.core.paths import Params, flatten, is_array, unflatten
@@ -114,6 +114,9 @@ def plan_ranks(
         raise CompressError("give one budget: keep, a share of the parameters, or max_bytes.")
     if max_bytes is not None:
         check_count("max_bytes", max_bytes)
+        for site in sites.sites:
+            if isinstance(named[site.path], Quantised):
+                raise CompressError(f"max_bytes counts arrays, and {site.path!r} is quantised.\n  give keep")
     _warn_of_little_data(sites.sites, method, stats)
     found, blind = {}, False
     for site in sites.sites:
@@ -136,9 +139,13 @@ def plan_ranks(
             "ranks by 'loss' without gradients favour sites of large outputs: calibrate(..., loss=...), or 'energy'",
             stacklevel=2,
         )
-    share = keep if max_bytes is None else min(max_bytes / sum(c.dense for c in found.values()), 1.0)
+    total = sum(c.dense for c in found.values())
+    share = keep if max_bytes is None else min(max_bytes / total, 1.0)
     assert share is not None
-    ranks = allocate(found, share, allocation, minimum)
+    try:
+        ranks = allocate(found, share, allocation, minimum)
+    except CompressError as e:
+        raise e if max_bytes is None else CompressError(f"max_bytes={max_bytes} of {total}: {e}") from None
     return CompressPlan(method=method, sites=sites, ranks=tuple((p, r) for p, r in ranks.items() if r is not None))
 
 

@@ -196,7 +196,7 @@ def _pareto(lines: Sequence[Line]) -> tuple[Figure, str]:
     metric, original = lines[0].row["metric"], lines[0].row["metric_before"]
     costs = {key: text for key, text in COSTS.items() if all(line.row[key] is not None for line in lines)}
     figure = canvas(6.4 if len(costs) > 2 else 3.6)
-    panels = figure.subplots((len(costs) + 1) // 2, 2, sharey=True, squeeze=False).flat
+    panels = figure.subplots((len(costs) + 1) // 2, 2, sharey=True, squeeze=False).ravel()
     named: set[int] = set()
 
     def shown(x: float) -> float:
@@ -226,9 +226,9 @@ def _pareto(lines: Sequence[Line]) -> tuple[Figure, str]:
         axes.set_xlim(left=0)
         if metric == "perplexity":
             axes.set_yscale("log")
-            axes.set_ylim(0.8 * min(original, *(line.best for line in lines if isfinite(line.best))), MOST * original)
+            axes.set_ylim(0.8 * min([original, *(line.best for line in lines if isfinite(line.best))]), MOST * original)
             log_values(axes)
-    for axes in list(panels):
+    for axes in panels[len(costs) :]:
         axes.set_visible(False)
     for axes in figure.axes[::2]:
         axes.set_ylabel("accuracy, %" if metric == "accuracy" else "perplexity")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import closing
+from inspect import signature
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,12 +15,12 @@ from tqdm import tqdm
 from lorax_kit.checkpoint.fingerprint import fingerprint
 from lorax_kit.checkpoint.staging import sole_writer
 from lorax_kit.compress import ALLOCATIONS
-from lorax_kit.compress.arguments import check_count, check_share, check_word
+from lorax_kit.compress.arguments import check_count, check_word
 from lorax_kit.core.errors import CompressError
 from lorax_kit.report.compression import read_rows
-from lorax_kit.report.run_folder import RunFolderError
+from lorax_kit.report.run_folder import RunFolderError, replace_file
 from lorax_kit.version import __version__
-from lorax_kit.workloads.compression import compress_subject
+from lorax_kit.workloads.compression import check_settings, compress_subject
 from lorax_kit.workloads.methods import Method, statistics_for
 from lorax_kit.workloads.subjects import Subject
 
@@ -29,7 +30,13 @@ METHODS = (
 )
 WITHOUT_SHARE = ("int8", "int4", "nf4", "magnitude-2:4", "wanda-2:4")
 """Methods whose share of the parameters is not a choice."""
-SETTINGS = {"lr", "rank", "share", "allocation", "rounds"}
+SETTINGS = {name: signature(compress_subject).parameters[name].default
+            for name in ("lr", "rank", "share", "allocation", "rounds")}  # fmt: skip
+"""Of `compress_subject`, with their defaults: a folder's rows all have the same."""
+
+
+class RowFailed(CompressError):
+    """A method could not make its row; those before it are in the folder."""
 
 
 def compare(
@@ -57,25 +64,19 @@ def compare(
       settings: more of `compress_subject`'s: lr, rank, share, allocation, rounds.
 
     Raises:
-      CompressError: an unknown method, a folder of other settings, what a method raises.
+      CompressError: an unknown method, a folder of other settings.
+      RowFailed: what a method raises.
     """
-    if unknown := sorted(set(settings) - SETTINGS):
+    if unknown := sorted(set(settings) - set(SETTINGS)):
         raise CompressError(f"{unknown[0]!r} is no setting of a comparison; known: {', '.join(sorted(SETTINGS))}.")
-    allocation = settings.get("allocation", "loss")
+    settings = SETTINGS | settings
+    allocation = settings["allocation"]
     check_word("allocation", allocation, ALLOCATIONS)
     check_count("batches", batches)
-    check_count("steps", steps, 0)
-    for keep in keeps:
-        check_share("keep", keep)
-    for seed in seeds:
-        check_count("seed", seed, 0)
     if not (methods and keeps and seeds):
         raise CompressError("methods, keeps and seeds must each hold something.")
-    ways = [Method.parse(name) for name in methods]
-    for name in heal:
-        if not Method.parse(name).healed:
-            raise CompressError(f"{name!r} leaves nothing low-rank to heal.\n  heal svd, fisher, asvd or whitened")
-    if not steps:
+    ways, _ = [Method.parse(name) for name in methods], [Method.parse(name) for name in heal]
+    if not check_count("steps", steps, 0):
         heal = ()
     about = {
         "subject": subject.name,
@@ -83,7 +84,7 @@ def compare(
         "targets": list(subject.targets),
         "batches": batches,
         "steps": steps,
-        **{name: settings[name] for name in sorted(settings)},
+        **settings,
     }
     wanted = dict.fromkeys(
         (way, keep, seed, way.name in heal)
@@ -91,6 +92,9 @@ def compare(
         for keep in ((0.5 if "2:4" in way.name else 1.0,) if way.name in WITHOUT_SHARE else keeps)
         for seed in (seeds if way.name in heal else seeds[:1])
     )
+    checked = {name: value for name, value in settings.items() if name != "allocation"}
+    for way, keep, seed, healed in wanted:
+        check_settings(way, keep=keep, seed=seed, steps=steps if healed else 0, **checked)
     with closing(_Folder(Path(out), about, command)) as folder:
         done = {(row["method"], row["keep"], row["seed"], row["metric_healed"] is not None) for row in folder.rows}
         todo = [one for one in wanted if (one[0].name, *one[1:]) not in done]
@@ -101,10 +105,13 @@ def compare(
         bar = tqdm(todo, desc="methods", unit="row", total=count, initial=len(folder.rows), disable=not progress)
         for way, keep, seed, healed in bar:
             bar.set_postfix_str(f"{way.name} {keep:g}, seed {seed}")
-            row, _ = compress_subject(
-                subject, method=way.name, keep=keep, steps=steps if healed else 0, seed=seed, batches=batches,
-                stats=stats, original=original, progress=progress, **settings,
-            )  # fmt: skip
+            try:
+                row, _ = compress_subject(
+                    subject, method=way.name, keep=keep, steps=steps if healed else 0, seed=seed, batches=batches,
+                    stats=stats, original=original, progress=progress, **settings,
+                )  # fmt: skip
+            except CompressError as e:
+                raise RowFailed(f"{way.name}, {keep:g} kept: {e}") from e
             folder.add(row)
         return folder.rows
 
@@ -142,7 +149,7 @@ class _Folder:
                 raise CompressError(f"another process began {str(self.path)!r} meanwhile.\n  call again to go on")
             versions = {"jax": jax.__version__, "lorax_kit": __version__, "device": jax.devices()[0].device_kind}
             text = json.dumps({**self.about, "command": self.command, **versions}, indent=2) + "\n"
-            self.head.write_text(text, encoding="utf-8")
+            replace_file(self.head, text.encode())
         self.rows.append(row)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -166,12 +173,13 @@ class _Folder:
                 found = json.loads(self.head.read_text(encoding="utf-8"))
         except (RunFolderError, ValueError) as e:
             raise CompressError(f"{str(self.path)!r} cannot be gone on with: {e}.\n  choose another folder") from None
+        found = found if isinstance(found, dict) else {}
         for key, value in self.about.items():
-            if not isinstance(found, dict) or found.get(key) != value:
-                was = found.get(key) if isinstance(found, dict) else None
+            was = found.get(key, "unknown")
+            if was != value:
                 raise CompressError(
                     f"{str(self.path)!r} holds a comparison with {key} {was!r}, not {value!r}.\n"
                     "  choose another folder, or the same settings"
                 )
         if text and not text.endswith("\n"):  # a kill cut the last line
-            self.file.write_text("".join(f"{json.dumps(row)}\n" for row in self.rows), encoding="utf-8")
+            replace_file(self.file, "".join(f"{json.dumps(row)}\n" for row in self.rows).encode())

@@ -19,7 +19,7 @@ from lorax_kit.benchmarks.timing import alternate, calling, facts, product_flops
 from lorax_kit.checkpoint.fingerprint import fingerprint
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.compress import Moments, compressed, distil, distillation, heal
-from lorax_kit.compress.arguments import check_count, check_share
+from lorax_kit.compress.arguments import check_count, check_number, check_positive, check_share
 from lorax_kit.core.compact import Quantised
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.paths import Params, flatten
@@ -67,7 +67,7 @@ def compress_subject(
         quantising keeps all).
       batches: of calibration.
       steps, lr, rank, share: of healing; no steps, no healing. Only low-rank models are healed, before their factors
-        are quantised, and students are trained, in full at a tenth of `lr`.
+        are quantised, and students are trained, in full: at a tenth of `lr`, or where `rank` is None at `lr` itself.
       sequential: compress layer after layer, each calibrated anew.
       rounds: alternating rounds of latency, dense against compressed; 0 leaves latency out.
       seed: of healing: its order of the data, and its updates.
@@ -82,10 +82,8 @@ def compress_subject(
     Raises:
       CompressError: an unknown method, healing of what cannot be healed, what the method itself raises.
     """
-    way, seed = Method.parse(method), check_count("seed", seed, 0)
-    keep, steps, rounds = check_share("keep", keep), check_count("steps", steps, 0), check_count("rounds", rounds, 0)
-    if steps and not way.healed:
-        raise CompressError(f"{method!r} leaves nothing low-rank to heal.\n  heal svd, fisher, asvd or whitened")
+    way = Method.parse(method)
+    check_settings(way, keep=keep, steps=steps, lr=lr, rank=rank, share=share, rounds=rounds, seed=seed)
     if sequential and way.kind != "low-rank":
         raise CompressError(f"{method!r} does not go layer by layer: only svd, fisher, asvd and whitened do.")
     if stats is None:
@@ -136,6 +134,28 @@ def compress_subject(
     return row, final
 
 
+def check_settings(
+    method: Method, *, keep: float, steps: int, lr: float, rank: int | None, share: float, rounds: int, seed: int
+) -> None:
+    """Raise `CompressError` for what would be refused after hours, or never: before any work."""
+    check_share("keep", keep)
+    check_count("seed", seed, 0)
+    check_count("rounds", rounds, 0)
+    if not check_count("steps", steps, 0):
+        return
+    if not method.healed:
+        raise CompressError(f"{method.name!r} leaves nothing low-rank to heal.\n  heal svd, fisher, asvd or whitened")
+    if method.kind == "low-rank" and rank is not None and steps < 2:
+        raise CompressError("healing takes 2 steps at least: one for each side of the products.")
+    if method.kind == "low-rank" and keep == 1:
+        raise CompressError("keep is 1: nothing becomes low-rank, and nothing can be healed.")
+    check_positive("lr", lr)
+    if rank is not None:
+        check_count("rank", rank)
+    if check_number("share", share, 0.0) > 1:
+        raise CompressError(f"share is {share!r}; it must lie in [0, 1].")
+
+
 def save_small(out: str | Path, subject: Subject, row: dict[str, Any], small: Small) -> None:
     """Write a folder of `model.safetensors` (`lorax_kit.serve.load_tensors` reads it) and `row.json`, or nothing.
 
@@ -143,7 +163,7 @@ def save_small(out: str | Path, subject: Subject, row: dict[str, Any], small: Sm
       AdapterError: the folder exists.
     """
     path = Path(out).absolute()
-    refuse_existing(path, False, None)
+    refuse_existing(path, None, None)
     with staged(path, False) as folder:
         folder.mkdir()
         save_tensors(folder / MODEL, small.params)
@@ -156,12 +176,13 @@ def load_small(folder: str | Path, subject: Subject) -> tuple[dict[str, Any], Sm
 
     Raises:
       CompressError: no such folder, a damaged one, or one made of another model than the subject's.
-      ExportError: damaged tensors.
+      AdapterError: damaged tensors.
     """
     path = Path(folder)
     try:
         row = json.loads((path / ROW).read_text(encoding="utf-8"))
-        way, keep, original = Method.parse(row["method"].removesuffix(IN_TURN)), float(row["keep"]), row["original"]
+        way, keep = Method.parse(row["method"].removesuffix(IN_TURN)), float(row["keep"])
+        original, _ = row["original"], row["metric_healed"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CompressError(
             f"{str(path)!r} is no model of `lorax-kit compress --out`: {type(e).__name__} {e}."
@@ -205,8 +226,8 @@ def healed_model(
     if method.kind == "student":
         own = small.apply
         params = distil(
-            lambda params, pair: own(params, pair[0]), small.params, loss, pairs(), steps=steps, lr=lr / 10,
-            progress=progress,
+            lambda params, pair: own(params, pair[0]), small.params, loss, pairs(), steps=steps,
+            lr=lr if rank is None else lr / 10, progress=progress,
         )  # fmt: skip
         return Small(own, params)
 

@@ -16,6 +16,7 @@ import numpy as np
 from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.checkpoint.adapter import adapter_bytes
 from lorax_kit.checkpoint.staging import refuse_existing, staged
+from lorax_kit.compress.arguments import check_share
 from lorax_kit.core.errors import ExportError
 from lorax_kit.models import load_bert
 from lorax_kit.serve import load_onnx, load_stablehlo, load_tensors, save_onnx, save_stablehlo, save_tensors
@@ -105,6 +106,7 @@ def export_adapter(
         kept, model = load_small(compressed, subject)
         method, keep, healed = kept["method"], kept["keep"], kept["metric_healed"] is not None
     elif method is not None:
+        keep = 1.0 if Method.parse(method).kind == "quantised" else check_share("keep", keep)
         model = _compressed(subject, Method.parse(method), keep, batches, progress)
     document = {
         "lorax_kit": __version__,

@@ -158,13 +158,14 @@ def smaller(
     if in_turn:
         batches = list(itertools.islice(subject.train(0), in_turn))
         loss = subject.loss if method.base == "fisher" else None
+        groups = [layer for layer in subject.layers if any(matches(layer, site.path) for site in sites.sites)]
         small = compress_sequentially(
-            subject.apply, subject.params, plan, batches, subject.layers, loss=loss, progress=progress
+            subject.apply, subject.params, plan, batches, groups, loss=loss, progress=progress
         )
     else:
         small = compress(subject.params, plan, stats)
     if method.residual:
-        small = with_residuals(subject.params, small)
+        small = with_residuals(subject.params, small) if low_rank(small) else small
         products = low_rank(small)
         whole = [site.path for site in sites.sites if site.path not in products]
         small = quantise(small, [*(f"{path}/residual" for path in products), *whole], method.bits)

@@ -13,7 +13,7 @@ from lorax_kit.transform.cost import Product, choose
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_grid_leaves_its_table_and_plots(tmp_path):
-    (row,) = bench_grid(tmp_path, rounds=2, grid=[(32, 2, 2, 12, 2, "all-linear")], peer=False, progress=False)
+    (row,) = bench_grid(tmp_path, rounds=2, grid=[(32, 1, 2, 12, 2, "all-linear")], peer=False, progress=False)
     assert json.loads((tmp_path / "steps.json").read_text()) == [row]
     assert (tmp_path / "steps.csv").read_text().startswith("width,layers,tokens,rank,targets,full_ms,naive_ms,ours_ms")
     for name in ("steps", "roofline"):

@@ -214,6 +214,11 @@ def test_a_budget_of_bytes_counts_each_sites_dtype(model):
     for keeps in ({}, {"keep": 0.5, "max_bytes": 100}):
         with pytest.raises(CompressError, match="give one budget"):
             plan_ranks(params, sites, method="svd", **keeps)
+    with pytest.raises(CompressError, match=rf"max_bytes=9 of {total}: "):
+        plan_ranks(params, sites, max_bytes=9, method="svd")
+    quantised = lk.quantise(params, ["up"], "int8")
+    with pytest.raises(CompressError, match="'up' is quantised"):
+        plan_ranks(quantised, sites, max_bytes=total, method="svd")
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])

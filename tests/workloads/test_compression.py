@@ -10,6 +10,7 @@ import pytest
 
 from lorax_kit.checkpoint.staging import sole_writer
 from lorax_kit.compress import CompressError, LowRank
+from lorax_kit.compress.replace import low_rank
 from lorax_kit.core.compact import Quantised
 from lorax_kit.core.paths import flatten
 from lorax_kit.report.compression import COLUMNS, comparison_table, front, lines_of, write_comparison
@@ -95,6 +96,20 @@ def test_a_quantised_residual_brings_the_model_nearer_than_its_bits_alone(subjec
     assert both[1] > alone[1]
 
 
+def test_what_keeps_all_is_left_as_it_is(subject, stats):
+    way = Method.parse("whitened+residual-int8")
+    small = smaller(subject, way, 1.0, stats)
+    named = flatten(small.params, whole=(Quantised,))[0]
+    assert all(isinstance(named[site.path], Quantised) for site in subject.sites.sites)
+
+
+def test_one_layer_goes_in_turn_alone(subject):
+    one = replace(subject, targets=("layer_1/**/kernel",))
+    way = Method.parse("svd")
+    small = smaller(one, way, 0.5, None, in_turn=1, progress=False)
+    assert all(path.startswith("layer_1/") for path in low_rank(small.params))
+
+
 def test_a_student_keeps_the_outer_layers(subject):
     params = {f"layer_{i}": i for i in range(6)} | {"norm": "n"}
     assert fewer_layers(params, 3) == {"norm": "n", "layer_0": 0, "layer_1": 2, "layer_2": 5}
@@ -124,6 +139,12 @@ def test_bad_input(subject, stats, tmp_path):
         ({"method": "nf4", "steps": 3}, "nothing low-rank to heal"),
         ({"method": "nf4", "sequential": True}, "does not go layer by layer"),
         ({"method": "student", "keep": 1.5}, "keep is 1.5"),
+        ({"method": "svd", "steps": 4, "lr": -1}, "lr is -1"),
+        ({"method": "svd", "steps": 4, "share": 1.5}, "share is 1.5"),
+        ({"method": "svd", "steps": 1}, "healing takes 2 steps at least"),
+        ({"method": "svd", "steps": 4, "keep": 1}, "nothing can be healed"),
+        ({"method": "svd", "seed": 1.5}, "seed is 1.5"),
+        ({"method": "svd", "rounds": -1}, "rounds is -1"),
     ):
         with pytest.raises(CompressError, match=message):
             compress_subject(subject, **{"keep": 0.5, "stats": stats, **QUIET, **options})
@@ -151,6 +172,9 @@ def test_a_comparison_goes_on_and_draws_its_page(subject, tmp_path):
     assert len(comparison_table(out).splitlines()) == 5
     with pytest.raises(CompressError, match="holds a comparison with steps 2, not 3"):
         compare(subject, out, methods=("svd",), **{**options, "steps": 3})
+    for setting, message in (({"lr": 2e-3}, "with lr 0.001, not 0.002"), ({"rank": 8}, "with rank None, not 8")):
+        with pytest.raises(CompressError, match=message):
+            compare(subject, out, methods=("svd",), **{**options, **setting})
     with pytest.raises(RunFolderError, match="holds no comparison"):
         write_comparison(tmp_path)
 
@@ -192,6 +216,8 @@ def test_a_comparison_that_fails_leaves_no_folder(subject, tmp_path):
         ({"allocation": "foo"}, "allocation 'foo' is unknown"),
         ({"temperature": 3}, "'temperature' is no setting"),
         ({"seeds": ()}, "must each hold something"),
+        ({"methods": ("int8", "svd"), "heal": ("svd",), "steps": 4, "lr": float("nan")}, "lr is nan"),
+        ({"keeps": (1e-4,)}, "svd, 0.0001 kept: keep=0.0001 is impossible"),
         ({"methods": ("nf4",), "heal": ("nf4",)}, "nothing low-rank to heal"),
     ):
         with pytest.raises(CompressError, match=message):
@@ -208,3 +234,14 @@ def test_the_front_holds_what_nothing_beats():
     assert [line.method for line in front(lines, "bytes_ratio")] == ["b", "a", "d"]
     lines += lines_of([row("broken", 0.1, float("nan"))])
     assert [line.method for line in front(lines, "bytes_ratio")] == ["b", "a", "d"]
+
+
+@pytest.mark.parametrize("value", [12.0, float("nan")])
+def test_pages_of_three_costs_and_of_nothing_finite(value, tmp_path):
+    row = dict.fromkeys(COLUMNS, 0.5) | {"subject": "s", "method": "svd", "metric": "perplexity", "metric_healed": None,
+                                         "metric_after": value, "latency_ratio": None, "seed": 0}  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "comparison.json").write_text("{}")
+    text = write_comparison(tmp_path).read_text()
+    assert "peak memory" in text
+    assert ">latency<" not in text.split("<table")[0]
