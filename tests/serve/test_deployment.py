@@ -57,12 +57,12 @@ def call(*argv):
 
 def test_merged_and_factored_exports_are_measured_and_load_again(adapter, tmp_path, capsys):
     before = {p: p.read_bytes() for p in Path(adapter).rglob("*") if p.is_file()}
-    options = ["--rounds", 1, "--target", SITE, "--json"]
+    options, half = ["--rounds", 1, "--json"], ["--method", "svd", "--keep", "0.5", "--target", SITE]
     found = {}
     for name, chosen in {
         "merged": ["--format", "safetensors"],
-        "factored": ["--format", "safetensors", "--method", "svd", "--keep", "0.5"],
-        "program": ["--format", "stablehlo", "--method", "svd", "--keep", "0.5"],
+        "factored": ["--format", "safetensors", *half],
+        "program": ["--format", "stablehlo", *half],
     }.items():
         call("export", adapter, "--out", tmp_path / name, *chosen, *options)
         found[name] = json.loads(capsys.readouterr().out)
