@@ -132,8 +132,8 @@ def speed():
                 ratio = seconds / own["solve_s"]
                 rows.append(own | {"target": target, "steps": steps, "gap": gap, "adam_s": seconds, "ratio": ratio})
                 print(
-                    f"{name:12} rank {rank:3}: solve {1e3 * own['solve_s']:6.1f} ms; Adam to {target:g}: {steps} steps, "
-                    f"{seconds:6.2f} s, gap {gap:.1e}{'' if gap <= target else ', not there'}: {ratio:.0f}x",
+                    f"{name:12} rank {rank:3}: solve {1e3 * own['solve_s']:6.1f} ms; Adam to {target:g}: {steps} "
+                    f"steps, {seconds:6.2f} s, gap {gap:.1e}{'' if gap <= target else ', not there'}: {ratio:.0f}x",
                     flush=True,
                 )
     return rows
