@@ -8,7 +8,8 @@ Result:    with 0.294 of the targets' parameters: test accuracy 0.8400 (original
            to 0.8435 if it learns from itself likewise. Seed 1, keep 0.5: 0.8390, 0.8373, 0.8423.
            4,000 test reviews, cut at 100 words: a standard error of 0.6 points. SVD without data does as well here
            (0.8373 before healing).
-           ONNX files (with the export extra): LSTM_ONNX
+           ONNX files (with the export extra): original 4.46 MB, healed 1.45 MB, healed in int8 0.58 MB; 0.844 on
+           1,000 test reviews in fp32 and in int8.
 Writes:    runs/lstm/ (original, compressed and healed .safetensors, original and healed .onnx in fp32 and int8,
            history.json, results.json)
 """

@@ -37,7 +37,7 @@ class WordPiece:
         text = "".join(self._clean(c) for c in text)
         if self.strip_accents:
             text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
-        text = text.lower() if self.lowercase else text
+        text = "".join(map(str.lower, text)) if self.lowercase else text  # each alone: no final sigma
         return "".join(f" {c} " if _punctuation(c) else c for c in text).split()
 
     def _clean(self, c: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,12 +16,15 @@ from lorax_kit.core.errors import AdapterError
 
 
 def refuse_existing(path: Path, overwrite: bool | None, marker: str | None, kind: str = "adapter") -> None:
-    """Raise `AdapterError` if `path` exists and may not be replaced.
+    """Raise `AdapterError` if `path` exists and may not be replaced, or cannot be made.
 
     Only a folder that holds `marker` ever is, or without a marker a file; `kind` says what such a path is. `overwrite`
     is None where the caller cannot ask for it.
     """
     if not path.exists() and not path.is_symlink():
+        parent = next(p for p in path.absolute().parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise AdapterError(f"{str(path)!r} cannot be made: {str(parent)!r} is no folder that may be written to.")
         return
     if not overwrite:
         way = "choose another path" + ("" if overwrite is None else ", or pass overwrite=True (--overwrite)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,11 @@ def compress(
     from lorax_kit.checkpoint.staging import refuse_existing
     from lorax_kit.core.compact import METHODS as QUANTISATIONS
     from lorax_kit.workloads import compress_subject, save_small, subject_of
+    from lorax_kit.workloads.methods import Method
 
     options["rank"] = rank or None
     if not options["steps"]:
-        _refuse_given({"lr": "--lr", "rank": "--rank", "share": "--share", "seeds": "--seeds"}, "--heal")
+        _refuse_given({name: f"--{name}" for name in ("lr", "rank", "share", "seed", "seeds")}, "--heal")
     if compare:
         if out is None:
             raise click.UsageError("--compare writes a report: give --out, its folder.")
@@ -120,6 +122,8 @@ def compress(
     if out is not None:
         refuse_existing(Path(out), None, None)
     method = methods[0] if methods else "whitened"
+    if Method.parse(method).kind != "low-rank":
+        _refuse_given({"allocation": "--allocation"}, "low-rank methods")
     if method in QUANTISATIONS:
         _refuse_given({"keeps": "--keep"}, f"methods that leave something out: {method} keeps all")
     subject = subject_of(model, targets=targets)
@@ -155,6 +159,7 @@ def _compare(
     options: dict[str, Any],
 ) -> None:
     from lorax_kit.report.compression import comparison_table, write_comparison
+    from lorax_kit.report.run_folder import RunFolderError
     from lorax_kit.workloads import subject_of
     from lorax_kit.workloads.comparison import METHODS, RowFailed, compare
     from lorax_kit.workloads.methods import Method
@@ -167,7 +172,7 @@ def _compare(
     try:
         rows = compare(subject, out, methods=chosen, keeps=keeps, seeds=seeds, heal=heal, command=command, **options)
     except (KeyboardInterrupt, RowFailed) as e:
-        if (Path(out) / "rows.jsonl").exists():
+        with suppress(RunFolderError):  # no row yet
             click.echo(f"the finished rows are in {write_comparison(out)}", err=True)
         if isinstance(e, KeyboardInterrupt):
             click.echo("the same command goes on from where it stopped", err=True)

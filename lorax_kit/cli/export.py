@@ -52,12 +52,15 @@ def export(adapter: str, out: str, as_json: bool, **options: Any) -> None:
     ADAPTER is a folder of `train` or of a study. The folder --out holds the model, vocab.txt and export.json.
     """
     from lorax_kit.benchmarks import table
+    from lorax_kit.core.compact import METHODS as QUANTISATIONS
     from lorax_kit.workloads.deployment import export_adapter
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
     for name, flag in (("keep", "--keep"), ("targets", "--target"), ("batches", "--batches")):
         if name in given and "method" not in given:
             raise click.UsageError(f"{flag} goes with --method.")
+    if "keep" in given and options["method"] in QUANTISATIONS:
+        raise click.UsageError(f"--keep goes with methods that leave something out: {options['method']} keeps all.")
     if "platforms" in given and options["form"] != "stablehlo":
         raise click.UsageError("--platform goes with --format stablehlo.")
     row = export_adapter(adapter, out, **given)

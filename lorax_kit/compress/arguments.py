@@ -92,6 +92,12 @@ def batches_of(name: str, batches: Any) -> Iterator[Any]:
     return iter(batches)
 
 
+def check_values(params: Params) -> None:
+    """Raise `CompressError` if params are traced."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
+        raise CompressError("the params are being traced: compression works on values, outside of jit and grad.")
+
+
 def planned(params: Params, sites: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
     """Flattened params that fit the sites.
 
@@ -106,8 +112,7 @@ def planned(params: Params, sites: Any) -> tuple[dict[str, Any], jax.tree_util.P
     if not sites.sites:
         raise CompressError("the plan has no low-rank sites: there is nothing to compress.")
     named, treedef = flatten(params)
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(named)):
-        raise CompressError("the params are being traced: compression works on values, outside of jit and grad.")
+    check_values(params)
     for site in sites.sites:
         if site.path in named and not is_array(named[site.path]):
             raise CompressError(f"{site.path!r} is {shown(named[site.path])}; it must be an array.")

@@ -19,6 +19,7 @@ from lorax_kit.compress.arguments import (
     check_function,
     check_key,
     check_positive,
+    check_values,
     patterns_of,
 )
 from lorax_kit.compress.distil import trained
@@ -78,6 +79,7 @@ def heal(
         if isinstance(named[f"{path}/a"], Quantised) or isinstance(named[f"{path}/b"], Quantised):
             raise CompressError(f"the factors of {path!r} are quantised.\n  heal first, then lk.quantise")
     check_function("loss", loss, "loss(outputs, batch)")
+    check_values(params)
     check_key(key)
     full = patterns_of("full", full)
     steps, rounds, lr = check_count("steps", steps), check_count("rounds", rounds), check_positive("lr", lr)

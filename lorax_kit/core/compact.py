@@ -80,7 +80,8 @@ class Quantised:
         if self.method == "int8":
             values = self.codes.astype(jnp.float32) / 127
         else:
-            pairs = jnp.stack([self.codes >> 4, self.codes & 15], axis=-1).reshape(*self.codes.shape[:-1], -1)
+            halves = [(self.codes >> 4)[..., None], (self.codes & 15)[..., None]]  # ONNX's converter lacks `stack`
+            pairs = jnp.concatenate(halves, axis=-1).reshape(*self.codes.shape[:-1], -1)
             values = jnp.asarray(NF4)[pairs] if self.method == "nf4" else (pairs.astype(jnp.float32) - 8) / 7
         scales = self.scales
         if self.step is not None and self.offset is not None:

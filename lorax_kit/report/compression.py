@@ -145,13 +145,22 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             json.loads((path / "comparison.json").read_text("utf-8")),
         )
         rows = [json.loads(line) for line in text.split("\n")[:-1]]  # a kill can cut the last
-        if not isinstance(about, dict) or not all(isinstance(row, dict) and set(COLUMNS) <= set(row) for row in rows):
+        if not isinstance(about, dict) or not all(map(_whole, rows)):
             raise ValueError("rows or settings lack what this version writes")
     except (OSError, ValueError) as e:
         raise RunFolderError(f"{str(path)!r} holds no comparison: {e}.") from None
     if not rows:
         raise RunFolderError(f"{str(path)!r} has no finished row yet.")
     return rows, about
+
+
+def _whole(row: Any) -> bool:
+    """Whether a row has every column, each of its kind."""
+    if not isinstance(row, dict) or not set(COLUMNS) <= set(row) or row["metric"] not in ("accuracy", "perplexity"):
+        return False
+    words, maybe = ("subject", "method", "metric"), ("latency_ms", "latency_ratio", "metric_healed", "agreement_healed")
+    numbers = [row[name] for name in COLUMNS if name not in words and not (name in maybe and row[name] is None)]
+    return all(type(row[name]) is str for name in words) and all(type(x) in (int, float) for x in numbers)
 
 
 def comparison_table(folder: str | Path) -> str:

@@ -53,6 +53,7 @@ def save_stablehlo(
     """
     path = Path(file).absolute()
     refuse_existing(path, overwrite, None, "file")
+    platforms = (platforms,) if isinstance(platforms, str) else platforms
     if unknown := sorted(set(platforms) - set(PLATFORMS)):
         raise ExportError(f"platform {unknown[0]!r} is unknown; choose from {', '.join(PLATFORMS)}.")
     traced = program(fn, params, inputs)

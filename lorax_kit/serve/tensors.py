@@ -119,7 +119,7 @@ def load_tensors(file: str | Path, like: Params = None) -> Params:
             tensors[name] = _restored(name, dict(compact[name]), tensors)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ExportError(f"{str(path)!r} does not hold what its metadata say: {e!r}.\n  export it again") from None
-    leaves = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in tensors.items()}
+    leaves = {name: _array(x) if isinstance(x, np.ndarray) else x for name, x in tensors.items()}
     _check_nesting(leaves)
     if like is None:
         return _nested(leaves)
@@ -134,6 +134,11 @@ def load_tensors(file: str | Path, like: Params = None) -> Params:
                 f"{name!r} is {tuple(leaves[name].shape)} in {str(path)!r}, and {tuple(x.shape)} in `like`."
             )
     return unflatten({name: leaves[name] for name in known}, treedef)
+
+
+def _array(x: np.ndarray) -> Any:
+    """On the device; 64 bits stay numpy's where JAX would cut them to 32."""
+    return jnp.asarray(x) if jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype else x
 
 
 def _restored(path: str, static: dict[str, Any], tensors: dict[str, Any]) -> LowRank | Quantised:

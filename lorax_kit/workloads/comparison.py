@@ -13,7 +13,7 @@ import jax
 from tqdm import tqdm
 
 from lorax_kit.checkpoint.fingerprint import fingerprint
-from lorax_kit.checkpoint.staging import sole_writer
+from lorax_kit.checkpoint.staging import refuse_existing, sole_writer
 from lorax_kit.compress import ALLOCATIONS
 from lorax_kit.compress.arguments import check_count, check_word
 from lorax_kit.core.errors import CompressError
@@ -48,7 +48,7 @@ def compare(
     seeds: Sequence[int] = (0,),
     heal: Sequence[str] = ("whitened", "student"),
     batches: int = 16,
-    steps: int = 200,
+    steps: int = 0,
     progress: bool = True,
     command: str = "",
     **settings: Any,
@@ -59,7 +59,7 @@ def compare(
       out: folder of `rows.jsonl` and `comparison.json`; a row that is there is not measured again.
       keeps: shares of the parameters; 2:4 pruning and quantisation have one of their own.
       seeds: of healing.
-      heal: which methods are healed, in `steps` steps.
+      heal: which methods are healed, if there are `steps`.
       batches: of calibration.
       settings: more of `compress_subject`'s: lr, rank, share, allocation, rounds.
 
@@ -75,9 +75,15 @@ def compare(
     check_count("batches", batches)
     if not (methods and keeps and seeds):
         raise CompressError("methods, keeps and seeds must each hold something.")
-    ways, _ = [Method.parse(name) for name in methods], [Method.parse(name) for name in heal]
+    ways = [Method.parse(name) for name in methods]
+    for name in heal:
+        Method.parse(name)
     if not check_count("steps", steps, 0):
         heal = ()
+    elif not set(heal) & {way.name for way in ways}:
+        raise CompressError(
+            f"steps is {steps}, and none of the methods is healed.\n  leave it out, or name one in heal"
+        )
     about = {
         "subject": subject.name,
         "params": fingerprint(subject.params),
@@ -123,6 +129,7 @@ class _Folder:
 
     Raises:
       CompressError: the folder holds other settings, is damaged, or is being written to.
+      AdapterError: it cannot be made.
     """
 
     def __init__(self, path: Path, about: dict[str, Any], command: str) -> None:
@@ -137,6 +144,8 @@ class _Folder:
             except CompressError:
                 self.close()
                 raise
+        elif not path.exists():
+            refuse_existing(path, None, None)  # a place where no folder can be made
         elif self.file.exists():
             raise CompressError(f"{str(path)!r} has rows of unknown settings: its comparison.json is gone.")
 
@@ -165,8 +174,8 @@ class _Folder:
             self._held.close()
 
     def _read(self) -> None:
-        text = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
         try:
+            text = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
             if "\n" in text:
                 self.rows, found = read_rows(self.path)
             else:

@@ -20,7 +20,7 @@ from lorax_kit.checkpoint.fingerprint import fingerprint
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.compress import Moments, compressed, distil, distillation, heal
 from lorax_kit.compress.arguments import check_count, check_number, check_positive, check_share
-from lorax_kit.core.compact import Quantised
+from lorax_kit.core.compact import LowRank, Quantised
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.serve import load_tensors, save_tensors
@@ -84,11 +84,11 @@ def compress_subject(
     """
     way = Method.parse(method)
     check_settings(way, keep=keep, steps=steps, lr=lr, rank=rank, share=share, rounds=rounds, seed=seed)
-    if sequential and way.kind != "low-rank":
-        raise CompressError(f"{method!r} does not go layer by layer: only svd, fisher, asvd and whitened do.")
+    if sequential and not (way.kind == "low-rank" and way.calibrated):
+        raise CompressError(f"{method!r} does not go layer by layer: only fisher, asvd and whitened read data anew.")
     if stats is None:
         stats = statistics_for(subject, [way], batches, allocation=allocation, progress=progress)
-    in_turn = batches if sequential and way.calibrated else 0
+    in_turn = batches if sequential else 0
 
     def say(phase: str) -> None:
         if progress:
@@ -189,10 +189,19 @@ def load_small(folder: str | Path, subject: Subject) -> tuple[dict[str, Any], Sm
         ) from None
     if original != fingerprint(subject.params):
         raise CompressError(f"the model in {str(path)!r} was made of another one than {subject.name!r}.")
-    params = load_tensors(path / MODEL)
+    params, (apply, expected) = load_tensors(path / MODEL), (subject.apply, subject.params)
     if way.kind == "student":
-        return row, Small(subject.student(students_layers(subject, keep))[0], params)
-    return row, Small(subject.apply if way.kind == "pruned" else compressed(subject.apply), params)
+        apply, expected = subject.student(students_layers(subject, check_share("keep", keep)))
+    elif way.kind != "pruned":
+        apply = compressed(apply)
+    if _layout(params) != _layout(expected):
+        raise CompressError(f"{str(path)!r} is damaged: its tensors are not those of a {row['method']!r} model.")
+    return row, Small(apply, params)
+
+
+def _layout(params: Params) -> dict[str, tuple[int, ...]]:
+    """Shapes by path, of compact leaves those of what they stand for."""
+    return {p: tuple(x.shape) for p, x in flatten(params, whole=(LowRank, Quantised))[0].items()}
 
 
 def healed_model(

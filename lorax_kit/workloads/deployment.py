@@ -17,7 +17,9 @@ from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.checkpoint.adapter import adapter_bytes
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.compress.arguments import check_share
+from lorax_kit.core.compact import Quantised
 from lorax_kit.core.errors import ExportError
+from lorax_kit.core.paths import flatten
 from lorax_kit.models import load_bert
 from lorax_kit.serve import load_onnx, load_stablehlo, load_tensors, save_onnx, save_stablehlo, save_tensors
 from lorax_kit.serve.onnx import check_installed
@@ -96,6 +98,8 @@ def export_adapter(
             "what is written could not be measured here.\n  add this machine's platform to them"
         )
     refuse_existing(path, overwrite, DOCUMENT, "export")
+    if path.is_dir() and (other := sorted({p.name for p in path.iterdir()} - {*FILES.values(), VOCABULARY, DOCUMENT})):
+        raise ExportError(f"{str(path)!r} holds {other[0]!r}, too, which is no part of an export: it is not replaced.")
     adapter = adapter_folder(adapter)
     workload = workload_of(adapter)
     pretrained = load_bert(workload.model)
@@ -108,6 +112,8 @@ def export_adapter(
     elif method is not None:
         keep = 1.0 if Method.parse(method).kind == "quantised" else check_share("keep", keep)
         model = _compressed(subject, Method.parse(method), keep, batches, progress)
+    if int8 and any(isinstance(x, Quantised) for x in flatten(model.params)[0].values()):
+        raise ExportError("int8 quantises float params, and these are quantised already.\n  leave int8 out")
     document = {
         "lorax_kit": __version__,
         "format": form,

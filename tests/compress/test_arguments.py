@@ -108,6 +108,7 @@ def planned(stats, method="whitened"):
         (lambda: healed(rounds="two"), "rounds is 'two'"),
         (lambda: healed(lr="fast"), "lr is 'fast'"),
         (lambda: healed(lr=0.0), "lr is 0"),
+        (lambda: jax.jit(lambda p: heal(fn, p, mean, [X], KEY, steps=2))(SMALL), "the params are being traced"),
         (lambda: healed(full=None), "full is None; it must be patterns"),
         (lambda: healed(distillation(lambda x: [1.0], mean)), r"teacher\(batch\) is \[1.0\]; it must be an array"),
         (lambda: healed(distillation(lambda x: x[:, :6], mean, weight=lambda x: 1)), r"weight\(batch\) is 1"),

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+import lorax_kit as lk
 from lorax_kit.cli import main
 from lorax_kit.models import Tokenizer, load_bert
 from lorax_kit.serve import load_tensors
@@ -95,6 +96,8 @@ def test_bad_calls_exit_2_and_write_nothing(adapter, tmp_path, capsys):
         (["--format", "safetensors", "--method", "pca", "--out", tmp_path / "x"], "method 'pca' is unknown"),
         (["--format", "safetensors", "--method", "svd", "--keep", "2", "--out", tmp_path / "x"], "keep is 2"),
         (["--format", "safetensors", "--out", tmp_path / "mine"], "exists"),
+        (["--format", "safetensors", "--out", "/dev/null/x"], "is no folder that may be written to"),
+        (["--format", "safetensors", "--method", "int8", "--keep", "0.3", "--out", tmp_path / "x"], "int8 keeps all"),
         (["--format", "safetensors", "--out", tmp_path / "mine", "--overwrite"], "is no such export"),
     ):
         with pytest.raises(SystemExit) as e:
@@ -109,6 +112,10 @@ def test_bad_calls_exit_2_and_write_nothing(adapter, tmp_path, capsys):
 
 def test_a_failure_while_measuring_leaves_the_earlier_export(adapter, tmp_path, monkeypatch):
     export_adapter(adapter, tmp_path / "x", form="safetensors", rounds=0, progress=False)
+    (tmp_path / "x" / "mine").mkdir()
+    with pytest.raises(lk.LoraxError, match="holds 'mine', too"):
+        export_adapter(adapter, tmp_path / "x", form="safetensors", overwrite=True, progress=False)
+    (tmp_path / "x" / "mine").rmdir()
     before = {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir()}
     monkeypatch.setattr("lorax_kit.workloads.deployment._measured", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

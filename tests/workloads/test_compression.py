@@ -138,6 +138,7 @@ def test_bad_input(subject, stats, tmp_path):
         ({"method": "whitened+int3"}, "is unknown"),
         ({"method": "nf4", "steps": 3}, "nothing low-rank to heal"),
         ({"method": "nf4", "sequential": True}, "does not go layer by layer"),
+        ({"method": "svd", "sequential": True}, "does not go layer by layer"),
         ({"method": "student", "keep": 1.5}, "keep is 1.5"),
         ({"method": "svd", "steps": 4, "lr": -1}, "lr is -1"),
         ({"method": "svd", "steps": 4, "share": 1.5}, "share is 1.5"),
@@ -171,10 +172,10 @@ def test_a_comparison_goes_on_and_draws_its_page(subject, tmp_path):
     assert (out / "plots" / "pareto.png").stat().st_size > 10_000
     assert len(comparison_table(out).splitlines()) == 5
     with pytest.raises(CompressError, match="holds a comparison with steps 2, not 3"):
-        compare(subject, out, methods=("svd",), **{**options, "steps": 3})
+        compare(subject, out, methods=("whitened",), **{**options, "steps": 3})
     for setting, message in (({"lr": 2e-3}, "with lr 0.001, not 0.002"), ({"rank": 8}, "with rank None, not 8")):
         with pytest.raises(CompressError, match=message):
-            compare(subject, out, methods=("svd",), **{**options, **setting})
+            compare(subject, out, methods=("whitened",), **{**options, **setting})
     with pytest.raises(RunFolderError, match="holds no comparison"):
         write_comparison(tmp_path)
 
@@ -208,6 +209,26 @@ def test_what_was_kept_is_read_again(subject, stats, method, tmp_path):
     assert again == row | {"original": again["original"]}
     found = subject.quality(*loaded), subject.quality(*small)
     assert found[0].loss == found[1].loss
+    file = tmp_path / "small" / "row.json"
+    other = {"keep": 1.0 if method == "student" else 0.1, "method": "student"}  # of another number of layers
+    for change, message in (
+        (other, "its tensors are not those of a 'student' model"),
+        ({"keep": "x"}, "is no model of"),
+        ({"original": ""}, "was made of another"),
+    ):
+        file.write_text(json.dumps(again | change))
+        with pytest.raises(CompressError, match=message):
+            load_small(tmp_path / "small", subject)
+
+
+@pytest.mark.parametrize("text", ['{"method": "svd"}', None, "\xff"])
+def test_rows_that_are_damaged_are_named(subject, text, tmp_path):
+    out = tmp_path / "compare"
+    compare(subject, out, methods=("int8",), **QUIET)
+    row = json.loads((out / "rows.jsonl").read_text()) | {"keep": [1]}
+    (out / "rows.jsonl").write_text((text or json.dumps(row)) + "\n", encoding="latin-1")
+    with pytest.raises(CompressError, match="compare' cannot be gone on with"):
+        compare(subject, out, methods=("int8",), **QUIET)
 
 
 def test_a_comparison_that_fails_leaves_no_folder(subject, tmp_path):
@@ -216,9 +237,10 @@ def test_a_comparison_that_fails_leaves_no_folder(subject, tmp_path):
         ({"allocation": "foo"}, "allocation 'foo' is unknown"),
         ({"temperature": 3}, "'temperature' is no setting"),
         ({"seeds": ()}, "must each hold something"),
+        ({"steps": 4}, "steps is 4, and none of the methods is healed"),
         ({"methods": ("int8", "svd"), "heal": ("svd",), "steps": 4, "lr": float("nan")}, "lr is nan"),
         ({"keeps": (1e-4,)}, "svd, 0.0001 kept: keep=0.0001 is impossible"),
-        ({"methods": ("nf4",), "heal": ("nf4",)}, "nothing low-rank to heal"),
+        ({"methods": ("nf4",), "heal": ("nf4",), "steps": 4}, "nothing low-rank to heal"),
     ):
         with pytest.raises(CompressError, match=message):
             compare(subject, tmp_path / "out", **{"methods": ("svd",), **QUIET, **options})
