@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from lorax_kit.cli.root import cli, echo
+from lorax_kit.cli.root import cli, echo, refuse_given
 
 
 @cli.command()
@@ -109,7 +109,7 @@ def compress(
 
     options["rank"] = rank or None
     if not options["steps"]:
-        _refuse_given({name: f"--{name}" for name in ("lr", "rank", "share", "seed", "seeds")}, "--heal")
+        refuse_given({name: f"--{name}" for name in ("lr", "rank", "share", "seed", "seeds")}, "--heal")
     if compare:
         if out is None:
             raise click.UsageError("--compare writes a report: give --out, its folder.")
@@ -123,9 +123,9 @@ def compress(
         refuse_existing(Path(out), None, None)
     method = methods[0] if methods else "whitened"
     if Method.parse(method).kind != "low-rank":
-        _refuse_given({"allocation": "--allocation"}, "low-rank methods")
+        refuse_given({"allocation": "--allocation"}, "low-rank methods")
     if method in QUANTISATIONS:
-        _refuse_given({"keeps": "--keep"}, f"methods that leave something out: {method} keeps all")
+        refuse_given({"keeps": "--keep"}, f"methods that leave something out: {method} keeps all")
     subject = subject_of(model, targets=targets)
     row, small = compress_subject(subject, method=method, keep=keeps[0], sequential=sequential, seed=seed, **options)
     if out is not None:
@@ -138,14 +138,6 @@ def compress(
         )
         shown = ("method", "keep", "bytes_ratio", "model_ratio", "flops_ratio", "latency_ratio")
         click.echo(table([row], (*shown, "metric_before", "metric_after", "metric_healed", "agreement_after")))
-
-
-def _refuse_given(options: dict[str, str], needed: str) -> None:
-    """Raise for options on the command line that would do nothing."""
-    context = click.get_current_context()
-    for name, flag in options.items():
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"{flag} goes with {needed}.")
 
 
 def _compare(

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from lorax_kit.cli.root import cli, echo
+from lorax_kit.cli.root import cli, echo, refuse_given
 
 
 @cli.command()
@@ -20,14 +20,16 @@ from lorax_kit.cli.root import cli, echo
 )
 @click.option("--int8", is_flag=True, help="Matrices of the ONNX model in 8 bits.")
 @click.option("--method", help="Compress first, by a method of `lorax-kit compress`; without, the adapter is merged.")
-@click.option("--keep", type=float, help="Share of the targets' parameters that --method keeps.  [default: 0.5]")
+@click.option(
+    "--keep", type=float, default=0.5, show_default=True, help="Share of the targets' parameters that --method keeps."
+)
 @click.option(
     "--target",
     "targets",
     multiple=True,
     help="Pattern of parameters that --method compresses, may be repeated; default: all linear.",
 )
-@click.option("--batches", type=click.IntRange(1), help="Of calibration for --method.  [default: 16]")
+@click.option("--batches", type=click.IntRange(1), default=16, show_default=True, help="Of calibration for --method.")
 @click.option(
     "--compressed",
     type=click.Path(exists=True, file_okay=False),
@@ -38,7 +40,9 @@ from lorax_kit.cli.root import cli, echo
     "platforms",
     type=click.Choice(["cpu", "cuda", "rocm", "tpu"]),
     multiple=True,
-    help="That runs the StableHLO; may be repeated.  [default: cpu]",
+    default=("cpu",),
+    show_default=True,
+    help="That runs the StableHLO; may be repeated.",
 )
 @click.option(
     "--rounds", type=click.IntRange(0), default=15, show_default=True, help="Alternating rounds of latency; 0: none."
@@ -55,15 +59,14 @@ def export(adapter: str, out: str, as_json: bool, **options: Any) -> None:
     from lorax_kit.core.compact import METHODS as QUANTISATIONS
     from lorax_kit.workloads.deployment import export_adapter
 
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    for name, flag in (("keep", "--keep"), ("targets", "--target"), ("batches", "--batches")):
-        if name in given and "method" not in given:
-            raise click.UsageError(f"{flag} goes with --method.")
-    if "keep" in given and options["method"] in QUANTISATIONS:
-        raise click.UsageError(f"--keep goes with methods that leave something out: {options['method']} keeps all.")
-    if "platforms" in given and options["form"] != "stablehlo":
-        raise click.UsageError("--platform goes with --format stablehlo.")
-    row = export_adapter(adapter, out, **given)
+    method = options["method"]
+    if method is None:
+        refuse_given({"keep": "--keep", "targets": "--target", "batches": "--batches"}, "--method")
+    if method in QUANTISATIONS:
+        refuse_given({"keep": "--keep"}, f"methods that leave something out: {method} keeps all")
+    if options["form"] != "stablehlo":
+        refuse_given({"platforms": "--platform"}, "--format stablehlo")
+    row = export_adapter(adapter, out, **options)
     if as_json:
         echo(row)
         return

@@ -28,6 +28,14 @@ def echo(data: Any) -> None:
     click.echo(json.dumps(plain(data), indent=2))
 
 
+def refuse_given(options: dict[str, str], needed: str) -> None:
+    """Raise for options on the command line that would do nothing."""
+    context = click.get_current_context()
+    for name, flag in options.items():
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{flag} goes with {needed}.")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: exit codes as the module says."""
     try:
