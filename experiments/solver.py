@@ -1,13 +1,13 @@
 """The exact solver of min 1/2 |W - A B|_F^2 + lam |A|_F + mu |B|_F against L-BFGS, and its speed against Adam.
 
 Command:   python experiments/solver.py
-Hardware:  2 CPU cores, 5 minutes measured beside other work
+Hardware:  2 CPU cores, 4 minutes
 Result:    500 problems: the exact objective is never above the best of 20 L-BFGS starts by more than 7e-16 relative;
-           that best is worse by more than 1e-8 in 122 of them, a single start in 31 %.
-           Times at 768 x 3072, beside other work, solve on one thread (OPENBLAS_NUM_THREADS=1; two threads that wait
-           for a busy core take 2 to 40 times as long): solve 0.14 to 0.18 s at any rank. Adam with a rate that fits
-           the problem is within 1e-4 after 300 steps: 5x, 14x, 52x slower at ranks 16, 64, 256; for falling values
-           at rank 256 it is not after 800 (133x). Not the 100x that 10,000 steps (extrapolated) would make of it.
+           that best is worse by more than 1e-8 in 119 of them, a single start in 30 %.
+           Times at 768 x 3072: solve 79 to 92 ms at any rank (114 to 138 on one thread). Adam at a rate that fits the
+           problem is slower, to 1e-4 and to 1e-6 of the minimum, at ranks 16, 64 and 256:
+             values that fall   6x, 17x, 264x   and   6x, 46x, 538x (not there after 3,200 steps)
+             independent        7x, 17x,  48x   and  35x, 44x, 256x
 Writes:    runs/solver/results.json
 """
 
