@@ -94,7 +94,8 @@ def test_we_load_what_peft_writes_and_the_recording_is_current(case, params, tmp
     model = make_peft.adapted(case)
     model.save_pretrained(tmp_path)
     there = make_peft.hidden(model).numpy()
-    np.testing.assert_allclose(there, recorded[case], atol=1e-6)
+    # Recorded on another processor: fp32 sums in another order.
+    np.testing.assert_allclose(there, recorded[case], atol=1e-5)
     adapter = lk.load_peft(tmp_path, base=params, names=NAMES)
     merged = lk.merge(params, adapter.factors, adapter.plan)
     ours = jax.jit(encode)(merged, recorded["ids"], recorded["mask"], recorded["types"])
