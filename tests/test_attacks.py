@@ -9,11 +9,12 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.tasks import Reviews, load_reviews, split_reviews
 from tests import tiny
+from tests.draws import normal
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-W = {"w": jax.random.normal(jax.random.key(0), (6, 5))}
-X = jax.random.normal(jax.random.key(1), (4, 6))
+W = {"w": normal(0, 6, 5)}
+X = normal(1, 4, 6)
 SPEC = lk.Spec({"w": lk.LoRA(rank=2, alpha=4)})
 
 

@@ -23,10 +23,11 @@ from lorax_kit.compress import (
     solve_by_gradient,
 )
 from lorax_kit.compress.decompose import damping
+from tests.draws import normal
 
 KEY = jax.random.key(0)
 PARAMS = {"w": jax.random.normal(KEY, (8, 6))}
-X = jax.random.normal(jax.random.key(1), (10, 8))
+X = normal(1, 10, 8)
 
 
 def fn(p, x):

@@ -7,14 +7,11 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.compress import CompressError, calibrate
+from tests.draws import normal as draw
 
 
 def sites(params, fn, *inputs, rank=1):
     return lk.resolve(lk.Spec({"**": lk.LoRA(rank=rank)}), params, fn, *inputs)
-
-
-def draw(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def test_sums_over_batches_are_those_of_the_inputs_of_each_layer():

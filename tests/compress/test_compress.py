@@ -25,10 +25,7 @@ from lorax_kit.compress import (
 )
 from lorax_kit.compress.allocate import _points, cost
 from lorax_kit.compress.decompose import Transform, leading, randomised, singular_values, transform
-
-
-def draw(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+from tests.draws import normal as draw
 
 
 def mlp(p, x):
@@ -223,7 +220,7 @@ def test_a_budget_of_bytes_counts_each_sites_dtype(model):
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_pruning_keeps_what_counts_most(model, method):
-    params, sites, stats, x = model
+    params, sites, stats, _ = model
     half = prune(params, sites, keep=0.5, method=method, stats=stats)
     pairs = prune(params, sites, keep=0.5, method=method, stats=stats, pattern="2:4")
     for path in params:
@@ -233,10 +230,15 @@ def test_pruning_keeps_what_counts_most(model, method):
             np.testing.assert_array_equal(np.asarray(pruned[path])[kept], np.asarray(params[path])[kept])
         fours = np.asarray(pairs[path] != 0).reshape(-1, 4, params[path].shape[1]).sum(1)
         assert (fours == 2).all()
-    if method == "wanda":
-        other = prune(params, sites, keep=0.5, method="magnitude")
-        errors = [float(jnp.linalg.norm(x @ (params["up"] - p["up"]))) for p in (half, other)]
-        assert errors[0] < errors[1]
+
+
+def test_wanda_loses_less_where_inputs_differ_in_size(model):
+    params, sites, _, _ = model
+    x = draw(4, 200, 24) * jnp.linspace(0.05, 3, 24)[None]
+    stats = calibrate(mlp, params, sites, [x], progress=False)
+    by_inputs, by_size = (prune(params, sites, keep=0.5, method=m, stats=stats) for m in ("wanda", "magnitude"))
+    errors = [float(jnp.linalg.norm(x @ (params["up"] - p["up"]))) for p in (by_inputs, by_size)]
+    assert errors[0] < 0.8 * errors[1]
 
 
 @pytest.mark.parametrize("rank", [2, None])

@@ -7,6 +7,7 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.compress import CompressError, CompressPlan, compress, distil, distillation, heal, with_residuals
+from tests.draws import normal
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -21,9 +22,7 @@ def loss(y, x):
 
 @pytest.fixture(scope="module")
 def model():
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {"up": jax.random.normal(keys[0], (8, 10)), "down": jax.random.normal(keys[1], (10, 6))}
-    x = jax.random.normal(keys[2], (16, 8))
+    params, x = {"up": normal(0, 8, 10), "down": normal(1, 10, 6)}, normal(2, 16, 8)
     sites = lk.resolve(lk.Spec({"*": lk.LoRA(rank=1)}), params, fn, x)
     return params, x, compress(params, CompressPlan(method="svd", sites=sites, ranks={"up": 3, "down": 2}))
 

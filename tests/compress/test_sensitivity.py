@@ -7,6 +7,7 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.compress import calibrate, compress, compressed, plan_ranks
 from lorax_kit.compress.replace import _sensitivity
+from tests.draws import normal
 
 
 def fn(p, x):
@@ -20,9 +21,7 @@ def loss(y, x):
 
 @pytest.fixture(scope="module")
 def model():
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {name: jax.random.normal(key, (24, 16)) for name, key in zip(("loud", "quiet"), keys, strict=False)}
-    x = jax.random.normal(keys[2], (64, 24))
+    params, x = {"loud": normal(0, 24, 16), "quiet": normal(1, 24, 16)}, normal(2, 64, 24)
     return params, x, lk.resolve(lk.Spec({"*": lk.LoRA(rank=1)}), params, fn, x)
 
 

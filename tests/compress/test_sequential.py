@@ -1,12 +1,12 @@
 """Compression in turn: each group is best for the inputs that the compressed groups before it give."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lorax_kit as lk
 from lorax_kit.compress import CompressError, CompressPlan, calibrate, compress, compress_sequentially
+from tests.draws import normal
 
 
 def fn(p, x):
@@ -15,9 +15,7 @@ def fn(p, x):
 
 @pytest.fixture(scope="module")
 def model():
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {"up": jax.random.normal(keys[0], (12, 20)) / 2, "down": jax.random.normal(keys[1], (20, 9))}
-    batches = list(jax.random.normal(keys[2], (3, 40, 12)))
+    params, batches = {"up": normal(0, 12, 20) / 2, "down": normal(1, 20, 9)}, list(normal(2, 3, 40, 12))
     sites = lk.resolve(lk.Spec({"*": lk.LoRA(rank=1)}), params, fn, batches[0])
     return params, batches, CompressPlan(method="whitened", sites=sites, ranks={"up": 3, "down": 4})
 

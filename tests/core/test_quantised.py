@@ -10,10 +10,11 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.core.compact import NF4, Quantised
 from lorax_kit.core.paths import flatten, is_array
+from tests.draws import normal
 from tests.transform.uses import CASES
 
-X = jax.random.normal(jax.random.key(1), (40, 256))
-W = jax.random.normal(jax.random.key(0), (256, 384)) / 16
+X = normal(1, 40, 256)
+W = normal(0, 256, 384) / 16
 
 
 def nbytes(tree):
@@ -58,7 +59,7 @@ def test_double_quantisation_costs_little_and_zero_stays_zero():
 
 @pytest.mark.parametrize("shape", [(3, 5), (7, 1), (2, 3, 65), (2, 3, 4, 10)])
 def test_any_shape_is_restored(shape):
-    w = jax.random.normal(jax.random.key(2), shape)
+    w = normal(2, *shape)
     got = lk.quantise({"w": w}, ["w"], "int8", double=False)["w"].restore()
     assert got.shape == shape
     np.testing.assert_allclose(got, w, atol=float(jnp.abs(w).max()) / 127)
@@ -110,7 +111,7 @@ def test_what_no_site_adapts_may_be_quantised_too():
 def test_no_restored_matrix_lives_from_the_forward_to_the_backward_pass():
     """Ten layers of a wide base: the temporaries hold one restored matrix at a time, not ten."""
     n = 10
-    params = {f"w{i}": jax.random.normal(jax.random.key(i), (256, 256)) / 16 for i in range(n)}
+    params = {f"w{i}": normal(i, 256, 256) / 16 for i in range(n)}
 
     def fn(p, x):
         for i in range(n):
@@ -213,8 +214,8 @@ def test_what_is_trained_in_full_must_not_be_quantised():
 )
 @pytest.mark.parametrize("kernel", ["auto", "plain"])
 def test_what_scales_a_quantised_parameter_has_its_gradient(fn, kernel):
-    params = {"w": jax.random.normal(jax.random.key(0), (6, 6)), "gain": jnp.linspace(0.5, 2, 6)[None]}
-    x = jax.random.normal(jax.random.key(1), (5, 6))
+    params = {"w": normal(0, 6, 6), "gain": jnp.linspace(0.5, 2, 6)[None]}
+    x = normal(1, 5, 6)
     rules = {"w": lk.LoRA(rank=2)} | ({"gain": lk.Full()} if "gain" in str(fn.__code__.co_consts) else {})
     plan = lk.resolve(lk.Spec(rules), params, fn, x)
     base, factors = lk.split(params, plan, jax.random.key(2))

@@ -9,6 +9,7 @@ import pytest
 
 import lorax_kit as lk
 from tests.cases import CASES
+from tests.draws import moved
 
 
 def prepare(name, variant="lora", kernel="auto"):
@@ -17,14 +18,6 @@ def prepare(name, variant="lora", kernel="auto"):
     plan = lk.resolve(spec, case.params, case.fn, *case.inputs)
     base, factors = lk.split(case.params, plan, jax.random.key(1))
     return case, plan, base, factors, lk.adapt(case.fn, plan, kernel=kernel)
-
-
-def moved(factors):
-    """Factors away from their zero update."""
-    leaves, tree = jax.tree.flatten(factors)
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    new = [x + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, new)
 
 
 def arrays(tree):

@@ -9,6 +9,7 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.transform.kernels import KERNELS
+from tests.draws import moved
 from tests.transform.uses import CASES
 
 PRODUCTS = [name for name, case in CASES.items() if case.primitive in ("dot_general", "scan", "checkpoint")]
@@ -20,10 +21,7 @@ def prepare(name, variant="lora"):
     spec = lk.Spec(dict.fromkeys(case.params, lk.LoRA(rank=rank, alpha=3, variant=variant, inputs=case.axes)))
     plan = lk.resolve(spec, case.params, case.fn, *case.inputs)
     base, factors = lk.split(case.params, plan, jax.random.key(1))
-    leaves, tree = jax.tree.flatten(factors)
-    rng = np.random.default_rng(7)
-    factors = tree.unflatten([x + 0.3 * rng.normal(size=x.shape).astype(np.float32) for x in leaves])
-    return case, plan, base, factors
+    return case, plan, base, moved(factors)
 
 
 def loss_and_outputs(fn, reverse=True):

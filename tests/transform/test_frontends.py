@@ -19,6 +19,7 @@ from flax import nnx
 
 import lorax_kit as lk
 from lorax_kit.core.paths import is_array
+from tests.draws import moved, normal
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -32,7 +33,7 @@ class Module(NamedTuple):
     targets: tuple[str, ...]
 
 
-X = jax.random.normal(jax.random.key(1), (2, 6, 8))
+X = normal(1, 2, 6, 8)
 IDS = jnp.arange(12).reshape(2, 6) % 11
 KERNELS = ("**/kernel",)
 
@@ -142,7 +143,7 @@ def attention_by_hand(p, x):
 def cases() -> dict[str, Callable[[], Module]]:
     """Built when asked for: name -> module."""
     key = jax.random.key(0)
-    normal = lambda *shape: jax.random.normal(key, shape) / shape[0] ** 0.5  # noqa: E731
+    scaled = lambda *shape: normal(0, *shape) / shape[0] ** 0.5  # noqa: E731
     lstm = lambda: nn.RNN(nn.LSTMCell(8))  # noqa: E731
     return {
         "linen Dense": lambda: Module("linen", "Dense", *linen(nn.Dense(5), X)),
@@ -202,7 +203,7 @@ def cases() -> dict[str, Callable[[], Module]]:
         "plain attention": lambda: Module(
             "plain",
             "attention",
-            {"qkv": normal(8, 3, 2, 4), "out": normal(2, 4, 8)},
+            {"qkv": scaled(8, 3, 2, 4), "out": scaled(2, 4, 8)},
             attention_by_hand,
             (X,),
             ("{qkv,out}",),
@@ -218,10 +219,7 @@ def prepare(name):
     spec = lk.Spec(dict.fromkeys(case.targets, lk.LoRA(rank=2, alpha=3)))
     plan = lk.resolve(spec, case.params, case.fn, *case.inputs)
     base, factors = lk.split(case.params, plan, jax.random.key(1))
-    leaves, tree = jax.tree.flatten(factors)
-    keys = jax.random.split(jax.random.key(7), len(leaves))
-    factors = tree.unflatten([x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
-    return case, plan, base, factors, lk.adapt(case.fn, plan)
+    return case, plan, base, moved(factors), lk.adapt(case.fn, plan)
 
 
 def arrays(tree):

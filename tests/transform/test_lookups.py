@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import lorax_kit as lk
+from tests.draws import normal
 
-TABLE = jax.random.normal(jax.random.key(0), (7, 5))
+TABLE = normal(0, 7, 5)
 IDS = jnp.asarray([[0, 3, 6], [3, 3, 1]])
-X = jax.random.normal(jax.random.key(1), (4, 5))
+X = normal(1, 4, 5)
 
 USES = {
     "rows": lambda p, x: p["table"][IDS],
@@ -28,13 +29,8 @@ def test_lookups_equal_the_merged_table_with_gradients(use, variant):
     fn, params = USES[use], {"table": TABLE}
     plan = lk.resolve(lk.Spec({"table": lk.LoRA(rank=2, alpha=3, variant=variant)}), params, fn, X)
     base, start = lk.split(params, plan, jax.random.key(2))
-    keys = jax.random.split(jax.random.key(3), 2)
     f = start["table"]
-    factors = {
-        "table": f._replace(
-            a=f.a + jax.random.normal(keys[0], f.a.shape), b=f.b + jax.random.normal(keys[1], f.b.shape)
-        )
-    }
+    factors = {"table": f._replace(a=f.a + normal(3, *f.a.shape), b=f.b + normal(4, *f.b.shape))}
     adapted = lk.adapt(fn, plan)
     ours, theirs = adapted(base, factors, X), fn(lk.merge(base, factors, plan), X)
     for y, z in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):

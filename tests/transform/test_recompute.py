@@ -16,12 +16,9 @@ from jax import lax
 import lorax_kit as lk
 from lorax_kit.models import BertClassifier, BertConfig
 from lorax_kit.transform.recompute import blocks
+from tests.draws import normal as draw
 
 KEY = jax.random.key(0)
-
-
-def draw(i, *shape):
-    return jax.random.normal(jax.random.fold_in(KEY, i), shape)
 
 
 class Model(NamedTuple):

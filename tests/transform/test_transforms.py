@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 
 import lorax_kit as lk
+from tests.draws import normal as draw
 
 KEY = jax.random.key(0)
-
-
-def draw(i, *shape):
-    return jax.random.normal(jax.random.fold_in(KEY, i), shape)
 
 
 PARAMS = {"q": draw(0, 6, 4), "k": draw(1, 6, 4), "v": draw(2, 6, 3), "out": draw(3, 3, 6), "bias": draw(4, 6)}
@@ -27,7 +24,7 @@ def prepare(fn=attend, params=PARAMS, x=X, kernel="auto", rules=None, **settings
     rules = rules or {"{q,k,v,out}": lk.LoRA(rank=2, **settings)}
     plan = lk.resolve(lk.Spec(rules), params, fn, x)
     base, factors = lk.split(params, plan, KEY)
-    factors = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.fold_in(KEY, x.size), x.shape), factors)
+    factors = jax.tree.map(lambda x: x + 0.2 * draw(x.size, *x.shape), factors)
     return plan, base, factors, lk.adapt(fn, plan, kernel=kernel)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from tests.draws import normal as draw
+
 
 class UseCase(NamedTuple):
     params: dict[str, Any]
@@ -21,10 +23,6 @@ class UseCase(NamedTuple):
     materialised: tuple[str, ...] = ()
     axes: tuple[int, ...] | None = None
     bits: int = 17  # of agreement: fp32 sums in another order
-
-
-def draw(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 X = draw(100, 5, 6)  # 5 tokens, 6 wide
