@@ -23,7 +23,6 @@ from lorax_kit.workloads.subjects import sentiment_subject
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "run_onnx.py"
 SITE = "encoder/layer_5/attention/query/kernel"
-pytestmark = pytest.mark.xdist_group("cli")
 
 
 @pytest.fixture(scope="module")
