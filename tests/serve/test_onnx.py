@@ -14,7 +14,6 @@ from lorax_kit.models import LstmClassifier, LstmConfig
 from lorax_kit.models.bert import BertClassifier, BertConfig
 from lorax_kit.serve import ExportError, load_onnx, save_onnx
 from tests import tiny
-from tests.draws import normal
 from tests.serve.test_stablehlo import CASES, calling_back, points
 
 PARAMS = tiny.params(jax.random.key(0))
@@ -85,7 +84,7 @@ def unknown(params, x):
 
 def random(params, x):
     """The converter has an operation for it that the runtime lacks."""
-    return x[:3] + normal(0, 3, tiny.WIDTH)
+    return x[:3] + jax.random.normal(jax.random.key(0), (3, tiny.WIDTH))
 
 
 BAD = [
