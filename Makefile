@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+TESTS  := $(BIN)/python -m pytest -n 2 --dist loadfile -m "not interop"
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help install llama demo test coverage test-interop lint types format bench clean
@@ -33,10 +34,10 @@ demo: install  ## Rank ablation of a real BERT on real reviews: table, plots and
 	$(BIN)/lorax-kit study --config experiments/demo.json --out runs/demo
 
 test: install  ## The test suite (no network, under ten minutes on two cores).
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not interop"
+	$(TESTS)
 
 coverage: install  ## The same tests, with the lines they reach; a tenth slower.
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=lorax_kit --cov-report=term-missing -m "not interop"
+	$(TESTS) --cov=lorax_kit --cov-report=term-missing
 
 test-interop: $(VENV)/.interop  ## Parity with the real torch, transformers, PEFT and ONNX Runtime.
 	$(BIN)/python -m pytest -m interop

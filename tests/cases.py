@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tests.draws import normal
+from tests.draws import draw
 
 
 class Case(NamedTuple):
@@ -39,12 +39,12 @@ class Tied(nn.Module):
 
 
 def mlp() -> Case:
-    params = {"up": {"kernel": normal(0, 6, 9)}, "down": {"kernel": normal(1, 9, 4), "bias": normal(2, 4)}}
+    params = {"up": {"kernel": draw(0, 6, 9)}, "down": {"kernel": draw(1, 9, 4), "bias": draw(2, 4)}}
 
     def fn(p, x):
         return jnp.tanh(x @ p["up"]["kernel"]) @ p["down"]["kernel"] + p["down"]["bias"][None]
 
-    return Case(params, fn, (normal(3, 5, 6),), ("**/kernel",))
+    return Case(params, fn, (draw(3, 5, 6),), ("**/kernel",))
 
 
 def tied() -> Case:
@@ -54,17 +54,17 @@ def tied() -> Case:
 
 
 def experts() -> Case:
-    params = {"w": normal(0, 3, 5, 4), "v": normal(1, 4, 3, 5)}
+    params = {"w": draw(0, 3, 5, 4), "v": draw(1, 4, 3, 5)}
 
     def fn(p, x):
         return jnp.einsum("enh,hek->enk", jnp.einsum("end,edh->enh", x, p["w"]), p["v"])
 
-    return Case(params, fn, (normal(2, 3, 7, 5),), ("{w,v}",))
+    return Case(params, fn, (draw(2, 3, 7, 5),), ("{w,v}",))
 
 
 def equinox() -> Case:
     model = eqx.nn.MLP(4, 3, 8, 2, key=jax.random.key(0))
-    return Case(model, lambda m, x: jax.vmap(m)(x), (normal(1, 5, 4),), ("layers/*/weight",))
+    return Case(model, lambda m, x: jax.vmap(m)(x), (draw(1, 5, 4),), ("layers/*/weight",))
 
 
 def custom_rules() -> Case:
@@ -73,25 +73,25 @@ def custom_rules() -> Case:
         return x @ w
 
     product.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
-    params = {"w": normal(0, 4, 5), "v": normal(1, 5, 3)}
+    params = {"w": draw(0, 4, 5), "v": draw(1, 5, 3)}
 
     def fn(p, x):
         return jax.jit(lambda p, y: jax.nn.relu(y) @ p)(p["v"], product(x, p["w"]))
 
-    return Case(params, fn, (normal(2, 6, 4),), ("{w,v}",))
+    return Case(params, fn, (draw(2, 6, 4),), ("{w,v}",))
 
 
 def convolution() -> Case:
-    params = {"w": normal(0, 3, 2, 4)}
+    params = {"w": draw(0, 3, 2, 4)}
 
     def fn(p, x):
         return jax.lax.conv_general_dilated(x, p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
 
-    return Case(params, fn, (normal(1, 2, 6, 2),), ("w",))
+    return Case(params, fn, (draw(1, 2, 6, 2),), ("w",))
 
 
 def materialised() -> Case:
-    return Case({"w": normal(0, 4, 5)}, lambda p, x: x @ jnp.tanh(p["w"]), (normal(1, 6, 4),), ("w",))
+    return Case({"w": draw(0, 4, 5)}, lambda p, x: x @ jnp.tanh(p["w"]), (draw(1, 6, 4),), ("w",))
 
 
 CASES = {f.__name__: f for f in (mlp, tied, experts, equinox, custom_rules, convolution, materialised)}

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def normal(seed, *shape):
+def draw(seed, *shape):
     """(*shape) of N(0, 1), float32; the same for the same seed."""
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def moved(tree, by=0.3):
+def moved(tree):
     """A tree whose every leaf is moved at random: factors away from their zero update."""
     leaves, treedef = jax.tree.flatten(tree)
     rng = np.random.default_rng(7)
-    return treedef.unflatten([x + by * rng.normal(size=x.shape).astype(x.dtype) for x in leaves])
+    return treedef.unflatten([x + 0.3 * rng.normal(size=x.shape).astype(x.dtype) for x in leaves])

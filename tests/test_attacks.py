@@ -9,12 +9,12 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.tasks import Reviews, load_reviews, split_reviews
 from tests import tiny
-from tests.draws import normal
+from tests.draws import draw
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-W = {"w": normal(0, 6, 5)}
-X = normal(1, 4, 6)
+W = {"w": draw(0, 6, 5)}
+X = draw(1, 4, 6)
 SPEC = lk.Spec({"w": lk.LoRA(rank=2, alpha=4)})
 
 

@@ -18,7 +18,6 @@ from lorax_kit.serve import load_tensors
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-ENV |= {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 SMALL = {"batch_size": 4, "length": 8, "val": 20, "test": 20, "buckets": [8]}
 SITE = "encoder/layer_5/attention/query/kernel"
 STUDY = {"rank": [1, 2], "lr": 0.01, "seed": [0], "targets": {"q": [SITE]}, "steps": 3}

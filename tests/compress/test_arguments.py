@@ -23,11 +23,11 @@ from lorax_kit.compress import (
     solve_by_gradient,
 )
 from lorax_kit.compress.decompose import damping
-from tests.draws import normal
+from tests.draws import draw
 
 KEY = jax.random.key(0)
-PARAMS = {"w": jax.random.normal(KEY, (8, 6))}
-X = normal(1, 10, 8)
+PARAMS = {"w": draw(0, 8, 6)}
+X = draw(1, 10, 8)
 
 
 def fn(p, x):

@@ -7,7 +7,7 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.compress import CompressError, calibrate
-from tests.draws import normal as draw
+from tests.draws import draw
 
 
 def sites(params, fn, *inputs, rank=1):

@@ -25,7 +25,7 @@ from lorax_kit.compress import (
 )
 from lorax_kit.compress.allocate import _points, cost
 from lorax_kit.compress.decompose import Transform, leading, randomised, singular_values, transform
-from tests.draws import normal as draw
+from tests.draws import draw
 
 
 def mlp(p, x):

@@ -7,7 +7,7 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.compress import CompressError, CompressPlan, compress, distil, distillation, heal, with_residuals
-from tests.draws import normal
+from tests.draws import draw
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -22,7 +22,7 @@ def loss(y, x):
 
 @pytest.fixture(scope="module")
 def model():
-    params, x = {"up": normal(0, 8, 10), "down": normal(1, 10, 6)}, normal(2, 16, 8)
+    params, x = {"up": draw(0, 8, 10), "down": draw(1, 10, 6)}, draw(2, 16, 8)
     sites = lk.resolve(lk.Spec({"*": lk.LoRA(rank=1)}), params, fn, x)
     return params, x, compress(params, CompressPlan(method="svd", sites=sites, ranks={"up": 3, "down": 2}))
 

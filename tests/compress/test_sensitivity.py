@@ -7,7 +7,7 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.compress import calibrate, compress, compressed, plan_ranks
 from lorax_kit.compress.replace import _sensitivity
-from tests.draws import normal
+from tests.draws import draw
 
 
 def fn(p, x):
@@ -21,7 +21,7 @@ def loss(y, x):
 
 @pytest.fixture(scope="module")
 def model():
-    params, x = {"loud": normal(0, 24, 16), "quiet": normal(1, 24, 16)}, normal(2, 64, 24)
+    params, x = {"loud": draw(0, 24, 16), "quiet": draw(1, 24, 16)}, draw(2, 64, 24)
     return params, x, lk.resolve(lk.Spec({"*": lk.LoRA(rank=1)}), params, fn, x)
 
 

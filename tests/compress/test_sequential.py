@@ -6,7 +6,7 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.compress import CompressError, CompressPlan, calibrate, compress, compress_sequentially
-from tests.draws import normal
+from tests.draws import draw
 
 
 def fn(p, x):
@@ -15,7 +15,7 @@ def fn(p, x):
 
 @pytest.fixture(scope="module")
 def model():
-    params, batches = {"up": normal(0, 12, 20) / 2, "down": normal(1, 20, 9)}, list(normal(2, 3, 40, 12))
+    params, batches = {"up": draw(0, 12, 20) / 2, "down": draw(1, 20, 9)}, list(draw(2, 3, 40, 12))
     sites = lk.resolve(lk.Spec({"*": lk.LoRA(rank=1)}), params, fn, batches[0])
     return params, batches, CompressPlan(method="whitened", sites=sites, ranks={"up": 3, "down": 4})
 

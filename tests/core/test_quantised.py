@@ -10,11 +10,11 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.core.compact import NF4, Quantised
 from lorax_kit.core.paths import flatten, is_array
-from tests.draws import normal
+from tests.draws import draw, moved
 from tests.transform.uses import CASES
 
-X = normal(1, 40, 256)
-W = normal(0, 256, 384) / 16
+X = draw(1, 40, 256)
+W = draw(0, 256, 384) / 16
 
 
 def nbytes(tree):
@@ -59,7 +59,7 @@ def test_double_quantisation_costs_little_and_zero_stays_zero():
 
 @pytest.mark.parametrize("shape", [(3, 5), (7, 1), (2, 3, 65), (2, 3, 4, 10)])
 def test_any_shape_is_restored(shape):
-    w = normal(2, *shape)
+    w = draw(2, *shape)
     got = lk.quantise({"w": w}, ["w"], "int8", double=False)["w"].restore()
     assert got.shape == shape
     np.testing.assert_allclose(got, w, atol=float(jnp.abs(w).max()) / 127)
@@ -77,9 +77,7 @@ def test_every_use_equals_the_restored_parameters(name):
     spec = lk.Spec(dict.fromkeys(case.params, lk.LoRA(rank=rank, inputs=case.axes)))
     plan = lk.resolve(spec, case.params, case.fn, *case.inputs)
     base, factors = lk.split(case.params, plan, jax.random.key(1))
-    factors = jax.tree.map(
-        lambda x: x + 0.3 * np.random.default_rng(3).normal(size=x.shape).astype(np.float32), factors
-    )
+    factors = moved(factors)
     small = lk.quantise(base, list(case.params), "int8")
     restored = {p: x.restore() for p, x in small.items()}
     adapted = lk.adapt(case.fn, plan, kernel="factored")
@@ -111,7 +109,7 @@ def test_what_no_site_adapts_may_be_quantised_too():
 def test_no_restored_matrix_lives_from_the_forward_to_the_backward_pass():
     """Ten layers of a wide base: the temporaries hold one restored matrix at a time, not ten."""
     n = 10
-    params = {f"w{i}": normal(i, 256, 256) / 16 for i in range(n)}
+    params = {f"w{i}": draw(i, 256, 256) / 16 for i in range(n)}
 
     def fn(p, x):
         for i in range(n):
@@ -214,8 +212,8 @@ def test_what_is_trained_in_full_must_not_be_quantised():
 )
 @pytest.mark.parametrize("kernel", ["auto", "plain"])
 def test_what_scales_a_quantised_parameter_has_its_gradient(fn, kernel):
-    params = {"w": normal(0, 6, 6), "gain": jnp.linspace(0.5, 2, 6)[None]}
-    x = normal(1, 5, 6)
+    params = {"w": draw(0, 6, 6), "gain": jnp.linspace(0.5, 2, 6)[None]}
+    x = draw(1, 5, 6)
     rules = {"w": lk.LoRA(rank=2)} | ({"gain": lk.Full()} if "gain" in str(fn.__code__.co_consts) else {})
     plan = lk.resolve(lk.Spec(rules), params, fn, x)
     base, factors = lk.split(params, plan, jax.random.key(2))

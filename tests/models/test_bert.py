@@ -10,7 +10,7 @@ from scipy.special import erf
 from lorax_kit.core.paths import flatten
 from lorax_kit.models import BertClassifier, BertConfig, BertEncoder, load_bert, locate, torch_names
 from lorax_kit.models.bert import gelu
-from tests.draws import normal
+from tests.draws import draw
 from tests.models.bert_numpy import forward
 
 TINY = BertConfig(
@@ -107,7 +107,7 @@ def test_padding_does_not_influence_what_counts(tiny):
 
 def test_the_classifier_takes_the_mean_over_the_tokens_that_count(tiny):
     model = BertClassifier(TINY, num_classes=3)
-    head = {"kernel": normal(1, 8, 3), "bias": jnp.array([0.1, -0.2, 0.3])}
+    head = {"kernel": draw(1, 8, 3), "bias": jnp.array([0.1, -0.2, 0.3])}
     logits = model.apply({"params": {"encoder": tiny, "classifier": head}}, IDS, MASK)
     assert logits.dtype == jnp.float32
     hidden = forward(as_torch(tiny), IDS, MASK, np.zeros_like(IDS), layers=2, heads=2)
@@ -119,7 +119,7 @@ def test_the_classifier_takes_the_mean_over_the_tokens_that_count(tiny):
 
 @pytest.mark.usefixtures("standard_promotion")  # Flax's LayerNorm itself asks for bf16 with fp32
 def test_bfloat16_activations_stay_close_and_logits_are_fp32(tiny):
-    head = {"kernel": normal(1, 8, 2), "bias": jnp.zeros(2)}
+    head = {"kernel": draw(1, 8, 2), "bias": jnp.zeros(2)}
     params = {"params": {"encoder": tiny, "classifier": head}}
     exact = BertClassifier(TINY, num_classes=2).apply(params, IDS, MASK)
     rough = BertClassifier(TINY, num_classes=2, dtype=jnp.bfloat16).apply(params, IDS, MASK)

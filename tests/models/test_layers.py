@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from lorax_kit.models.layers import attention, gelu
-from tests.draws import normal
+from tests.draws import draw
 
 B, H, T, S, K = 2, 3, 5, 7, 4
-Q, KEY, V = (normal(i, B, H, n, K) for i, n in enumerate((T, S, S)))
+Q, KEY, V = (draw(i, B, H, n, K) for i, n in enumerate((T, S, S)))
 SEEN = {
     "all": jnp.ones((B, 1, 1, S), bool),
     "padding": jnp.arange(S)[None, None, None] < jnp.array([7, 3])[:, None, None, None],

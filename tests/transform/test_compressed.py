@@ -7,7 +7,7 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.core.compact import LowRank, dense
 from lorax_kit.transform import compressed
-from tests.draws import normal
+from tests.draws import draw
 from tests.transform.test_coverage import close, loss_and_outputs, prepare
 from tests.transform.uses import CASES
 
@@ -39,7 +39,7 @@ def test_equals_the_function_of_the_restored_with_gradients(name, residual):
 
 
 def matrix(rank, k=64, n=48):
-    a, b = (normal(i, rank, size) for i, size in enumerate((k, n)))
+    a, b = (draw(i, rank, size) for i, size in enumerate((k, n)))
     return LowRank(a=a, b=b, shape=(k, n), dtype=jnp.float32)
 
 
@@ -64,7 +64,7 @@ def test_a_product_runs_as_two_thin_ones_also_under_a_scan_of_layers():
 
 
 def test_factors_are_params_of_their_own():
-    small, x = {"w": matrix(6), "bias": jnp.zeros((1, 48))}, normal(2, 5, 64)
+    small, x = {"w": matrix(6), "bias": jnp.zeros((1, 48))}, draw(2, 5, 64)
     fn = compressed(lambda p, x: x @ p["w"] + p["bias"])
     assert list(lk.paths(small)) == ["bias", "w/a", "w/b"]
     for path in ("w/a", "w/b"):
@@ -87,8 +87,8 @@ def test_padding_that_is_not_zero():
 
 def test_a_quantised_residual_and_quantised_factors():
     w = matrix(6)
-    rest = lk.quantise({"r": 0.1 * normal(4, 64, 48)}, ["r"], "int8")["r"]
-    x = normal(2, 5, 64)
+    rest = lk.quantise({"r": 0.1 * draw(4, 64, 48)}, ["r"], "int8")["r"]
+    x = draw(2, 5, 64)
     fn = compressed(lambda p, x: x @ p["w"])
     for small in (
         {"w": LowRank(a=w.a, b=w.b, residual=rest, shape=w.shape, dtype=w.dtype)},

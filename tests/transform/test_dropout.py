@@ -8,7 +8,7 @@ from jax import lax
 
 import lorax_kit as lk
 from lorax_kit.core.factors import site_key
-from tests.draws import normal
+from tests.draws import moved
 from tests.transform.uses import CASES, CONV
 
 KEY = jax.random.key(5)
@@ -21,8 +21,7 @@ def prepare(case, dropout=RATE, base_is=1.0, variant="lora"):
         lk.Spec({"*": lk.LoRA(rank=2, dropout=dropout, variant=variant)}), case.params, case.fn, *case.inputs
     )
     base, factors = lk.split(jax.tree.map(lambda x: base_is * x, case.params), plan, KEY)
-    move = lambda x: x + 0.2 * normal(x.size, *x.shape)  # noqa: E731
-    return plan, base, jax.tree.map(move, factors), lk.adapt(case.fn, plan)
+    return plan, base, moved(factors), lk.adapt(case.fn, plan)
 
 
 CONVOLUTIONS = [name for name, case in CASES.items() if case.primitive == CONV and not case.materialised]

@@ -19,7 +19,7 @@ from flax import nnx
 
 import lorax_kit as lk
 from lorax_kit.core.paths import is_array
-from tests.draws import moved, normal
+from tests.draws import draw, moved
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -33,7 +33,7 @@ class Module(NamedTuple):
     targets: tuple[str, ...]
 
 
-X = normal(1, 2, 6, 8)
+X = draw(1, 2, 6, 8)
 IDS = jnp.arange(12).reshape(2, 6) % 11
 KERNELS = ("**/kernel",)
 
@@ -143,7 +143,7 @@ def attention_by_hand(p, x):
 def cases() -> dict[str, Callable[[], Module]]:
     """Built when asked for: name -> module."""
     key = jax.random.key(0)
-    scaled = lambda *shape: normal(0, *shape) / shape[0] ** 0.5  # noqa: E731
+    scaled = lambda *shape: draw(0, *shape) / shape[0] ** 0.5  # noqa: E731
     lstm = lambda: nn.RNN(nn.LSTMCell(8))  # noqa: E731
     return {
         "linen Dense": lambda: Module("linen", "Dense", *linen(nn.Dense(5), X)),

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import lorax_kit as lk
-from tests.draws import normal
+from tests.draws import draw
 
-TABLE = normal(0, 7, 5)
+TABLE = draw(0, 7, 5)
 IDS = jnp.asarray([[0, 3, 6], [3, 3, 1]])
-X = normal(1, 4, 5)
+X = draw(1, 4, 5)
 
 USES = {
     "rows": lambda p, x: p["table"][IDS],
@@ -30,7 +30,7 @@ def test_lookups_equal_the_merged_table_with_gradients(use, variant):
     plan = lk.resolve(lk.Spec({"table": lk.LoRA(rank=2, alpha=3, variant=variant)}), params, fn, X)
     base, start = lk.split(params, plan, jax.random.key(2))
     f = start["table"]
-    factors = {"table": f._replace(a=f.a + normal(3, *f.a.shape), b=f.b + normal(4, *f.b.shape))}
+    factors = {"table": f._replace(a=f.a + draw(3, *f.a.shape), b=f.b + draw(4, *f.b.shape))}
     adapted = lk.adapt(fn, plan)
     ours, theirs = adapted(base, factors, X), fn(lk.merge(base, factors, plan), X)
     for y, z in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lorax_kit as lk
-from tests.draws import normal as draw
+from tests.draws import draw, moved
 
 KEY = jax.random.key(0)
 
@@ -24,8 +24,7 @@ def prepare(fn=attend, params=PARAMS, x=X, kernel="auto", rules=None, **settings
     rules = rules or {"{q,k,v,out}": lk.LoRA(rank=2, **settings)}
     plan = lk.resolve(lk.Spec(rules), params, fn, x)
     base, factors = lk.split(params, plan, KEY)
-    factors = jax.tree.map(lambda x: x + 0.2 * draw(x.size, *x.shape), factors)
-    return plan, base, factors, lk.adapt(fn, plan, kernel=kernel)
+    return plan, base, moved(factors), lk.adapt(fn, plan, kernel=kernel)
 
 
 def merged_loss(plan, base):

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from tests.draws import normal as draw
+from tests.draws import draw
 
 
 class UseCase(NamedTuple):
