@@ -84,7 +84,7 @@ def test_numpy_scalars_are_settings():
 
 OTHERS = [
     (lk.Spec({"w": lk.LoRA(rank=2, alpha=400)}), W, "differ at 'w'"),
-    (lk.Spec({"w": lk.LoRA(rank=2, alpha=4, variant="dora")}), W, "differ at 'w'"),
+    (lk.Spec({"w": lk.DoRA(rank=2, alpha=4)}), W, "differ at 'w'"),
     (lk.Spec({"w": lk.Full()}), W, "differ at 'w'"),
     (SPEC, {"w": W["w"][:5]}, "differ at 'w'"),
     (SPEC, {"v": W["w"]}, "matches no parameter"),
@@ -94,7 +94,7 @@ OTHERS = [
 @pytest.mark.parametrize(("spec", "base", "says"), OTHERS)
 def test_only_the_plan_of_the_spec_and_base_is_saved(tmp_path, spec, base, says):
     with pytest.raises(lk.LoraxError, match=says):
-        lk.save_adapter(tmp_path / "a", spec, FACTORS, base=base, plan=PLAN)
+        lk.save_adapter(tmp_path / "a", PLAN, FACTORS, base=base)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,7 +131,7 @@ def test_a_path_written_meanwhile_is_not_replaced(tmp_path, monkeypatch):
 
 
 def test_a_wrong_magnitude_is_refused():
-    plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=2, variant="dora")}), W, fn, X)
+    plan = lk.resolve(lk.Spec({"w": lk.DoRA(rank=2)}), W, fn, X)
     base, factors = lk.split(W, plan, jax.random.key(0))
     for magnitude, says in ((jnp.ones(1), "magnitude at 'w' has shape"), (None, "no magnitude")):
         bad = {"w": factors["w"]._replace(magnitude=magnitude)}

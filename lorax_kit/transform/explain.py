@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from lorax_kit.core.factors import FactorTree
+from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.paths import Params, flatten, is_array, nbytes
 from lorax_kit.transform.adapt import Adapted
 from lorax_kit.transform.cost import step_flops
@@ -28,7 +28,7 @@ class Row:
 
     path: str
     shape: tuple[int, ...]
-    variant: str
+    method: str
     rank: int
     params: int
     bytes: int
@@ -80,7 +80,7 @@ class Explanation:
         for r in self.rows:
             ratio = f"{r.flops / r.full_flops:.2f}x" if r.full_flops else "-"
             shape = "x".join(map(str, r.shape))
-            rank = str(r.rank) + ("" if r.variant == "lora" else f" {r.variant}")
+            rank = str(r.rank) + ("" if r.method == "lora" else f" {r.method}")
             held = f"{r.bytes / r.full_bytes:.3f}x" if r.full_bytes else "-"
             flops = f"{r.flops / 1e6:.1f}"
             cells = (r.path, shape, rank, f"{r.params:,}", f"{r.bytes:,}", held, r.how, flops, ratio, r.reason)
@@ -143,8 +143,8 @@ def explain(
             Row(
                 path=use.path,
                 shape=site.shape,
-                variant=site.setting.variant,
-                rank=site.setting.rank,
+                method=site.setting.kind,
+                rank=site.rank,
                 params=_entries(factors[use.path]) if first else 0,
                 bytes=_bytes(factors[use.path]) if first else 0,
                 full_bytes=nbytes(site.shape, site.dtype) if first else 0,

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 
 from lorax_kit.core.errors import PlanError
+from lorax_kit.core.method import method_of
 from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.core.plan import Axes, Plan, make_plan, match
-from lorax_kit.core.spec import Full, LoRA, Spec
-from lorax_kit.core.variant import variant
+from lorax_kit.core.setting import Full, Setting
+from lorax_kit.core.spec import Spec
 from lorax_kit.transform.interpret import Context, Use
 from lorax_kit.transform.trace import run
 from lorax_kit.transform.weight import Weight, whole
@@ -35,18 +36,19 @@ def resolve(spec: Spec, params: Params, fn: Callable[..., Any] | None = None, *a
     Raises:
       PlanError: a rule that matches nothing, an adapted parameter the function never uses or uses in ways that do
         not agree, a rank above min(in, out), a target that is not float, a function that cannot be traced.
-      SpecError: an unknown variant.
+      SpecError: a method that was never registered.
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from lorax_kit import LoRA
       >>> params = {"q": jnp.ones((6, 2, 3))}
       >>> attend = lambda p, x: jnp.einsum("ti,ihd->thd", x, p["q"])
       >>> resolve(Spec({"q": LoRA(rank=2)}), params, attend, jnp.ones((5, 6))).site("q").b_shape
       (2, 2, 3)
     """
     for _, setting in spec.rules:
-        if isinstance(setting, LoRA):
-            variant(setting.variant)
+        if isinstance(setting, Setting):
+            method_of(setting)
     settings = match(spec, params)
     if fn is None:
         return make_plan(spec, params)
@@ -79,12 +81,12 @@ def resolve(spec: Spec, params: Params, fn: Callable[..., Any] | None = None, *a
                 "  is it read from a closure instead of the params argument, or switched off for these inputs?\n"
                 "  exclude it, or trace the function that uses it"
             )
-        if isinstance(setting, LoRA):
+        if isinstance(setting, Setting):
             axes[path] = _axes(path, len(named[path].shape), setting, uses)
     return make_plan(spec, params, axes)
 
 
-def _axes(path: str, ndim: int, setting: LoRA, uses: list[Use]) -> tuple[Axes, str]:
+def _axes(path: str, ndim: int, setting: Setting, uses: list[Use]) -> tuple[Axes, str]:
     """The axes of a site, and its use, from what the trace saw or the setting says.
 
     Raises:
@@ -113,7 +115,7 @@ def _axes(path: str, ndim: int, setting: LoRA, uses: list[Use]) -> tuple[Axes, s
         raise PlanError(
             f"{path!r} is used in two incompatible ways: {', and '.join(said)}.\n"
             "  a low-rank update needs one split into inputs and outputs\n"
-            f"  say which axes are its inputs, LoRA(rank=..., inputs={first.inputs}), or exclude it"
+            f"  say which axes are its inputs, {setting.kind} with inputs={first.inputs}, or exclude it"
         )
     if not known:
         return Axes(inputs=tuple(range(ndim - 1)), outputs=(ndim - 1,)), "other"

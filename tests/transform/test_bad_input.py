@@ -28,7 +28,6 @@ PLANS = [
     ({"q/kernel": lk.LoRA(rank=5)}, (), "above min(in, out) = 4"),
     ({"ids/kernel": R1}, (), "dtype is int32"),
     ({"k/kernel": R1}, (), "never uses 'k/kernel'"),
-    ({"q/kernel": lk.LoRA(rank=1, variant="lorra")}, (), "variant 'lorra' is unknown"),
 ]
 
 
