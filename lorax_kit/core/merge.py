@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import reduce
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ from jax import Array
 
 from lorax_kit.core.compact import Quantised, dense, outer
 from lorax_kit.core.errors import AdapterError, PlanError
-from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors
+from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors, wide
 from lorax_kit.core.method import Hints, method_of, update_of
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import FullSite, Plan, Site
@@ -83,7 +82,7 @@ def check_params(named: dict[str, Any], plan: Plan) -> None:
 
 def delta(site: Site, w: Array, leaves: Any, scale: Any = None) -> Array:
     """What adaptation adds to `w`, gains included: W' - W in the parameter's own layout, in at least fp32."""
-    return _effective(site, w, leaves, scale)[0] - w.astype(_wide(w, leaves))
+    return _effective(site, w, leaves, scale)[0] - w.astype(_dtype(w, leaves))
 
 
 def effective_weight(site: Site, w: Array, leaves: Any, scale: Any = None) -> Array:
@@ -99,14 +98,14 @@ def effective_weight(site: Site, w: Array, leaves: Any, scale: Any = None) -> Ar
     return _kept(unchanged, w, total.astype(w.dtype))
 
 
-def _wide(w: Array, leaves: Any) -> Any:
-    dtypes = [x.dtype for x in leaves if x is not None and jnp.issubdtype(x.dtype, jnp.floating)]
-    return reduce(jnp.promote_types, dtypes, jnp.promote_types(w.dtype, jnp.float32))
+def _dtype(w: Array, leaves: Any) -> Any:
+    """What a site is summed in."""
+    return wide(w.dtype, *(x.dtype for x in leaves if x is not None and jnp.issubdtype(x.dtype, jnp.floating)))
 
 
 def _effective(site: Site, w: Array, leaves: Any, scale: Any) -> tuple[Array, Array]:
     """W' before it is rounded, and where it is W."""
-    scale, dtype, axes = site.scale if scale is None else scale, _wide(w, leaves), site.axes
+    scale, dtype, axes = site.scale if scale is None else scale, _dtype(w, leaves), site.axes
     update = update_of(site, w, leaves, scale)
     total, unchanged = w.astype(dtype), jnp.ones((), bool)
     if update.a is not None and update.b is not None:

@@ -233,8 +233,8 @@ def make_plan(spec: Spec, params: Params, axes: dict[str, tuple[Axes, str]] | No
     for path, setting in match(spec, params).items():
         leaf = arrays[path]
         if isinstance(setting, Full):
-            dtype = setting.dtype or str(jnp.promote_types(leaf.dtype, jnp.float32))
-            if jnp.promote_types(dtype, leaf.dtype) != jnp.dtype(dtype):
+            dtype = setting.dtype or ("float32" if jnp.finfo(leaf.dtype).bits < 32 else str(leaf.dtype))
+            if not jnp.can_cast(leaf.dtype, dtype, "safe"):
                 raise PlanError(
                     f"{path!r} is {leaf.dtype}; Full(dtype={dtype!r}) would round it.\n"
                     "  give a dtype at least as wide, or none"

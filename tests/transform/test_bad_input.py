@@ -47,7 +47,7 @@ SETTINGS = [
     ({"rank": 1, "alpha": 0}, "alpha is 0"),
     ({"rank": 1, "alpha": float("nan")}, "alpha is nan"),
     ({"rank": 1, "dropout": 1.0}, "dropout is 1.0"),
-    ({"rank": 1, "init": "ones"}, "init is 'ones'"),
+    ({"rank": 1, "start": "ones"}, "start is 'ones'"),
     ({"rank": 1, "dtype": "int8"}, "dtype is 'int8'"),
 ]
 
