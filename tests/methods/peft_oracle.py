@@ -91,8 +91,12 @@ def _methods(config, w, bias, t, shared, module, shape):
             a = t.get("lora_A", t.get("lora_embedding_A"))
             b = t.get("lora_B", t.get("lora_embedding_B"))
             a, b, scale = a.reshape(len(a), -1), b.reshape(len(b), -1).T, _scale(config, module)
-            if config["init_lora_weights"] == "pissa":  # PEFT takes the start from the base anew when it loads
+            # PEFT makes these starts anew when it loads, and takes them from the base.
+            if config["init_lora_weights"] == "pissa":
                 w = w - f.svd_part(w, len(a))
+            elif config["init_lora_weights"] == "olora":
+                a0, b0 = f.olora(w, len(a))
+                w = w - scale * a0.T @ b0
             if "lora_magnitude_vector" in t:
                 return f.dora(w, a, b, t["lora_magnitude_vector"].ravel(), scale), bias
             moved = f.lora_bias(bias, t["lora_B.bias"], scale) if "lora_B.bias" in t else bias
