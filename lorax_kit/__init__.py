@@ -7,7 +7,7 @@ low-rank products (`compress`).
 """
 
 from lorax_kit import compress
-from lorax_kit.checkpoint import Adapter, fingerprint, load_adapter, load_peft, save_adapter, save_peft
+from lorax_kit.checkpoint import Adapter, fingerprint, load_adapter, save_adapter
 from lorax_kit.core import (
     AdapterError,
     Full,
@@ -35,6 +35,7 @@ from lorax_kit.core import (
 from lorax_kit.core.leaves import site_key
 from lorax_kit.methods import DoRA, Factors, LoRA, Rows
 from lorax_kit.parallel import device_mesh, pmap_step, sharded_step
+from lorax_kit.peft import load_peft, save_peft
 from lorax_kit.study import Problem, Results, Study, run
 from lorax_kit.training import Score, fit, make_step, partition
 from lorax_kit.transform import adapt, all_linear, explain, resolve

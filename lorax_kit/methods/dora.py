@@ -18,6 +18,7 @@ from lorax_kit.core.method import Hints, Method, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import ScaledSetting
 from lorax_kit.methods.lora import first_factors, rows_of
+from lorax_kit.methods.peft_lora import form
 from lorax_kit.starts import start_of
 
 
@@ -100,4 +101,5 @@ DORA = Method(
     rows=frozenset({"a", "b", "a0", "b0"}),
     frozen=frozenset({"a0", "b0"}),
     gains=frozenset({"magnitude"}),
+    peft=form(dora=True),
 )
