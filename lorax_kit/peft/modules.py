@@ -11,7 +11,7 @@ from lorax_kit.core.compact import dense
 from lorax_kit.core.errors import AdapterError, LoraxError
 from lorax_kit.core.method import FromPeft, Method, PeftForm, TorchModule
 from lorax_kit.core.paths import closest
-from lorax_kit.core.plan import Plan
+from lorax_kit.core.plan import Axes, Plan
 from lorax_kit.peft.config import Config, short
 from lorax_kit.peft.files import CONFIG, WEIGHTS
 from lorax_kit.peft.layout import Way, matrix_of, ways
@@ -204,6 +204,9 @@ class Reader:
         parameter = not name.endswith(".weight")
         stack = self.torch.stack[path] or ((0,) if parameter and len(shape) == 3 else ())
         given = None if site is None else (site.axes, site.use)
+        if given is not None and parameter and stack == (0,):  # PEFT's update is one matrix for each expert
+            ins, outs = (tuple(i for i in x if i != 0) for x in (given[0].inputs, given[0].outputs))
+            given = Axes(inputs=ins, outputs=outs, stack=(0,)), "product"
         config = self._config_of(form, name if parameter else module, key)
         if isinstance(config, str):
             return config
