@@ -1,10 +1,37 @@
 """One file per method: its equation, its setting, its leaves, `init` and `update`; registered on import."""
 
 from lorax_kit.core.method import register
+from lorax_kit.methods.adalora import ADALORA, AdaLoRA, AdaLoRALeaves
+from lorax_kit.methods.delora import DELORA, DeLoRA, DeLoRALeaves
 from lorax_kit.methods.dora import DORA, DoRA, DoRALeaves
+from lorax_kit.methods.hra import HRA, HRA_METHOD, HRALeaves
+from lorax_kit.methods.ia3 import IA3, IA3_METHOD, IA3Leaves
 from lorax_kit.methods.lora import LORA, Factors, LoRA
+from lorax_kit.methods.miss import MISS, MiSS, MiSSLeaves
 
-for _method in (LORA, DORA):
+for _method in (LORA, DORA, MISS, DELORA, HRA_METHOD, IA3_METHOD, ADALORA):
     register(_method)
 
-__all__ = ["DORA", "LORA", "DoRA", "DoRALeaves", "Factors", "LoRA"]
+__all__ = [
+    "ADALORA",
+    "DELORA",
+    "DORA",
+    "HRA",
+    "HRA_METHOD",
+    "IA3",
+    "IA3_METHOD",
+    "LORA",
+    "MISS",
+    "AdaLoRA",
+    "AdaLoRALeaves",
+    "DeLoRA",
+    "DeLoRALeaves",
+    "DoRA",
+    "DoRALeaves",
+    "Factors",
+    "HRALeaves",
+    "IA3Leaves",
+    "LoRA",
+    "MiSS",
+    "MiSSLeaves",
+]
