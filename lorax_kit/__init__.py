@@ -33,17 +33,21 @@ from lorax_kit.core import (
     split,
 )
 from lorax_kit.core.leaves import site_key
-from lorax_kit.methods import DoRA, Factors, LoRA, Rows
+from lorax_kit.methods import HRA, IA3, AdaLoRA, DeLoRA, DoRA, Factors, LoRA, MiSS, Rows
 from lorax_kit.parallel import device_mesh, pmap_step, sharded_step
 from lorax_kit.peft import load_peft, save_peft
 from lorax_kit.study import Problem, Results, Study, run
-from lorax_kit.training import Score, fit, make_step, partition
+from lorax_kit.training import Score, adalora_budget, fit, make_step, partition
 from lorax_kit.transform import adapt, all_linear, explain, resolve
 from lorax_kit.version import __version__
 
 __all__ = [
+    "HRA",
+    "IA3",
+    "AdaLoRA",
     "Adapter",
     "AdapterError",
+    "DeLoRA",
     "DoRA",
     "Factors",
     "Full",
@@ -52,6 +56,7 @@ __all__ = [
     "LoRA",
     "LoraxError",
     "Method",
+    "MiSS",
     "Plan",
     "PlanError",
     "Problem",
@@ -68,6 +73,7 @@ __all__ = [
     "StudyError",
     "Update",
     "__version__",
+    "adalora_budget",
     "adapt",
     "all_linear",
     "compress",

@@ -56,7 +56,8 @@ class DoRALeaves(NamedTuple):
     b0: Array | None = None
 
 
-def _matrix(site: Site, w: Array) -> Float[Array, " stack in out"]:
+def matrices(site: Site, w: Array) -> Float[Array, " stack in out"]:
+    """W as a stack of (in, out) matrices."""
     order = (*site.axes.stack, *site.axes.inputs, *site.axes.outputs)
     return jnp.transpose(w, order).reshape(prod(site.stack_shape), prod(site.in_shape), -1)
 
@@ -69,7 +70,7 @@ def norm(site: Site, w: Array, a: Array, b: Array, scale: Any) -> Float[Array, .
     """
     with jax.default_matmul_precision("highest"):
         dtype = jnp.promote_types(a.dtype, jnp.float32)
-        w3 = _matrix(site, w).astype(dtype)
+        w3 = matrices(site, w).astype(dtype)
         a3 = a.astype(dtype).reshape(a.shape[0], w3.shape[0], w3.shape[1])
         b3 = b.astype(dtype).reshape(b.shape[0], w3.shape[0], w3.shape[2])
         scale = jnp.asarray(scale, dtype)
