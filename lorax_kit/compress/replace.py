@@ -14,7 +14,7 @@ from jax import Array
 
 from lorax_kit.compress.allocate import allocate, candidate
 from lorax_kit.compress.arguments import check_count, check_key, check_word, planned, shown
-from lorax_kit.compress.calibrate import Moments, Stats, check_finite, matrices, moments_of
+from lorax_kit.calibration.calibrate import Moments, Stats, check_finite, matrices, moments_of
 from lorax_kit.compress.decompose import METHODS, decompose, singular_values, transform
 from lorax_kit.core.compact import LowRank, Quantised, dense
 from lorax_kit.core.errors import CompressError
