@@ -1,5 +1,5 @@
-"""What calibration data say of each site: sums over its inputs, and gradients of a loss. Starts and compression read it."""
+"""What data say of each site: sums over its inputs, gradients of a loss. Starts and compression read it."""
 
-from lorax_kit.calibration.calibrate import Moments, calibrate
+from lorax_kit.calibration.calibrate import COLLECT, Moments, calibrate
 
-__all__ = ["Moments", "calibrate"]
+__all__ = ["COLLECT", "Moments", "calibrate"]

@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from jax import Array
 
-from lorax_kit.compress.arguments import check_word
 from lorax_kit.calibration.calibrate import Stats, check_finite, moments_of
+from lorax_kit.compress.arguments import check_word
 from lorax_kit.core.errors import CompressError
 
 METHODS = ("svd", "fisher", "asvd", "whitened")
