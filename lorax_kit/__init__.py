@@ -33,11 +33,11 @@ from lorax_kit.core import (
     split,
 )
 from lorax_kit.core.leaves import site_key
-from lorax_kit.methods import DoRA, Factors, LoRA
+from lorax_kit.methods import DoRA, Factors, LoRA, Rows
 from lorax_kit.parallel import device_mesh, pmap_step, sharded_step
 from lorax_kit.study import Problem, Results, Study, run
 from lorax_kit.training import Score, fit, make_step, partition
-from lorax_kit.transform import adapt, explain, resolve
+from lorax_kit.transform import adapt, all_linear, explain, resolve
 from lorax_kit.version import __version__
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "Problem",
     "RankSetting",
     "Results",
+    "Rows",
     "ScaledSetting",
     "Score",
     "Setting",
@@ -67,6 +68,7 @@ __all__ = [
     "Update",
     "__version__",
     "adapt",
+    "all_linear",
     "compress",
     "device_mesh",
     "explain",

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.core.errors import AdapterError
-from lorax_kit.core.method import leaf_shapes, method_of
+from lorax_kit.core.method import frozen_leaves, leaf_shapes, method_of
 from lorax_kit.core.plan import Plan, Site
 
 
@@ -40,6 +40,12 @@ def wide(*dtypes: Any) -> Any:
 def site_key(key: Array, path: str) -> Array:
     """The random key of one site: independent of which other sites exist."""
     return jax.random.fold_in(key, crc32(path.encode()))
+
+
+def trained_only(plan: Plan, factors: FactorTree) -> dict[str, Any]:
+    """The factors without their frozen leaves: what counts as trained."""
+    frozen = {site.path: dict.fromkeys(frozen_leaves(site.setting)) for site in plan.sites}
+    return {path: leaves._replace(**frozen.get(path, {})) for path, leaves in factors.items()}
 
 
 def check_factors(plan: Plan, factors: FactorTree) -> None:

@@ -182,7 +182,10 @@ def leaf_shapes(site: Site) -> Any:
     Raises:
       PlanError: the method gives something else than its leaves, or an update that does not fit the site.
     """
-    return _leaf_shapes(site.unnamed())
+    try:
+        return _leaf_shapes(site.unnamed())
+    except PlanError as e:  # a method does not know what its site is called
+        raise PlanError(f"{site.path!r}: {e}") from None
 
 
 @lru_cache(maxsize=4096)

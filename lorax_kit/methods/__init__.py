@@ -3,8 +3,9 @@
 from lorax_kit.core.method import register
 from lorax_kit.methods.dora import DORA, DoRA, DoRALeaves
 from lorax_kit.methods.lora import LORA, Factors, LoRA
+from lorax_kit.methods.rows import ROWS, Rows
 
-for _method in (LORA, DORA):
+for _method in (LORA, DORA, ROWS):
     register(_method)
 
-__all__ = ["DORA", "LORA", "DoRA", "DoRALeaves", "Factors", "LoRA"]
+__all__ = ["DORA", "LORA", "ROWS", "DoRA", "DoRALeaves", "Factors", "LoRA", "Rows"]

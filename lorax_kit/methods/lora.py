@@ -25,6 +25,7 @@ from lorax_kit.core.method import METHODS, Hints, Method, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import ScaledSetting, need
 from lorax_kit.starts import STARTS, start_of
+from lorax_kit.starts.draws import draw_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,8 @@ def first_factors(site: Site, w: Array, key: Array, hints: Hints) -> Factors:
     """The factors of a setting with a `start`, in its dtype."""
     dtype = jnp.dtype(site.setting.dtype)
     a, b = STARTS[site.setting.start](site, w, site_key(key, site.path), hints)  # type: ignore[attr-defined]
+    if site.lookup and getattr(site.setting, "freeze_a", False):  # where `a` would start at zero, `b` could not learn
+        a, b = draw_rows(site_key(key, site.path), site.a_shape, 1.0), None
     zero_a, zero_b = jnp.zeros(site.a_shape, dtype), jnp.zeros(site.b_shape, dtype)
     if a is not None and b is not None:
         return Factors(zero_a, zero_b, a.astype(dtype), b.astype(dtype))

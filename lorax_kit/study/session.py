@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lorax_kit.analysis.spectra import effective_rank, rank_for_energy, site_spectrum
 from lorax_kit.checkpoint.adapter import adapter_bytes, save_adapter
 from lorax_kit.core.compact import dense
+from lorax_kit.core.leaves import trained_only
 from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params, flatten, nbytes
 from lorax_kit.core.plan import Plan
@@ -178,7 +179,7 @@ class Session:
         plan = trial_plan(study, problem, group.plan, trial, self.params)
         failed = int(trained.failed[i]) or None
         factors = unpack(plan, trained.factors, i, diverged=failed is not None)
-        leaves = jax.tree_util.tree_leaves(factors)
+        leaves = jax.tree_util.tree_leaves(trained_only(plan, factors))
         row: dict[str, Any] = {
             "trial": trial.name,
             "rank": trial.rank,

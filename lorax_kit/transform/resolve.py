@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 
 from lorax_kit.core.errors import PlanError
 from lorax_kit.core.method import method_of
-from lorax_kit.core.paths import Params, flatten, is_array
+from lorax_kit.core.paths import Params, flatten, is_array, paths
 from lorax_kit.core.plan import Axes, Plan, make_plan, match
 from lorax_kit.core.setting import Full, Setting
 from lorax_kit.core.spec import Spec
@@ -52,38 +52,52 @@ def resolve(spec: Spec, params: Params, fn: Callable[..., Any] | None = None, *a
     settings = match(spec, params)
     if fn is None:
         return make_plan(spec, params)
-    named, treedef = flatten(params)
-    abstract = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x for p, x in named.items()}
-    ctx = Context()
-
-    def probe(arrays: dict[str, Any], inputs: Any) -> Any:
-        leaves = {**named, **arrays}
-        probes = {
-            p: Weight(parts=(whole(p, leaves[p].shape),), w=leaves[p], trained_in_full=isinstance(s, Full))
-            for p, s in settings.items()
-        }
-        return run(ctx, fn, leaves, treedef, probes, *inputs)
-
-    inputs, tree = jax.tree_util.tree_flatten((args, kwargs))
-    dynamic = {i: x for i, x in enumerate(inputs) if is_array(x)}
-
-    def shaped(arrays: dict[str, Any], dynamic: dict[int, Any]) -> None:
-        values = [dynamic.get(i, x) for i, x in enumerate(inputs)]
-        probe(arrays, jax.tree_util.tree_unflatten(tree, values))
-
-    jax.eval_shape(shaped, {p: x for p, x in abstract.items() if is_array(x)}, dynamic)
+    full = {path for path, setting in settings.items() if isinstance(setting, Full)}
+    shapes = paths(params)
     axes: dict[str, tuple[Axes, str]] = {}
-    for path, setting in settings.items():
-        uses = [u for u in ctx.uses.values() if u.path == path]
+    for path, uses in uses_of(settings, params, fn, args, kwargs, full).items():
         if not uses:
             raise PlanError(
                 f"the function never uses {path!r}, which the spec adapts.\n"
                 "  is it read from a closure instead of the params argument, or switched off for these inputs?\n"
                 "  exclude it, or trace the function that uses it"
             )
+        setting = settings[path]
         if isinstance(setting, Setting):
-            axes[path] = _axes(path, len(named[path].shape), setting, uses)
+            axes[path] = _axes(path, len(shapes[path].shape), setting, uses)
     return make_plan(spec, params, axes)
+
+
+def uses_of(
+    targets: Collection[str],
+    params: Params,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    full: Collection[str] = (),
+) -> dict[str, list[Use]]:
+    """How a traced function uses some of its parameters: path -> uses, in the order of `targets`; nothing runs.
+
+    Args:
+      full: those that are only watched for being used at all.
+    """
+    named, treedef = flatten(params)
+    abstract = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in named.items() if is_array(x)}
+    ctx = Context()
+    inputs, tree = jax.tree_util.tree_flatten((args, dict(kwargs)))
+    dynamic = {i: x for i, x in enumerate(inputs) if is_array(x)}
+
+    def traced(arrays: dict[str, Any], dynamic: dict[int, Any]) -> None:
+        values = [dynamic.get(i, x) for i, x in enumerate(inputs)]
+        some, keywords = jax.tree_util.tree_unflatten(tree, values)
+        leaves = {**named, **arrays}
+        probes = {
+            p: Weight(parts=(whole(p, leaves[p].shape),), w=leaves[p], trained_in_full=p in full) for p in targets
+        }
+        run(ctx, fn, leaves, treedef, probes, some, keywords)
+
+    jax.eval_shape(traced, abstract, dynamic)
+    return {path: [use for use in ctx.uses.values() if use.path == path] for path in targets}
 
 
 def _axes(path: str, ndim: int, setting: Setting, uses: list[Use]) -> tuple[Axes, str]:
