@@ -21,6 +21,7 @@ from tqdm import tqdm
 from lorax_kit.calibration.arguments import batches_of, check_function, planned, scalar_of, shown
 from lorax_kit.core.compact import dense
 from lorax_kit.core.errors import CompressError
+from lorax_kit.core.leaves import wide
 from lorax_kit.core.method import Hints
 from lorax_kit.core.paths import Params, is_array, unflatten
 from lorax_kit.core.plan import Plan, Site
@@ -228,7 +229,7 @@ def _differentiated(gradients: Callable[..., Any], *args: Any) -> Any:
 
 
 def _of_gradient(g: Array, site: Site, wanted: set[str]) -> dict[str, Array]:
-    g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+    g = g.astype(wide(g.dtype))
     means = {"gradient": g} if "gradient" in wanted else {}
     return means | ({"fisher": jnp.mean(site.matrices(g) ** 2, axis=-1)} if "fisher" in wanted else {})
 

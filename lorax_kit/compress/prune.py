@@ -51,7 +51,7 @@ def prune(
     Example:
       >>> import lorax_kit as lk
       >>> params = {"w": jnp.asarray([[3.0, 1.0], [-2.0, 4.0]])}
-      >>> sites = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), params)
+      >>> sites = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), params, lambda p, x: x @ p["w"], jnp.ones((1, 2)))
       >>> prune(params, sites, keep=0.5, method="magnitude")["w"].tolist()
       [[3.0, 0.0], [0.0, 4.0]]
     """
