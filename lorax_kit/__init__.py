@@ -6,7 +6,8 @@ only the factors (`partition`, `make_step`, `fit`), keep them apart from the bas
 low-rank products (`compress`).
 """
 
-from lorax_kit import compress
+from lorax_kit import compress, starts
+from lorax_kit.calibration import calibrate
 from lorax_kit.checkpoint import Adapter, fingerprint, load_adapter, save_adapter
 from lorax_kit.core import (
     AdapterError,
@@ -36,6 +37,7 @@ from lorax_kit.core.leaves import site_key
 from lorax_kit.methods import HRA, IA3, AdaLoRA, DeLoRA, DoRA, Factors, LoRA, MiSS, Rows
 from lorax_kit.parallel import device_mesh, pmap_step, sharded_step
 from lorax_kit.peft import load_peft, save_peft
+from lorax_kit.starts import loftq
 from lorax_kit.study import Problem, Results, Study, run
 from lorax_kit.training import Score, adalora_budget, fit, make_step, partition
 from lorax_kit.transform import adapt, all_linear, explain, resolve
@@ -76,6 +78,7 @@ __all__ = [
     "adalora_budget",
     "adapt",
     "all_linear",
+    "calibrate",
     "compress",
     "device_mesh",
     "explain",
@@ -83,6 +86,7 @@ __all__ = [
     "fit",
     "load_adapter",
     "load_peft",
+    "loftq",
     "make_step",
     "merge",
     "partition",
@@ -98,4 +102,5 @@ __all__ = [
     "sharded_step",
     "site_key",
     "split",
+    "starts",
 ]

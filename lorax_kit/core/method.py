@@ -42,15 +42,33 @@ class Update(NamedTuple):
 
 
 class Hints(NamedTuple):
-    """What a start may look at beside W, of one site with S stacked matrices of K inputs; None where not given.
+    """What data say of one site with S stacked matrices (1 without a stack) of K inputs; None where it is not known.
+
+    `lk.calibrate` sums it. Starts that look beyond W read it, and so does compression.
 
     Attributes:
-      gram: (S, K, K) mean of x x^T over the inputs of the site.
-      gradient: the gradient of a loss, in the shape of W.
+      tokens: how many inputs were summed.
+      gram: (S, K, K) sum of x x^T over the inputs; None for a table.
+      absolute: (S, K) mean of |x|; None for a table.
+      counts: (K,) how often each row of a table was looked up; None for a product.
+      fisher: (S, K) mean of the squared gradients over batches and outputs. A mean, so that sites of many outputs do
+        not count for more: the loss rises by about half of sum_k fisher_k sum_n (dW_kn)^2.
+      gradient: mean gradient of the loss over batches, in the shape of W.
     """
 
+    tokens: Any = 0.0
     gram: Any = None
+    absolute: Any = None
+    counts: Any = None
+    fisher: Any = None
     gradient: Any = None
+
+    @property
+    def squares(self) -> Any:
+        """(S, K) sum of x_k^2; of a table (1, K), how often each row was looked up."""
+        if self.counts is not None:
+            return self.counts[None]
+        return None if self.gram is None else self.gram.diagonal(axis1=1, axis2=2)
 
 
 class TorchModule(NamedTuple):
@@ -279,9 +297,8 @@ def leaf_shapes(site: Site) -> Any:
 @lru_cache(maxsize=4096)
 def _leaf_shapes(site: Site) -> Any:
     method = method_of(site.setting)
-    s, k = prod(site.stack_shape), prod(site.in_shape)
     w = jax.ShapeDtypeStruct(site.shape, jnp.dtype(site.dtype))
-    hints = Hints(jax.ShapeDtypeStruct((s, k, k), jnp.float32), jax.ShapeDtypeStruct(site.shape, jnp.float32))
+    hints = _abstract_hints(site)
     key = jax.eval_shape(lambda: jax.random.key(0))
     leaves = jax.eval_shape(lambda w, key, hints: method.init(site, w, key, hints), w, key, hints)
     kind = site.setting.kind
@@ -300,6 +317,14 @@ def _leaf_shapes(site: Site) -> Any:
                 f"  stack {site.stack_shape}, in {site.in_shape}, out {site.out_shape}: it must be {shape}"
             )
     return leaves
+
+
+def _abstract_hints(site: Site) -> Hints:
+    """All that can be known of a site, as shapes: which leaves a method has does not depend on what was given."""
+    s, k = prod(site.stack_shape), prod(site.in_shape)
+    sums = {"counts": (k,)} if site.lookup else {"gram": (s, k, k), "absolute": (s, k)}
+    shapes = {"tokens": (), "fisher": (s, k), "gradient": site.shape, **sums}
+    return Hints(**{name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()})
 
 
 def update_of(site: Site, w: Array, leaves: Any, scale: Any) -> Update:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +102,17 @@ class Site:
     def max_rank(self) -> int:
         """min(in, out): the rank above which factors hold nothing new."""
         return min(prod(self.in_shape), prod(self.out_shape))
+
+    def matrices(self, x: Any) -> Any:
+        """An array of the parameter's shape, of jax or numpy, as (S, K, N): stacked matrices of inputs and outputs."""
+        x = x.transpose((*self.axes.stack, *self.axes.inputs, *self.axes.outputs))
+        return x.reshape(prod(self.stack_shape), prod(self.in_shape), prod(self.out_shape))
+
+    def from_matrices(self, x: Any) -> Any:
+        """(S, K, N) in the parameter's shape: the inverse of `matrices`."""
+        order = (*self.axes.stack, *self.axes.inputs, *self.axes.outputs)
+        x = x.reshape(*self.stack_shape, *self.in_shape, *self.out_shape)
+        return x.transpose([order.index(i) for i in range(len(order))])
 
     def unnamed(self) -> Site:
         """The same site without its path: sites alike have leaves alike."""
