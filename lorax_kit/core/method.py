@@ -124,7 +124,7 @@ class PeftForm:
       beside: peft_type of other methods -> what it may stand beside in one folder, as (end of its tensors' names, key
         of the config that names its modules).
       axes: leaf -> its axes in the functions below: "r" the rank, "i" all inputs K, "o" all outputs N, each flat and in
-        torch's order; "" as it is in the leaves.
+        torch's order; "" as it is in the leaves; in capitals, without the stack. Or a function of the setting.
       layers: kinds of modules that PEFT can adapt by it; see `TorchModule`.
       keys: key of the config -> its default in PEFT: what `read` asks for.
       patterns: key -> the key of its values by module.
@@ -143,11 +143,11 @@ class PeftForm:
         high can be reduced, fused outputs be split, and zero rows be added.
       apart, together: tensors of a parameter (experts, *matrix) to those of each, and back.
       shared: (config, modules, tensors) -> tensors of the whole adapter, their shapes checked; None: there are none.
-      share: ({name: (module, leaves)}) -> the same to be written, and keys of the config that go with it.
+      share: ({name: (module, setting, leaves)}) -> the same to be written, and keys of the config that go with it.
     """
 
     peft_type: str
-    axes: Mapping[str, str]
+    axes: Mapping[str, str] | Callable[[Any], Mapping[str, str]]
     layers: frozenset[str]
     shapes: Callable[[TorchModule, Mapping[str, Any]], dict[str, tuple[int, ...]]]
     read: Callable[[TorchModule, Mapping[str, Any]], FromPeft]
@@ -169,6 +169,10 @@ class PeftForm:
     bias_gain: Callable[[TorchModule, Any, Mapping[str, Any]], Any] | None = None
     shared: Callable[[Mapping[str, Any], list[TorchModule], Mapping[str, Any]], dict[str, Any]] | None = None
     share: Callable[[dict[str, Any]], tuple[dict[str, Any], dict[str, Any]]] | None = None
+
+    def axes_of(self, setting: Any) -> Mapping[str, str]:
+        """Leaf -> its axes."""
+        return self.axes(setting) if callable(self.axes) else self.axes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from lorax_kit.core.leaves import site_key, wide
-from lorax_kit.core.method import Hints, Method, Update
+from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import RankSetting, is_number, need, plain
 from lorax_kit.starts.draws import draw_rows
@@ -104,6 +105,68 @@ def penalty(site: Site, leaves: AdaLoRALeaves) -> Array:
     return site.setting.orthogonal * total  # type: ignore[attr-defined]
 
 
+def _mask(m: TorchModule) -> Any:
+    """Which of the first triplets are left: PEFT stores the others no more."""
+    patterns = m.config["rank_pattern"] or {}
+    found = next((x for name, x in patterns.items() if name.split(".lora_E")[0] == m.name), None)
+    mask = np.ones(m.config["init_r"], bool) if found is None else np.asarray(found, bool)
+    need(mask.shape == (m.config["init_r"],), f"rank_pattern has {mask.size} triplets at {m.name!r}, not init_r.")
+    return mask
+
+
+def _shapes(m: TorchModule, tensors: Any) -> dict[str, tuple[int, ...]]:
+    left = int(_mask(m).sum())
+    return {"lora_A": (left, m.size), "lora_E": (left, 1), "lora_B": (m.outputs, left)}
+
+
+def _read(m: TorchModule, tensors: Any) -> FromPeft:
+    mask, c = _mask(m), m.config
+    need(
+        c["lora_alpha"] > 0 or mask.all(),
+        f"lora_alpha {c['lora_alpha']} with masked triplets: PEFT's scale is then another at every load.",
+    )
+
+    def spread(x: Any) -> Any:
+        out = np.zeros((len(mask), *x.shape[1:]), x.dtype)
+        out[mask] = x
+        return out
+
+    leaves = {
+        "a": spread(tensors["lora_A"]),
+        "e": spread(tensors["lora_E"])[:, 0],
+        "b": spread(tensors["lora_B"].T),
+        "mask": mask.astype(np.float32),
+    }
+    alpha = c["lora_alpha"] if c["lora_alpha"] > 0 else None
+    keywords = {"rank": c["init_r"], "alpha": alpha, "dropout": c["lora_dropout"] or 0.0}
+    return FromPeft(keywords | {"orthogonal": c["orth_reg_weight"]}, leaves)
+
+
+def _write(m: TorchModule, setting: Any, leaves: Any) -> dict[str, Any]:
+    left = leaves["mask"] != 0
+    return {"lora_A": leaves["a"][left], "lora_E": leaves["e"][left, None], "lora_B": leaves["b"][left].T}
+
+
+def _config(m: TorchModule, setting: Any, leaves: Any) -> dict[str, Any]:
+    """With a schedule that PEFT accepts: it builds no config without."""
+    return {
+        "init_r": setting.rank,
+        "target_r": max(1, setting.rank * 2 // 3),
+        "lora_alpha": setting.rank if setting.alpha is None else setting.alpha,
+        "lora_dropout": setting.dropout,
+        "orth_reg_weight": setting.orthogonal,
+        **{"tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 1},
+    }
+
+
+def _share(modules: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The masks, where there are any."""
+    masks = {f"{name}.lora_E": [bool(x) for x in leaves["mask"]] for name, (_, _, leaves) in modules.items()}
+    return {}, {"rank_pattern": masks if not all(all(mask) for mask in masks.values()) else None}
+
+
+_IGNORED = {"r", "use_rslora", "alpha_pattern", "lora_bias", "target_parameters", "init_lora_weights"}
+_SCHEDULE = {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "total_step"}
 ADALORA = Method(
     setting=AdaLoRA,
     leaves=AdaLoRALeaves,
@@ -112,4 +175,19 @@ ADALORA = Method(
     rows=frozenset({"a", "e", "b", "mask"}),
     frozen=frozenset({"mask"}),
     penalty=penalty,
+    peft=PeftForm(
+        peft_type="ADALORA",
+        axes={"a": "ri", "e": "r", "b": "ro", "mask": "r"},
+        layers=frozenset({"Linear", "Conv1D", "Conv2d"}),
+        keys={"init_r": 12, "lora_alpha": 8, "lora_dropout": 0.0, "orth_reg_weight": 0.5, "rank_pattern": None},
+        training=frozenset(_IGNORED | _SCHEDULE),
+        refused={"use_dora": "PEFT's AdaLoRA does not have it", "layer_replication": "it repeats layers of the base"},
+        bias="lora_only",
+        endings=("lora_A", "lora_E", "lora_B"),
+        shapes=_shapes,
+        read=_read,
+        write=_write,
+        config=_config,
+        share=_share,
+    ),
 )

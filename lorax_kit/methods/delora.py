@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
 from lorax_kit.core.leaves import wide
-from lorax_kit.core.method import Hints, Method, Update
+from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import RankSetting, is_number, need, plain
 from lorax_kit.methods.lora import first_factors
@@ -105,6 +106,34 @@ def update(site: Site, w: Array, leaves: DeLoRALeaves, scale: Any) -> Update:
     return Update(a, bound.astype(dtype) * _unit(leaves.b.astype(dtype), len(site.out_shape)))
 
 
+def _shapes(m: TorchModule, tensors: Any) -> dict[str, tuple[int, ...]]:
+    rank = m.config["r"]
+    out = {"delora_A": (rank, m.size), "delora_B": (m.outputs, rank), "delora_lambda": (1,)}
+    return out | ({"delora_w_norm": (m.size,)} if "delora_w_norm" in tensors else {})
+
+
+def _read(m: TorchModule, tensors: Any) -> FromPeft:
+    """Where the norms are not stored, PEFT takes those of the base that it loads."""
+    norm = tensors.get("delora_w_norm")
+    leaves = {
+        "a": tensors["delora_A"],
+        "b": tensors["delora_B"].T,
+        "bound": tensors["delora_lambda"].reshape(()),
+        "norm": np.linalg.norm(m.weight(), axis=1) if norm is None else norm,
+    }
+    c = m.config
+    return FromPeft({"rank": c["r"], "bound": c["delora_lambda"], "dropout": c["module_dropout"] or 0.0}, leaves)
+
+
+def _write(m: TorchModule, setting: Any, leaves: Any) -> dict[str, Any]:
+    return {
+        "delora_A": leaves["a"],
+        "delora_B": leaves["b"].T,
+        "delora_lambda": leaves["bound"].reshape(1),
+        "delora_w_norm": leaves["norm"],
+    }
+
+
 DELORA = Method(
     setting=DeLoRA,
     leaves=DeLoRALeaves,
@@ -112,4 +141,22 @@ DELORA = Method(
     update=update,
     rows=frozenset({"a", "b"}),
     frozen=frozenset({"norm"}),
+    peft=PeftForm(
+        peft_type="DELORA",
+        axes={"a": "ri", "b": "ro", "bound": "", "norm": "i"},
+        layers=frozenset({"Linear"}),
+        keys={"r": 8, "delora_lambda": 15, "module_dropout": 0.0},
+        patterns={"r": "rank_pattern", "delora_lambda": "lambda_pattern"},
+        training=frozenset({"init_weights"}),
+        bias="delora_only",
+        endings=("delora_A", "delora_B", "delora_lambda", "delora_w_norm"),
+        shapes=_shapes,
+        read=_read,
+        write=_write,
+        config=lambda m, setting, leaves: {
+            "r": setting.rank,
+            "delora_lambda": setting.bound,
+            "module_dropout": setting.dropout,
+        },
+    ),
 )

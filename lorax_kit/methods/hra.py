@@ -22,11 +22,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
 from lorax_kit.core.leaves import site_key, wide
-from lorax_kit.core.method import Hints, Method, Update
+from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import RankSetting, need
 from lorax_kit.methods.dora import matrices
@@ -119,4 +120,54 @@ def max_rank(site: Site) -> int:
     return prod(site.in_shape) // 2 * 2
 
 
-HRA_METHOD = Method(setting=HRA, leaves=HRALeaves, init=init, update=update, rows=frozenset({"u"}), max_rank=max_rank)
+def _read(m: TorchModule, tensors: Any) -> FromPeft:
+    """PEFT's columns as rows; an odd number of them with a zero row, a reflection that does nothing.
+
+    What PEFT makes orthonormal as it runs (apply_GS) is made so here, once.
+    """
+    _check_window(m)
+    u = np.asarray(tensors["hra_u"], np.float64).T
+    if m.config["apply_GS"]:
+        for i, row in enumerate(u):
+            for earlier in u[:i]:
+                row = row - (row @ earlier) * earlier
+            u[i] = row / np.linalg.norm(row)
+    rows = len(u) + len(u) % 2
+    return FromPeft({"rank": rows}, {"u": np.pad(u, ((0, rows - len(u)), (0, 0)))})
+
+
+def _there(leaves: Any) -> Any:
+    """The rows that are not zero: PEFT divides by their lengths."""
+    return leaves["u"][np.any(leaves["u"] != 0, axis=1)]
+
+
+def _write(m: TorchModule, setting: Any, leaves: Any) -> dict[str, Any]:
+    _check_window(m)
+    return {"hra_u": _there(leaves).T}
+
+
+def _check_window(m: TorchModule) -> None:
+    need(len(set(m.inputs[1:])) <= 1, f"PEFT's HRA has square windows only; that of {m.name!r} is {m.inputs[1:]}.")
+
+
+HRA_METHOD = Method(
+    setting=HRA,
+    leaves=HRALeaves,
+    init=init,
+    update=update,
+    rows=frozenset({"u"}),
+    max_rank=max_rank,
+    peft=PeftForm(
+        peft_type="HRA",
+        axes={"u": "ri"},
+        layers=frozenset({"Linear", "Conv2d"}),
+        keys={"r": 8, "apply_GS": False},
+        training=frozenset({"init_weights"}),
+        bias="hra_only",
+        endings=("hra_u",),
+        shapes=lambda m, tensors: {"hra_u": (m.size, m.config["r"])},
+        read=_read,
+        write=_write,
+        config=lambda m, setting, leaves: {"r": len(_there(leaves)), "apply_GS": False},
+    ),
+)

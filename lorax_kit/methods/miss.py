@@ -14,11 +14,12 @@ from math import prod
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from lorax_kit.core.method import Hints, Method, Update
+from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
-from lorax_kit.core.setting import RankSetting
+from lorax_kit.core.setting import RankSetting, need
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,22 @@ def max_rank(site: Site) -> int:
     return prod(site.in_shape)
 
 
+def _mini(m: TorchModule) -> int:
+    """How many numbers a shard has, where its outputs repeat them; else N."""
+    start = m.config["init_weights"]
+    need(start != "bat", "MiSS with init_weights 'bat' moves the base by its own blocks: no product of factors.")
+    mini = m.config["mini_r"] if start == "mini" else m.outputs
+    need(m.outputs % mini == 0, f"mini_r {mini} does not divide the {m.outputs} outputs.")
+    return mini
+
+
+def _read(m: TorchModule, tensors: Any) -> FromPeft:
+    rank = m.config["r"]
+    a = np.arange(rank)[:, None] == np.arange(m.size)[None] % rank
+    b = np.tile(tensors["miss_block"], (1, m.outputs // _mini(m)))
+    return FromPeft({"rank": rank, "dropout": m.config["miss_dropout"] or 0.0}, {"a": a.astype(np.float32), "b": b})
+
+
 MISS = Method(
     setting=MiSS,
     leaves=MiSSLeaves,
@@ -73,4 +90,16 @@ MISS = Method(
     rows=frozenset({"a", "b"}),
     frozen=frozenset({"a"}),
     max_rank=max_rank,
+    peft=PeftForm(
+        peft_type="MISS",
+        axes={"a": "ri", "b": "ro"},
+        layers=frozenset({"Linear"}),
+        keys={"r": 64, "mini_r": 1, "init_weights": True, "miss_dropout": 0.0},
+        bias="miss_only",
+        endings=("miss_block",),
+        shapes=lambda m, tensors: {"miss_block": (m.config["r"], _mini(m))},
+        read=_read,
+        write=lambda m, setting, leaves: {"miss_block": leaves["b"]},
+        config=lambda m, setting, leaves: {"r": setting.rank, "miss_dropout": setting.dropout, "init_weights": True},
+    ),
 )

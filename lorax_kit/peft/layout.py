@@ -118,7 +118,9 @@ def matrix_of(way: Way, w: Any, index: tuple[int, ...]) -> np.ndarray:
 def from_site(site: Site, way: Way, letters: str, x: Any, index: tuple[int, ...]) -> np.ndarray:
     """A leaf of one matrix as the forms have it: axes by `letters`, inputs flat and in torch's order."""
     x = np.asarray(x)
-    x = x[(slice(None), *index)] if letters.startswith("r") else x[index]
+    if not letters.isupper():
+        x = x[(slice(None), *index)] if letters.startswith("r") else x[index]
+    letters = letters.lower()
     if "i" in letters:
         start = x.ndim - len(site.in_shape)
         x = np.transpose(x, (*range(start), *(start + i for i in way.order)))
@@ -128,7 +130,8 @@ def from_site(site: Site, way: Way, letters: str, x: Any, index: tuple[int, ...]
 
 def to_site(site: Site, way: Way, letters: str, by_index: Mapping[tuple[int, ...], np.ndarray]) -> np.ndarray:
     """Inverse of `from_site`, for all matrices of a site."""
-    out = []
+    out, shared = [], letters.isupper()
+    letters = letters.lower()
     for x in by_index.values():
         if "i" in letters:
             start, sizes = x.ndim - 1, [site.in_shape[i] for i in way.order]
@@ -138,7 +141,7 @@ def to_site(site: Site, way: Way, letters: str, by_index: Mapping[tuple[int, ...
         elif "o" in letters:
             x = x.reshape(*x.shape[:-1], *site.out_shape)
         out.append(x)
-    if not site.stack_shape:
+    if not site.stack_shape or shared:
         return out[0]
     whole = np.stack(out).reshape(*site.stack_shape, *out[0].shape)
     n = len(site.stack_shape)

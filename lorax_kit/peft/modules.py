@@ -269,7 +269,8 @@ class Reader:
             raise AdapterError(f"{one.module.name!r}: {e}") from None
         if one.place.outputs is not None:
             rows = slice(*one.place.outputs)
-            cut = {k: x[..., rows] if form.axes[k].endswith("o") else x for k, x in part.leaves.items()}
+            axes = form.axes_of(part.setting)
+            cut = {k: x[..., rows] if axes[k].endswith("o") else x for k, x in part.leaves.items()}
             part = part._replace(leaves=cut)
         bias = f"{one.module.name}.bias"
         if one.last and (part.bias_gain is not None or part.bias_shift is not None):

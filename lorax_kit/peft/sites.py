@@ -129,7 +129,7 @@ def leaves_of(site: Site, pieces: Pieces) -> Any:
             if name not in pieces.parts[index].leaves:
                 raise AdapterError(f"nothing in the folder gives {name!r} of {site.path!r}.")
             by_index[index] = np.asarray(pieces.parts[index].leaves[name])
-        x = to_site(site, pieces.way, form.axes[name], by_index)
+        x = to_site(site, pieces.way, form.axes_of(site.setting)[name], by_index)
         if x.shape != want.shape:
             raise AdapterError(f"{name} of {site.path!r} has shape {x.shape}; its setting expects {want.shape}.")
         out[name] = jnp.asarray(x, want.dtype)

@@ -188,9 +188,8 @@ def _way(site: Site, name: str, torch: Names, form: PeftForm) -> Way:
 
 
 def _leaves(site: Site, way: Way, leaves: Any, index: tuple[int, ...], form: PeftForm) -> dict[str, Any]:
-    return {
-        name: from_site(site, way, form.axes[name], x, index) for name, x in leaves._asdict().items() if x is not None
-    }
+    axes = form.axes_of(site.setting)
+    return {name: from_site(site, way, axes[name], x, index) for name, x in leaves._asdict().items() if x is not None}
 
 
 def _joined(
