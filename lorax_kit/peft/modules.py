@@ -17,7 +17,7 @@ from lorax_kit.peft.files import CONFIG, WEIGHTS
 from lorax_kit.peft.layout import Way, matrix_of, ways
 from lorax_kit.peft.names import Names, Place
 from lorax_kit.peft.sites import Pieces
-from lorax_kit.peft.targets import ends, targeted, targeted_parameters
+from lorax_kit.peft.targets import ends, targeted, targeted_parameters, unmatched_parameters
 from lorax_kit.peft.tensors import Sorted
 
 Tensors = Mapping[str, np.ndarray]
@@ -104,6 +104,7 @@ class Reader:
                 "  is it the adapter of another model, or does `names` lack a prefix or a module?"
             )
         wanted = targeted(data, known, self.config.notes)
+        self.config.notes += unmatched_parameters(data, self.torch.places)
         if wanted is None:
             return
         wanted |= {name.removesuffix(".weight") for name in targeted_parameters(data, self.torch.places)}
@@ -210,7 +211,7 @@ class Reader:
         config = self._config_of(form, name if parameter else module, key)
         if isinstance(config, str):
             return config
-        fits, tried = list[Found](), list[str]()
+        fits, tried = list[Found](), list[tuple[int, str]]()
         for way in ways(path, shape, stack, given, parameter, path in self.torch.inputs_first):
             total = max((p.outputs[1] for p in self.torch.places[name] if p.outputs), default=way.outputs)
             first, last = place.outputs or (0, total)
@@ -226,15 +227,14 @@ class Reader:
                 fits.append(Found(place, way, m, method, tensors, place == self.torch.places[name][-1]))
             else:
                 tried.append(_misfit(module, want, have, path, shape, config))
-        if len({f.way for f in fits}) > 1:
+        if given is None and len({f.way for f in fits}) > 1:
             return (
                 f"the adapter's tensors fit {path!r} of shape {shape} in {len(fits)} ways: which axes are contracted?\n"
                 "  say it by a plan: plan=lk.resolve(spec, params, apply_fn, *inputs)"
             )
         if not fits:
-            return min(tried, key=len) if tried else (
-                f"{module!r} is {path!r} of shape {shape} here, and PEFT's {form.peft_type} has no such layer."
-            )
+            none = f"{module!r} is {path!r} of shape {shape} here, and PEFT's {form.peft_type} has no such layer."
+            return min(tried, default=(0, none), key=lambda pair: pair[0])[1]
         return fits[0]
 
     def _config_of(self, form: PeftForm, module: str, key: str | None) -> dict[str, Any] | str:
@@ -323,15 +323,17 @@ class Reader:
 
 def _misfit(
     module: str, want: Mapping[str, Any], have: Mapping[str, Any], path: str, shape: Any, config: Mapping[str, Any]
-) -> str:
+) -> tuple[int, str]:
+    """How far the tensors of a module are from fitting, and what is wrong with them."""
     lacking, extra = sorted(set(want) - set(have)), sorted(set(have) - set(want))
+    odd = len(lacking) + len(extra)
     if lacking:
-        return f"{module!r} has no {lacking[0]}, which its config and its other tensors call for."
+        return odd, f"{module!r} has no {lacking[0]}, which its config and its other tensors call for."
     if extra:
-        return f"{module!r} has a {extra[0]} that its config and its other tensors do not call for."
+        return odd, f"{module!r} has a {extra[0]} that its config and its other tensors do not call for."
     end = next(e for e in want if want[e] != have[e])
     rank = next((f" (rank {config[k]})" for k in ("r", "init_r") if k in config), "")
-    return (
+    return 0, (
         f"{module!r} has {end} of shape {have[end]}; its config{rank} and {path!r} of shape {shape} call for {want[end]}.\n"
         "  load the base it was trained on; if axes are contracted in another order: plan=lk.resolve(...)"
     )

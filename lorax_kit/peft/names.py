@@ -87,6 +87,12 @@ class Names:
             for index in product(*(range(shape[i]) for i in stack)):
                 place = Place(path, index, outputs)
                 self.places.setdefault(template.replace("{}", "%d") % index if holes else template, []).append(place)
+        if named and names and not self.stack:
+            first = next(iter(names))
+            raise AdapterError(
+                f"none of the {len(names)} paths in `names` is a parameter of this base, {first!r} for one.\n"
+                f"  closest: {closest(first, list(named))}"
+            )
         for name, found in self.places.items():
             found.sort(key=lambda place: place.outputs or (0, 0))
             ends = [place.outputs for place in found]
@@ -117,6 +123,11 @@ class Names:
           AdapterError: nothing tells whether it does.
         """
         others = self.also[path]
+        if others and len(others) > 1:
+            raise AdapterError(
+                f"{path!r} is {1 + len(others)} modules in torch, {', '.join(map(repr, others[:3]))} among them, which PEFT "
+                "cannot move as one.\n  leave it out, or use lk.save_adapter"
+            )
         if others:
             return others
         name = self.templates[path]

@@ -107,6 +107,12 @@ def targeted_parameters(config: Mapping[str, Any], names: Iterable[str]) -> set[
     return {name for name in names if any(ends(name, entry) for entry in entries)}
 
 
+def unmatched_parameters(config: Mapping[str, Any], names: Collection[str]) -> list[str]:
+    """Notes on the entries of target_parameters that match nothing, which PEFT passes over."""
+    entries = config.get("target_parameters") or ()
+    return [f"target_parameters has {x!r}, which matches nothing" for x in entries if not any(ends(n, x) for n in names)]
+
+
 def kept_whole(config: Mapping[str, Any], name: str) -> bool:
     """Whether PEFT trains a parameter in full, by modules_to_save."""
     return any(_keeps(entry, name) for entry in config.get("modules_to_save") or ())

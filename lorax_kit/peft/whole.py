@@ -77,6 +77,11 @@ def full_leaves(
     for name in torch.places:
         if kept_whole(data, name) and name not in covered:
             raise AdapterError(f"{WEIGHTS} has no tensor {name!r}, which {CONFIG} keeps by modules_to_save.")
+    for name in torch.places:
+        module, _, end = name.rpartition(".")
+        own = data.get("bias") == form.bias is not None and module in reader.adapted
+        if end == "bias" and name not in covered and (own or data.get("bias") == "all"):
+            raise AdapterError(f"{WEIGHTS} has no tensor {name!r}, which {CONFIG} trains by bias {data['bias']!r}.")
     for name, (gain, shift) in reader.biases.items():
         for place in torch.places.get(name, ()):
             rows = slice(*place.outputs) if place.outputs else slice(None)
