@@ -76,6 +76,7 @@ def save_adapter(
     path: str | Path,
     plan: Plan | Spec,
     factors: FactorTree,
+    /,
     *,
     base: Params,
     meta: Mapping[str, Any] | None = None,

@@ -4,8 +4,8 @@
 by products, and `compressed` runs any JAX function with them. `solve` is the penalised decomposition of one matrix.
 """
 
+from lorax_kit.calibration.calibrate import Moments, calibrate
 from lorax_kit.compress.allocate import ALLOCATIONS, Candidate, allocate, candidate
-from lorax_kit.compress.calibrate import Moments, calibrate
 from lorax_kit.compress.decompose import METHODS, damping
 from lorax_kit.compress.distil import distil, distillation
 from lorax_kit.compress.heal import heal

@@ -13,15 +13,8 @@ import optax
 from jax import Array
 from tqdm import tqdm
 
-from lorax_kit.compress.arguments import (
-    batches_of,
-    check_count,
-    check_function,
-    check_number,
-    check_positive,
-    scalar_of,
-    shown,
-)
+from lorax_kit.calibration.arguments import batches_of, check_function, scalar_of, shown
+from lorax_kit.compress.arguments import check_count, check_number, check_positive
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.merge import merge, split
 from lorax_kit.core.paths import Params, flatten, is_array, unflatten

@@ -13,15 +13,8 @@ import jax
 from jax import Array
 from tqdm import tqdm
 
-from lorax_kit.compress.arguments import (
-    batches_of,
-    check_count,
-    check_function,
-    check_key,
-    check_positive,
-    check_values,
-    patterns_of,
-)
+from lorax_kit.calibration.arguments import batches_of, check_function, check_values
+from lorax_kit.compress.arguments import check_count, check_key, check_positive, patterns_of
 from lorax_kit.compress.distil import trained
 from lorax_kit.compress.replace import low_rank
 from lorax_kit.core.compact import Quantised

@@ -8,8 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lorax_kit.compress.arguments import batches_of, check_function, shown
-from lorax_kit.compress.calibrate import calibrate
+from lorax_kit.calibration.arguments import batches_of, check_function, shown
+from lorax_kit.calibration.calibrate import calibrate
 from lorax_kit.compress.replace import CompressPlan, check_plan, compress
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.paths import Params

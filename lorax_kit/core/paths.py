@@ -16,6 +16,29 @@ Params = Any
 """A pytree of arrays as a model library gives it."""
 
 
+class TorchName(str):
+    """The name of a parameter in a torch model, with what the name alone does not say.
+
+    Attributes:
+      also: names under which the torch model has the same array once more: the head that is tied to an embedding. None:
+        not known.
+      inputs_first: torch stores the matrix (in, out), as we do: transformers' Conv1D.
+
+    Example:
+      >>> TorchName("model.embed_tokens.weight", also=("lm_head.weight",)).also
+      ('lm_head.weight',)
+    """
+
+    also: tuple[str, ...] | None
+    inputs_first: bool
+
+    def __new__(cls, name: str, *, also: tuple[str, ...] | None = None, inputs_first: bool = False) -> TorchName:
+        """The string itself, with the two attributes."""
+        made = super().__new__(cls, name)
+        made.also, made.inputs_first = also, inputs_first
+        return made
+
+
 def _name(key: Any) -> str:
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):

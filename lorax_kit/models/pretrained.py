@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lorax_kit.core.paths import TorchName
 from lorax_kit.models.assets import locate
 from lorax_kit.models.bert import BertConfig
 from lorax_kit.models.weights import open_folder, read_config
@@ -37,8 +38,8 @@ def torch_names(config: BertConfig) -> dict[str, str]:
 
     Kernels are (in, out) here and (out, in) there; everything else has one layout.
     """
-    names = {
-        f"embeddings/{x}/embedding": f"embeddings.{y}_embeddings.weight"
+    names: dict[str, str] = {
+        f"embeddings/{x}/embedding": TorchName(f"embeddings.{y}_embeddings.weight", also=())
         for x, y in (("word", "word"), ("position", "position"), ("type", "token_type"))
     }
     modules = {"embeddings/norm": "embeddings.LayerNorm"}

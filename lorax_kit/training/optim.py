@@ -16,6 +16,7 @@ from lorax_kit.core.errors import PlanError
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.method import frozen_leaves, trained_leaves
 from lorax_kit.core.plan import Plan
+from lorax_kit.training.gains import from_start
 
 
 def labels(plan: Plan) -> Callable[[FactorTree], dict[str, Any]]:
@@ -39,6 +40,11 @@ def partition(
     clip: float | None = None,
 ) -> optax.GradientTransformation:
     """An optimiser for the factors of `plan`.
+
+    Leaves that start at a value other than zero and multiply the whole weight (`Method.gains`: DoRA's magnitudes, IA3's
+    gains) are handed to `tx` as deviations from their values when the optimiser was made, which its state keeps. So
+    weight decay pulls them to where they started, and not to zero; their updates are the same otherwise, unless a
+    transformation scales by norms of params, as LAMB does: it sees the norm of what they moved by.
 
     Args:
       tx: one transformation for everything trained, or one per label: the names of the leaves ("a", "b",
@@ -79,4 +85,4 @@ def partition(
     def trained_or_frozen(factors: FactorTree) -> Any:
         return jax.tree.map(lambda name: "frozen" if name == "frozen" else "train", named(factors))
 
-    return optax.partition({"train": trained, "frozen": optax.set_to_zero()}, trained_or_frozen)
+    return from_start(optax.partition({"train": trained, "frozen": optax.set_to_zero()}, trained_or_frozen), plan)

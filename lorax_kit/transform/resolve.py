@@ -134,5 +134,8 @@ def _axes(path: str, ndim: int, setting: Setting, uses: list[Use]) -> tuple[Axes
     if not known:
         return Axes(inputs=tuple(range(ndim - 1)), outputs=(ndim - 1,)), "other"
     assert known[0].axes is not None
+    lookups = [use.axes for use in uses if use.axes is not None and use.primitive == "gather"]
+    if lookups and any(use.axes is not None and use.primitive != "gather" for use in uses):
+        return lookups[0], "tied"
     kinds = {"gather": "lookup", "conv_general_dilated": "other"}
     return known[0].axes, kinds.get(known[0].primitive, "product")

@@ -1,19 +1,27 @@
-"""Traces a function of params once, and evaluates the trace with `Weight`s in place of adapted parameters."""
+"""Traces a function of params once, and evaluates the trace with `Weight`s in place of adapted parameters.
+
+`run` is what `adapt`, `resolve` and `compressed` stand on; `watch` shows what the parameters are multiplied with.
+"""
 
 from __future__ import annotations
 
 import os
 import traceback
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import Array
 
-from lorax_kit.core.compact import LowRank, Quantised
+from lorax_kit.core.compact import LowRank, Quantised, dense
 from lorax_kit.core.errors import PlanError
-from lorax_kit.core.paths import is_array, unflatten
+from lorax_kit.core.paths import Params, flatten, is_array, unflatten
+from lorax_kit.core.plan import Plan, Site
 from lorax_kit.transform import rules
 from lorax_kit.transform.interpret import Context, evaluate_arrays
+from lorax_kit.transform.weight import Part, Weight, whole
 
 NOT_TRACEABLE = (
     jax.errors.ConcretizationTypeError,
@@ -74,3 +82,78 @@ def run(
     values = [replaced.get(p, x) for p, x in zip(traced_names, params, strict=True)]
     out = evaluate_arrays(ctx, closed.jaxpr, closed.consts, [*values, *arrays])
     return jax.tree_util.tree_unflatten(out_tree[-1], out)
+
+
+Sink = Callable[[Site, Array, Array | None], None]
+"""(site, inputs, layer) -> None: is given the inputs of one use of a site.
+
+`inputs` are floats (*S, M, K), S stacked matrices with M inputs of K numbers each; of a lookup the rows, integers (M,).
+With `layer`, () int32, they are (M, K), of that one of the stacked matrices.
+"""
+
+
+def watch(
+    fn: Callable[..., Any], plan: Plan, sink: Sink, missed: Callable[[Site, str], None] | None = None
+) -> Callable[..., Any]:
+    """The same function, which also shows the inputs of each site to `sink`, in whatever scan or branch they arise.
+
+    Inputs are traced values: a sink adds them to a `jax.Ref`, or sends them out by `jax.debug.callback`.
+
+    Args:
+      fn: `fn(params, *inputs, **kwargs)`, traceable by JAX; it is not changed.
+      plan: from `lk.resolve`; which parameters, and what their inputs are. Ranks do not matter.
+      sink: called once for each use of a site, while the function is being traced.
+      missed: called with the site and the reason for each use whose inputs are not those of the site.
+
+    Returns:
+      `run(params, *inputs, **kwargs)`, which returns what `fn` returns. Params may be `Quantised`.
+
+    Example:
+      >>> import lorax_kit as lk
+      >>> fn, params, x = lambda p, x: jnp.tanh(x @ p["w"]), {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+      >>> plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), params, fn, x)
+      >>> watch(fn, plan, lambda site, inputs, layer: print(site.path, inputs.shape, layer))(params, x).shape
+      w (4, 3) None
+      (4, 2)
+    """
+    sites = {site.path: site for site in plan.sites}
+
+    def tap(weight: Weight, dims: tuple[tuple[int, ...], ...], x: Array, inputs: Callable[[Array], Array]) -> Array:
+        for part in weight.parts:
+            site = sites[part.path]
+            why = _not_of_the_site(site, part, weight, dims)
+            if not why:
+                given = inputs(x)
+                rows = jnp.issubdtype(given.dtype, jnp.integer) and given.ndim == 1
+                if rows == site.lookup:
+                    sink(site, given, weight.layer)
+                else:
+                    why = "its rows are looked up in one place, and multiplied in another"
+            if why and missed is not None:
+                missed(site, why)
+        return x
+
+    def watched(params: Params, *args: Any, **kwargs: Any) -> Any:
+        named, treedef = flatten(params)
+        probes = {p: Weight(parts=(whole(p, site.shape),), w=dense(named[p])) for p, site in sites.items()}
+        return run(Context(tap=tap), fn, named, treedef, probes, args, kwargs)
+
+    return watched
+
+
+def _not_of_the_site(site: Site, part: Part, weight: Weight, dims: tuple[tuple[int, ...], ...]) -> str:
+    """Why the inputs of a use are not those of the site; "" where they are."""
+    contract, free, stack = dims
+    axes = part.axes(contract, free)
+    sizes = [prod(weight.shape[d] for d in some) for some in (contract, stack)]
+    if part.altered:
+        return f"it goes through {part.altered!r} before it is multiplied"
+    if jax.sharding.get_abstract_mesh().manual_axes:  # JAX lets no mutable array in
+        return "it is used inside shard_map; calibrate the function of one device"
+    if axes is None or axes.inputs != site.axes.inputs:
+        return "it is multiplied along other axes than the plan's inputs"
+    if sizes == [prod(site.in_shape), 1] and weight.layer is not None:
+        return ""
+    if sizes != [prod(site.in_shape), prod(site.stack_shape)]:
+        return "a part of it is used alone, as a slice, or a layer picked by its index"
+    return ""

@@ -30,9 +30,7 @@ def test_sums_over_batches_are_those_of_the_inputs_of_each_layer():
 def energy(params, fn, x):
     plan = sites(params, fn, x)
     (moments,) = calibrate(fn, params, plan, [x], progress=False).values()
-    from lorax_kit.compress.calibrate import matrices
-
-    w = np.asarray(matrices(params["w"], plan.sites[0]), np.float64)
+    w = np.asarray(plan.sites[0].matrices(params["w"]), np.float64)
     return sum(np.trace(m.T @ g @ m) for m, g in zip(w, moments.gram, strict=True))
 
 
