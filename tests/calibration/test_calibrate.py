@@ -201,3 +201,46 @@ def test_no_batches_is_an_error():
     fn = lambda p, x: x @ p["w"]  # noqa: E731
     with pytest.raises(CompressError, match="no calibration batches"):
         calibrate(fn, params, sites(params, fn, x), [], progress=False)
+
+
+def test_the_mean_gradient_is_in_the_shape_of_the_parameter():
+    params, xs = {"w": draw(0, 2, 3, 4)}, [draw(1, 5, 2, 3), draw(2, 5, 2, 3)]
+    fn, loss = lambda p, x: jnp.einsum("thd,hdo->to", x, p["w"]), lambda y, x: jnp.mean(jnp.sin(y))
+    plan = sites(params, fn, xs[0])
+    only = calibrate(fn, params, plan, xs, loss=loss, collect="gradient", progress=False)["w"]
+    grads = [np.asarray(jax.grad(lambda p, x=x: loss(fn(p, x), x))(params)["w"], np.float64) for x in xs]
+    np.testing.assert_allclose(only.gradient, np.mean(grads, axis=0), rtol=1e-5, atol=1e-8)
+    assert only.gram is None
+    assert only.fisher is None
+    both = calibrate(fn, params, plan, xs, loss=loss, collect=["gradient", "fisher"], progress=False)["w"]
+    squares = np.mean([g.reshape(6, 4) ** 2 for g in grads], axis=0).mean(axis=1)
+    np.testing.assert_allclose(both.fisher[0], squares, rtol=1e-5)
+
+
+def test_without_a_gradient_asked_for_none_is_kept():
+    params, x = {"w": draw(0, 6, 4)}, draw(1, 5, 6)
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    stats = calibrate(fn, params, sites(params, fn, x), [x], loss=lambda y, _: jnp.mean(y**2), progress=False)
+    assert stats["w"].gradient is None
+    assert stats["w"].fisher.shape == (1, 6)
+
+
+@pytest.mark.parametrize(
+    ("collect", "message"),
+    [
+        ("grams", "collect is 'grams'; it must list some of inputs, fisher, gradient"),
+        ([], r"collect is \[\]"),
+        (3, "collect is 3"),
+        (["inputs", "gradient"], r"collect=\('inputs', 'gradient'\) needs a loss to differentiate"),
+    ],
+)
+def test_what_to_collect_is_checked(collect, message):
+    params, x = {"w": draw(0, 6, 4)}, draw(1, 5, 6)
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    with pytest.raises(CompressError, match=message):
+        calibrate(fn, params, sites(params, fn, x), [x], collect=collect, progress=False)
+
+
+def test_one_function_under_both_names():
+    assert lk.calibrate is lk.compress.calibrate
+    assert lk.compress.Moments is lk.Hints
