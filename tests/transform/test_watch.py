@@ -18,7 +18,11 @@ def test_shows_every_use_and_why_it_cannot_show_the_others():
 
     plan = lk.resolve(lk.Spec({"*": lk.LoRA(rank=1)}), params, lambda p, x, i: (x @ p["w"], p["table"][i]), x, ids)
     seen, missed = [], []
-    run = watch(fn, plan, lambda *use: seen.append(use), lambda site, why: missed.append((site.path, why)))
+
+    def sink(site, given):
+        seen.append((site, given.inputs, given.layer))
+
+    run = watch(fn, plan, sink, lambda site, why: missed.append((site.path, why)))
     out = run(params, x, ids)
     for mine, theirs in zip(out, fn(params, x, ids), strict=True):
         np.testing.assert_array_equal(mine, theirs)
@@ -39,8 +43,8 @@ def test_inputs_within_a_scan_leave_through_a_callback_with_their_layer():
     plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), params, fn, x)
     sums = {}
 
-    def sink(site, given, layer):
-        jax.debug.callback(lambda n, s: sums.__setitem__(int(n), float(s)), layer, jnp.sum(given))
+    def sink(site, given):
+        jax.debug.callback(lambda n, s: sums.__setitem__(int(n), float(s)), given.layer, jnp.sum(given.inputs))
 
     jax.block_until_ready(jax.jit(watch(fn, plan, sink))(params, x))
     jax.effects_barrier()
