@@ -8,6 +8,7 @@ from typing import Any
 
 from jax import Array
 
+from lorax_kit.core.method import Hints
 from lorax_kit.core.paths import Params
 from lorax_kit.training.evaluate import Score
 
@@ -27,6 +28,7 @@ class Problem:
         for each, the first must be the largest, and at one step all seeds must have the same.
       val, test: batches that cover each example once.
       facts: plain data for the report: sizes, sources.
+      hints: path -> what starts that look at data read, from `lk.calibrate`; None where the study has no such start.
     """
 
     name: str
@@ -39,3 +41,4 @@ class Problem:
     val: Sequence[Any]
     test: Sequence[Any]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    hints: Mapping[str, Hints] | None = None
