@@ -19,8 +19,8 @@ from jax import Array
 from tqdm import tqdm
 
 from lorax_kit.compress.arguments import batches_of, check_function, planned, scalar_of, shown
-from lorax_kit.core.compact import dense
 from lorax_kit.core.errors import CompressError
+from lorax_kit.core.lowrank import dense
 from lorax_kit.core.paths import Params, is_array, unflatten
 from lorax_kit.core.plan import Plan, Site
 from lorax_kit.transform.interpret import Context

@@ -24,9 +24,9 @@ from lorax_kit.compress.arguments import (
 )
 from lorax_kit.compress.distil import trained
 from lorax_kit.compress.replace import low_rank
-from lorax_kit.core.compact import Quantised
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.paths import Params, flatten, paths
+from lorax_kit.core.quantised import Quantised
 from lorax_kit.core.spec import Full, LoRA, Spec
 from lorax_kit.transform import compressed
 

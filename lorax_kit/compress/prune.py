@@ -14,8 +14,8 @@ from jax import Array
 
 from lorax_kit.compress.arguments import check_share, check_word, planned
 from lorax_kit.compress.calibrate import Stats, check_finite, from_matrices, matrices, moments_of
-from lorax_kit.core.compact import dense
 from lorax_kit.core.errors import CompressError
+from lorax_kit.core.lowrank import dense
 from lorax_kit.core.paths import Params, unflatten
 from lorax_kit.core.plan import Plan, Site
 

@@ -5,7 +5,7 @@ from lorax_kit.core.factors import Factors, FactorTree, FullLeaf
 from lorax_kit.core.merge import delta, effective_weight, merge, split
 from lorax_kit.core.paths import Params, paths
 from lorax_kit.core.plan import Plan, Site, match
-from lorax_kit.core.quantise import quantise
+from lorax_kit.core.quantised import quantise
 from lorax_kit.core.spec import Full, LoRA, Spec
 
 __all__ = [

@@ -9,11 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax_kit.core.compact import Quantised
 from lorax_kit.core.errors import PlanError
 
 Params = Any
 """A pytree of arrays as a model library gives it."""
+
+
+class Packed:
+    """A pytree node that stands for one parameter: `flatten` keeps it as one leaf (`Quantised`)."""
 
 
 def _name(key: Any) -> str:
@@ -28,7 +31,7 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def flatten(params: Params, whole: tuple[type, ...] = (Quantised,)) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+def flatten(params: Params, whole: tuple[type, ...] = (Packed,)) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
     """Flatten params into an ordered dict path -> leaf, and the treedef to build them again.
 
     What is of a type in `whole` is a leaf. Leaves that are not arrays keep their place in the dict, so `unflatten` is

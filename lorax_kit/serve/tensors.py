@@ -1,7 +1,8 @@
 """Params in a safetensors file: arrays by path, and in its metadata what makes leaves in few bits or of products whole.
 
 A dense leaf is the tensor PATH; a `LowRank` leaf is PATH/a, PATH/b and PATH/residual; of a `Quantised` leaf the arrays
-are PATH:codes, PATH:scales and, with double quantisation, PATH:step and PATH:offset.
+are PATH:codes, PATH:scales and, with double quantisation, PATH:log_least and PATH:log_step. Files of version 0.1 have
+PATH:step and PATH:offset, a linear code of the scales: these are read into fp32 scales, bit for bit what they meant.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ import numpy as np
 
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.checkpoint.tensors import read_metadata, read_tensors, write_tensors
-from lorax_kit.core.compact import METHODS as QUANTISATIONS
-from lorax_kit.core.compact import LowRank, Quantised
 from lorax_kit.core.errors import ExportError
+from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.paths import Params, closest, flatten, is_array, unflatten
+from lorax_kit.core.quantised import METHODS as QUANTISATIONS
+from lorax_kit.core.quantised import Quantised
 
 COMPACT = "lorax_kit.compact"
 """Key of the metadata."""
 _ARRAYS: Mapping[type, tuple[str, ...]] = {
     LowRank: ("a", "b", "residual"),
-    Quantised: ("codes", "scales", "step", "offset"),
+    Quantised: ("codes", "scales", "log_least", "log_step"),
 }
 _SEPARATOR = {LowRank: "/", Quantised: ":"}
 _KINDS = {kind.__name__: kind for kind in _ARRAYS}
@@ -148,6 +150,9 @@ def _restored(path: str, static: dict[str, Any], tensors: dict[str, Any]) -> Low
     for name in _ARRAYS[kind][:2]:
         if own[name] is None:
             raise KeyError(f"{path}{_SEPARATOR[kind]}{name}")
+    if kind is Quantised and f"{path}:offset" in tensors:
+        step, offset = (tensors.pop(f"{path}:{name}") for name in ("step", "offset"))
+        own["scales"] = own["scales"].astype(np.float32) * step + offset
     arrays = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in own.items()}
     lists = {name: tuple(x) for name, x in static.items() if isinstance(x, list)}
     leaf = kind(**{**static, **lists, **arrays, "dtype": jnp.dtype(static["dtype"])})

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 
-from lorax_kit.core.compact import LowRank, Quantised
 from lorax_kit.core.errors import PlanError
+from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.paths import is_array, unflatten
+from lorax_kit.core.quantised import Quantised
 from lorax_kit.transform import rules
 from lorax_kit.transform.interpret import Context, evaluate_arrays
 

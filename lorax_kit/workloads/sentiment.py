@@ -16,7 +16,7 @@ from lorax_kit.checkpoint.adapter import load_adapter, read_document, save_adapt
 from lorax_kit.core.errors import AdapterError, PlanError, StudyError
 from lorax_kit.core.merge import merge, split
 from lorax_kit.core.paths import paths
-from lorax_kit.core.quantise import quantise
+from lorax_kit.core.quantised import quantise
 from lorax_kit.core.spec import Full, LoRA, Spec
 from lorax_kit.models import BertClassifier, Tokenizer, classifier_params, load_bert
 from lorax_kit.study.problem import Problem

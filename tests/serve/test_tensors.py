@@ -10,7 +10,7 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.checkpoint.tensors import read_tensors, write_tensors
 from lorax_kit.compress import CompressPlan, compress, with_residuals
-from lorax_kit.core.compact import LowRank
+from lorax_kit.core.lowrank import LowRank
 from lorax_kit.serve import ExportError, load_tensors, save_tensors
 from tests import tiny
 
@@ -129,3 +129,14 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path):
     save_tensors(tmp_path / "x.safetensors", {"x": jnp.ones((2, 3))})
     with pytest.raises(ExportError, match=r"'x' is \(2, 3\) in .* and \(3, 2\) in `like`"):
         load_tensors(tmp_path / "x.safetensors", {"x": jnp.ones((3, 2))})
+
+
+def test_a_file_of_0_1_with_a_linear_code_of_scales_is_read_as_what_it_meant(tmp_path):
+    codes, scales = np.array([[127, -64]], np.int8), np.array([[200]], np.uint8)
+    step, offset = np.float32(0.01).reshape(1, 1), np.float32(0.5).reshape(1, 1)
+    stored = {"w:codes": codes, "w:scales": scales, "w:step": step, "w:offset": offset, "b": np.ones(2, np.float32)}
+    static = '{"w": {"kind": "Quantised", "shape": [1, 2], "dtype": "float32", "method": "int8", "block": 2}}'
+    write_tensors(tmp_path / "old.safetensors", stored, {"lorax_kit.compact": static})
+    found = load_tensors(tmp_path / "old.safetensors")
+    assert sorted(found) == ["b", "w"]
+    np.testing.assert_allclose(found["w"].restore(), np.float32(2.5) * np.array([[1, -64 / 127]]), rtol=1e-6)

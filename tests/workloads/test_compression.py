@@ -11,8 +11,8 @@ import pytest
 from lorax_kit.checkpoint.staging import sole_writer
 from lorax_kit.compress import CompressError, LowRank
 from lorax_kit.compress.replace import low_rank
-from lorax_kit.core.compact import Quantised
 from lorax_kit.core.paths import flatten
+from lorax_kit.core.quantised import Quantised
 from lorax_kit.report.compression import COLUMNS, comparison_table, front, lines_of, write_comparison
 from lorax_kit.report.run_folder import RunFolderError
 from lorax_kit.tasks import Plays
