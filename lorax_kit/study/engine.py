@@ -18,7 +18,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lorax_kit.core.factors import Factors
-from lorax_kit.core.paths import Params
+from lorax_kit.core.paths import Params, arrays_only
 from lorax_kit.core.plan import Plan
 from lorax_kit.parallel.mesh import TRIAL
 from lorax_kit.study.design import Study
@@ -75,8 +75,14 @@ class Programs(NamedTuple):
     score: Callable[[Any, Scalars, Params, Any], Score]
 
 
-def programs(study: Study, problem: Problem, plan: Plan, trials: int) -> Programs:
-    """The programs of a pack of `trials`. With a stream per seed, `batch` holds one batch per stream."""
+def programs(
+    study: Study, problem: Problem, plan: Plan, trials: int, whole: Callable[[Any], Params] = lambda base: base
+) -> Programs:
+    """The programs of a pack of `trials`. With a stream per seed, `batch` holds one batch per stream.
+
+    Args:
+      whole: makes the base of what the programs are given as `base`: its arrays, where it holds other leaves, too.
+    """
     adapted = adapt(problem.apply, plan, trials=trials)
 
     def solo_init(factors: Any) -> State:
@@ -85,7 +91,7 @@ def programs(study: Study, problem: Problem, plan: Plan, trials: int) -> Program
 
     def solo_step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
         def loss(base: Params, factors: Any, batch: Any) -> Array:
-            return problem.loss(adapted(base, with_scale(factors, scalars.scale), batch), batch)
+            return problem.loss(adapted(whole(base), with_scale(factors, scalars.scale), batch), batch)
 
         _, step = make_step(loss, optimizer(study, plan, scalars.lr), jit=False)
         state, info = step(running.state, base, batch)
@@ -93,7 +99,7 @@ def programs(study: Study, problem: Problem, plan: Plan, trials: int) -> Program
         return Running(state, running.alive & info.finite), info
 
     def solo_score(factors: Any, scalars: Scalars, base: Params, batch: Any) -> Score:
-        return problem.score(adapted(base, with_scale(factors, scalars.scale), batch), batch)
+        return problem.score(adapted(whole(base), with_scale(factors, scalars.scale), batch), batch)
 
     def init(factors: Any) -> Running:
         return Running(jax.vmap(solo_init)(factors), jnp.ones((trials,), bool))
@@ -163,12 +169,13 @@ class Engine:
         mesh: Mesh | None = None,
     ) -> None:
         self.study, self.plan, self.compiles = study, plan, 0
-        self._programs = programs(study, problem, plan, trials)
+        arrays, put_back = arrays_only(base)
+        self._programs = programs(study, problem, plan, trials, put_back)
         stacked = whole = None
         if mesh is not None:
             stacked, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(TRIAL), PartitionSpec()))
         self._stacked = stacked
-        self._base = base if whole is None else jax.device_put(base, whole)
+        self._base = arrays if whole is None else jax.device_put(arrays, whole)
         shardings: dict[str, Any] = {}
         if mesh is not None:
             shardings = {"in_shardings": (stacked, stacked, whole, whole), "out_shardings": (stacked, stacked)}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from lorax_kit.checkpoint.fingerprint import fingerprint
+from lorax_kit.checkpoint.fingerprint import digests, fingerprint, whole_fingerprint
 from lorax_kit.core.errors import StudyError
 from lorax_kit.core.paths import Params
 from lorax_kit.parallel.mesh import TRIAL
@@ -91,7 +91,8 @@ def run(
     planned = [(some, union_plan(study, problem, some, params, batch)) for some in kinds(study, trials)]
     specs = [study.spec(trial, problem.head) for trial in trials]
     head = {leaf.path for _, plan in planned for leaf in plan.full}
-    store = RunStore(out, identity(study, problem, params, batch, head), overwrite=overwrite)
+    leaves = digests(params, head)
+    store = RunStore(out, identity(study, problem, params, batch, head), overwrite=overwrite, leaves=leaves)
     sizes = store.info.get("sizes")
     if not isinstance(sizes, list) or [type(x) for x in sizes] != [int] * len(planned) or min(sizes) < 1:
         sizes = [None] * len(planned)
@@ -118,6 +119,7 @@ def run(
                 compiles=store.info.get("compiles", 0),
                 groups=store.info.get("groups", []),
                 sizes=[kind[0].size for kind in by_kind],
+                leaves=leaves,
             )
         session = Session(study, problem, params, store, mesh, progress)
         for i, group in enumerate(groups, 1):
@@ -143,7 +145,7 @@ def identity(study: Study, problem: Problem, params: Params, batch: Any, head: C
         "problem": problem.name,
         "settings": problem.facts.get("settings"),
         "base": fingerprint(params, head),
-        "data": fingerprint([batch, *problem.val, *problem.test]),
+        "data": whole_fingerprint([batch, *problem.val, *problem.test]),
     }
     try:
         json.dumps([found, dict(problem.facts)])

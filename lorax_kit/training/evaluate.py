@@ -9,7 +9,7 @@ import jax
 from jax import Array
 
 from lorax_kit.core.errors import LoraxError
-from lorax_kit.core.paths import Params
+from lorax_kit.core.paths import Params, arrays_only
 from lorax_kit.transform.prefix import Parts, split_prefix
 
 
@@ -48,19 +48,25 @@ class SharedPrefix:
     def __init__(self, score: Scorer, params: Params, trained: Collection[str], batches: Sequence[Any]) -> None:
         if not batches:
             raise LoraxError("there are no examples to evaluate.")
+        arrays, whole = arrays_only(params)
+
+        def score_arrays(arrays: dict[str, Any], batch: Any) -> Score:
+            return score(whole(arrays), batch)
+
         compiled: dict[Any, Parts] = {}
         self._parts: list[tuple[Parts, Any, list[Any]]] = []
         for batch in batches:
             shapes = tuple((x.shape, x.dtype) for x in jax.tree_util.tree_leaves(batch))
             if shapes not in compiled:
-                prefix, suffix = split_prefix(score, params, trained, batch)
+                prefix, suffix = split_prefix(score_arrays, arrays, trained, batch)
                 compiled[shapes] = Parts(jax.jit(prefix), jax.jit(suffix))
             parts = compiled[shapes]
-            self._parts.append((parts, batch, parts.prefix(params, batch)))
+            self._parts.append((parts, batch, parts.prefix(arrays, batch)))
 
     def __call__(self, params: Params) -> dict[str, float]:
         """{"loss", "accuracy", "examples"} of one version."""
-        return mean_scores([parts.suffix(params, batch, shared) for parts, batch, shared in self._parts])
+        arrays, _ = arrays_only(params)
+        return mean_scores([parts.suffix(arrays, batch, shared) for parts, batch, shared in self._parts])
 
 
 def mean_scores(scores: list[Score]) -> dict[str, float]:

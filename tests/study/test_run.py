@@ -4,6 +4,7 @@ import csv
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -261,6 +262,9 @@ def test_another_study_in_the_folder_is_refused_and_kept(finished):
     ):
         with pytest.raises(lk.StudyError, match="holds another study"):
             run(finished.path, study, problem)
+    other = tiny.problem(params=lambda key: tiny.params(key) | {"first": {"kernel": jnp.zeros((6, 8))}})
+    with pytest.raises(lk.StudyError, match=r"in base\).\n  'first/kernel', float32 of shape \(6, 8\), holds"):
+        run(finished.path, tiny.study(), other)
     with pytest.raises(lk.PlanError):
         run(finished.path, tiny.study(targets={"upper": ["zzz"]}), overwrite=True)
     assert snapshot(finished.path) == before
@@ -332,6 +336,31 @@ def test_the_memory_estimate_is_near_what_xla_allocates():
 
     engine = Engine(study, problem, plan, base, len(trials))
     running = jax.jit(engine._programs.init)(stacked.factors)
-    compiled = engine._step.lower(running, stacked.scalars, base, batch).compile().memory_analysis()
+    compiled = engine._step.lower(running, stacked.scalars, engine._base, batch).compile().memory_analysis()
     actual = compiled.temp_size_in_bytes + compiled.output_size_in_bytes
     assert 0.6 < step_bytes(losses, stacked.factors) / actual < 1.6
+
+
+def test_params_with_keys_counters_and_settings_are_studied(tmp_path):
+    """Leaves that are no weights: JAX cannot turn a key into numpy's array, nor `jit` take a string."""
+
+    def params(key):
+        return tiny.params(key) | {
+            "rng": jax.random.key(3),
+            "count": jnp.uint32(0),
+            "act": "tanh",
+            "on": True,
+            "none": None,
+        }
+
+    def apply(p, batch):
+        assert (p["act"], p["on"], p["none"]) == ("tanh", True, None)
+        noise = jax.random.normal(jax.random.fold_in(p["rng"], p["count"]), batch.x.shape)
+        return tiny.apply(p, batch._replace(x=batch.x + 0 * noise))
+
+    study = tiny.study(rank=[1, 2], seed=[0], probe_lr=(), steps=3)
+    odd = run(tmp_path / "odd", study, tiny.problem(params=params, apply=apply))
+    plain = run(tmp_path / "plain", study)
+    assert [r["test_loss"] for r in odd.rows] == pytest.approx([r["test_loss"] for r in plain.rows], abs=1e-6)
+    adapter = odd.path / "adapters" / odd.rows[0]["trial"]
+    lk.load_adapter(adapter, base=params(jax.random.key(9)) | {"count": jnp.uint32(5)})
