@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,12 @@ from lorax_kit.study.packing import kinds, union_plan
 from lorax_kit.study.problem import Problem
 from lorax_kit.study.session import Session
 from lorax_kit.study.store import RunStore, environment
+from lorax_kit.training.evaluate import direction
+
+DIRECTIONS = {
+    **dict.fromkeys(("train_loss", "val_loss", "test_loss"), "lower"),
+    **dict.fromkeys(("val_accuracy", "test_accuracy"), "higher"),
+}
 
 
 class Results(NamedTuple):
@@ -36,12 +43,27 @@ class Results(NamedTuple):
     path: Path
     compiles: int
 
-    def best(self, metric: str = "val_accuracy") -> dict[str, Any]:
-        """The finished trial with the highest `metric`; of equal ones the smallest, then the lowest validation loss."""
-        done = [row for row in self.rows if row["status"] == "done" and row.get(metric) is not None]
+    def best(self, metric: str = "val_accuracy", better: str | None = None) -> dict[str, Any]:
+        """Find the finished trial with the best `metric`; of equal ones the smallest, then the lowest validation loss.
+
+        Args:
+          metric: a column of the rows.
+          better: "lower" or "higher"; a study's own losses are better when lower, its accuracies when higher, and
+            need none.
+
+        Raises:
+          StudyError: no trial finished with a finite number there.
+          LoraxError: another column without `better`.
+        """
+        sign = direction(metric, better, DIRECTIONS)
+        done = [row for row in self.rows if row["status"] == "done" and _finite(row.get(metric))]
         if not done:
             raise StudyError(f"no trial finished with a {metric}; see 'failed_step' in the rows.")
-        return max(done, key=lambda row: (row[metric], -row["params"], -row["val_loss"]))
+        return max(done, key=lambda row: (sign * row[metric], -row["params"], -row["val_loss"]))
+
+
+def _finite(x: Any) -> bool:
+    return isinstance(x, int | float) and isfinite(x)
 
 
 def run(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,28 @@ class Score(NamedTuple):
     loss: Array
     correct: Array
     weight: Array
+
+
+def direction(metric: str, better: str | None, known: Mapping[str, str]) -> int:
+    """Read which way a metric is better: 1 for "higher", -1 for "lower". Names are not guessed at.
+
+    Args:
+      better: what the caller says, or None.
+      known: metrics of one meaning, and their direction.
+
+    Raises:
+      LoraxError: another word, one that contradicts `known`, or a metric of unknown direction.
+    """
+    if better is None and metric not in known:
+        raise LoraxError(
+            f"whether {metric!r} is better when higher or lower is not known.\n"
+            "  say so: better='higher' or better='lower'"
+        )
+    if better is not None and better not in ("higher", "lower"):
+        raise LoraxError(f"better is {better!r}; it must be 'higher' or 'lower'.")
+    if better is not None and known.get(metric, better) != better:
+        raise LoraxError(f"{metric!r} is better when {known[metric]}, and better is {better!r}.\n  leave it out")
+    return 1 if (better or known[metric]) == "higher" else -1
 
 
 Scorer = Callable[[Params, Any], Score]

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from lorax_kit.core.errors import LoraxError
 from lorax_kit.core.paths import Params
+from lorax_kit.training.evaluate import direction
 from lorax_kit.training.step import State, Step
 
 
@@ -35,6 +36,7 @@ class Fitted(NamedTuple):
     stopped: str
 
 
+LOSSES = {"loss": "lower", "val_loss": "lower"}
 Evaluate = Callable[[Any], dict[str, float]]
 
 
@@ -63,6 +65,7 @@ def fit(
     evaluate: Evaluate | None = None,
     patience: int | None = None,
     monitor: str = "val_loss",
+    better: str | None = None,
     log: str | Path | None = None,
     progress: bool = True,
     around: tuple[int, int] = (0, 0),
@@ -76,13 +79,15 @@ def fit(
       epochs: one iterable of batches per epoch.
       evaluate: factors -> metrics, called after every epoch; names get the prefix "val_".
       patience: stop after so many epochs without a better `monitor`; the best state is returned.
-      monitor: a metric of the history; names with "loss" are better when lower, others when higher.
+      monitor: a metric of the history.
+      better: "lower" or "higher": when `monitor` is better. Only "loss" and "val_loss" need none: they are losses.
       log: append one JSON object per epoch to this file.
       progress: draw a bar per epoch.
       around: how many epochs of a longer training came before these and come after them; their numbers count on.
 
     Raises:
-      LoraxError: no epochs, an epoch without batches, `patience` without `evaluate`, an unknown `monitor`.
+      LoraxError: no epochs, an epoch without batches, `patience` without `evaluate`, an unknown `monitor`, or one
+        without `better`.
 
     A loss that is not finite ends training with the best state so far (else the last finite one); `stopped`
     names the step.
@@ -94,7 +99,7 @@ def fit(
     history: list[dict[str, float]] = []
     best: tuple[float, Any] | None = None
     waited, stopped = 0, "epochs"
-    sign = 1.0 if "loss" in monitor else -1.0
+    sign = -direction(monitor, better, LOSSES) if evaluate is not None or patience is not None else 0
     last = around[0] + len(epochs) + around[1]
     for number, batches in enumerate(epochs, around[0] + 1):
         began = time.perf_counter()

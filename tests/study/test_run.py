@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -196,6 +197,21 @@ def test_a_diverged_trial_is_kept_apart_and_says_its_step(tmp_path):
     page = write_report(results.path).read_text()
     assert "Failed trials" in page
     assert "diverged" in page
+
+
+def test_the_best_trial_is_best_in_the_direction_of_its_metric():
+    shared = {"status": "done", "params": 10, "seconds": 1.0}
+    low = shared | {"trial": "low", "val_loss": 0.1, "test_loss": 0.1, "train_loss": 0.1, "val_accuracy": 0.9}
+    high = shared | {"trial": "high", "val_loss": 2.0, "test_loss": 2.0, "train_loss": 2.0, "val_accuracy": 0.5}
+    bad = shared | {"trial": "nan", "val_loss": float("nan"), "test_loss": None, "val_accuracy": float("nan")}
+    results = lk.Results([high, bad, low], Path(), 1)
+    for metric in ("val_loss", "test_loss", "train_loss", "val_accuracy"):
+        assert results.best(metric)["trial"] == "low"
+    assert results.best("seconds", better="lower")["trial"] in ("low", "high")
+    with pytest.raises(lk.LoraxError, match="whether 'seconds' is better when higher or lower is not known"):
+        results.best("seconds")
+    with pytest.raises(lk.LoraxError, match="'val_loss' is better when lower, and better is 'higher'"):
+        results.best("val_loss", better="higher")
 
 
 def test_validations_along_the_way_are_in_the_curves_and_end_at_the_rows_numbers(tmp_path):
