@@ -92,6 +92,36 @@ def batches_of(name: str, batches: Any) -> Iterator[Any]:
     return iter(batches)
 
 
+def weights_of(weight: Callable[[Any], Any] | str, batch: Any) -> np.ndarray:
+    """How much each input of a batch counts, fp32: by a function of the batch, or its entry of that name."""
+    if callable(weight):
+        value, name = weight(batch), "weight(batch)"
+    else:
+        value, name = _entry(batch, weight), f"the weight {weight!r} of a batch"
+        if value is None:
+            raise CompressError(f"weight is {weight!r}, and a batch, {shown(batch)}, has no such key or attribute.")
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    if not is_array(value) or value.shape == () or not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
+        raise CompressError(f"{name} is {shown(value)}; it must be an array of real numbers, (rows, tokens) for texts.")
+    found = np.asarray(value, np.float32)
+    if not (np.isfinite(found).all() and (found >= 0).all()):
+        raise CompressError(f"{name} must be finite numbers of at least 0.")
+    return found
+
+
+def mask_of(batch: Any) -> str | None:
+    """The name of a batch's mask that has zeros, if it has one: "mask" or "attention_mask"."""
+    for name in ("mask", "attention_mask"):
+        value = _entry(batch, name)
+        if is_array(value) and np.ndim(value) > 0 and not np.asarray(value).all():
+            return name
+    return None
+
+
+def _entry(batch: Any, name: str) -> Any:
+    return batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
+
+
 def check_values(params: Params) -> None:
     """Raise `CompressError` if params are traced."""
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):

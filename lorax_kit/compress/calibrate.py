@@ -3,22 +3,26 @@
 The function is traced as `lk.resolve` traces it. Where a parameter is multiplied, sum x x^T of its input is added to
 a mutable array of the program (`jax.new_ref`), in whatever scan, while loop or branch that happens. Nothing is
 differentiated, and XLA drops what follows the last input.
+
+Padding is given to a site like any other input: `weight` says which inputs count.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from lorax_kit.compress.arguments import batches_of, check_function, planned, scalar_of, shown
+from lorax_kit.compress.arguments import batches_of, check_function, mask_of, planned, scalar_of, shown, weights_of
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.paths import Params, is_array, unflatten
@@ -96,16 +100,21 @@ def _zeros(site: Site) -> _Sums:
     return _Sums(jnp.zeros(()), jnp.zeros((s, k, k)), jnp.zeros((s, k)))
 
 
-def _count_rows(sums: _Sums, rows: Array) -> None:
-    sums.second[...] = sums.second[...].at[rows].add(1.0, mode="drop")
-    sums.tokens[...] += jnp.float32(rows.size)
+def _count_rows(sums: _Sums, rows: Array, counts: Array) -> None:
+    sums.second[...] = sums.second[...].at[rows].add(counts, mode="drop")
+    sums.tokens[...] += jnp.sum(counts)
 
 
-def _add_inputs(sums: _Sums, x: Array, layer: Array | None) -> None:
-    """Add x (*S, M, K), or (M, K) of one of the stacked matrices, whose tokens count for the mean of all."""
+def _add_inputs(sums: _Sums, x: Array, counts: Array, layer: Array | None) -> None:
+    """Add x (*S, M, K), or (M, K) of one of the stacked matrices, whose tokens count for the mean of all.
+
+    `counts` (*S, M) is how much each row counts; what a row that counts nothing holds does not matter.
+    """
     x = x.astype(jnp.float32).reshape(-1, *x.shape[-2:])
-    second = jnp.einsum("smi,smj->sij", x, x, precision=jax.lax.Precision.HIGHEST)
-    first, tokens = jnp.sum(jnp.abs(x), axis=1), jnp.float32(x.shape[1])
+    counts = counts.reshape(-1, x.shape[1], 1)
+    x = jnp.where(counts > 0, x, 0)
+    second = jnp.einsum("smi,smj->sij", counts * x, x, precision=jax.lax.Precision.HIGHEST)
+    first, tokens = jnp.sum(counts * jnp.abs(x), axis=1), jnp.sum(counts) / counts.shape[0]
     if layer is None:
         sums.second[...] += second
         sums.first[...] += first
@@ -116,6 +125,35 @@ def _add_inputs(sums: _Sums, x: Array, layer: Array | None) -> None:
         sums.tokens[...] += tokens / sums.first.shape[0]
 
 
+def _counts(weights: Array | None, x: Array, inputs: Callable[[Array], Array], inside: bool) -> Array | str:
+    """How much each row of `inputs(x)` counts, (*S, M), or (M,) of a lookup whose result is x; or why it is not known.
+
+    Args:
+      weights: of a batch's inputs, whose axes lead those of x, or are flattened there into one. Where x has one row
+        for each of their first axis, as after pooling, a row counts as much as the input of it that counts most.
+      inside: in the body of a loop or branch, where one row for each of the first axis may be one step's.
+    """
+    shapes = jax.eval_shape(inputs, x)
+    lookup = jnp.issubdtype(shapes.dtype, jnp.integer) and shapes.ndim == 1
+    shape = shapes.shape if lookup else shapes.shape[:-1]
+    if weights is None:
+        return jnp.ones(shape)
+    n, rows = weights.ndim, x.shape[:1] + (1,) * (x.ndim - 1)
+    if x.ndim > n and x.shape[:n] == weights.shape:
+        flags = weights.reshape(*weights.shape, *(1,) * (x.ndim - n))
+    elif n > 1 and x.shape[0] == weights.size:
+        flags = weights.reshape(rows)
+    elif n > 1 and not inside and x.shape[0] == weights.shape[0] == prod(shape):
+        flags = jnp.max(weights.reshape(weights.shape[0], -1), axis=1).reshape(rows)
+    else:
+        return f"which of its inputs count is not known: they are {x.shape}, the weights {weights.shape}"
+    if not lookup:
+        return jnp.max(inputs(jnp.broadcast_to(flags, x.shape)), axis=-1)
+    if flags.size != prod(shape):
+        return f"which of its {prod(shape)} lookups count is not known: the weights are {weights.shape}"
+    return flags.reshape(-1)
+
+
 def calibrate(
     fn: Callable[..., Any],
     params: Params,
@@ -123,6 +161,7 @@ def calibrate(
     batches: Iterable[Any],
     *,
     loss: Callable[[Any, Any], Array] | None = None,
+    weight: Callable[[Any], Any] | str | None = None,
     progress: bool = True,
 ) -> dict[str, Moments]:
     """Sum what the sites of `plan` are given over calibration batches.
@@ -133,6 +172,9 @@ def calibrate(
       plan: from `lk.resolve`; which parameters, and what their inputs are. Ranks do not matter.
       batches: each of one shape, or of few: a program is compiled for each shape.
       loss: `loss(fn(params, batch), batch)`, a scalar: sum its squared gradients, too, for "fisher".
+      weight: how much each input counts: batch -> numbers, (rows, tokens) for texts, whose axes lead those of what the
+        sites are given; or the name of a batch's own ("mask"). 0 leaves padding out; default: all count alike, with a
+        warning where a batch has a mask with zeros.
       progress: show a bar.
 
     Returns:
@@ -154,12 +196,20 @@ def calibrate(
     check_function("fn", fn, "fn(params, batch)")
     if loss is not None:
         check_function("loss", loss, "loss(fn(params, batch), batch)")
+    if weight is not None and not isinstance(weight, str):
+        check_function("weight", weight, "weight(batch), or the name of a batch's entry")
     named, treedef = planned(params, plan)
     sites = {site.path: site for site in plan.sites}
     skipped: dict[str, str] = {}
 
     def taps(
-        sums: Mapping[str, _Sums], weight: Weight, dims: tuple[tuple[int, ...], ...], x: Array, inputs: Any
+        sums: Mapping[str, _Sums],
+        weights: Array | None,
+        outside: Any,
+        weight: Weight,
+        dims: tuple[tuple[int, ...], ...],
+        x: Array,
+        inputs: Any,
     ) -> Array:
         for part in weight.parts:
             site = sites[part.path]
@@ -170,18 +220,21 @@ def calibrate(
             rows = jnp.issubdtype(found.dtype, jnp.integer) and found.ndim == 1
             if rows != site.lookup:
                 skipped[part.path] = "its rows are looked up in one place, and multiplied in another"
+            elif isinstance(counts := _counts(weights, x, inputs, jex.get_opaque_trace_state() != outside), str):
+                skipped[part.path] = counts
             elif rows:
-                _count_rows(sums[part.path], found)
+                _count_rows(sums[part.path], found, counts)
             else:
-                _add_inputs(sums[part.path], found, weight.layer)
+                _add_inputs(sums[part.path], found, counts, weight.layer)
         return x
 
     @partial(jax.jit, donate_argnums=0)
-    def add(sums: dict[str, _Sums], arrays: dict[str, Array], batch: Any) -> dict[str, _Sums]:
+    def add(sums: dict[str, _Sums], arrays: dict[str, Array], batch: Any, weights: Array | None) -> dict[str, _Sums]:
         refs = jax.tree.map(jax.new_ref, sums)
         own = {**named, **arrays}
         probes = {p: Weight(parts=(whole(p, sites[p].shape),), w=dense(own[p])) for p in sites}
-        run(Context(tap=partial(taps, refs)), fn, own, treedef, probes, (batch,), {})
+        tap = partial(taps, refs, weights, jex.get_opaque_trace_state())
+        run(Context(tap=tap), fn, own, treedef, probes, (batch,), {})
         return jax.tree.map(jax.freeze, refs)
 
     @jax.jit
@@ -201,7 +254,13 @@ def calibrate(
     for batch in tqdm(batches_of("the calibration batches", batches), desc="calibration", disable=not progress):
         if any(0 in jnp.shape(x) for x in jax.tree.leaves(batch)):
             raise CompressError(f"calibration batch {n + 1} is empty.")
-        sums = add(sums, arrays, batch)
+        if weight is None and n == 0 and (name := mask_of(batch)):
+            warnings.warn(
+                f"the batches have a {name!r} with zeros, and padding counts as calibration data: "
+                f"calibrate(..., weight={name!r}) leaves it out",
+                stacklevel=2,
+            )
+        sums = add(sums, arrays, batch, None if weight is None else weights_of(weight, batch))
         if loss is not None:
             for path, x in _differentiated(squares, arrays, batch).items():
                 fisher[path] += np.asarray(x, np.float64)
@@ -216,7 +275,7 @@ def calibrate(
                 "  leave it out of the plan, or use 'svd'"
             )
         if moments.tokens == 0:
-            why = skipped.get(path, "no batch led to a product or lookup of it")
+            why = skipped.get(path, "no batch led to a product or lookup of it, or none of weight above 0")
             raise CompressError(f"calibration never reached {path!r}: {why}.\n  leave it out of the plan, or use 'svd'")
         for sum_ in moments:
             check_finite(sum_, path)

@@ -115,7 +115,9 @@ def statistics_for(
         return None
     stream = list(itertools.islice(subject.train(0), batches))  # a list: its bar knows the end
     loss = subject.loss if any(method.wants_gradients(allocation) for method in calibrated) else None
-    return calibrate(subject.apply, subject.params, subject.sites, stream, loss=loss, progress=progress)
+    return calibrate(
+        subject.apply, subject.params, subject.sites, stream, loss=loss, weight=subject.counts, progress=progress
+    )
 
 
 def smaller(
@@ -160,7 +162,7 @@ def smaller(
         loss = subject.loss if method.base == "fisher" else None
         groups = [layer for layer in subject.layers if any(matches(layer, site.path) for site in sites.sites)]
         small = compress_sequentially(
-            subject.apply, subject.params, plan, batches, groups, loss=loss, progress=progress
+            subject.apply, subject.params, plan, batches, groups, loss=loss, weight=subject.counts, progress=progress
         )
     else:
         small = compress(subject.params, plan, stats)
