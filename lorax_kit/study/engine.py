@@ -17,6 +17,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lorax_kit.core.errors import StudyError
 from lorax_kit.core.factors import Factors
 from lorax_kit.core.paths import Params, arrays_only
 from lorax_kit.core.plan import Plan
@@ -168,7 +169,7 @@ class Engine:
         trials: int,
         mesh: Mesh | None = None,
     ) -> None:
-        self.study, self.plan, self.compiles = study, plan, 0
+        self.study, self.problem, self.plan, self.compiles = study, problem, plan, 0
         arrays, put_back = arrays_only(base)
         self._programs = programs(study, problem, plan, trials, put_back)
         stacked = whole = None
@@ -236,7 +237,12 @@ class Engine:
         stream = batches(len(losses)) if len(losses) < self.study.steps else iter(())
         try:
             for number in range(len(losses) + 1, self.study.steps + 1):
-                batch = next(stream)
+                batch = next(stream, None)
+                if batch is None:
+                    raise StudyError(
+                        f"the training batches of problem {self.problem.name!r} end before step {number} of "
+                        f"{self.study.steps}.\n  its train(seed, start) must be endless: begin the data anew"
+                    )
                 shapes = tuple(np.shape(x) for x in jax.tree.leaves(batch))
                 if shapes not in self._compiled:
                     began_compiling = perf_counter()

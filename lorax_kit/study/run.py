@@ -19,7 +19,7 @@ from lorax_kit.parallel.mesh import TRIAL
 from lorax_kit.study.design import Study
 from lorax_kit.study.groups import available_bytes, grouped
 from lorax_kit.study.packing import kinds, union_plan
-from lorax_kit.study.problem import Problem
+from lorax_kit.study.problem import Problem, check_base, check_batches, check_score
 from lorax_kit.study.session import Session
 from lorax_kit.study.store import RunStore, environment
 from lorax_kit.training.evaluate import direction
@@ -100,8 +100,7 @@ def run(
       StudyError: a folder that holds something else, an empty data set, a trial that cannot fit the memory.
       PlanError: targets that do not fit the model, before anything is written.
     """
-    if not problem.val or not problem.test:
-        raise StudyError(f"problem {problem.name!r} has no validation or test examples.")
+    check_batches(problem)
     trials = study.trials()
     params = problem.params(jax.random.key(0))
     batch = next(iter(problem.train(study.streams[0], 0)), None)
@@ -113,6 +112,8 @@ def run(
     planned = [(some, union_plan(study, problem, some, params, batch)) for some in kinds(study, trials)]
     specs = [study.spec(trial, problem.head) for trial in trials]
     head = {leaf.path for _, plan in planned for leaf in plan.full}
+    check_base(problem, params, head, jax.random.fold_in(jax.random.key(trials[0].seed), 0))
+    check_score(problem, params)
     leaves = digests(params, head)
     store = RunStore(out, identity(study, problem, params, batch, head), overwrite=overwrite, leaves=leaves)
     sizes = store.info.get("sizes")

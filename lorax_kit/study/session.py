@@ -89,7 +89,7 @@ class Session:
         streams = [self.problem.train(seed, start) for seed in self.study.streams]
         if self.study.stream == "shared":
             return streams[0]
-        return (jax.tree.map(lambda *x: np.stack(x), *together) for together in zip(*streams, strict=True))
+        return (jax.tree.map(lambda *x: np.stack(x), *together) for together in zip(*streams, strict=False))
 
     def _train(self, engine: Engine, stacked: Pack, group: Group, label: str, earlier: Progress | None) -> Trained:
         done, count = 0 if earlier is None else len(earlier.losses), len(group.trials)

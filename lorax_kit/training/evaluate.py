@@ -96,8 +96,14 @@ def mean_scores(scores: list[Score]) -> dict[str, float]:
     weight = sum(float(s.weight) for s in scores)
     if weight == 0:
         raise LoraxError("there are no examples to evaluate.")
+    correct = sum(float(s.correct) for s in scores)
+    if correct < 0 or correct > weight * (1 + 1e-6):  # NaN passes: a trial that diverged
+        raise LoraxError(
+            f"the scores add up to {correct:g} correct of a weight of {weight:g}.\n"
+            "  a Score holds sums over a batch's examples: correct lies between 0 and weight"
+        )
     return {
         "loss": sum(float(s.loss) for s in scores) / weight,
-        "accuracy": sum(float(s.correct) for s in scores) / weight,
+        "accuracy": correct / weight,
         "examples": int(weight),
     }

@@ -270,6 +270,55 @@ def test_bad_runs_say_so_and_write_nothing(tmp_path, study, problem, options, sa
     assert not (tmp_path / "run").exists()
 
 
+def keyed(fixed):
+    """Params whose layer `up` is drawn from the key, or from one of its own."""
+
+    def params(key):
+        own = jax.random.key(5) if fixed else key
+        return tiny.params(key) | {"up": {"kernel": jax.random.normal(own, (8, 9))}}
+
+    return params
+
+
+def reshaped(key):
+    return tiny.params(key) | {"other": jnp.zeros(3 if (key == jax.random.key(0)).all() else 4)}
+
+
+def ending(seed, start):
+    return iter([tiny.points(step, 16) for step in range(start, 12)])
+
+
+CONTRACTS = [
+    ({"params": keyed(False)}, "'up/kernel' of problem 'points' depends on the key, and is not in its head."),
+    ({"params": reshaped}, "'other' of problem 'points' has another shape or dtype for another key."),
+    ({"val": iter([tiny.points(1, 32)])}, "val of problem 'points' is a list_iterator; it is read many times."),
+    ({"score": tiny.losses}, "score of problem 'points' gives a ShapeDtypeStruct of shapes [(32,)]"),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), CONTRACTS)
+def test_a_problem_that_breaks_its_contract_is_refused_before_anything_is_written(tmp_path, changes, says):
+    with pytest.raises(lk.StudyError) as e:
+        run(tmp_path / "run", tiny.study(rank=[1], probe_lr=()), tiny.problem(**changes))
+    assert says in str(e.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stream", ["shared", "seed"])
+def test_training_batches_that_end_are_named(tmp_path, stream):
+    with pytest.raises(lk.StudyError, match="batches of problem 'points' end before step 13 of 20"):
+        run(tmp_path / "run", tiny.study(rank=[1], probe_lr=(), stream=stream), tiny.problem(train=ending))
+
+
+def test_a_base_of_other_buffers_but_the_same_values_is_studied(tmp_path):
+    study = tiny.study(rank=[1], seed=[0, 1], probe_lr=(), steps=1, variant="dora", lr=1e-9)
+    found = run(tmp_path / "run", study, tiny.problem(params=keyed(True)))
+    base = keyed(True)(jax.random.key(0))
+    adapter = lk.load_adapter(found.path / "adapters" / found.rows[1]["trial"], base=base)
+    merged = lk.merge(base, adapter.factors, adapter.plan)["up"]["kernel"]
+    np.testing.assert_allclose(merged, base["up"]["kernel"], atol=1e-6)
+
+
 def test_another_study_in_the_folder_is_refused_and_kept(finished):
     before = snapshot(finished.path)
     for study, problem in (
