@@ -7,6 +7,7 @@ A trial's arithmetic is that of `lk.make_step` with its own rank, scale and rate
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lorax_kit.core.errors import StudyError
-from lorax_kit.core.factors import Factors
+from lorax_kit.core.method import penalty
 from lorax_kit.core.paths import Params, arrays_only
 from lorax_kit.core.plan import Plan
 from lorax_kit.parallel.mesh import TRIAL
@@ -62,11 +63,6 @@ def optimizer(study: Study, plan: Plan, peak: Array | float) -> optax.GradientTr
     return partition(optax.adamw(rate(study, peak), weight_decay=study.weight_decay), plan, clip=study.clip)
 
 
-def with_scale(factors: Any, scale: Array) -> Any:
-    """Factors whose scale is a traced scalar instead of the plan's constant."""
-    return {p: f._replace(scale=scale) if isinstance(f, Factors) else f for p, f in factors.items()}
-
-
 class Programs(NamedTuple):
     """Functions of a pack, not yet compiled: `init(factors)`, `step(running, scalars, base, batch)`,
     `score(factors, scalars, base, batch)`."""
@@ -92,7 +88,8 @@ def programs(
 
     def solo_step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
         def loss(base: Params, factors: Any, batch: Any) -> Array:
-            return problem.loss(adapted(whole(base), with_scale(factors, scalars.scale), batch), batch)
+            loss = problem.loss(replace(adapted, scale=scalars.scale)(whole(base), factors, batch), batch)
+            return loss + penalty(plan, factors)
 
         _, step = make_step(loss, optimizer(study, plan, scalars.lr), jit=False)
         state, info = step(running.state, base, batch)
@@ -100,7 +97,7 @@ def programs(
         return Running(state, running.alive & info.finite), info
 
     def solo_score(factors: Any, scalars: Scalars, base: Params, batch: Any) -> Score:
-        return problem.score(adapted(whole(base), with_scale(factors, scalars.scale), batch), batch)
+        return problem.score(replace(adapted, scale=scalars.scale)(whole(base), factors, batch), batch)
 
     def init(factors: Any) -> Running:
         return Running(jax.vmap(solo_init)(factors), jnp.ones((trials,), bool))

@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from lorax_kit.core.errors import LoraxError
-from lorax_kit.core.factors import FactorTree
+from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.paths import Params
 
 
