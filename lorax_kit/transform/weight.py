@@ -22,9 +22,10 @@ from jax import Array, lax
 from jax.tree_util import Partial
 
 from lorax_kit.after import after
-from lorax_kit.core.compact import LowRank, Quantised
+from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.method import Update
 from lorax_kit.core.plan import Axes, Site
+from lorax_kit.core.quantised import Quantised
 
 
 @jax.tree_util.register_pytree_node_class
