@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -33,6 +34,8 @@ def resolve(spec: Spec, params: Params, fn: Callable[..., Any] | None = None, *a
     Returns:
       A static, hashable `Plan`.
 
+    Warns where a matrix that it trains is the same array as another leaf: they would no longer be tied.
+
     Raises:
       PlanError: a rule that matches nothing, an adapted parameter the function never uses or uses in ways that do
         not agree, a rank above min(in, out), a target that is not float, a function that cannot be traced.
@@ -50,6 +53,7 @@ def resolve(spec: Spec, params: Params, fn: Callable[..., Any] | None = None, *a
         if isinstance(setting, Setting):
             method_of(setting)
     settings = match(spec, params)
+    _warn_of_shared(settings, params)
     if fn is None:
         return make_plan(spec, params)
     full = {path for path, setting in settings.items() if isinstance(setting, Full)}
@@ -66,6 +70,27 @@ def resolve(spec: Spec, params: Params, fn: Callable[..., Any] | None = None, *a
         if isinstance(setting, Setting):
             axes[path] = _axes(path, len(shapes[path].shape), setting, uses)
     return make_plan(spec, params, axes)
+
+
+def _warn_of_shared(targets: Collection[str], params: Params) -> None:
+    """Warn where a matrix to be trained is one array in two places: training makes them two.
+
+    A tie between leaves is not seen by JAX, so the function's other use keeps the frozen value. Vectors are not looked
+    at: initialisers share their zeros and ones.
+    """
+    places: dict[int, list[str]] = {}
+    for path, x in flatten(params)[0].items():
+        if is_array(x) and len(x.shape) > 1 and not isinstance(x, jax.ShapeDtypeStruct):
+            places.setdefault(id(x), []).append(path)
+    for path in targets:
+        if other := next((p for some in places.values() if path in some for p in some if p != path), None):
+            warnings.warn(
+                f"{path!r} and {other!r} are one array: trained, {path!r} becomes another one, and {other!r} "
+                f"{'is trained by itself' if other in targets else 'stays as it is'}. "
+                "If the model ties them, keep it in one place of the params",
+                stacklevel=3,
+            )
+            return
 
 
 def uses_of(
