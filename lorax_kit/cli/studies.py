@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -16,10 +15,11 @@ from lorax_kit.cli.root import cli, echo
 def _config(path: str) -> dict[str, Any]:
     """A study's JSON file: {"problem": {...}, "study": {...}}."""
     from lorax_kit.core.errors import StudyError
+    from lorax_kit.json_text import read_json
 
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
+        data = read_json(path)
+    except ValueError as e:
         raise StudyError(f"{path!r} is not JSON: {e}.") from None
     if not isinstance(data, dict):
         raise StudyError(f"{path!r} must hold an object with 'problem' and 'study'.")

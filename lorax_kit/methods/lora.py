@@ -23,7 +23,7 @@ from lorax_kit.core.errors import SpecError
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.method import METHODS, Hints, Method, Update
 from lorax_kit.core.plan import Site
-from lorax_kit.core.setting import ScaledSetting, need
+from lorax_kit.core.setting import ScaledSetting, need, shown
 from lorax_kit.methods.peft_lora import form
 from lorax_kit.starts import STARTS, start_of
 from lorax_kit.starts.draws import draw_rows
@@ -59,7 +59,7 @@ class LoRA(ScaledSetting):
         """A setting of the method that the older `variant` names."""
         if cls is LoRA and variant != "lora":
             if not isinstance(variant, str) or variant not in METHODS:
-                raise SpecError(f"variant {variant!r} is unknown; choose from {', '.join(sorted(METHODS))}.")
+                raise SpecError(f"variant {shown(variant)} is unknown; choose from {', '.join(sorted(METHODS))}.")
             if "init" in settings:
                 settings["start"] = settings.pop("init")
             return METHODS[variant].setting(**settings)
@@ -68,7 +68,7 @@ class LoRA(ScaledSetting):
     def __post_init__(self, variant: str, init: str | None) -> None:  # type: ignore[override]
         super().__post_init__()
         object.__setattr__(self, "start", start_of(self.start if init is None else init))
-        need(isinstance(self.freeze_a, bool), f"freeze_a is {self.freeze_a!r}; it must be true or false.")
+        need(isinstance(self.freeze_a, bool), f"freeze_a is {shown(self.freeze_a)}; it must be true or false.")
 
 
 class Factors(NamedTuple):

@@ -269,7 +269,7 @@ def train_adapter(
 
 
 def inspect_model(
-    source: str, spec: str | None, batch_size: int, tokens: int, method: str | None = None
+    source: str, spec: str | bytes | None, batch_size: int, tokens: int, method: str | None = None
 ) -> tuple[dict[str, Any], str]:
     """Parameters of a model, or with a spec (JSON text) how each site runs: as data, and as text.
 
