@@ -28,7 +28,7 @@ from lorax_kit.core import (
 )
 from lorax_kit.parallel import device_mesh, pmap_step, sharded_step
 from lorax_kit.study import Problem, Results, Study, run
-from lorax_kit.training import Score, fit, make_step, partition
+from lorax_kit.training import Score, Weighted, fit, make_step, partition
 from lorax_kit.transform import adapt, explain, resolve
 from lorax_kit.version import __version__
 
@@ -49,6 +49,7 @@ __all__ = [
     "SpecError",
     "Study",
     "StudyError",
+    "Weighted",
     "__version__",
     "adapt",
     "compress",

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from lorax_kit.core.errors import AdapterError
+from lorax_kit.core.errors import AdapterError, LoraxError
 from lorax_kit.core.plan import Plan, Site
 
 
@@ -47,6 +47,15 @@ class FullLeaf(NamedTuple):
 
 FactorTree = Mapping[str, Factors | FullLeaf]
 """The trainable tree."""
+
+
+def check_key(key: Any, name: str = "the key") -> None:
+    """Raise `LoraxError` unless `key` is one random key: typed, or the uint32 words of a raw one."""
+    dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
+    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed and ndim == 0) and not (dtype == jnp.uint32 and ndim == 1):
+        found = repr(key) if dtype is None else f"an array of shape {key.shape} and dtype {dtype}"
+        raise LoraxError(f"{name} is {found}; it must be one random key.\n  make it: jax.random.key(0)")
 
 
 def site_key(key: Array, path: str) -> Array:

@@ -10,7 +10,7 @@ from jax import Array
 
 from lorax_kit.core.compact import Quantised, dense, outer
 from lorax_kit.core.errors import AdapterError, PlanError
-from lorax_kit.core.factors import Factors, FactorTree, FullLeaf, check_factors
+from lorax_kit.core.factors import Factors, FactorTree, FullLeaf, check_factors, check_key
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import FullSite, Plan, Site
 from lorax_kit.core.variant import variant
@@ -38,6 +38,7 @@ def split(params: Params, plan: Plan, key: Array) -> tuple[Params, dict[str, Fac
       >>> factors["w"].a.shape, factors["w"].b.shape
       ((2, 4), (2, 3))
     """
+    check_key(key)
     named, _ = flatten(params)
     check_params(named, plan)
     factors: dict[str, Factors | FullLeaf] = {}

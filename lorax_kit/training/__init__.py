@@ -2,7 +2,8 @@
 
 from lorax_kit.training.evaluate import Score, SharedPrefix
 from lorax_kit.training.fit import Fitted, fit
+from lorax_kit.training.objective import Weighted
 from lorax_kit.training.optim import labels, partition
 from lorax_kit.training.step import Info, State, make_step
 
-__all__ = ["Fitted", "Info", "Score", "SharedPrefix", "State", "fit", "labels", "make_step", "partition"]
+__all__ = ["Fitted", "Info", "Score", "SharedPrefix", "State", "Weighted", "fit", "labels", "make_step", "partition"]

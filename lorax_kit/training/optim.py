@@ -15,6 +15,7 @@ import optax
 from lorax_kit.core.errors import PlanError
 from lorax_kit.core.factors import Factors, FactorTree, FullLeaf
 from lorax_kit.core.plan import Plan
+from lorax_kit.training.extra import accepting, completing
 
 LABELS = ("a", "b", "magnitude", "full", "frozen")
 
@@ -48,7 +49,8 @@ def partition(
       clip: clip by the global norm of all trained leaves together, before `tx`.
 
     Returns:
-      An `optax.GradientTransformation` over the factor tree.
+      An `optax.GradientTransformation` over the factor tree, which passes on what `tx` needs beside the gradient
+      (`value`, `value_fn`, ...). A line search of one label holds the leaves of the others still.
 
     Raises:
       PlanError: a label that the plan needs has no transformation, or one is given that does not exist; a clip that is
@@ -70,11 +72,13 @@ def partition(
                     f"partition {word} label {min(names)!r}: the plan trains {', '.join(sorted(needed))}.\n"
                     "  to freeze a label, give it optax.set_to_zero()"
                 )
-        inner = optax.partition({"frozen": optax.set_to_zero(), **tx}, labels)
+        parts = {"frozen": optax.set_to_zero(), **{name: accepting(one) for name, one in tx.items()}}
+        inner = optax.partition(parts, labels, mask_compatible_extra_args=True)
     else:
-        inner = tx
+        inner = accepting(tx)
     trained = inner if clip is None else optax.chain(optax.clip_by_global_norm(clip), inner)
-    return optax.partition({"train": trained, "frozen": optax.set_to_zero()}, _trained_or_frozen)
+    parts = {"train": trained, "frozen": optax.set_to_zero()}
+    return completing(optax.partition(parts, _trained_or_frozen, mask_compatible_extra_args=True))
 
 
 def _needed(plan: Plan) -> set[str]:

@@ -12,7 +12,7 @@ from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.core.plan import Axes, Plan, make_plan, match
 from lorax_kit.core.spec import Full, LoRA, Spec
 from lorax_kit.core.variant import variant
-from lorax_kit.transform.interpret import Context, Use
+from lorax_kit.transform.context import Context, Use
 from lorax_kit.transform.trace import run
 from lorax_kit.transform.weight import Weight, whole
 

@@ -13,7 +13,8 @@ from lorax_kit.core.compact import LowRank, Quantised
 from lorax_kit.core.errors import PlanError
 from lorax_kit.core.paths import is_array, unflatten
 from lorax_kit.transform import rules
-from lorax_kit.transform.interpret import Context, evaluate_arrays
+from lorax_kit.transform.context import Context
+from lorax_kit.transform.interpret import evaluate_arrays
 
 NOT_TRACEABLE = (
     jax.errors.ConcretizationTypeError,

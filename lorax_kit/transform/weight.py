@@ -24,6 +24,7 @@ from lorax_kit.after import after
 from lorax_kit.core.compact import LowRank, Quantised
 from lorax_kit.core.factors import Factors
 from lorax_kit.core.plan import Axes, Site
+from lorax_kit.placement import varies
 
 
 @jax.tree_util.register_pytree_node_class
@@ -217,6 +218,13 @@ class Weight:
         a, b = (change(x, 1) for x in self.factors())
         column = None if self.column is None else change(self.column, 0)
         return self.rebased(base, parts=parts, a=a, b=b, column=column)
+
+    def folded(self, axes: frozenset[str]) -> Weight:
+        """The weight whose masks differ along axes of devices: those that hold other inputs draw other masks."""
+        if self.key is None or not axes - varies(self.key):
+            return self
+        names = tuple(sorted(axes - varies(self.key)))
+        return replace(self, key=jax.random.fold_in(self.key, lax.axis_index(names)))
 
     def dropped(self, x: Array) -> Array:
         """`x` as the low-rank path reads it: after inverted dropout, or as it is where the weight has no key."""
