@@ -6,7 +6,8 @@ weight touches is bound as it was traced, custom derivative rules included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -163,6 +164,10 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
         return bind(eqn, values)
 
     def run(eqn: Any) -> None:
+        with _as_traced(eqn):
+            run_here(eqn)
+
+    def run_here(eqn: Any) -> None:
         values, name = [read(v) for v in eqn.invars], eqn.primitive.name
         by_rule = name in KEEPS and any(isinstance(x, Weight) for x in values)
         if id(eqn) in kept and name in INLINED:
@@ -177,7 +182,8 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
         """Equations that share an operand, where each other operand is a weight by now, or can be."""
         ready = [eqn for eqn in eqns if all(_weight_made(v, env, makers, run) for v in eqn.invars)]
         if len(ready) > 1 and all(sum(isinstance(read(v), Weight) for v in e.invars) == 1 for e in ready):
-            found = JOINT[ready[0].primitive.name](ctx, ready, [[read(v) for v in e.invars] for e in ready])
+            with _as_traced(ready[0]):
+                found = JOINT[ready[0].primitive.name](ctx, ready, [[read(v) for v in e.invars] for e in ready])
             if found is not None:
                 env.update(zip((eqn.outvars[0] for eqn in ready), found, strict=True))
 
@@ -189,6 +195,14 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
             run(eqn)
 
 
+@contextmanager
+def _as_traced(eqn: Any) -> Iterator[None]:
+    """The surroundings in which an equation was traced: device or host, kind of random numbers, mesh, named scopes."""
+    scopes = str(eqn.source_info.name_stack)
+    with eqn.ctx.manager, jax.named_scope(scopes) if scopes else nullcontext():
+        yield
+
+
 def _same_input(eqns: Sequence[Any]) -> dict[int, list[Any]]:
     """Equations that a joint rule may run at once, by the id of the first: they share an operand and all settings."""
     alike: dict[Any, list[Any]] = {}
@@ -196,7 +210,7 @@ def _same_input(eqns: Sequence[Any]) -> dict[int, list[Any]]:
         if eqn.primitive.name in JOINT:
             for side, v in enumerate(eqn.invars):
                 if not isinstance(v, jex.Literal):
-                    alike.setdefault((v, side, str(eqn.params)), []).append(eqn)
+                    alike.setdefault((v, side, eqn.ctx, str(eqn.params)), []).append(eqn)
     return {id(eqns[0]): eqns for eqns in alike.values() if len(eqns) > 1}
 
 
