@@ -1,4 +1,4 @@
-"""What JAX attached to an equation holds when the interpreter runs it: random numbers, device or host, metadata, names."""
+"""What JAX attached to an equation holds when it is run again: random numbers, device or host, metadata, names."""
 
 import jax
 import jax.extend.core as jex
