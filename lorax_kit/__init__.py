@@ -7,51 +7,69 @@ low-rank products (`compress`).
 """
 
 from lorax_kit import compress
-from lorax_kit import variants as _variants  # noqa: F401  (fills core's table of methods)
 from lorax_kit.checkpoint import Adapter, fingerprint, load_adapter, load_peft, save_adapter, save_peft
 from lorax_kit.core import (
     AdapterError,
-    Factors,
     Full,
     FullLeaf,
-    LoRA,
+    Hints,
     LoraxError,
+    Method,
     Plan,
     PlanError,
+    RankSetting,
+    ScaledSetting,
+    Setting,
+    Site,
     Spec,
     SpecError,
     StudyError,
+    Update,
     merge,
     paths,
+    penalty,
     quantise,
+    register,
     split,
 )
+from lorax_kit.core.leaves import site_key
+from lorax_kit.methods import DoRA, Factors, LoRA, Rows
 from lorax_kit.parallel import device_mesh, pmap_step, sharded_step
 from lorax_kit.study import Problem, Results, Study, run
 from lorax_kit.training import Score, Weighted, fit, make_step, partition
-from lorax_kit.transform import adapt, explain, resolve
+from lorax_kit.transform import adapt, all_linear, explain, resolve
 from lorax_kit.version import __version__
 
 __all__ = [
     "Adapter",
     "AdapterError",
+    "DoRA",
     "Factors",
     "Full",
     "FullLeaf",
+    "Hints",
     "LoRA",
     "LoraxError",
+    "Method",
     "Plan",
     "PlanError",
     "Problem",
+    "RankSetting",
     "Results",
+    "Rows",
+    "ScaledSetting",
     "Score",
+    "Setting",
+    "Site",
     "Spec",
     "SpecError",
     "Study",
     "StudyError",
+    "Update",
     "Weighted",
     "__version__",
     "adapt",
+    "all_linear",
     "compress",
     "device_mesh",
     "explain",
@@ -63,12 +81,15 @@ __all__ = [
     "merge",
     "partition",
     "paths",
+    "penalty",
     "pmap_step",
     "quantise",
+    "register",
     "resolve",
     "run",
     "save_adapter",
     "save_peft",
     "sharded_step",
+    "site_key",
     "split",
 ]

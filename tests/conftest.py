@@ -29,12 +29,22 @@ def standard_promotion():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What the coverage tests proved: primitive or module x frontend x contract."""
-    proved = {}
-    for report in terminalreporter.stats.get("passed", []):
-        for name, value in report.user_properties:
-            if name == "coverage":
-                proved.setdefault(tuple(value[:2]), set()).add(value[2])
+    """What the coverage tests and the contract table proved."""
+    proved, cells = {}, {}
+    for outcome in ("passed", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, value in report.user_properties:
+                if name == "coverage" and outcome == "passed":
+                    proved.setdefault(tuple(value[:2]), set()).add(value[2])
+                if name == "contract":
+                    cells.setdefault(value[0], []).append(tuple(value[1:]))
+    if cells:
+        terminalreporter.section("contract table: methods and starts x models")
+        for contract, rows in cells.items():
+            held, ways, models = sum(applies for *_, applies in rows), {r[0] for r in rows}, {r[1] for r in rows}
+            terminalreporter.line(
+                f"{contract:10}{held:4} cells hold, {len(rows) - held} do not apply ({len(ways)} x {len(models)})"
+            )
     if not proved:
         return
     contracts = ("merged", "jit", "grad", "vmap")

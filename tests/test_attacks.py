@@ -1,5 +1,7 @@
 """Misuse that once went through in silence: each is an error, or gives the right numbers."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,18 +85,19 @@ def test_numpy_scalars_are_settings():
 
 
 OTHERS = [
-    (lk.Spec({"w": lk.LoRA(rank=2, alpha=400)}), W, "differ at 'w'"),
-    (lk.Spec({"w": lk.LoRA(rank=2, alpha=4, variant="dora")}), W, "differ at 'w'"),
-    (lk.Spec({"w": lk.Full()}), W, "differ at 'w'"),
-    (SPEC, {"w": W["w"][:5]}, "differ at 'w'"),
-    (SPEC, {"v": W["w"]}, "matches no parameter"),
+    ({"plan": replace(PLAN, spec=lk.Spec({"w": lk.LoRA(rank=2, alpha=400)}))}, W, "differ at 'w'"),
+    ({"plan": replace(PLAN, spec=lk.Spec({"w": lk.Full()}))}, W, "differ at 'w'"),
+    ({"plan": PLAN}, {"w": W["w"][:5]}, "differ at 'w'"),
+    ({"plan": PLAN}, {"v": W["w"]}, "matches no parameter"),
+    ({"plan": None}, W, "needs the plan of the factors, not NoneType"),
+    ({"plan": FACTORS}, W, "needs the plan of the factors, not dict"),
 ]
 
 
-@pytest.mark.parametrize(("spec", "base", "says"), OTHERS)
-def test_only_the_plan_of_the_spec_and_base_is_saved(tmp_path, spec, base, says):
+@pytest.mark.parametrize(("given", "base", "says"), OTHERS)
+def test_only_the_plan_of_its_spec_and_base_is_saved(tmp_path, given, base, says):
     with pytest.raises(lk.LoraxError, match=says):
-        lk.save_adapter(tmp_path / "a", spec, FACTORS, base=base, plan=PLAN)
+        lk.save_adapter(tmp_path / "a", given["plan"], FACTORS, base=base)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -105,12 +108,12 @@ def test_overwrite_replaces_adapters_only(tmp_path):
     (tmp_path / "file").write_text("x")
     for name in ("thesis", "link", "file"):
         with pytest.raises(lk.AdapterError, match="is not replaced"):
-            lk.save_adapter(tmp_path / name, SPEC, FACTORS, base=BASE, overwrite=True)
+            lk.save_adapter(tmp_path / name, PLAN, FACTORS, base=BASE, overwrite=True)
         with pytest.raises(lk.AdapterError, match="is not replaced"):
-            lk.save_peft(tmp_path / name, SPEC, FACTORS, base=BASE, names={"w": "w.weight"}, overwrite=True)
+            lk.save_peft(tmp_path / name, PLAN, FACTORS, base=BASE, names={"w": "w.weight"}, overwrite=True)
     assert (tmp_path / "thesis" / "t.txt").read_text() == "years of work"
     with pytest.raises(lk.AdapterError, match="meta is not JSON"):
-        lk.save_adapter(tmp_path / "new" / "a", SPEC, FACTORS, base=BASE, meta={"x": {1}})
+        lk.save_adapter(tmp_path / "new" / "a", PLAN, FACTORS, base=BASE, meta={"x": {1}})
     assert not (tmp_path / "new").exists()
 
 
@@ -126,14 +129,14 @@ def test_a_path_written_meanwhile_is_not_replaced(tmp_path, monkeypatch):
 
     monkeypatch.setattr(adapter, "_write", slow)
     with pytest.raises(lk.AdapterError, match="by another process"):
-        lk.save_adapter(tmp_path / "a", SPEC, FACTORS, base=BASE)
+        lk.save_adapter(tmp_path / "a", PLAN, FACTORS, base=BASE)
     assert (tmp_path / "a" / "other").read_text() == "another process"
 
 
 def test_a_wrong_magnitude_is_refused():
-    plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=2, variant="dora")}), W, fn, X)
+    plan = lk.resolve(lk.Spec({"w": lk.DoRA(rank=2)}), W, fn, X)
     base, factors = lk.split(W, plan, jax.random.key(0))
-    for magnitude, says in ((jnp.ones(1), "magnitude at 'w' has shape"), (None, "no magnitude")):
+    for magnitude, says in ((jnp.ones(1), "magnitude at 'w' has shape"), (None, "has no 'magnitude'")):
         bad = {"w": factors["w"]._replace(magnitude=magnitude)}
         with pytest.raises(lk.AdapterError, match=says):
             lk.merge(base, bad, plan)

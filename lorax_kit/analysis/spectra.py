@@ -7,10 +7,16 @@ matrix is never formed: the cost is two thin QR factorisations and the SVD of an
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
+
+from lorax_kit.core.merge import delta
+from lorax_kit.core.method import update_of
+from lorax_kit.core.plan import Site
 
 
 def delta_spectrum(
@@ -62,6 +68,26 @@ def delta_spectrum(
     values = jnp.linalg.svd(core, compute_uv=False)
     factor = jnp.broadcast_to(jnp.abs(jnp.asarray(scale)).astype(wide), batch)
     return values * factor[..., None]
+
+
+def site_spectrum(site: Site, w: Array, leaves: Any) -> np.ndarray:
+    """Singular values of W' - W at a site, largest first, of any method: what it adds to the parameter, gains included.
+
+    Args:
+      site: of the plan.
+      w: the parameter, in its own layout.
+      leaves: the site's, trained.
+
+    Returns:
+      (*stack, k), float32 or wider: from the rows of the update alone where there are no gains.
+    """
+    update = update_of(site, w, leaves, site.scale)
+    if update.a is not None and update.b is not None and update.out_gain is None and update.in_gain is None:
+        return np.asarray(delta_spectrum(update.a, update.b, site.scale, batch_axes=len(site.axes.stack)))
+    axes = site.axes
+    whole = jnp.transpose(delta(site, w, leaves), (*axes.stack, *axes.inputs, *axes.outputs))
+    matrices = np.asarray(whole).reshape(*site.stack_shape, math.prod(site.in_shape), math.prod(site.out_shape))
+    return np.linalg.svd(matrices, compute_uv=False)
 
 
 def effective_rank(singular_values: Float[Array, "*batch k"]) -> Float[Array, "*batch"]:

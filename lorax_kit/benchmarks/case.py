@@ -10,7 +10,9 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.core.plan import Plan
-from lorax_kit.core.spec import Full, LoRA, Spec
+from lorax_kit.core.setting import Full
+from lorax_kit.core.spec import Spec
+from lorax_kit.methods import LoRA
 from lorax_kit.models import BertClassifier, BertConfig
 from lorax_kit.tasks import Batch, cross_entropy
 from lorax_kit.transform import resolve

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from lorax_kit.benchmarks.case import Case, make_case
 from lorax_kit.benchmarks.timing import alternate, facts, ratio, waiting
 from lorax_kit.benchmarks.torch_peer import torch_steps
-from lorax_kit.core.factors import Factors
 from lorax_kit.core.merge import split
+from lorax_kit.methods import Factors
 from lorax_kit.training import make_step, partition
 from lorax_kit.transform import Costs, adapt
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from lorax_kit.benchmarks.case import Case
-from lorax_kit.core.factors import Factors, FactorTree
+from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.paths import flatten
+from lorax_kit.methods import Factors
 from lorax_kit.models.pretrained import classifier_names
 
 
@@ -30,7 +31,7 @@ def torch_steps(case: Case, factors: FactorTree, lr: float) -> dict[str, Callabl
 
     names = classifier_names(case.config)
     modules = {site.path: names[site.path].removesuffix(".weight") for site in case.plan.sites}
-    rank = case.plan.sites[0].setting.rank
+    rank = case.plan.sites[0].rank
     adapted = peft.get_peft_model(
         _classifier(case),
         peft.LoraConfig(

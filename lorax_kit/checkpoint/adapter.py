@@ -1,4 +1,4 @@
-"""Adapters on disk: factors and spec, apart from the base, written by orbax in one atomic step.
+"""Adapters on disk: leaves and spec, apart from the base, written by orbax in one atomic step.
 
 Beside the factors stands `spec` JSON: the spec, the contracted axes, a fingerprint of the base, shapes, and the
 versions that wrote it; and the digests of all files. Nothing of the base is stored.
@@ -6,10 +6,12 @@ versions that wrote it; and the digests of all files. Nothing of the base is sto
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,49 +24,45 @@ from lorax_kit.checkpoint.fingerprint import fingerprint
 from lorax_kit.checkpoint.seal import SEAL, check_seal, damaged, seal
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.core.errors import AdapterError, LoraxError
-from lorax_kit.core.factors import Factors, FactorTree, FullLeaf
+from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors
 from lorax_kit.core.merge import check_params
+from lorax_kit.core.method import leaf_shapes, method_of
 from lorax_kit.core.paths import Params, flatten
-from lorax_kit.core.plan import Axes, Plan, make_plan, match
-from lorax_kit.core.spec import LoRA, Spec
+from lorax_kit.core.plan import Axes, Plan, make_plan
+from lorax_kit.core.spec import Spec
 from lorax_kit.version import __version__
 
-FORMAT = 1
-_FIELDS = ("a", "b", "magnitude")
+FORMAT = 2
+READ = (1, 2)  # 1: a setting's `variant` in place of its kind, which `LoRA` still takes
 
 
 class Adapter(NamedTuple):
     """What `load_adapter` returns.
 
     Attributes:
-      spec, plan: of the adaptation; the plan fits the base it was loaded for.
+      plan: of the adaptation, with its spec; it fits the base it was loaded for.
       factors: as `lk.merge` and `lk.adapt` take them.
       meta: what the writer added.
     """
 
-    spec: Spec
     plan: Plan
-    factors: dict[str, Factors | FullLeaf]
+    factors: dict[str, Any]
     meta: dict[str, Any]
+
+    @property
+    def spec(self) -> Spec:
+        """Of the plan."""
+        return self.plan.spec
 
 
 def named_arrays(factors: FactorTree) -> dict[str, np.ndarray]:
-    """Flat names -> arrays: `path:a`, `path:b`, `path:magnitude`, `path:value`.
-
-    Raises:
-      AdapterError: factors with a traced scale, which no file holds.
-    """
-    out = {}
-    for path, leaf in factors.items():
-        if isinstance(leaf, Factors) and leaf.scale is not None:
-            raise AdapterError(
-                f"the factors at {path!r} carry a traced scale; on disk the scale is the spec's alpha and rank.\n"
-                "  save with a spec of that scale, and factors._replace(scale=None)"
-            )
-        for name, x in leaf._asdict().items():
-            if x is not None:
-                out[f"{path}:{name}"] = np.asarray(x)
-    return out
+    """Flat names -> arrays: `path:LEAF`, LEAF a field of the method's leaves, or `value` where trained in full."""
+    return {
+        f"{path}:{name}": np.asarray(x)
+        for path, leaves in factors.items()
+        for name, x in leaves._asdict().items()
+        if x is not None
+    }
 
 
 def check_finite(arrays: Mapping[str, np.ndarray]) -> None:
@@ -76,84 +74,122 @@ def check_finite(arrays: Mapping[str, np.ndarray]) -> None:
 
 def save_adapter(
     path: str | Path,
-    spec: Spec,
+    plan: Plan | Spec,
     factors: FactorTree,
     *,
     base: Params,
-    plan: Plan | None = None,
     meta: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    **older: Any,
 ) -> None:
-    """Save an adapter: spec + factors, apart from the base.
+    """Save an adapter: plan + factors, apart from the base.
 
     The directory appears whole or not at all: it is written beside `path` and renamed.
 
     Args:
       path: directory to create.
-      spec: what the factors adapt.
+      plan: what the factors adapt, from `lk.resolve`; its spec is stored. The call of earlier versions,
+        `save_adapter(path, spec, factors, base=base, plan=plan)`, still works, with a warning.
       factors: the trained tree.
       base: the frozen params; only a fingerprint is stored.
-      plan: the plan of the factors; needed where a site is not an (in, out) matrix.
       meta: JSON data to keep with the adapter.
       overwrite: replace an existing directory; otherwise it is an error.
 
     Raises:
-      AdapterError: the path exists, the factors do not fit the spec, or are not finite.
+      AdapterError: the path exists, the factors do not fit the plan, or are not finite.
+      PlanError: the plan does not fit the base.
+
+    Example:
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> import lorax_kit as lk
+      >>> params = {"w": jnp.ones((4, 3))}
+      >>> plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=2)}), params, lambda p, x: x @ p["w"], jnp.ones((5, 4)))
+      >>> base, factors = lk.split(params, plan, jax.random.key(0))
+      >>> folder = tempfile.mkdtemp() + "/adapter"
+      >>> save_adapter(folder, plan, factors, base=base)
+      >>> load_adapter(folder, base=base).plan == plan
+      True
     """
     path = Path(path).absolute()
     refuse_existing(path, overwrite, SEAL)
-    plan = make_plan(spec, base) if plan is None else _checked(plan, spec, base)
+    plan = plan_of(plan, base, older, "save_adapter")
     check_params(flatten(base)[0], plan)
+    check_factors(plan, factors)
     arrays = named_arrays(factors)
-    expected = _shapes(plan)
-    found = {name: x.shape for name, x in arrays.items() if not name.endswith(":magnitude")}
-    if expected != found:
-        odd = min(set(expected.items()) ^ set(found.items()))[0]
-        raise AdapterError(
-            f"the factors do not fit the spec at {odd!r}: {found.get(odd, 'missing')} against "
-            f"{expected.get(odd, 'none planned')}.\n  save them with the spec they were split by"
-        )
     check_finite(arrays)
     try:
         json.dumps(dict(meta or {}))
     except (TypeError, ValueError) as e:
         raise AdapterError(f"meta is not JSON data: {e}; nothing was saved.") from None
+    stored, same = _apart(arrays)
     document = {
         "format": FORMAT,
-        "spec": spec.to_dict(),
+        "spec": plan.spec.to_dict(),
         "axes": {s.path: {**asdict(s.axes), "use": s.use} for s in plan.sites},
         "base": fingerprint(base, [f.path for f in plan.full]),
-        "arrays": {n: {"shape": x.shape, "dtype": str(x.dtype)} for n, x in arrays.items()},
+        "arrays": {n: {"shape": x.shape, "dtype": str(x.dtype)} for n, x in stored.items()},
+        "same": same,
         "versions": {"lorax_kit": __version__, **{name: version(name) for name in ("jax", "orbax-checkpoint")}},
         "meta": dict(meta or {}),
     }
     with staged(path, overwrite) as new:
-        _write(new, arrays, document)
+        _write(new, stored, document)
 
 
-def _checked(plan: Plan, spec: Spec, base: Params) -> Plan:
-    """The plan, if it is what the spec says of this base; on disk only the spec is kept."""
-    settings = match(spec, base)
-    sites = {p for p, setting in settings.items() if isinstance(setting, LoRA)}
-    axes = {site.path: (site.axes, site.use) for site in plan.sites}
-    if sites != set(axes):
-        odd = min(sites ^ set(axes))
-    else:
-        made = make_plan(spec, base, axes)
-        if made == plan:
-            return plan
+def plan_of(given: Plan | Spec, base: Params, older: Mapping[str, Any], who: str) -> Plan:
+    """The plan of a call that saves; from a spec, and the keyword `plan`, as earlier versions were called.
+
+    Raises:
+      AdapterError: neither; or a plan that is not what its own spec says of this base, which is all that a file keeps.
+    """
+    unknown = set(older) - {"plan"}
+    if unknown:
+        raise TypeError(f"{who}() got an unexpected keyword argument {min(unknown)!r}")
+    plan: Any = given
+    if isinstance(given, Spec):
+        warnings.warn(f"{who}(path, spec, ...) will go: give the plan, {who}(path, plan, ...)", DeprecationWarning, 3)
+        plan = older.get("plan")
+        plan = make_plan(given, base) if plan is None else plan
+        if isinstance(plan, Plan) and plan.spec != given:
+            plan = replace(plan, spec=given)
+    elif older.get("plan") is not None:
+        raise AdapterError(f"{who} was given two plans.\n  the second argument is the plan")
+    if not isinstance(plan, Plan):
+        raise AdapterError(f"{who} needs the plan of the factors, not {type(plan).__name__}.\n  it is from lk.resolve")
+    made = make_plan(plan.spec, base, {site.path: (site.axes, site.use) for site in plan.sites})
+    if made != plan:
         ours, theirs = ({x.path: x for x in [*p.sites, *p.full]} for p in (made, plan))  # type: ignore[attr-defined]
-        odd = min((p for p in {*ours, *theirs} if ours.get(p) != theirs.get(p)), default="compute_dtype")
-    raise AdapterError(
-        f"the plan is not that of the spec and this base: they differ at {odd!r}.\n"
-        "  save with the spec the plan was resolved from"
-    )
+        odd = min(p for p in {*ours, *theirs} if ours.get(p) != theirs.get(p))
+        raise AdapterError(
+            f"the plan is not that of its spec and this base: they differ at {odd!r}.\n"
+            "  save with the plan that lk.resolve returned, and the base it was resolved against"
+        )
+    return plan
+
+
+def _apart(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays that differ, and name -> name of its equal for the others: VeRA's draws are shared by many sites."""
+    first: dict[Any, str] = {}
+    same = {}
+    for name, x in arrays.items():
+        key = (
+            x.shape,
+            str(x.dtype),
+            hashlib.sha256(np.ascontiguousarray(x).view(np.uint8).data).digest() if x.size else b"",
+        )
+        if first.setdefault(key, name) != name:
+            same[name] = first[key]
+    return {name: x for name, x in arrays.items() if name not in same}, same
 
 
 def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for site in plan.sites:
-        shapes[f"{site.path}:a"], shapes[f"{site.path}:b"] = site.a_shape, site.b_shape
+    shapes = {
+        f"{site.path}:{name}": x.shape
+        for site in plan.sites
+        for name, x in leaf_shapes(site)._asdict().items()
+        if x is not None
+    }
     return shapes | {f"{leaf.path}:value": leaf.shape for leaf in plan.full}
 
 
@@ -190,8 +226,8 @@ def read_document(path: str | Path) -> dict[str, Any]:
     try:
         with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             document = checkpointer.restore(path, ocp.args.Composite(spec=ocp.args.JsonRestore()))["spec"]
-        if document["format"] != FORMAT:
-            raise AdapterError(f"{str(path)!r} has format {document['format']!r}; this version reads {FORMAT}.")
+        if document["format"] not in READ:
+            raise AdapterError(f"{str(path)!r} has format {document['format']!r}; this version reads 1 to {FORMAT}.")
         document["spec"] = Spec.from_dict(document["spec"])
         _ = document["base"], document["arrays"], document["axes"], document["meta"]
     except LoraxError:
@@ -217,12 +253,11 @@ def load_adapter(path: str | Path, *, base: Params) -> Adapter:
     """
     path = Path(path).absolute()
     document = read_document(path)
-    spec = document["spec"]
     axes = {
         p: (Axes(inputs=tuple(x["inputs"]), outputs=tuple(x["outputs"]), stack=tuple(x["stack"])), str(x["use"]))
         for p, x in document["axes"].items()
     }
-    plan = make_plan(spec, base, axes)
+    plan = make_plan(document["spec"], base, axes)
     own = fingerprint(base, [f.path for f in plan.full])
     if own != document["base"]:
         raise AdapterError(
@@ -230,10 +265,10 @@ def load_adapter(path: str | Path, *, base: Params) -> Adapter:
             f"  fingerprint of its base {document['base'][:12]}, of this one {own[:12]}\n"
             "  load the weights it was trained on"
         )
-    stored = document["arrays"]
+    stored, same = document["arrays"], document.get("same", {})
     expected = {name: list(shape) for name, shape in _shapes(plan).items()}
     for name, shape in expected.items():
-        have = stored.get(name, {}).get("shape")
+        have = stored.get(same.get(name, name), {}).get("shape")
         if have != shape:
             raise AdapterError(f"the adapter at {str(path)!r} has {name!r} of shape {have}, its spec expects {shape}.")
     target = {n: jax.ShapeDtypeStruct(tuple(x["shape"]), np.dtype(x["dtype"])) for n, x in stored.items()}
@@ -245,12 +280,14 @@ def load_adapter(path: str | Path, *, base: Params) -> Adapter:
             arrays = checkpointer.restore(path, items)["factors"]
     except Exception as e:
         raise damaged(path, _first_line(e)) from e
-    factors: dict[str, Factors | FullLeaf] = {}
+    arrays |= {name: arrays[other] for name, other in same.items()}
+    factors: dict[str, Any] = {}
     for site in plan.sites:
-        factors[site.path] = Factors(*(arrays.get(f"{site.path}:{name}") for name in _FIELDS))  # type: ignore[arg-type]
+        leaves = method_of(site.setting).leaves
+        factors[site.path] = leaves(*(arrays.get(f"{site.path}:{name}") for name in leaves._fields))
     for leaf in plan.full:
         factors[leaf.path] = FullLeaf(arrays[f"{leaf.path}:value"])
-    return Adapter(spec, plan, factors, document["meta"])
+    return Adapter(plan, factors, document["meta"])
 
 
 def adapter_bytes(path: str | Path) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_kit.checkpoint.adapter import Adapter, check_finite, named_arrays
+from lorax_kit.checkpoint.adapter import Adapter, check_finite, named_arrays, plan_of
 from lorax_kit.checkpoint.peft_config import (
     CONFIG,
     check_kept,
@@ -37,61 +37,63 @@ from lorax_kit.checkpoint.peft_layout import (
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.checkpoint.tensors import read_tensors, write_tensors
 from lorax_kit.core.errors import AdapterError, PlanError
-from lorax_kit.core.factors import Factors, FactorTree, FullLeaf, check_factors
+from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors
 from lorax_kit.core.paths import Params, closest, flatten
 from lorax_kit.core.plan import Axes, Plan, make_plan
-from lorax_kit.core.spec import Full, LoRA, Setting, Spec
+from lorax_kit.core.setting import Full
+from lorax_kit.core.spec import AnySetting, Spec
 
 WEIGHTS = "adapter_model.safetensors"
 
 
 def save_peft(
     path: str | Path,
-    spec: Spec,
+    plan: Plan | Spec,
     factors: FactorTree,
     *,
     base: Params,
     names: Mapping[str, str],
-    plan: Plan | None = None,
     base_model: str | None = None,
     overwrite: bool = False,
+    **older: Any,
 ) -> None:
     """Write an adapter as a PEFT LoRA folder, for `peft.PeftModel.from_pretrained(model, path)`.
 
     The folder appears whole or not at all. Ranks, alphas and scales are kept exactly, arrays bit for bit;
-    `init` and `compute_dtype` of the spec have no place in the format.
+    `start` and `compute_dtype` of the spec have no place in the format.
 
     Args:
       path: folder to create.
-      spec: what the factors adapt.
+      plan: what the factors adapt, from `lk.resolve`. The call of earlier versions, `save_peft(path, spec, factors,
+        ..., plan=plan)`, still works, with a warning.
       factors: the trained tree.
       base: the frozen params. PEFT trains modules, not parameters: where only some parameters of a module are
         trained in full, its others are written as they stand here.
       names: path of a parameter -> its name in the torch model, such as `lorax_kit.models.torch_names(config)`
         or `classifier_names(config)`. Of what is trained in full, a matrix called `kernel` is (in, out) here
         and (out, in) there; `embedding` and `weight` have one layout.
-      plan: the plan of the factors; needed where a site is not an (in, out) matrix.
       base_model: name or path of the torch model, for PEFT's AutoPeftModel.
       overwrite: replace an existing folder; otherwise it is an error.
 
     Raises:
       AdapterError: the path exists; a parameter without a name; factors that do not fit or are not finite;
-        what PEFT cannot express: stacked sites, convolutions, two variants, dropouts or kinds of scale in one
+        what PEFT cannot express: stacked sites, convolutions, two methods, dropouts or kinds of scale in one
         adapter, a module both adapted and trained in full.
-      PlanError: no plan was given, and a site is not a matrix.
 
     Example:
       >>> import tempfile
-      >>> spec, base = Spec({"q/kernel": LoRA(rank=2, alpha=4)}), {"q": {"kernel": jnp.ones((4, 3))}}
-      >>> factors = {"q/kernel": Factors(jnp.ones((2, 4)), jnp.ones((2, 3)))}
+      >>> import lorax_kit as lk
+      >>> base = {"q": {"kernel": jnp.ones((4, 3))}}
+      >>> plan = lk.resolve(lk.Spec({"q/kernel": lk.LoRA(rank=2, alpha=4)}), base)
+      >>> factors = {"q/kernel": lk.Factors(jnp.ones((2, 4)), jnp.ones((2, 3)))}
       >>> folder = tempfile.mkdtemp() + "/adapter"
-      >>> save_peft(folder, spec, factors, base=base, names={"q/kernel": "q_proj.weight"})
+      >>> save_peft(folder, plan, factors, base=base, names={"q/kernel": "q_proj.weight"})
       >>> load_peft(folder, base=base, names={"q/kernel": "q_proj.weight"}).plan.site("q/kernel").scale
       2.0
     """
     path = Path(path).absolute()
     refuse_existing(path, overwrite, CONFIG)
-    plan = make_plan(spec, base) if plan is None else plan
+    plan = plan_of(plan, base, older, "save_peft")
     check_factors(plan, factors)
     check_finite(named_arrays(factors))
     named, _ = flatten(base)
@@ -99,7 +101,7 @@ def save_peft(
         if p not in names:
             raise AdapterError(f"`names` gives {p!r} no name in torch.\n  closest: {closest(p, list(names))}")
     tensors: dict[str, np.ndarray] = {}
-    settings: dict[str, LoRA] = {}
+    settings: dict[str, Any] = {}
     for site in plan.sites:
         module, _, leaf = names[site.path].rpartition(".")
         if leaf != "weight" or module in settings:
@@ -108,9 +110,7 @@ def save_peft(
                 "  correct `names`, or use lk.save_adapter"
             )
         settings[module] = site.setting
-        found = factors[site.path]
-        assert isinstance(found, Factors)
-        tensors |= {f"{PREFIX}{module}.{kind}": x for kind, x in to_tensors(site, found).items()}
+        tensors |= {f"{PREFIX}{module}.{kind}": x for kind, x in to_tensors(site, factors[site.path]).items()}
     if not settings:
         raise AdapterError("the adapter has no low-rank site, and PEFT's LoRA needs one.\n  use lk.save_adapter")
     repeated = [name for name, n in Counter(names.values()).items() if n > 1]
@@ -168,13 +168,13 @@ def load_peft(path: str | Path, *, base: Params, names: Mapping[str, str], plan:
     by_module, rest = sort_out(read_tensors(path / WEIGHTS))
     _check_modules(config, by_module, paths)
     known = {} if plan is None else {s.path: s.axes for s in plan.sites}
-    rules: dict[str, Setting] = {}
+    rules: dict[str, AnySetting] = {}
     axes: dict[str, tuple[Axes, str]] = {}
     arrays: dict[str, tuple[np.ndarray, ...]] = {}
     for module, found in by_module.items():
         p, lookup = paths[f"{module}.weight"], "embedding_a" in found
         setting = setting_of(config, module, str(next(iter(found.values())).dtype))
-        a, b, *_ = arrays[p] = factors_of(module, found, setting.rank, setting.variant == "dora")
+        a, b, *_ = arrays[p] = factors_of(module, found, setting.rank, setting.kind == "dora")
         rules[_literal(p)] = setting
         contracted = find_axes(p, named[p].shape, (a.shape[1], b.shape[0]), known.get(p), lookup)
         axes[p] = contracted, "lookup" if lookup else "product"
@@ -186,8 +186,8 @@ def load_peft(path: str | Path, *, base: Params, names: Mapping[str, str], plan:
         made = make_plan(spec, base, axes)
     except PlanError as e:
         raise AdapterError(f"the adapter at {str(path)!r} does not fit: {e}") from None
-    factors: dict[str, Factors | FullLeaf] = {site.path: from_tensors(site, *arrays[site.path]) for site in made.sites}
-    return Adapter(spec, made, factors | {p: FullLeaf(jnp.asarray(value)) for p, value in full.items()}, config)
+    factors: dict[str, Any] = {site.path: from_tensors(site, *arrays[site.path]) for site in made.sites}
+    return Adapter(made, factors | {p: FullLeaf(jnp.asarray(value)) for p, value in full.items()}, config)
 
 
 def _module(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from lorax_kit.core.errors import AdapterError, SpecError
 from lorax_kit.core.paths import closest
-from lorax_kit.core.spec import LoRA
+from lorax_kit.methods import DoRA, LoRA
 
 CONFIG = "adapter_config.json"
 _READ = {
@@ -171,7 +171,7 @@ def check_kept(config: Mapping[str, Any], names: Iterable[str]) -> None:
             raise AdapterError(f"{CONFIG} has {entry!r} in modules_to_save, but no tensor of it was saved.")
 
 
-def setting_of(config: Mapping[str, Any], module: str, dtype: str) -> LoRA:
+def setting_of(config: Mapping[str, Any], module: str, dtype: str) -> LoRA | DoRA:
     """Rank, alpha and the rest of one module, from the first pattern that matches it."""
 
     def of(patterns: str, default: str, fallback: int) -> Any:
@@ -181,10 +181,9 @@ def setting_of(config: Mapping[str, Any], module: str, dtype: str) -> LoRA:
         return config.get(default, fallback)
 
     try:
-        return LoRA(
+        return (DoRA if config.get("use_dora") else LoRA)(
             rank=of("rank_pattern", "r", 8),
             alpha=of("alpha_pattern", "lora_alpha", 8),
-            variant="dora" if config.get("use_dora") else "lora",
             rslora=bool(config.get("use_rslora")),
             dropout=config.get("lora_dropout") or 0.0,
             dtype=dtype,
@@ -194,7 +193,7 @@ def setting_of(config: Mapping[str, Any], module: str, dtype: str) -> LoRA:
 
 
 def make_config(
-    settings: Mapping[str, LoRA], saved: Collection[str], modules: Collection[str], base_model: str | None
+    settings: Mapping[str, Any], saved: Collection[str], modules: Collection[str], base_model: str | None
 ) -> dict[str, Any]:
     """The config that gives each module of `settings` its rank and scale, exactly.
 
@@ -208,12 +207,12 @@ def make_config(
       AdapterError: settings that PEFT has only one of differ; a module trained in full that PEFT would confuse
         with another.
     """
-    for key in ("variant", "rslora", "dropout"):
+    for key, word in (("kind", "method"), ("rslora", "rslora"), ("dropout", "dropout")):
         values = {getattr(s, key): name for name, s in settings.items()}
         if len(values) > 1:
             (one, first), (two, second) = list(values.items())[:2]
             raise AdapterError(
-                f"PEFT has one {key} for all modules; here it is {one!r} at {first!r} and {two!r} at {second!r}.\n"
+                f"PEFT has one {word} for all modules; here it is {one!r} at {first!r} and {two!r} at {second!r}.\n"
                 "  use lk.save_adapter, or one value"
             )
     for name in saved:
@@ -245,7 +244,7 @@ def make_config(
         "target_modules": targets,
         "modules_to_save": sorted(saved) or None,
         "use_rslora": first_setting.rslora,
-        "use_dora": first_setting.variant == "dora",
+        "use_dora": first_setting.kind == "dora",
         "lora_dropout": first_setting.dropout,
         "init_lora_weights": True,
         "fan_in_fan_out": False,

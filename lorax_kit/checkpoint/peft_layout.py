@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.core.errors import AdapterError
-from lorax_kit.core.factors import Factors
 from lorax_kit.core.plan import Axes, Site
+from lorax_kit.methods import DoRALeaves, Factors
 
 PREFIX = "base_model.model."
 # PEFT writes the magnitude without ".weight"; its modules and older files have it.
@@ -83,7 +84,7 @@ def factors_of(module: str, found: Mapping[str, np.ndarray], rank: int, dora: bo
     return (a, b, *magnitude)
 
 
-def to_tensors(site: Site, factors: Factors) -> dict[str, np.ndarray]:
+def to_tensors(site: Site, factors: Any) -> dict[str, np.ndarray]:
     """The tensors of one site by the ends of their names.
 
     Raises:
@@ -94,20 +95,18 @@ def to_tensors(site: Site, factors: Factors) -> dict[str, np.ndarray]:
         raise AdapterError(
             f"{site.path!r} of shape {site.shape} {what}: PEFT's LoRA has no such factors.\n  use lk.save_adapter"
         )
-    a, b = (np.asarray(x).reshape(site.setting.rank, -1) for x in (factors.a, factors.b))
+    a, b = (np.asarray(x).reshape(site.rank, -1) for x in (factors.a, factors.b))
     embedding = "embedding_" if site.lookup or _leaf(site.path) == "embedding" else ""
     out: dict[str, np.ndarray] = {_KEYS[f"{embedding}a"]: a, _KEYS[f"{embedding}b"]: b.T}
-    if site.setting.variant == "dora":
-        if factors.magnitude is None or factors.magnitude.shape != site.out_shape:
-            raise AdapterError(f"the factors at {site.path!r} lack a magnitude of shape {site.out_shape}.")
+    if site.setting.kind == "dora":
         out[_KEYS["magnitude"]] = np.asarray(factors.magnitude).reshape(-1)
     return out
 
 
-def from_tensors(site: Site, a: np.ndarray, b: np.ndarray, magnitude: np.ndarray | None = None) -> Factors:
+def from_tensors(site: Site, a: np.ndarray, b: np.ndarray, magnitude: np.ndarray | None = None) -> Any:
     """Inverse of `to_tensors`."""
-    m = None if magnitude is None else jnp.asarray(magnitude.reshape(site.out_shape))
-    return Factors(jnp.asarray(a.reshape(site.a_shape)), jnp.asarray(b.T.reshape(site.b_shape)), m)
+    own = jnp.asarray(a.reshape(site.a_shape)), jnp.asarray(b.T.reshape(site.b_shape))
+    return Factors(*own) if magnitude is None else DoRALeaves(*own, jnp.asarray(magnitude.reshape(site.out_shape)))
 
 
 def find_axes(path: str, shape: tuple[int, ...], sizes: tuple[int, int], given: Axes | None, lookup: bool) -> Axes:

@@ -24,7 +24,7 @@ from lorax_kit.core.errors import CompressError
 from lorax_kit.core.paths import Params, is_array, unflatten
 from lorax_kit.core.plan import Plan, Site
 from lorax_kit.transform.context import Context
-from lorax_kit.transform.trace import run
+from lorax_kit.transform.interpret import run
 from lorax_kit.transform.weight import Part, Weight, whole
 
 

@@ -25,7 +25,8 @@ from lorax_kit.compress.arguments import (
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.merge import merge, split
 from lorax_kit.core.paths import Params, flatten, is_array, unflatten
-from lorax_kit.core.spec import Full, Spec
+from lorax_kit.core.setting import Full
+from lorax_kit.core.spec import Spec
 from lorax_kit.training import make_step, partition
 from lorax_kit.transform import adapt, resolve
 

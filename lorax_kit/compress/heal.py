@@ -27,7 +27,9 @@ from lorax_kit.compress.replace import low_rank
 from lorax_kit.core.compact import Quantised
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.paths import Params, flatten, paths
-from lorax_kit.core.spec import Full, LoRA, Spec
+from lorax_kit.core.setting import Full
+from lorax_kit.core.spec import Spec
+from lorax_kit.methods import LoRA
 from lorax_kit.transform import compressed
 
 SIDES = ("b", "a")

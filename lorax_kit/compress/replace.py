@@ -18,7 +18,7 @@ from lorax_kit.compress.calibrate import Moments, Stats, check_finite, matrices,
 from lorax_kit.compress.decompose import METHODS, decompose, singular_values, transform
 from lorax_kit.core.compact import LowRank, Quantised, dense
 from lorax_kit.core.errors import CompressError
-from lorax_kit.core.factors import site_key
+from lorax_kit.core.leaves import site_key
 from lorax_kit.core.paths import Params, flatten, is_array, unflatten
 from lorax_kit.core.plan import Plan, Site
 

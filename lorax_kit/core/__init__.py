@@ -1,33 +1,41 @@
 """Specs, plans and factor trees: what is adapted, and the exact split and merge of parameters."""
 
 from lorax_kit.core.errors import AdapterError, LoraxError, PlanError, SpecError, StudyError
-from lorax_kit.core.factors import Factors, FactorTree, FullLeaf
+from lorax_kit.core.leaves import FactorTree, FullLeaf
 from lorax_kit.core.merge import delta, effective_weight, merge, split
+from lorax_kit.core.method import Hints, Method, Update, penalty, register
 from lorax_kit.core.paths import Params, paths
 from lorax_kit.core.plan import Plan, Site, match
 from lorax_kit.core.quantise import quantise
-from lorax_kit.core.spec import Full, LoRA, Spec
+from lorax_kit.core.setting import Full, RankSetting, ScaledSetting, Setting
+from lorax_kit.core.spec import Spec
 
 __all__ = [
     "AdapterError",
     "FactorTree",
-    "Factors",
     "Full",
     "FullLeaf",
-    "LoRA",
+    "Hints",
     "LoraxError",
+    "Method",
     "Params",
     "Plan",
     "PlanError",
+    "RankSetting",
+    "ScaledSetting",
+    "Setting",
     "Site",
     "Spec",
     "SpecError",
     "StudyError",
+    "Update",
     "delta",
     "effective_weight",
     "match",
     "merge",
     "paths",
+    "penalty",
     "quantise",
+    "register",
     "split",
 ]

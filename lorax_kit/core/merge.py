@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,13 +11,15 @@ from jax import Array
 
 from lorax_kit.core.compact import Quantised, dense, outer
 from lorax_kit.core.errors import AdapterError, PlanError
-from lorax_kit.core.factors import Factors, FactorTree, FullLeaf, check_factors, check_key
+from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors, check_key, wide
+from lorax_kit.core.method import Hints, method_of, update_of
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import FullSite, Plan, Site
-from lorax_kit.core.variant import variant
 
 
-def split(params: Params, plan: Plan, key: Array) -> tuple[Params, dict[str, Factors | FullLeaf]]:
+def split(
+    params: Params, plan: Plan, key: Array, *, hints: Mapping[str, Hints] | None = None
+) -> tuple[Params, dict[str, Any]]:
     """Split params into a frozen base and the trainable factors.
 
     The base shares every buffer with `params`: nothing is copied. `merge(*split(params, plan, key), plan)`
@@ -26,6 +29,7 @@ def split(params: Params, plan: Plan, key: Array) -> tuple[Params, dict[str, Fac
       params: the pytree that the plan was resolved against.
       plan: from `lk.resolve`.
       key: a JAX random key; each site and row folds its own from it.
+      hints: path -> what a start that looks at data needs (`lk.calibrate` returns it).
 
     Returns:
       (base, factors): the base has the structure of `params`; factors is a flat dict by path.
@@ -41,9 +45,10 @@ def split(params: Params, plan: Plan, key: Array) -> tuple[Params, dict[str, Fac
     check_key(key)
     named, _ = flatten(params)
     check_params(named, plan)
-    factors: dict[str, Factors | FullLeaf] = {}
+    factors: dict[str, Any] = {}
     for site in plan.sites:
-        factors[site.path] = variant(site.setting.variant).init(site, dense(named[site.path]), key)
+        hint = (hints or {}).get(site.path, Hints())
+        factors[site.path] = method_of(site.setting).init(site, dense(named[site.path]), key, hint)
     for leaf in plan.full:
         # A copy: the factors may be donated to a step, and the base must outlive them.
         factors[leaf.path] = FullLeaf(jnp.array(named[leaf.path], dtype=leaf.dtype, copy=True))
@@ -76,31 +81,42 @@ def check_params(named: dict[str, Any], plan: Plan) -> None:
         )
 
 
-def delta(site: Site, factors: Factors) -> Array:
-    """s * a^T b in the parameter's own shape and layout, in the factors' dtype (at least fp32)."""
-    dtype = jnp.promote_types(factors.a.dtype, jnp.float32)
-    product = outer(factors.a, factors.b, site.axes.inputs, site.axes.outputs, site.axes.stack, dtype)
-    scale = site.scale if factors.scale is None else factors.scale
-    return jnp.asarray(scale, dtype) * product
+def delta(site: Site, w: Array, leaves: Any, scale: Any = None) -> Array:
+    """What adaptation adds to `w`, gains included: W' - W in the parameter's own layout, in at least fp32."""
+    return _effective(site, w, leaves, scale)[0] - w.astype(_dtype(w, leaves))
 
 
-def effective_weight(site: Site, w: Array, factors: Factors) -> Array:
+def effective_weight(site: Site, w: Array, leaves: Any, scale: Any = None) -> Array:
     """The parameter that the adapted function behaves as if it had, in the dtype of `w`.
 
     Summed in at least fp32 and rounded once. Where the update is exactly zero, the bits of `w` are kept
     (adding +0.0 would turn -0.0 into +0.0).
+
+    Args:
+      scale: in place of the plan's; it may be traced.
     """
-    update = delta(site, factors)
-    column_scale = variant(site.setting.variant).column_scale
-    if column_scale is None:
-        total = w.astype(update.dtype) + update
-        unchanged = update == 0
-    else:
-        scale = site.scale if factors.scale is None else factors.scale
-        c = spread_outputs(site, column_scale(site, w, factors, scale))
-        total = c * (w.astype(update.dtype) + update)
-        unchanged = (update == 0) & (c == 1)
+    total, unchanged = _effective(site, w, leaves, scale)
     return _kept(unchanged, w, total.astype(w.dtype))
+
+
+def _dtype(w: Array, leaves: Any) -> Any:
+    """What a site is summed in."""
+    return wide(w.dtype, *(x.dtype for x in leaves if x is not None and jnp.issubdtype(x.dtype, jnp.floating)))
+
+
+def _effective(site: Site, w: Array, leaves: Any, scale: Any) -> tuple[Array, Array]:
+    """W' before it is rounded, and where it is W."""
+    scale, dtype, axes = site.scale if scale is None else scale, _dtype(w, leaves), site.axes
+    update = update_of(site, w, leaves, scale)
+    total, unchanged = w.astype(dtype), jnp.ones((), bool)
+    if update.a is not None and update.b is not None:
+        product = jnp.asarray(scale, dtype) * outer(update.a, update.b, axes.inputs, axes.outputs, axes.stack, dtype)
+        total, unchanged = total + product, product == 0
+    for gain, own in ((update.out_gain, axes.outputs), (update.in_gain, axes.inputs)):
+        if gain is not None:
+            c = spread(site, gain.astype(dtype), own)
+            total, unchanged = c * total, unchanged & (c == 1)
+    return total, unchanged
 
 
 @jax.custom_jvp
@@ -114,11 +130,11 @@ def _kept_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[
     return _kept(*primals), tangents[2]
 
 
-def spread_outputs(site: Site, c: Array) -> Array:
-    """Broadcast (*stack, *out) against the parameter's own layout."""
-    order = (*site.axes.stack, *site.axes.outputs)
-    c = jnp.transpose(c, tuple(order.index(i) for i in sorted(order)))
-    return jnp.expand_dims(c, site.axes.inputs)
+def spread(site: Site, gain: Array, own: tuple[int, ...]) -> Array:
+    """Broadcast (*stack, *own) against the parameter's own layout, `own` being its axes of inputs or of outputs."""
+    order = (*site.axes.stack, *own)
+    gain = jnp.transpose(gain, tuple(order.index(i) for i in sorted(order)))
+    return jnp.expand_dims(gain, tuple(i for i in range(len(site.shape)) if i not in order))
 
 
 def merge(base: Params, factors: FactorTree, plan: Plan) -> Params:
@@ -145,9 +161,7 @@ def merge(base: Params, factors: FactorTree, plan: Plan) -> Params:
     check_params(named, plan)
     merged = {path: x.restore() if isinstance(x, Quantised) else x for path, x in named.items()}
     for site in plan.sites:
-        found = factors[site.path]
-        assert isinstance(found, Factors)
-        merged[site.path] = effective_weight(site, jnp.asarray(merged[site.path]), found)
+        merged[site.path] = effective_weight(site, jnp.asarray(merged[site.path]), factors[site.path])
     for full in plan.full:
         leaf = factors[full.path]
         assert isinstance(leaf, FullLeaf)

@@ -1,7 +1,8 @@
-"""Path patterns: globs with `*`, `?`, `**` and `{a,b}`; or a regular expression after the prefix `re:`.
+"""Path patterns: globs with `*`, `?`, `**`, `{a,b}` and `{0..5}`; or a regular expression after the prefix `re:`.
 
-`*` and `?` stay within one name, `**` spans any number of names. A brace is spelled out into its
-alternatives, and each alternative must match on its own: `{query,valeu}` is an error, not half a match.
+`*` and `?` stay within one name, `**` spans any number of names. A brace is spelled out into its alternatives, a range
+of numbers (both ends included) into each of them, and each alternative must match on its own: `{query,valeu}` is an
+error, not half a match.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from functools import lru_cache
 from lorax_kit.core.errors import SpecError
 
 REGEX_PREFIX = "re:"
+_RANGE = re.compile(r"(\d{1,4})\.\.(\d{1,4})")
 
 
 def expand_braces(pattern: str) -> tuple[str, ...]:
-    """Spell out `{a,b}` (nesting allowed): `x/{a,b}` -> `("x/a", "x/b")`."""
+    """Spell out `{a,b}` (nesting allowed) and `{0..2}`: `x/{a,b}` -> `("x/a", "x/b")`."""
     if pattern.startswith(REGEX_PREFIX):
         return (pattern,)
     start = pattern.find("{")
@@ -33,8 +35,20 @@ def expand_braces(pattern: str) -> tuple[str, ...]:
         if depth == 0:
             parts.append(pattern[last:i])
             head, tail = pattern[:start], pattern[i + 1 :]
-            return tuple(x for part in parts for x in expand_braces(head + part + tail))
+            spelled = (x for part in parts for x in _numbers(part, pattern))
+            return tuple(x for part in spelled for x in expand_braces(head + part + tail))
     raise SpecError(f"pattern {pattern!r}: '{{' is never closed.")
+
+
+def _numbers(part: str, pattern: str) -> list[str]:
+    """The numbers of a range `3..5`, or the part itself."""
+    ends = _RANGE.fullmatch(part)
+    if ends is None:
+        return [part]
+    first, last = int(ends[1]), int(ends[2])
+    if first > last:
+        raise SpecError(f"pattern {pattern!r}: the range {part} is empty.\n  the smaller number comes first")
+    return [str(n) for n in range(first, last + 1)]
 
 
 @lru_cache(maxsize=1024)

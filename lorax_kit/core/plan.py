@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import jax
 import jax.numpy as jnp
 
 from lorax_kit.core.errors import PlanError
+from lorax_kit.core.method import leaf_shapes, max_rank
 from lorax_kit.core.paths import Params, closest, paths
 from lorax_kit.core.patterns import expand_braces, matches
-from lorax_kit.core.spec import Full, LoRA, Setting, Spec
+from lorax_kit.core.setting import Full, Setting
+from lorax_kit.core.spec import AnySetting, Spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class Site:
       axes: how the function contracts it.
       use: the function's first use: "product", "lookup" (an embedding, so `b` is drawn and `a` starts at zero), or
         "other" (a convolution; or what is materialised, whose last axis is then taken for the output).
-      setting: rank, alpha, variant and the rest, from the rule that matched.
+      setting: the method and its settings, from the rule that matched.
     """
 
     path: str
@@ -44,7 +46,7 @@ class Site:
     dtype: str
     axes: Axes
     use: str
-    setting: LoRA
+    setting: Setting
 
     def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.shape[i] for i in axes)
@@ -66,13 +68,23 @@ class Site:
 
     @property
     def a_shape(self) -> tuple[int, ...]:
-        """Shape of `a`: (rank, *stack, *in)."""
-        return (self.setting.rank, *self.stack_shape, *self.in_shape)
+        """Shape of `rank` rows over the inputs: (rank, *stack, *in)."""
+        return (self.rank, *self.stack_shape, *self.in_shape)
 
     @property
     def b_shape(self) -> tuple[int, ...]:
-        """Shape of `b`: (rank, *stack, *out)."""
-        return (self.setting.rank, *self.stack_shape, *self.out_shape)
+        """Shape of `rank` rows over the outputs: (rank, *stack, *out)."""
+        return (self.rank, *self.stack_shape, *self.out_shape)
+
+    @property
+    def rank(self) -> int:
+        """Of the setting; 0 for a method without one."""
+        return int(getattr(self.setting, "rank", 0))
+
+    @property
+    def dropout(self) -> float:
+        """Of the setting; 0 for a method without one."""
+        return float(getattr(self.setting, "dropout", 0.0))
 
     @property
     def lookup(self) -> bool:
@@ -81,13 +93,17 @@ class Site:
 
     @property
     def scale(self) -> float:
-        """s in W + s * delta."""
+        """s in W + s * sum_r a[r] b[r]."""
         return self.setting.scale
 
     @property
     def max_rank(self) -> int:
         """min(in, out): the rank above which factors hold nothing new."""
         return min(prod(self.in_shape), prod(self.out_shape))
+
+    def unnamed(self) -> Site:
+        """The same site without its path: sites alike have leaves alike."""
+        return replace(self, path="")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +117,35 @@ class FullSite:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything static about an adaptation; hashable, so it may be closed over or passed as static to jit."""
+    """Everything static about an adaptation; hashable, so it may be closed over or passed as static to jit.
+
+    Attributes:
+      sites: what a method adapts.
+      full: what is trained in full.
+      spec: the spec that was resolved; what an adapter on disk keeps.
+    """
 
     sites: tuple[Site, ...]
     full: tuple[FullSite, ...]
-    compute_dtype: str | None = None
+    spec: Spec
+
+    @property
+    def compute_dtype(self) -> str | None:
+        """Of the spec."""
+        return self.spec.compute_dtype
+
+    @property
+    def capped(self) -> dict[str, tuple[int, int]]:
+        """Path -> (the rank asked for, the highest that the site can hold), where the spec's `cap_ranks` lowered it."""
+        out = {}
+        for site in self.sites:
+            asked = next(
+                s for pattern, s in self.spec.rules if any(matches(x, site.path) for x in expand_braces(pattern))
+            )
+            rank = int(getattr(asked, "rank", 0))
+            if rank > site.rank:
+                out[site.path] = (rank, site.rank)
+        return out
 
     def site(self, path: str) -> Site:
         """The site at `path`."""
@@ -117,7 +157,7 @@ class Plan:
         return (*(s.path for s in self.sites), *(f.path for f in self.full))
 
 
-def match(spec: Spec, params: Params) -> dict[str, Setting]:
+def match(spec: Spec, params: Params) -> dict[str, AnySetting]:
     """Which setting each parameter of `params` gets: path -> setting, in the order of the params.
 
     Raises:
@@ -130,7 +170,7 @@ def match(spec: Spec, params: Params) -> dict[str, Setting]:
     excluded: set[str] = set()
     for pattern in spec.exclude:
         excluded.update(matched(f"exclude {pattern!r}", pattern, names))
-    chosen: dict[str, Setting] = {}
+    chosen: dict[str, AnySetting] = {}
     for i, (pattern, setting) in enumerate(spec.rules, 1):
         hits = matched(f"rule {i} {pattern!r}", pattern, names)
         fresh = [p for p in hits if p not in chosen and p not in excluded]
@@ -165,13 +205,13 @@ def matched(who: str, pattern: str, names: list[str], purpose: str = "") -> list
     return hits
 
 
-def _check_target(path: str, leaf: jax.ShapeDtypeStruct, setting: Setting, rule: str) -> None:
+def _check_target(path: str, leaf: jax.ShapeDtypeStruct, setting: AnySetting, rule: str) -> None:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise PlanError(
             f"{rule} targets {path!r}, whose dtype is {leaf.dtype}: only float parameters can be trained.\n"
             f"  exclude it: Spec(..., exclude=[{path!r}])"
         )
-    if isinstance(setting, LoRA) and len(leaf.shape) < 2:
+    if isinstance(setting, Setting) and len(leaf.shape) < 2:
         raise PlanError(
             f"{rule} targets {path!r} of shape {leaf.shape}: a low-rank update needs at least 2 axes.\n"
             "  narrow the pattern (for example to '.../kernel'), or give this parameter Full()"
@@ -182,40 +222,67 @@ def make_plan(spec: Spec, params: Params, axes: dict[str, tuple[Axes, str]] | No
     """Build the plan from matched settings and the axes found by tracing (`lorax_kit.transform.resolve`).
 
     Args:
-      axes: path -> (axes, use). None: no function was traced, so every low-rank target must be a
-        matrix in the (in, out) layout of JAX kernels.
+      axes: path -> (axes, use). None: no function was traced, so every target must be an (in, out) matrix whose
+        shape or name (`kernel`) tells so, or have `inputs` in its setting.
 
     Raises:
-      PlanError: a rank above min(in, out), or an N-D target without traced axes.
+      PlanError: a rank above what the method can hold, or a target without traced axes whose layout nothing tells.
     """
     arrays = paths(params)
     sites, full = [], []
     for path, setting in match(spec, params).items():
         leaf = arrays[path]
         if isinstance(setting, Full):
-            dtype = setting.dtype or str(leaf.dtype)
-            if jnp.promote_types(dtype, leaf.dtype) != jnp.dtype(dtype):
+            dtype = setting.dtype or ("float32" if jnp.finfo(leaf.dtype).bits < 32 else str(leaf.dtype))
+            if not jnp.can_cast(leaf.dtype, dtype, "safe"):
                 raise PlanError(
                     f"{path!r} is {leaf.dtype}; Full(dtype={dtype!r}) would round it.\n"
                     "  give a dtype at least as wide, or none"
                 )
             full.append(FullSite(path=path, shape=leaf.shape, dtype=dtype))
             continue
-        if axes is None:
-            if len(leaf.shape) != 2:
-                raise PlanError(
-                    f"{path!r} has shape {leaf.shape}: which axes are contracted is known only to the function.\n"
-                    "  give it: lk.resolve(spec, params, apply_fn, *inputs)"
-                )
-            found, use = Axes(inputs=(0,), outputs=(1,)), "product"
-        else:
-            found, use = axes[path]
+        found, use = (_untraced(path, leaf.shape, setting), "product") if axes is None else axes[path]
         site = Site(path=path, shape=leaf.shape, dtype=str(leaf.dtype), axes=found, use=use, setting=setting)
-        if setting.rank > site.max_rank:
-            raise PlanError(
-                f"rank {setting.rank} at {path!r} is above min(in, out) = {site.max_rank} "
-                f"(in {site.in_shape}, out {site.out_shape}).\n"
-                f"  lower the rank, or train this parameter with Full()"
-            )
+        if site.rank > (limit := max_rank(site)):
+            if not spec.cap_ranks:
+                raise PlanError(
+                    f"rank {site.rank} at {path!r} is above {_limit_of(site, limit)} "
+                    f"(in {site.in_shape}, out {site.out_shape}).\n"
+                    "  lower the rank, cap it (Spec(..., cap_ranks=True)), or train this parameter with Full()"
+                )
+            site = replace(site, setting=replace(setting, rank=limit))  # type: ignore[call-arg]
+        leaf_shapes(site)  # raises where the method cannot adapt such a parameter
         sites.append(site)
-    return Plan(sites=tuple(sites), full=tuple(full), compute_dtype=spec.compute_dtype)
+    return Plan(sites=tuple(sites), full=tuple(full), spec=spec)
+
+
+def _limit_of(site: Site, limit: int) -> str:
+    if limit == site.max_rank:
+        return f"min(in, out) = {limit}"
+    return f"{limit}, the most that {site.setting.kind} can hold there"
+
+
+def _untraced(path: str, shape: tuple[int, ...], setting: Setting) -> Axes:
+    """The axes of a parameter whose function is not known.
+
+    Raises:
+      PlanError: neither the setting, nor the shape and the name (a `kernel` is (in, out)) tell them.
+    """
+    if setting.inputs is not None:
+        rest = tuple(i for i in range(len(shape)) if i not in setting.inputs)
+        if not rest or max(setting.inputs) >= len(shape):
+            raise PlanError(f"{path!r} has {len(shape)} axes; inputs={setting.inputs} must name some, and not all.")
+        return Axes(inputs=setting.inputs, outputs=rest)
+    if len(shape) != 2:
+        raise PlanError(
+            f"{path!r} has shape {shape}: which axes are contracted is known only to the function.\n"
+            "  give it: lk.resolve(spec, params, apply_fn, *inputs)"
+        )
+    names = [name for name in path.split("/") if name != "value"]  # NNX ends every path in `value`
+    if shape[0] == shape[1] and names[-1] != "kernel":
+        raise PlanError(
+            f"{path!r} has shape {shape}: neither shape nor name tells its inputs from its outputs.\n"
+            "  give the function that uses it: lk.resolve(spec, params, apply_fn, *inputs)\n"
+            "  or say which axis is contracted: inputs=(0,) in its setting"
+        )
+    return Axes(inputs=(0,), outputs=(1,))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from typing import Any
 
 from lorax_kit.core.errors import StudyError
-from lorax_kit.core.spec import Full, LoRA, Spec, plain
+from lorax_kit.core.method import METHODS
+from lorax_kit.core.setting import Full, Setting, plain
+from lorax_kit.core.spec import Spec
+from lorax_kit.starts import start_of
 
 PROBE = "probe"
 FLOAT32_MAX = 3.4e38
@@ -63,9 +66,11 @@ class Study:
       seed: seeds, one or a sequence (`seed=2` is seed number 2). A seed fixes factors, head and (with
         `stream="seed"`) the order of the data, so trials of one seed are paired.
       targets: name -> patterns of the parameters to adapt, one or several sets.
-      variant: methods from `lorax_kit.variants`.
+      variant: methods by the kind of their settings: "lora", "dora", ...; one without a rank takes rank 1, one
+        without an alpha alpha=None.
+      settings: method -> further settings of it, such as {"lokr": {"factor": 8}}.
       probe_lr: learning rates of the frozen-encoder probe; empty for none.
-      rslora, init: as in `lk.LoRA`.
+      rslora, start: as in `lk.LoRA`.
       steps: optimiser steps per trial.
       schedule: "constant", "linear" or "cosine" decay to zero, after `warmup` steps of linear growth.
       weight_decay, clip: of AdamW; clip is the global norm, None for none.
@@ -89,8 +94,9 @@ class Study:
     seed: Sequence[int] | int = (0, 1, 2)
     variant: Sequence[str] | str = ("lora",)
     probe_lr: Sequence[float] | float = ()
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rslora: bool = False
-    init: str = "kaiming_uniform"
+    start: str = "kaiming"
     steps: int = 100
     schedule: str = "linear"
     warmup: int = 0
@@ -143,12 +149,38 @@ class Study:
             self.clip is None or (isinstance(self.clip, number) and 0 < self.clip < FLOAT32_MAX),
             "study clip must be positive.",
         )
+        put("start", start_of(self.start))
+        self._check_methods()
         names = [t.name for t in self.trials()]
         longest = max(names, key=len)
         _check(
             len(longest.encode()) <= 200, f"the trial name {longest[:60]!r}... is too long for a file: shorten targets."
         )
         _check(len(set(names)) == len(names), "two trials of the study have the same name: values differ too little.")
+
+    def _check_methods(self) -> None:
+        for kind in self.variant:
+            _check(kind in METHODS, f"variant {kind!r} is unknown; choose from {', '.join(sorted(METHODS))}.")
+            has = {f.name for f in fields(METHODS[kind].setting)}
+            for name, given, way in (
+                ("alpha", self.alpha is not None, "alpha=None"),
+                ("rank", tuple(self.rank) != (1,), "rank=1"),  # type: ignore[arg-type]
+                ("rslora", self.rslora, "rslora=False"),
+                ("start", self.start != "kaiming", "no start"),
+            ):
+                _check(name in has or not given, f"study variant {kind!r} has no {name}; give {way}.")
+        unused = sorted(set(self.settings) - set(self.variant))
+        _check(not unused, f"study settings are for {', '.join(unused)}, which is no variant of the study.")
+
+    def setting(self, trial: Trial) -> Setting:
+        """The setting of the sites of a trial."""
+        cls: Any = METHODS[trial.variant].setting
+        own = {"rank": trial.rank, "alpha": trial.alpha, "rslora": self.rslora, "start": self.start}
+        has = {f.name for f in fields(cls)}
+        try:
+            return cls(**{k: v for k, v in own.items() if k in has}, **self.settings.get(trial.variant, {}))
+        except TypeError as e:
+            raise StudyError(f"study settings of {trial.variant!r}: {e}.") from None
 
     @property
     def streams(self) -> tuple[int, ...]:
@@ -174,12 +206,9 @@ class Study:
 
     def spec(self, trial: Trial, head: Sequence[str]) -> Spec:
         """The spec of one trial alone; `head` are the patterns trained in full."""
-        rules: list[tuple[str, LoRA | Full]] = [(pattern, Full()) for pattern in head]
+        rules: list[tuple[str, Setting | Full]] = [(pattern, Full()) for pattern in head]
         if trial.rank > 0:
-            setting = LoRA(
-                rank=trial.rank, alpha=trial.alpha, variant=trial.variant, rslora=self.rslora, init=self.init
-            )
-            rules += [(pattern, setting) for pattern in self.targets[trial.targets]]
+            rules += [(pattern, self.setting(trial)) for pattern in self.targets[trial.targets]]
         _check(len(rules) > 0, f"trial {trial.name!r} trains nothing: the problem has no head for the probe.")
         return Spec(rules)
 
@@ -194,6 +223,7 @@ class Study:
     def from_dict(cls, data: Any) -> Study:
         """Inverse of `to_dict`; unknown keys, missing ones and wrong types raise `StudyError`."""
         _check(isinstance(data, Mapping), f"a study must be an object, not {type(data).__name__}.")
+        data = {("start" if k == "init" else k): v for k, v in data.items()}  # its older name
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(data) - set(known))
         _check(not unknown, f"study has the unknown key {', '.join(map(repr, unknown))}; known: {', '.join(known)}.")

@@ -7,6 +7,7 @@ A trial's arithmetic is that of `lk.make_step` with its own rank, scale and rate
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lorax_kit.core.factors import Factors
+from lorax_kit.core.method import penalty
 from lorax_kit.core.paths import Params
 from lorax_kit.core.plan import Plan
 from lorax_kit.parallel.mesh import TRIAL
@@ -61,11 +62,6 @@ def optimizer(study: Study, plan: Plan, peak: Array | float) -> optax.GradientTr
     return partition(optax.adamw(rate(study, peak), weight_decay=study.weight_decay), plan, clip=study.clip)
 
 
-def with_scale(factors: Any, scale: Array) -> Any:
-    """Factors whose scale is a traced scalar instead of the plan's constant."""
-    return {p: f._replace(scale=scale) if isinstance(f, Factors) else f for p, f in factors.items()}
-
-
 class Programs(NamedTuple):
     """Functions of a pack, not yet compiled: `init(factors)`, `step(running, scalars, base, batch)`,
     `score(factors, scalars, base, batch)`."""
@@ -85,7 +81,8 @@ def programs(study: Study, problem: Problem, plan: Plan, trials: int) -> Program
 
     def solo_step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
         def loss(base: Params, factors: Any, batch: Any) -> Array:
-            return problem.loss(adapted(base, with_scale(factors, scalars.scale), batch), batch)
+            loss = problem.loss(replace(adapted, scale=scalars.scale)(base, factors, batch), batch)
+            return loss + penalty(plan, factors)
 
         _, step = make_step(loss, optimizer(study, plan, scalars.lr), jit=False)
         state, info = step(running.state, base, batch)
@@ -93,7 +90,7 @@ def programs(study: Study, problem: Problem, plan: Plan, trials: int) -> Program
         return Running(state, running.alive & info.finite), info
 
     def solo_score(factors: Any, scalars: Scalars, base: Params, batch: Any) -> Score:
-        return problem.score(adapted(base, with_scale(factors, scalars.scale), batch), batch)
+        return problem.score(replace(adapted, scale=scalars.scale)(base, factors, batch), batch)
 
     def init(factors: Any) -> Running:
         return Running(jax.vmap(solo_init)(factors), jnp.ones((trials,), bool))

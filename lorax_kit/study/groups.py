@@ -14,7 +14,6 @@ from lorax_kit.core.errors import StudyError
 from lorax_kit.core.paths import Params, nbytes
 from lorax_kit.core.plan import Plan
 from lorax_kit.study.design import Study, Trial
-from lorax_kit.study.engine import with_scale
 from lorax_kit.study.packing import pack
 from lorax_kit.study.problem import Problem
 from lorax_kit.transform.adapt import adapt
@@ -67,13 +66,13 @@ def grouped(
 
 def pack_bytes(study: Study, problem: Problem, trial: Trial, plan: Plan, params: Params, batch: Any, count: int) -> int:
     """Estimated peak bytes beyond the base of one training step of `count` trials like `trial`."""
-    adapted = adapt(problem.apply, plan, trials=count)
+    adapted = adapt(problem.apply, plan, trials=count, scale=jnp.float32(1))
     shapes = jax.eval_shape(lambda: pack(study, problem, [trial], plan, params).factors)
     factors = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), shapes)
     own = study.stream == "seed"
 
     def one(factors: Any, batch: Any) -> Any:
-        return problem.loss(adapted(params, with_scale(factors, jnp.float32(1)), batch), batch)
+        return problem.loss(adapted(params, factors, batch), batch)
 
     def losses(factors: Any) -> Any:
         batches = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), batch) if own else batch

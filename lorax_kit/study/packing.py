@@ -1,7 +1,7 @@
 """Trials of different rank in one array: a rank-r trial is a rank-R trial whose last R - r rows are zero.
 
-Zero rows of both factors have zero gradients, so they stay zero under AdamW; targets that a trial leaves out
-are sites whose rows are all zero. `unpack` checks that they did.
+Zero rows have zero gradients, so they stay zero under AdamW; targets that a trial leaves out are sites whose rows are
+all zero. `unpack` checks that they did. Which leaves have rows, a method says (`Method.rows`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.core.errors import StudyError
-from lorax_kit.core.factors import Factors, FullLeaf
+from lorax_kit.core.leaves import FullLeaf
 from lorax_kit.core.merge import split
+from lorax_kit.core.method import METHODS, frozen_leaves, leaf_shapes
 from lorax_kit.core.paths import Params
 from lorax_kit.core.plan import Plan, match
-from lorax_kit.core.spec import Full, LoRA, Spec
+from lorax_kit.core.setting import Full, Setting
+from lorax_kit.core.spec import Spec
 from lorax_kit.study.design import Study, Trial
 from lorax_kit.study.problem import Problem
 from lorax_kit.transform.resolve import resolve
@@ -57,22 +59,28 @@ class Pack(NamedTuple):
 
 
 def kinds(study: Study, trials: Sequence[Trial]) -> list[list[Trial]]:
-    """Trials that may share a stack: of one variant, and for variants that train more than rows, one target set.
+    """Trials that may share a stack: of one method, and for methods that train more than rows, one target set.
 
     The probe joins the first kind: it is a trial of rank 0.
     """
     grouped: dict[Any, list[Trial]] = {}
     for trial in trials:
         if trial.rank > 0:
-            key = (trial.variant, None if trial.variant == "lora" else trial.targets)
-            grouped.setdefault(key, []).append(trial)
+            across = _rows_only(study.setting(trial))
+            grouped.setdefault((trial.variant, None if across else trial.targets), []).append(trial)
     probes = [trial for trial in trials if trial.rank == 0]
-    lora = grouped.get(("lora", None))
-    if lora is not None:
-        lora += probes
+    joined = next((kind for (_, targets), kind in grouped.items() if targets is None), None)
+    if joined is not None:
+        joined += probes
     elif probes:
         grouped["probe"] = probes
     return list(grouped.values())
+
+
+def _rows_only(setting: Setting) -> bool:
+    """Whether a site whose rows are all zero is one that is not adapted."""
+    method = METHODS[setting.kind]
+    return set(method.leaves._fields) <= method.rows | frozen_leaves(setting)
 
 
 def union_plan(study: Study, problem: Problem, trials: Sequence[Trial], params: Params, batch: Any) -> Plan:
@@ -82,27 +90,29 @@ def union_plan(study: Study, problem: Problem, trials: Sequence[Trial], params: 
       PlanError: a pattern that matches nothing, a rank above min(in, out), a target that is never used.
     """
     rank = max(trial.rank for trial in trials)
-    rules: list[tuple[str, LoRA | Full]] = [(pattern, Full()) for pattern in problem.head]
+    rules: list[tuple[str, Setting | Full]] = [(pattern, Full()) for pattern in problem.head]
     if rank == 0:
         return resolve(Spec(rules), params, problem.apply, batch)
     adapted = [trial for trial in trials if trial.rank > 0]
-    setting = LoRA(rank=rank, variant=adapted[0].variant, init=study.init, rslora=study.rslora)
+    setting = study.setting(max(adapted, key=lambda trial: trial.rank))
     seen: dict[str, None] = {}
     for name in dict.fromkeys(trial.targets for trial in adapted):
         one = Spec([*rules, *((pattern, setting) for pattern in study.targets[name])])
-        seen.update({path: None for path, s in match(one, params).items() if isinstance(s, LoRA)})
+        seen.update({path: None for path, s in match(one, params).items() if isinstance(s, Setting)})
     rules += [(f"re:{re.escape(path)}", setting) for path in seen]
     return resolve(Spec(rules), params, problem.apply, batch)
 
 
 def trial_plan(study: Study, problem: Problem, plan: Plan, trial: Trial, params: Params) -> Plan:
     """The plan of one trial alone, from the union's."""
-    settings = match(study.spec(trial, problem.head), params)
+    spec = study.spec(trial, problem.head)
+    settings = match(spec, params)
     chosen = ((site, settings.get(site.path)) for site in plan.sites)
-    return replace(plan, sites=tuple(replace(site, setting=s) for site, s in chosen if isinstance(s, LoRA)))
+    sites = tuple(replace(site, setting=s) for site, s in chosen if isinstance(s, Setting))
+    return replace(plan, sites=sites, spec=spec)
 
 
-def start(problem: Problem, plan: Plan, seed: int) -> tuple[Params, dict[str, Factors | FullLeaf]]:
+def start(problem: Problem, plan: Plan, seed: int) -> tuple[Params, dict[str, Any]]:
     """(base, factors) of a trial before its first step: all that a seed decides, but the order of the data."""
     key = jax.random.key(seed)
     return split(problem.params(jax.random.fold_in(key, 0)), plan, jax.random.fold_in(key, 1))
@@ -125,21 +135,19 @@ def pack(study: Study, problem: Problem, trials: Sequence[Trial], plan: Plan, pa
     return Pack(tuple(trials), plan, stacked, scalars)
 
 
-def _padded(plan: Plan, path: str, factors: Factors | FullLeaf | None) -> Factors | FullLeaf:
-    if isinstance(factors, FullLeaf):
-        return factors
-    site = plan.site(path)
-    dtype = jnp.dtype(site.setting.dtype)
-    if factors is None:
-        return Factors(jnp.zeros(site.a_shape, dtype), jnp.zeros(site.b_shape, dtype))
-
-    def rows(x: Array) -> Array:
-        return jnp.pad(x, [(0, site.setting.rank - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-
-    return factors._replace(a=rows(factors.a), b=rows(factors.b))
+def _padded(plan: Plan, path: str, leaves: Any) -> Any:
+    """The leaves of a trial with zeros up to the sizes of the stack; all zeros where the trial leaves the site out."""
+    if isinstance(leaves, FullLeaf):
+        return leaves
+    shapes = leaf_shapes(plan.site(path))
+    if leaves is None:
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.tree.map(
+        lambda x, s: jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, s.shape, strict=True)]), leaves, shapes
+    )
 
 
-def unpack(plan: Plan, factors: Any, index: int, *, diverged: bool = False) -> dict[str, Factors | FullLeaf]:
+def unpack(plan: Plan, factors: Any, index: int, *, diverged: bool = False) -> dict[str, Any]:
     """The factors of trial `index`, by its own plan: only its rows and its targets, as numpy arrays.
 
     Args:
@@ -148,16 +156,28 @@ def unpack(plan: Plan, factors: Any, index: int, *, diverged: bool = False) -> d
     Raises:
       StudyError: a row that should be zero is not; the optimiser does not keep zero rows.
     """
-    out: dict[str, Factors | FullLeaf] = {}
-    ranks = {site.path: site.setting.rank for site in plan.sites}
-    for path, leaf in factors.items():
-        one = jax.tree.map(lambda x: np.asarray(x[index]), leaf)
-        if isinstance(one, FullLeaf):
-            out[path] = one
+    out: dict[str, Any] = {}
+    sites = {site.path: site for site in plan.sites}
+    for path, stacked in factors.items():
+        leaves = jax.tree.map(lambda x: np.asarray(x[index]), stacked)
+        if isinstance(leaves, FullLeaf):
+            out[path] = leaves
             continue
-        rank = ranks.get(path, 0)
-        if not diverged and (np.any(one.a[rank:]) or np.any(one.b[rank:])):
-            raise StudyError(f"rows of {path!r} above rank {rank} are no longer zero: the optimiser moves zero rows.")
-        if rank:
-            out[path] = one._replace(a=one.a[:rank], b=one.b[:rank])
+        site = sites.get(path)
+        shapes = jax.tree.map(lambda x: x.shape, leaf_shapes(site)) if site else type(leaves)(*(None,) * len(leaves))
+        own = {}
+        for name, x, shape in zip(leaves._fields, leaves, shapes, strict=True):
+            if x is None:
+                continue
+            inside = tuple(slice(n) for n in shape or (0,) * x.ndim)
+            rest = x.copy()
+            rest[inside] = 0
+            if not diverged and np.any(rest):
+                rank = site.rank if site else 0
+                raise StudyError(
+                    f"rows of {name} at {path!r} above rank {rank} are no longer zero: the optimiser moves zero rows."
+                )
+            own[name] = x[inside]
+        if site:
+            out[path] = leaves._replace(**own)
     return out

@@ -12,11 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from lorax_kit.analysis.spectra import delta_spectrum, effective_rank, rank_for_energy
+from lorax_kit.analysis.spectra import effective_rank, rank_for_energy, site_spectrum
 from lorax_kit.checkpoint.adapter import adapter_bytes, save_adapter
-from lorax_kit.core.factors import Factors
+from lorax_kit.core.compact import dense
+from lorax_kit.core.leaves import trained_only
 from lorax_kit.core.merge import merge
-from lorax_kit.core.paths import Params, nbytes
+from lorax_kit.core.paths import Params, flatten, nbytes
 from lorax_kit.core.plan import Plan
 from lorax_kit.study.design import Study, Trial
 from lorax_kit.study.engine import Engine, Progress, Trained
@@ -25,6 +26,8 @@ from lorax_kit.study.packing import Pack, pack, trial_plan, unpack
 from lorax_kit.study.problem import Problem
 from lorax_kit.study.store import RunStore
 from lorax_kit.training.evaluate import SharedPrefix
+
+LEADING = 64  # singular values kept of a delta that is not low-rank, such as DoRA's
 
 
 def evaluator(problem: Problem, params: Params, plan: Plan, batches: Sequence[Any]) -> SharedPrefix:
@@ -176,7 +179,7 @@ class Session:
         plan = trial_plan(study, problem, group.plan, trial, self.params)
         failed = int(trained.failed[i]) or None
         factors = unpack(plan, trained.factors, i, diverged=failed is not None)
-        leaves = jax.tree_util.tree_leaves(factors)
+        leaves = jax.tree_util.tree_leaves(trained_only(plan, factors))
         row: dict[str, Any] = {
             "trial": trial.name,
             "rank": trial.rank,
@@ -202,16 +205,14 @@ class Session:
         }
         if failed:
             return row
-        spec = study.spec(trial, problem.head)
         merged = merge(self.params, factors, plan)
         val, test = (measure(merged) for measure in self._tests(plan))
         path = self.store.adapter_path(trial.name)
         save_adapter(
             path,
-            spec,
+            plan,
             factors,
             base=self.params,
-            plan=plan,
             meta={"problem": problem.name, "settings": problem.facts.get("settings"), "trial": trial.name},
             overwrite=True,
         )
@@ -236,20 +237,16 @@ class Session:
 
     def _spectra(self, plan: Plan, factors: Any, trial: Trial) -> None:
         rows = []
+        named = flatten(self.params)[0]
         for site in plan.sites:
-            found = factors[site.path]
-            assert isinstance(found, Factors)
-            stack = len(site.axes.stack)
-            s = np.asarray(delta_spectrum(found.a, found.b, site.scale, batch_axes=stack)).reshape(
-                -1, site.setting.rank
-            )
-            mean = s.mean(axis=0)
+            s = site_spectrum(site, dense(named[site.path]), factors[site.path])
+            mean = s.reshape(-1, s.shape[-1]).mean(axis=0)
             rows.append(
                 {
                     "trial": trial.name,
                     "site": site.path,
                     "rank": trial.rank,
-                    "singular_values": [float(x) for x in mean],
+                    "singular_values": [float(x) for x in mean[:LEADING]],
                     "effective_rank": float(effective_rank(mean)),
                     "rank90": int(rank_for_energy(mean, 0.9)),
                 }

@@ -6,31 +6,31 @@ outside it costs 65 % more FLOPs, 3.7x the temporaries, and clips by the wrong n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import optax
 
 from lorax_kit.core.errors import PlanError
-from lorax_kit.core.factors import Factors, FactorTree, FullLeaf
+from lorax_kit.core.leaves import FactorTree
+from lorax_kit.core.method import frozen_leaves, trained_leaves
 from lorax_kit.core.plan import Plan
 from lorax_kit.training.extra import accepting, completing
 
-LABELS = ("a", "b", "magnitude", "full", "frozen")
 
+def labels(plan: Plan) -> Callable[[FactorTree], dict[str, Any]]:
+    """The function factors -> label of every leaf: its name, "full" for what is trained in full, or "frozen"."""
+    frozen = {site.path: frozen_leaves(site.setting) for site in plan.sites}
 
-def labels(factors: FactorTree) -> dict[str, Factors | FullLeaf]:
-    """The label of every trainable leaf: "a", "b", "magnitude", "full"; per-trial scales are "frozen"."""
-
-    names: Any = {"a": "a", "b": "b", "magnitude": "magnitude", "scale": "frozen", "value": "full"}
-
-    def of(leaf: Factors | FullLeaf) -> Any:
+    def of(path: str, leaf: Any) -> Any:
         # A nested partition sees its own leaves only, masked nodes in the places of the others.
-        seen = {k: x for k, x in leaf._asdict().items() if x is not None and not isinstance(x, optax.MaskedNode)}
-        return leaf._replace(**{k: names[k] for k in seen})
+        seen = [k for k, x in leaf._asdict().items() if x is not None and not isinstance(x, optax.MaskedNode)]
+        if path not in frozen:
+            return leaf._replace(**dict.fromkeys(seen, "full"))
+        return leaf._replace(**{k: "frozen" if k in frozen[path] else k for k in seen})
 
-    return {path: of(leaf) for path, leaf in factors.items()}
+    return lambda factors: {path: of(path, leaf) for path, leaf in factors.items()}
 
 
 def partition(
@@ -42,9 +42,9 @@ def partition(
     """An optimiser for the factors of `plan`.
 
     Args:
-      tx: one transformation for everything trained, or one per label: "a", "b", "magnitude", "full". LoRA+
-        (Hayou et al., arXiv 2402.12354) is `{"a": adamw(lr), "b": adamw(16 * lr), ...}`; LoRA-FA (arXiv
-        2308.03303) is `{"a": optax.set_to_zero(), ...}`.
+      tx: one transformation for everything trained, or one per label: the names of the leaves ("a", "b",
+        "magnitude", ...) and "full". LoRA+ (Hayou et al., arXiv 2402.12354) is `{"a": adamw(lr), "b": adamw(16 * lr),
+        ...}`. Frozen leaves have no label: nothing moves them.
       plan: from `lk.resolve`.
       clip: clip by the global norm of all trained leaves together, before `tx`.
 
@@ -64,31 +64,23 @@ def partition(
     """
     if clip is not None and not 0 < clip < float("inf"):
         raise PlanError(f"clip is {clip!r}; it must be a positive number, or None.")
+    named = labels(plan)
     if isinstance(tx, Mapping):
-        needed = _needed(plan)
-        for word, names in (("lacks", needed - set(tx)), ("names the unknown", set(tx) - set(LABELS))):
+        needed = {name for site in plan.sites for name in trained_leaves(site)} | ({"full"} if plan.full else set())
+        for word, names in (("lacks", needed - set(tx)), ("names the unknown", set(tx) - needed)):
             if names:
                 raise PlanError(
                     f"partition {word} label {min(names)!r}: the plan trains {', '.join(sorted(needed))}.\n"
                     "  to freeze a label, give it optax.set_to_zero()"
                 )
         parts = {"frozen": optax.set_to_zero(), **{name: accepting(one) for name, one in tx.items()}}
-        inner = optax.partition(parts, labels, mask_compatible_extra_args=True)
+        inner = optax.partition(parts, named, mask_compatible_extra_args=True)
     else:
         inner = accepting(tx)
     trained = inner if clip is None else optax.chain(optax.clip_by_global_norm(clip), inner)
+
+    def trained_or_frozen(factors: FactorTree) -> Any:
+        return jax.tree.map(lambda name: "frozen" if name == "frozen" else "train", named(factors))
+
     parts = {"train": trained, "frozen": optax.set_to_zero()}
-    return completing(optax.partition(parts, _trained_or_frozen, mask_compatible_extra_args=True))
-
-
-def _needed(plan: Plan) -> set[str]:
-    names = {"a", "b"} if plan.sites else set()
-    if any(site.setting.variant == "dora" for site in plan.sites):
-        names.add("magnitude")
-    if plan.full:
-        names.add("full")
-    return names
-
-
-def _trained_or_frozen(factors: FactorTree) -> Any:
-    return jax.tree.map(lambda name: "frozen" if name == "frozen" else "train", labels(factors))
+    return completing(optax.partition(parts, trained_or_frozen, mask_compatible_extra_args=True))

@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from lorax_kit.core.errors import LoraxError
-from lorax_kit.core.factors import FactorTree, check_key
+from lorax_kit.core.leaves import FactorTree, check_key
 from lorax_kit.core.paths import Params
 from lorax_kit.placement import varying
 from lorax_kit.training.extra import extra_arguments, updated

@@ -12,16 +12,16 @@ from jax import Array
 
 from lorax_kit.core.compact import LowRank, Quantised, dense
 from lorax_kit.core.errors import PlanError
-from lorax_kit.core.factors import Factors, FactorTree, FullLeaf, check_factors, check_key, site_key
+from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors, check_key, site_key
 from lorax_kit.core.merge import check_params
+from lorax_kit.core.method import update_of
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import Plan, Site
-from lorax_kit.core.variant import variant
 from lorax_kit.placement import alike
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import Costs, measured_costs
+from lorax_kit.transform.interpret import run
 from lorax_kit.transform.kernels import KERNELS
-from lorax_kit.transform.trace import run
 from lorax_kit.transform.weight import Source, Weight, frozen_weight, lowrank_weight, make_weight
 
 
@@ -35,6 +35,7 @@ class Adapted:
     trials: int = 1
     recompute: bool = True
     costs: Costs | None = None
+    scale: Any = None
 
     def __repr__(self) -> str:
         # JAX writes what it traces into its messages, and a bound method's own text may hold whole arrays.
@@ -63,9 +64,8 @@ class Adapted:
         weights = {}
         for site in self.plan.sites:
             # Within shard_map factors may differ by device (their gradients are each device's own), and the base not.
-            leaves[site.path], found = alike((leaves[site.path], factors[site.path]))
-            assert isinstance(found, Factors)
-            weights[site.path] = _weight(site, leaves[site.path], found, key)
+            leaves[site.path], own = alike((leaves[site.path], factors[site.path]))
+            weights[site.path] = _weight(site, leaves[site.path], own, self.scale, key)
         sites = set(weights)
         for path, leaf in leaves.items():
             if isinstance(leaf, Quantised) and path not in sites:
@@ -90,14 +90,12 @@ class Adapted:
         return out, ctx
 
 
-def _weight(site: Site, base: Any, factors: Factors, key: Array | None) -> Weight:
-    w = dense(base)
-    scale = site.scale if factors.scale is None else factors.scale
-    column_scale = variant(site.setting.variant).column_scale
-    own = site_key(key, site.path) if key is not None and site.setting.dropout > 0 else None
-    column = None if column_scale is None else column_scale(site, w, factors, scale)
+def _weight(site: Site, base: Any, leaves: Any, scale: Any, key: Array | None) -> Weight:
+    w, scale = dense(base), site.scale if scale is None else scale
+    update = update_of(site, w, leaves, scale)
+    own = site_key(key, site.path) if key is not None and site.dropout > 0 else None
     source = Source(base) if isinstance(base, Quantised) else None
-    return make_weight(site, w, source, factors, column, scale, own)
+    return make_weight(site, w, source, update, scale, own)
 
 
 def adapt(
@@ -108,6 +106,7 @@ def adapt(
     trials: int = 1,
     recompute: bool = True,
     costs: Costs | None = None,
+    scale: Any = None,
 ) -> Adapted:
     """Run any JAX function with low-rank parameters.
 
@@ -121,6 +120,7 @@ def adapt(
         between them again: about half the temporary memory, at the same speed and FLOPs to a few per cent.
       costs: what "auto" weighs, from `Costs.read(FILE)` (`lorax-kit bench calibrate`); default: those measured for the
         kind of backend, or none in particular.
+      scale: s of every site, in place of alpha / rank; it may be traced, so that one program serves many.
 
     Returns:
       `adapted(base, factors, *inputs, **kwargs)`, to be used under `jit`, `grad`, `vmap` like any function.
@@ -156,7 +156,7 @@ def adapt(
             "the function has a keyword dropout_key, which adapted functions keep for the dropout of their sites.\n"
             "  wrap it: lambda params, *inputs, key: fn(params, *inputs, dropout_key=key)"
         )
-    return Adapted(fn, plan, kernel, trials, recompute, costs)
+    return Adapted(fn, plan, kernel, trials, recompute, costs, scale)
 
 
 def _keywords(fn: Callable[..., Any]) -> set[str]:

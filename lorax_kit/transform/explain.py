@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
 import jax
 from jax import Array
 
-from lorax_kit.core.factors import FactorTree
+from lorax_kit.core.leaves import FactorTree, trained_only
 from lorax_kit.core.paths import Params, flatten, is_array, nbytes
 from lorax_kit.transform.adapt import Adapted
 from lorax_kit.transform.context import Use
@@ -22,13 +22,13 @@ class Row:
     """One use of one site.
 
     FLOPs count forward and backward of its products, adapted and in full fine-tuning; 0 where unknown. `params` and
-    `bytes` are those of the factors, `full_bytes` those of the parameter itself, `base_bytes` those of the base as
-    it is held, quantised or not, each at the site's first use.
+    `bytes` are those of the trained leaves, `full_bytes` those of the parameter itself, `base_bytes` those of the base
+    as it is held, quantised or not, each at the site's first use.
     """
 
     path: str
     shape: tuple[int, ...]
-    variant: str
+    method: str
     rank: int
     params: int
     bytes: int
@@ -48,6 +48,7 @@ class Explanation:
     rows: tuple[Row, ...]
     trained_params: int
     base_params: int
+    capped: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def materialised(self) -> tuple[str, ...]:
@@ -68,6 +69,7 @@ class Explanation:
             "base_bytes": sum(r.base_bytes for r in self.rows),
             "flops_ratio": flops / full if full else None,
             "materialised": list(self.materialised),
+            "capped": {path: list(ranks) for path, ranks in self.capped.items()},
         }
 
     def to_json(self) -> str:
@@ -80,7 +82,7 @@ class Explanation:
         for r in self.rows:
             ratio = f"{r.flops / r.full_flops:.2f}x" if r.full_flops else "-"
             shape = "x".join(map(str, r.shape))
-            rank = str(r.rank) + ("" if r.variant == "lora" else f" {r.variant}")
+            rank = str(r.rank) + ("" if r.method == "lora" else f" {r.method}")
             held = f"{r.bytes / r.full_bytes:.3f}x" if r.full_bytes else "-"
             flops = f"{r.flops / 1e6:.1f}"
             cells = (r.path, shape, rank, f"{r.params:,}", f"{r.bytes:,}", held, r.how, flops, ratio, r.reason)
@@ -98,6 +100,8 @@ class Explanation:
             lines.append(f"base of these sites: {facts['base_bytes']:,} bytes, {ratio:.3f}x of the parameters")
         share = self.trained_params / max(self.base_params, 1)
         lines.append(f"{self.trained_params:,} trained of {self.base_params:,} parameters ({share:.2%})")
+        for path, (asked, highest) in self.capped.items():
+            lines.append(f"{path}: rank {asked} capped to {highest}, the highest it can hold")
         if self.materialised:
             lines.append(f"materialised: {', '.join(self.materialised)}")
         return "\n".join(lines)
@@ -128,7 +132,7 @@ def explain(
         found.extend(ctx.uses.values())
 
     jax.eval_shape(trace, dict(factors), dynamic)
-    rows, counted = [], set()
+    rows, counted, own = [], set(), trained_only(adapted.plan, factors)
     named, _ = flatten(base)
     sites = {site.path for site in adapted.plan.sites}
     for use in found:
@@ -143,10 +147,10 @@ def explain(
             Row(
                 path=use.path,
                 shape=site.shape,
-                variant=site.setting.variant,
-                rank=site.setting.rank,
-                params=_entries(factors[use.path]) if first else 0,
-                bytes=_bytes(factors[use.path]) if first else 0,
+                method=site.setting.kind,
+                rank=site.rank,
+                params=_entries(own[use.path]) if first else 0,
+                bytes=_bytes(own[use.path]) if first else 0,
                 full_bytes=nbytes(site.shape, site.dtype) if first else 0,
                 base_bytes=_bytes(named[use.path]) if first else 0,
                 primitive=use.primitive,
@@ -157,9 +161,9 @@ def explain(
             )
         )
         counted.add(use.path)
-    trained = _entries(dict(factors))
+    trained = _entries(own)
     total = sum(prod(x.shape) for x in named.values() if is_array(x))
-    return Explanation(tuple(rows), trained, total)
+    return Explanation(tuple(rows), trained, total, adapted.plan.capped)
 
 
 def _entries(tree: Any) -> int:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 
 from lorax_kit.core.errors import PlanError
-from lorax_kit.core.paths import Params, flatten, is_array
+from lorax_kit.core.method import method_of
+from lorax_kit.core.paths import Params, flatten, is_array, paths
 from lorax_kit.core.plan import Axes, Plan, make_plan, match
-from lorax_kit.core.spec import Full, LoRA, Spec
-from lorax_kit.core.variant import variant
+from lorax_kit.core.setting import Full, Setting
+from lorax_kit.core.spec import Spec
 from lorax_kit.transform.context import Context, Use
-from lorax_kit.transform.trace import run
+from lorax_kit.transform.interpret import run
 from lorax_kit.transform.weight import Weight, whole
 
 
@@ -35,56 +36,71 @@ def resolve(spec: Spec, params: Params, fn: Callable[..., Any] | None = None, *a
     Raises:
       PlanError: a rule that matches nothing, an adapted parameter the function never uses or uses in ways that do
         not agree, a rank above min(in, out), a target that is not float, a function that cannot be traced.
-      SpecError: an unknown variant.
+      SpecError: a method that was never registered.
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from lorax_kit import LoRA
       >>> params = {"q": jnp.ones((6, 2, 3))}
       >>> attend = lambda p, x: jnp.einsum("ti,ihd->thd", x, p["q"])
       >>> resolve(Spec({"q": LoRA(rank=2)}), params, attend, jnp.ones((5, 6))).site("q").b_shape
       (2, 2, 3)
     """
     for _, setting in spec.rules:
-        if isinstance(setting, LoRA):
-            variant(setting.variant)
+        if isinstance(setting, Setting):
+            method_of(setting)
     settings = match(spec, params)
     if fn is None:
         return make_plan(spec, params)
-    named, treedef = flatten(params)
-    abstract = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x for p, x in named.items()}
-    ctx = Context()
-
-    def probe(arrays: dict[str, Any], inputs: Any) -> Any:
-        leaves = {**named, **arrays}
-        probes = {
-            p: Weight(parts=(whole(p, leaves[p].shape),), w=leaves[p], trained_in_full=isinstance(s, Full))
-            for p, s in settings.items()
-        }
-        return run(ctx, fn, leaves, treedef, probes, *inputs)
-
-    inputs, tree = jax.tree_util.tree_flatten((args, kwargs))
-    dynamic = {i: x for i, x in enumerate(inputs) if is_array(x)}
-
-    def shaped(arrays: dict[str, Any], dynamic: dict[int, Any]) -> None:
-        values = [dynamic.get(i, x) for i, x in enumerate(inputs)]
-        probe(arrays, jax.tree_util.tree_unflatten(tree, values))
-
-    jax.eval_shape(shaped, {p: x for p, x in abstract.items() if is_array(x)}, dynamic)
+    full = {path for path, setting in settings.items() if isinstance(setting, Full)}
+    shapes = paths(params)
     axes: dict[str, tuple[Axes, str]] = {}
-    for path, setting in settings.items():
-        uses = [u for u in ctx.uses.values() if u.path == path]
+    for path, uses in uses_of(settings, params, fn, args, kwargs, full).items():
         if not uses:
             raise PlanError(
                 f"the function never uses {path!r}, which the spec adapts.\n"
                 "  is it read from a closure instead of the params argument, or switched off for these inputs?\n"
                 "  exclude it, or trace the function that uses it"
             )
-        if isinstance(setting, LoRA):
-            axes[path] = _axes(path, len(named[path].shape), setting, uses)
+        setting = settings[path]
+        if isinstance(setting, Setting):
+            axes[path] = _axes(path, len(shapes[path].shape), setting, uses)
     return make_plan(spec, params, axes)
 
 
-def _axes(path: str, ndim: int, setting: LoRA, uses: list[Use]) -> tuple[Axes, str]:
+def uses_of(
+    targets: Collection[str],
+    params: Params,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    full: Collection[str] = (),
+) -> dict[str, list[Use]]:
+    """How a traced function uses some of its parameters: path -> uses, in the order of `targets`; nothing runs.
+
+    Args:
+      full: those that are only watched for being used at all.
+    """
+    named, treedef = flatten(params)
+    abstract = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in named.items() if is_array(x)}
+    ctx = Context()
+    inputs, tree = jax.tree_util.tree_flatten((args, dict(kwargs)))
+    dynamic = {i: x for i, x in enumerate(inputs) if is_array(x)}
+
+    def traced(arrays: dict[str, Any], dynamic: dict[int, Any]) -> None:
+        values = [dynamic.get(i, x) for i, x in enumerate(inputs)]
+        some, keywords = jax.tree_util.tree_unflatten(tree, values)
+        leaves = {**named, **arrays}
+        probes = {
+            p: Weight(parts=(whole(p, leaves[p].shape),), w=leaves[p], trained_in_full=p in full) for p in targets
+        }
+        run(ctx, fn, leaves, treedef, probes, some, keywords)
+
+    jax.eval_shape(traced, abstract, dynamic)
+    return {path: [use for use in ctx.uses.values() if use.path == path] for path in targets}
+
+
+def _axes(path: str, ndim: int, setting: Setting, uses: list[Use]) -> tuple[Axes, str]:
     """The axes of a site, and its use, from what the trace saw or the setting says.
 
     Raises:
@@ -113,7 +129,7 @@ def _axes(path: str, ndim: int, setting: LoRA, uses: list[Use]) -> tuple[Axes, s
         raise PlanError(
             f"{path!r} is used in two incompatible ways: {', and '.join(said)}.\n"
             "  a low-rank update needs one split into inputs and outputs\n"
-            f"  say which axes are its inputs, LoRA(rank=..., inputs={first.inputs}), or exclude it"
+            f"  say which axes are its inputs, {setting.kind} with inputs={first.inputs}, or exclude it"
         )
     if not known:
         return Axes(inputs=tuple(range(ndim - 1)), outputs=(ndim - 1,)), "other"

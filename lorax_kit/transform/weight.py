@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from jax.tree_util import Partial
 
 from lorax_kit.after import after
 from lorax_kit.core.compact import LowRank, Quantised
-from lorax_kit.core.factors import Factors
+from lorax_kit.core.method import Update
 from lorax_kit.core.plan import Axes, Site
 from lorax_kit.placement import varies
 
@@ -125,7 +126,7 @@ class Weight:
       parts: whose they are.
       w: the base in its current layout and dtype.
       a, b: (r, *d), each d the size of that dimension of `w` or 1; None while a plan is being resolved.
-      column: (*d) multiplier (DoRA), or None.
+      column: (*d) multiplier, the gains, or None.
       scale: scalar.
       key: random key of the site's dropout; None where nothing is dropped.
       source: of a quantised base, from which `used` restores `w` once more in the backward pass.
@@ -266,8 +267,7 @@ def make_weight(
     site: Site,
     w: Array,
     source: Source | None,
-    factors: Factors,
-    column: Array | None,
+    update: Update,
     scale: Any,
     key: Array | None,
 ) -> Weight:
@@ -275,18 +275,26 @@ def make_weight(
 
     Args:
       w, source: the base, and where it comes from if it is quantised.
-      column: (*stack, *out), or None.
-      scale: replaces the site's.
+      update: from the site's method; without rows it is a gain alone.
+      scale: s.
       key: random key for dropout, or None.
     """
     inputs, outputs = (*site.axes.stack, *site.axes.inputs), (*site.axes.stack, *site.axes.outputs)
+    a, b = update.a, update.b
+    if a is None or b is None:
+        a, b = (jnp.zeros((0, *(site.shape[i] for i in axes)), jnp.float32) for axes in (inputs, outputs))
+    gains = [
+        _spread(gain, axes, 0, w.ndim)
+        for gain, axes in ((update.out_gain, outputs), (update.in_gain, inputs))
+        if gain is not None
+    ]
     return Weight(
-        parts=(whole(site.path, site.shape, dropout=site.setting.dropout),),
+        parts=(whole(site.path, site.shape, dropout=site.dropout),),
         w=w,
         source=source,
-        a=_spread(factors.a, inputs, 1, w.ndim),
-        b=_spread(factors.b, outputs, 1, w.ndim),
-        column=None if column is None else _spread(column, outputs, 0, w.ndim),
+        a=_spread(a, inputs, 1, w.ndim),
+        b=_spread(b, outputs, 1, w.ndim),
+        column=reduce(jnp.multiply, gains) if gains else None,
         scale=jnp.asarray(scale, jnp.float32),
         key=key,
     )

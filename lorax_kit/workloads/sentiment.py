@@ -17,7 +17,9 @@ from lorax_kit.core.errors import AdapterError, PlanError, StudyError
 from lorax_kit.core.merge import merge, split
 from lorax_kit.core.paths import paths
 from lorax_kit.core.quantise import quantise
-from lorax_kit.core.spec import Full, LoRA, Spec
+from lorax_kit.core.setting import Full
+from lorax_kit.core.spec import Spec
+from lorax_kit.methods import LoRA
 from lorax_kit.models import BertClassifier, Tokenizer, classifier_params, load_bert
 from lorax_kit.study.problem import Problem
 from lorax_kit.study.session import evaluator
@@ -230,7 +232,7 @@ def train_adapter(
         raise StudyError(f"training gave no usable adapter: {fitted.stopped}.\n  lower the learning rate")
     final = test(merge(base, fitted.state.factors, plan))
     meta = {"problem": problem.name, "settings": workload.to_dict()}
-    save_adapter(out / "adapter", spec, fitted.state.factors, base=base, plan=plan, meta=meta)
+    save_adapter(out / "adapter", plan, fitted.state.factors, base=base, meta=meta)
     return {
         "adapter": str(out / "adapter"),
         "stopped": fitted.stopped,

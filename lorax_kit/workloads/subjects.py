@@ -18,7 +18,8 @@ from lorax_kit.core.errors import CompressError
 from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params
 from lorax_kit.core.plan import Plan
-from lorax_kit.core.spec import LoRA, Spec
+from lorax_kit.core.spec import Spec
+from lorax_kit.methods import LoRA
 from lorax_kit.models import BertClassifier, BertConfig, LlamaModel, load_bert, load_llama
 from lorax_kit.tasks import (
     Plays,

@@ -89,7 +89,7 @@ def test_scales_and_the_content_of_the_config_are_kept(case, params):
 @pytest.mark.parametrize("case", CASES)
 def test_what_we_write_is_what_peft_wrote_and_comes_back_bitwise(case, params, tmp_path):
     adapter = load(case, params)
-    lk.save_peft(tmp_path / "x", adapter.spec, adapter.factors, base=params, names=NAMES, plan=adapter.plan)
+    lk.save_peft(tmp_path / "x", adapter.plan, adapter.factors, base=params, names=NAMES)
     ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (tmp_path / "x", PEFT / case))
     assert set(ours) == set(theirs)
     for name, x in theirs.items():
@@ -173,7 +173,7 @@ def test_attention_kernels_of_three_axes_are_flattened_and_found_again(tmp_path,
     _, factors = lk.split(params, plan, jax.random.key(2))
     factors = {p: f._replace(b=draw(jax.random.key(3), f.b.shape)) for p, f in factors.items()}
     names = {"q": "q_proj.weight", "o": "o_proj.weight"}
-    lk.save_peft(tmp_path / "x", spec, factors, base=params, names=names, plan=plan)
+    lk.save_peft(tmp_path / "x", plan, factors, base=params, names=names)
     tensors = load_file(tmp_path / "x/adapter_model.safetensors")
     a, b = (tensors[f"base_model.model.o_proj.lora_{x}.weight"].astype(np.float64) for x in "AB")
     assert (a.shape, b.shape) == ((3, 8), (6, 3))
@@ -192,7 +192,7 @@ def test_a_matrix_kept_as_out_by_in_is_taken_the_way_it_fits(tmp_path, shape):
     plan = lk.resolve(spec, params, lambda p, x: p["layer"]["weight"] @ x, jnp.ones(shape[1]))
     assert plan.sites[0].axes.inputs == (1,)
     _, factors = lk.split(params, plan, jax.random.key(1))
-    lk.save_peft(tmp_path / "x", spec, factors, base=params, names=names, plan=plan)
+    lk.save_peft(tmp_path / "x", plan, factors, base=params, names=names)
     if shape == (4, 4):
         with pytest.raises(lk.AdapterError, match="in 2 ways"):
             lk.load_peft(tmp_path / "x", base=params, names=names)

@@ -224,7 +224,7 @@ SAVES = [
     ({"window/kernel": R1}, {}, "is neither multiplied nor looked up"),
     ({"raw": R1}, {}, "'raw' is 'raw' in torch; PEFT adapts the `weight` of a module"),
     ({"{q,k}/kernel": R1}, {"k/kernel": "q.weight"}, "'q/kernel' is 'q.weight' in torch"),
-    ({"q/kernel": R1, "k/kernel": lk.LoRA(rank=1, variant="dora")}, {}, "PEFT has one variant for all modules"),
+    ({"q/kernel": R1, "k/kernel": lk.DoRA(rank=1)}, {}, "PEFT has one variant for all modules"),
     ({"q/kernel": R1, "k/kernel": lk.LoRA(rank=1, rslora=True)}, {}, "PEFT has one rslora for all modules"),
     ({"q/kernel": R1, "k/kernel": lk.LoRA(rank=1, dropout=0.1)}, {}, "PEFT has one dropout for all modules"),
     ({"q/kernel": R1, "q/bias": lk.Full()}, {}, "'q' is adapted and also has a parameter trained in full"),
@@ -242,7 +242,7 @@ def test_what_peft_cannot_hold_says(tmp_path, rules, renamed, says):
     _, factors = lk.split(PARAMS, plan, jax.random.key(0))
     names = {p: name for p, name in (TORCH | renamed).items() if name}
     with pytest.raises(lk.AdapterError) as e:
-        lk.save_peft(tmp_path / "x", spec, factors, base=PARAMS, names=names, plan=plan)
+        lk.save_peft(tmp_path / "x", plan, factors, base=PARAMS, names=names)
     assert says in str(e.value)
     assert list(tmp_path.iterdir()) == []
 

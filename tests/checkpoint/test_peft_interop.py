@@ -26,8 +26,8 @@ LINEARS = "**/{query,key,value,output,up,down}/kernel"
 SPECS = {
     "lora": {"**/{query,value}/kernel": lk.LoRA(rank=4, alpha=6)},
     "rslora": {LINEARS: lk.LoRA(rank=3, alpha=2, rslora=True)},
-    "dora": {LINEARS: lk.LoRA(rank=3, alpha=2, variant="dora")},
-    "dora_embedding": {"embeddings/word/embedding": lk.LoRA(rank=2, alpha=3, variant="dora")},
+    "dora": {LINEARS: lk.DoRA(rank=3, alpha=2)},
+    "dora_embedding": {"embeddings/word/embedding": lk.DoRA(rank=2, alpha=3)},
     "differing": {
         "layer_0/**/kernel": lk.LoRA(rank=2, alpha=1.5),
         "layer_1/attention/value/kernel": lk.LoRA(rank=7),
@@ -59,7 +59,7 @@ def test_peft_loads_what_we_write(name, params, tmp_path):
     plan = lk.resolve(spec, params, encode, *inputs)
     _, factors = lk.split(params, plan, jax.random.key(0))
     factors = drawn(factors)
-    lk.save_peft(tmp_path / "x", spec, factors, base=params, names=NAMES, plan=plan)
+    lk.save_peft(tmp_path / "x", plan, factors, base=params, names=NAMES)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT only warns of adapter weights that it misses
         model = peft.PeftModel.from_pretrained(make_peft.model(), tmp_path / "x").eval()
@@ -74,7 +74,7 @@ def test_peft_has_the_same_tensors_and_writes_them_back_bitwise(name, params, tm
     plan = lk.resolve(spec, params, encode, *(outputs()[x] for x in ("ids", "mask", "types")))
     _, factors = lk.split(params, plan, jax.random.key(0))
     factors = drawn(factors)
-    lk.save_peft(tmp_path / "x", spec, factors, base=params, names=NAMES, plan=plan)
+    lk.save_peft(tmp_path / "x", plan, factors, base=params, names=NAMES)
     peft.PeftModel.from_pretrained(make_peft.model(), tmp_path / "x").save_pretrained(tmp_path / "y")
     again = lk.load_peft(tmp_path / "y", base=params, names=NAMES)
     assert [s.setting.scale for s in again.plan.sites] == [s.setting.scale for s in plan.sites]

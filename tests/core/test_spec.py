@@ -68,7 +68,7 @@ def test_the_first_rule_that_matches_wins_and_exclude_wins_over_all():
 
 def test_json_round_trip_is_equal_and_hash_agrees():
     spec = lk.Spec(
-        {"**/query/kernel": lk.LoRA(rank=8, alpha=16, variant="dora", rslora=True, dropout=0.1), "head/**": lk.Full()},
+        {"**/query/kernel": lk.DoRA(rank=8, alpha=16, rslora=True, dropout=0.1), "head/**": lk.Full()},
         exclude=["encoder/layer_0/**"],
         compute_dtype="bfloat16",
     )

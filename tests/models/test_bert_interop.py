@@ -67,7 +67,7 @@ def test_an_adapter_of_the_real_minilm_serves_in_peft(pretrained, inputs, tmp_pa
     _, factors = lk.split(pretrained.params, plan, jax.random.key(0))
     factors = {p: f._replace(b=0.05 * jax.random.normal(jax.random.key(1), f.b.shape)) for p, f in factors.items()}
     names = torch_names(pretrained.config)
-    lk.save_peft(tmp_path / "x", spec, factors, base=pretrained.params, names=names, plan=plan)
+    lk.save_peft(tmp_path / "x", plan, factors, base=pretrained.params, names=names)
     ours = jax.jit(lk.adapt(encode, plan))(pretrained.params, factors, *inputs)
     assert jnp.abs(ours - encode(pretrained.params, *inputs)).max() > 0.1
     served = hidden(peft.PeftModel.from_pretrained(theirs(), tmp_path / "x").eval(), inputs)

@@ -28,7 +28,6 @@ PLANS = [
     ({"q/kernel": lk.LoRA(rank=5)}, (), "above min(in, out) = 4"),
     ({"ids/kernel": R1}, (), "dtype is int32"),
     ({"k/kernel": R1}, (), "never uses 'k/kernel'"),
-    ({"q/kernel": lk.LoRA(rank=1, variant="lorra")}, (), "variant 'lorra' is unknown"),
 ]
 
 
@@ -48,7 +47,7 @@ SETTINGS = [
     ({"rank": 1, "alpha": 0}, "alpha is 0"),
     ({"rank": 1, "alpha": float("nan")}, "alpha is nan"),
     ({"rank": 1, "dropout": 1.0}, "dropout is 1.0"),
-    ({"rank": 1, "init": "ones"}, "init is 'ones'"),
+    ({"rank": 1, "start": "ones"}, "start is 'ones'"),
     ({"rank": 1, "dtype": "int8"}, "dtype is 'int8'"),
 ]
 

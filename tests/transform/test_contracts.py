@@ -79,7 +79,7 @@ def test_dora_gradients_detach_the_norm():
     x, w = np.random.default_rng(0).normal(size=(5, 4)), np.random.default_rng(1).normal(size=(4, 3))
     params = {"w": jnp.asarray(w, jnp.float32)}
     fn = lambda p, x: x @ p["w"]  # noqa: E731
-    plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=2, alpha=2, variant="dora")}), params, fn, jnp.asarray(x, jnp.float32))
+    plan = lk.resolve(lk.Spec({"w": lk.DoRA(rank=2, alpha=2)}), params, fn, jnp.asarray(x, jnp.float32))
     base, factors = lk.split(params, plan, jax.random.key(0))
     factors = moved(factors)
     got = jax.grad(lambda f: jnp.sum(lk.adapt(fn, plan)(base, f, jnp.asarray(x, jnp.float32))))(factors)["w"]

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import lorax_kit as lk
-from lorax_kit.core.factors import site_key
+from lorax_kit.core.leaves import site_key
 from tests.draws import moved
 from tests.transform.uses import CASES, CONV
 

@@ -1,0 +1,106 @@
+"""The trainable tree: a flat dict, path -> the leaves of the site's method, path -> `FullLeaf` for full ones.
+
+Leaves are rank-first: a (r, *stack, *in), b (r, *stack, *out), the update a^T b summed over r. If row i of both
+is zero, its gradients are zero and it stays zero under SGD, Adam and AdamW: a rank-r trial is a rank-R trial whose
+last R - r rows start at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lorax_kit.core.errors import AdapterError, LoraxError
+from lorax_kit.core.method import frozen_leaves, leaf_shapes, method_of
+from lorax_kit.core.plan import Plan, Site
+
+
+class FullLeaf(NamedTuple):
+    """A parameter trained in full."""
+
+    value: Array
+
+
+FactorTree = Mapping[str, Any]
+"""The trainable tree: path -> a NamedTuple of arrays, the method's own or `FullLeaf`."""
+
+
+def wide(*dtypes: Any) -> Any:
+    """The narrowest float dtype that holds all of `dtypes` and float32: what is summed, or multiplied by a gain, in."""
+    with jax.numpy_dtype_promotion("standard"):
+        return reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+
+
+def check_key(key: Any, name: str = "the key") -> None:
+    """Raise `LoraxError` unless `key` is one random key: typed, or the uint32 words of a raw one."""
+    dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
+    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed and ndim == 0) and not (dtype == jnp.uint32 and ndim == 1):
+        found = repr(key) if dtype is None else f"an array of shape {key.shape} and dtype {dtype}"
+        raise LoraxError(f"{name} is {found}; it must be one random key.\n  make it: jax.random.key(0)")
+
+
+def site_key(key: Array, path: str) -> Array:
+    """The random key of one site: independent of which other sites exist."""
+    return jax.random.fold_in(key, crc32(path.encode()))
+
+
+def trained_only(plan: Plan, factors: FactorTree) -> dict[str, Any]:
+    """The factors without their frozen leaves: what counts as trained."""
+    frozen = {site.path: dict.fromkeys(frozen_leaves(site.setting)) for site in plan.sites}
+    return {path: leaves._replace(**frozen.get(path, {})) for path, leaves in factors.items()}
+
+
+def check_factors(plan: Plan, factors: FactorTree) -> None:
+    """Raise `AdapterError` unless `factors` has exactly the plan's paths and shapes."""
+    if not isinstance(factors, Mapping):
+        raise AdapterError(
+            f"the factors are a {type(factors).__name__}; they must be the dict that lk.split returns.\n"
+            "  call adapted(base, factors, *inputs)"
+        )
+    expected = set(plan.trained)
+    for word, names in (("lack", expected - set(factors)), ("hold the unplanned", set(factors) - expected)):
+        if names:
+            raise AdapterError(
+                f"the factors {word} {min(names)!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "") + ".\n"
+                f"  the plan has {len(expected)} trained parameters, the factors {len(factors)}: were they split "
+                "by this plan?"
+            )
+    for site in plan.sites:
+        _check_leaves(site, factors[site.path])
+    for leaf in plan.full:
+        value = factors[leaf.path]
+        if not isinstance(value, FullLeaf) or value.value.shape != leaf.shape:
+            raise AdapterError(f"the factors at {leaf.path!r} do not hold a full leaf of shape {leaf.shape}.")
+
+
+def _check_leaves(site: Site, leaves: Any) -> None:
+    method, expected = method_of(site.setting), leaf_shapes(site)
+    if not isinstance(leaves, method.leaves):
+        raise AdapterError(
+            f"{site.path!r} is planned as {site.setting.kind}, whose leaves are {method.leaves.__name__}, "
+            f"but its leaves are {type(leaves).__name__}."
+        )
+    for name, want in expected._asdict().items():
+        x = getattr(leaves, name)
+        if (x is None) != (want is None):
+            have = "has no" if x is None else "has a"
+            raise AdapterError(
+                f"the leaves at {site.path!r} ({site.setting.kind}) {have} {name!r}, "
+                f"which its setting {'needs' if x is None else 'does without'}."
+            )
+        if x is None:
+            continue
+        if x.shape != want.shape:
+            raise AdapterError(
+                f"{name} at {site.path!r} has shape {x.shape}.\n"
+                f"  the plan ({site.setting.kind}, rank {site.rank}) expects {want.shape}"
+            )
+        if jnp.issubdtype(want.dtype, jnp.floating) and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise AdapterError(f"{name} of {site.path!r} is {x.dtype}; leaves are real floats.")

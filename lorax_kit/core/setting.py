@@ -1,0 +1,142 @@
+"""Settings: what a rule of a spec says of the parameters it matches. Each file of `lorax_kit.methods` adds a class.
+
+A setting is a frozen dataclass of plain values, so that it hashes, compares, and turns into JSON and back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_kit.core.errors import SpecError
+
+
+def need(ok: bool, message: str) -> None:
+    """Raise `SpecError` unless `ok`."""
+    if not ok:
+        raise SpecError(message)
+
+
+def is_int(x: Any) -> bool:
+    """Whether `x` is an integer, which a bool is not."""
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def is_number(x: Any) -> bool:
+    """Whether `x` is a number, which a bool is not."""
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def plain(x: Any) -> Any:
+    """A numpy scalar as Python's own number, so that settings compare, hash and turn into JSON alike."""
+    return x.item() if isinstance(x, np.generic) else x
+
+
+def check_float_dtype(name: Any, where: str) -> None:
+    """Raise `SpecError` unless `name` names a float dtype."""
+    try:
+        ok = isinstance(name, str) and jnp.issubdtype(jnp.dtype(name), jnp.floating)
+    except TypeError:
+        ok = False
+    need(ok, f"{where} is {name!r}; it must name a float dtype such as 'float32' or 'bfloat16'.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What the settings of every method have.
+
+    Args:
+      dtype: dtype in which the leaves are stored and trained. What gains are made of stays in at least float32.
+      inputs: which axes of the parameter are its inputs; None: those that the function contracts. To be given only
+        where the function uses the parameter in ways that do not agree, or where no function is traced.
+    """
+
+    dtype: str = "float32"
+    inputs: tuple[int, ...] | None = None
+    kind: ClassVar[str] = ""
+    older: ClassVar[tuple[str, ...]] = ()
+    """Keys of older JSON that the constructor still takes."""
+
+    def __post_init__(self, *_: Any) -> None:
+        check_float_dtype(self.dtype, "dtype")
+        if self.inputs is not None:
+            axes = self.inputs if isinstance(self.inputs, list | tuple) else (None,)
+            ok = bool(axes) and all(is_int(i) and i >= 0 for i in axes) and len(set(axes)) == len(axes)
+            need(ok, f"inputs is {self.inputs!r}; it must list axes of the parameter, such as (0,).")
+            object.__setattr__(self, "inputs", tuple(sorted(axes)))
+
+    @property
+    def scale(self) -> float:
+        """s in W + s * sum_r a[r] b[r]."""
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSetting(Setting):
+    """What the settings of a method with a rank have.
+
+    Args:
+      rank: at least 1, and at most what the method can hold at every site: min(in, out) for most.
+      dropout: probability in [0, 1) of dropping inputs of the low-rank path while training.
+    """
+
+    rank: int
+    dropout: float = 0.0
+
+    def __post_init__(self, *_: Any) -> None:
+        for name in ("rank", "dropout"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        super().__post_init__()
+        need(
+            is_int(self.rank) and self.rank >= 1,
+            f"rank is {self.rank!r}; it must be an integer of at least 1.\n"
+            "  to train no low-rank factors at all, leave the rule out",
+        )
+        ok = is_number(self.dropout) and 0 <= self.dropout < 1
+        need(ok, f"dropout is {self.dropout!r}; it must lie in [0, 1).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledSetting(RankSetting):
+    """What the settings of a method with a rank and an alpha have.
+
+    Args:
+      alpha: the scale is alpha / rank (or alpha / sqrt(rank)); None means alpha = rank, a scale of 1.
+      rslora: scale by alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732).
+    """
+
+    alpha: float | None = None
+    rslora: bool = False
+
+    def __post_init__(self, *_: Any) -> None:
+        object.__setattr__(self, "alpha", plain(self.alpha))
+        super().__post_init__()
+        ok = self.alpha is None or (is_number(self.alpha) and 0 < self.alpha < float("inf"))
+        need(ok, f"alpha is {self.alpha!r}; it must be a positive number.")
+        need(isinstance(self.rslora, bool), f"rslora is {self.rslora!r}; it must be true or false.")
+
+    @property
+    def scale(self) -> float:
+        """s in W + s * sum_r a[r] b[r]."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return float(alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """Train a parameter in full: a head, biases, norms.
+
+    Args:
+      dtype: in which it is trained, at least as wide as its own; None: its own, or float32 where that is narrower.
+    """
+
+    dtype: str | None = None
+    kind: ClassVar[str] = "full"
+    older: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            check_float_dtype(self.dtype, "dtype")

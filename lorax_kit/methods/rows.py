@@ -1,0 +1,79 @@
+"""Rows: W' = W + E^T B: chosen rows of a table move freely, every other stays (PEFT's trainable tokens).
+
+Symbols: E is `a` (k, *in), the unit vectors of the k chosen rows, frozen; B is `b` (k, *out), trained from zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lorax_kit.core.errors import PlanError
+from lorax_kit.core.method import Hints, Method, Update
+from lorax_kit.core.plan import Site
+from lorax_kit.core.setting import Setting, is_int, need, plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(Setting):
+    """Train chosen rows of a table, such as the embeddings of a few new tokens, and no other.
+
+    Args:
+      rows: indices along the axis that is looked up; of a kernel, along its inputs.
+      dtype, inputs: as in `LoRA`.
+
+    Example:
+      >>> import lorax_kit as lk
+      >>> table, ids = {"table": jnp.ones((10, 4))}, jnp.arange(3)
+      >>> plan = lk.resolve(lk.Spec({"table": Rows(rows=(2, 7))}), table, lambda p, i: p["table"][i], ids)
+      >>> lk.split(table, plan, jax.random.key(0))[1]["table"].b.shape
+      (2, 4)
+    """
+
+    rows: tuple[int, ...]
+    kind: ClassVar[str] = "rows"
+
+    def __post_init__(self, *_: Any) -> None:
+        super().__post_init__()
+        given = [plain(i) for i in self.rows] if isinstance(self.rows, list | tuple | range) else [None]
+        ok = len(given) > 0 and all(is_int(i) and i >= 0 for i in given) and len(set(given)) == len(given)
+        need(ok, f"rows is {self.rows!r}; it must list different rows of the table, such as (5, 7).")
+        object.__setattr__(self, "rows", tuple(given))
+
+
+class RowLeaves(NamedTuple):
+    """The leaves of Rows.
+
+    Attributes:
+      a: (k, *stack, *in), frozen: which rows.
+      b: (k, *stack, *out): what is added to them.
+    """
+
+    a: Array
+    b: Array
+
+
+def init(site: Site, w: Array, key: Array, hints: Hints) -> RowLeaves:
+    """The unit vectors of the rows, and zeros."""
+    rows, size = site.setting.rows, prod(site.in_shape)  # type: ignore[attr-defined]
+    if max(rows) >= size:
+        raise PlanError(f"row {max(rows)} does not exist: there are {size}.")
+    dtype = jnp.dtype(site.setting.dtype)
+    ones = jax.nn.one_hot(jnp.asarray(rows), size, dtype=dtype).reshape(
+        len(rows), *(1,) * len(site.stack_shape), *site.in_shape
+    )
+    a = jnp.broadcast_to(ones, (len(rows), *site.stack_shape, *site.in_shape))
+    return RowLeaves(a, jnp.zeros((len(rows), *site.stack_shape, *site.out_shape), dtype))
+
+
+def update(site: Site, w: Array, leaves: RowLeaves, scale: Any) -> Update:
+    """Unit vectors times what is added."""
+    return Update(leaves.a, leaves.b)
+
+
+ROWS = Method(setting=Rows, leaves=RowLeaves, init=init, update=update, frozen=frozenset({"a"}))

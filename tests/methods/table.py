@@ -1,0 +1,168 @@
+"""The contract table: every method and start on every kind of model, each model's cells in one compiled program.
+
+A cell is (way, model). A way is a method, with a start where it has one. What a way cannot do on a model, the plan says
+in words when it is resolved; `EXCUSED` lists those words, so that a cell that stops working is noticed.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lorax_kit as lk
+from lorax_kit.core.compact import dense
+from lorax_kit.core.leaves import FullLeaf
+from lorax_kit.core.merge import effective_weight
+from lorax_kit.core.method import frozen_leaves, update_of
+from lorax_kit.core.paths import flatten
+from tests.cases import CASES, Case
+
+WAYS = {
+    "lora": lk.LoRA(rank=2, alpha=3),
+    "rslora": lk.LoRA(rank=2, alpha=3, rslora=True),
+    "lora_fa": lk.LoRA(rank=2, alpha=3, freeze_a=True),
+    "dora": lk.DoRA(rank=2, alpha=3),
+    "rows": lk.Rows(rows=(0, 2)),
+    "lora + normal": lk.LoRA(rank=2, alpha=3, start="normal"),
+}
+
+
+def quantised() -> Case:
+    """An mlp whose kernels are kept in 4 bits."""
+    case = CASES["mlp"]()
+    return case._replace(params=lk.quantise(case.params, ["**/kernel"], "nf4", block=2))
+
+
+def bf16() -> Case:
+    """An mlp in bf16."""
+    params, fn, (x,), targets = CASES["mlp"]()
+    half = jax.tree.map(lambda v: v.astype(jnp.bfloat16), (params, x))
+    return Case(half[0], fn, (half[1],), targets)
+
+
+MODELS = {**{name: CASES[name] for name in CASES if name != "materialised"}, "quantised": quantised, "bf16": bf16}
+
+EXCUSED: dict[tuple[str, str], str] = {}
+"""(way, model) -> what the plan's error says of a cell that does not apply."""
+
+
+class Cell(NamedTuple):
+    """One way on one model, with leaves at their start and moved."""
+
+    case: Case
+    plan: Any
+    base: Any
+    start: Any
+    moved: Any
+
+
+class Numbers(NamedTuple):
+    """What the compiled program of a model says of a cell: outputs, and gradients for the moved leaves."""
+
+    at_start: Any
+    adapted: Any
+    merged: Any
+    gradient: Any
+    merged_gradient: Any
+
+
+@cache
+def hints(model: str) -> Any:
+    """What data-dependent starts look at: None while there are none."""
+    return None
+
+
+@cache
+def cell(way: str, model: str) -> Cell | str:
+    """The cell, or why it does not apply."""
+    case = MODELS[model]()
+    spec = lk.Spec(dict.fromkeys(case.targets, WAYS[way]))
+    try:
+        plan = lk.resolve(spec, case.params, case.fn, *case.inputs)
+    except lk.LoraxError as e:
+        return str(e)
+    base, factors = lk.split(case.params, plan, jax.random.key(1), hints=hints(model))
+    return Cell(case, plan, base, factors, moved(plan, factors))
+
+
+def moved(plan: Any, factors: Any) -> Any:
+    """Trained leaves moved at random by 0.3; frozen ones as they are."""
+    rng = np.random.default_rng(7)
+    frozen = {site.path: frozen_leaves(site.setting) for site in plan.sites}
+
+    def move(path: str, leaves: Any) -> Any:
+        held = frozen.get(path, ())
+        changed = {
+            name: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype)
+            for name, x in leaves._asdict().items()
+            if x is not None and name not in held
+        }
+        return leaves._replace(**changed)
+
+    return {path: move(path, leaves) for path, leaves in factors.items()}
+
+
+def loss(out: Any) -> Any:
+    """A scalar whose gradient reaches every output."""
+    return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in jax.tree.leaves(out))
+
+
+@cache
+def numbers(model: str) -> dict[str, Numbers]:
+    """Every way on one model, by one compiled program."""
+    cells = {way: c for way in WAYS if isinstance(c := cell(way, model), Cell)}
+
+    def one(way: str, start: Any, factors: Any) -> Numbers:
+        c = cells[way]
+        adapted = lk.adapt(c.case.fn, c.plan)
+
+        def through_merge(f: Any) -> Any:
+            return c.case.fn(with_sites(c, f), *c.case.inputs)
+
+        return Numbers(
+            adapted(c.base, start, *c.case.inputs),
+            adapted(c.base, factors, *c.case.inputs),
+            through_merge(factors),
+            jax.grad(lambda f: loss(adapted(c.base, f, *c.case.inputs)))(factors),
+            jax.grad(lambda f: loss(through_merge(f)))(factors),
+        )
+
+    @jax.jit
+    def program(starts: Any, factors: Any) -> Any:
+        return {way: one(way, starts[way], factors[way]) for way in cells}
+
+    out = program({way: c.start for way, c in cells.items()}, {way: c.moved for way, c in cells.items()})
+    return jax.device_get(out)
+
+
+def with_sites(c: Cell, factors: Any) -> Any:
+    """Params with the effective weight of every site; `lk.merge` without its checks, which cannot be differentiated."""
+    named, treedef = flatten(c.base)
+    whole = {path: dense(x) if hasattr(x, "restore") else x for path, x in named.items()}
+    for site in c.plan.sites:
+        whole[site.path] = effective_weight(site, whole[site.path], factors[site.path])
+    for path, leaves in factors.items():
+        if isinstance(leaves, FullLeaf):
+            whole[path] = leaves.value
+    return jax.tree.unflatten(treedef, list(whole.values()))
+
+
+def normal_form(site: Any, w: Any, leaves: Any) -> np.ndarray:
+    """W' in float64 numpy, from the update's rows and gains and `site.axes` alone."""
+    update = jax.device_get(update_of(site, dense(w), leaves, site.scale))
+    out = np.asarray(dense(w), np.float64)
+    axes = site.axes
+    letters = "abcdefghij"
+    whole = "".join(letters[i] for i in range(out.ndim))
+    ins, outs = ("".join(letters[i] for i in (*axes.stack, *some)) for some in (axes.inputs, axes.outputs))
+    if update.a is not None:
+        a, b = np.asarray(update.a, np.float64), np.asarray(update.b, np.float64)
+        out = out + site.scale * np.einsum(f"z{ins},z{outs}->{whole}", a, b)
+    for gain, own in ((update.out_gain, outs), (update.in_gain, ins)):
+        if gain is not None:
+            out = np.einsum(f"{whole},{own}->{whole}", out, np.asarray(gain, np.float64))
+    return out
