@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lorax_kit.dtypes import wide
+
 # Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (appendix E of the paper).
 NF4 = np.array(
     [
@@ -142,7 +144,7 @@ class LowRank:
 
     def restore(self) -> Array:
         """The parameter, (*shape) in `dtype`, summed in at least fp32."""
-        dtype = jnp.promote_types(self.a.dtype, jnp.float32)
+        dtype = wide(self.a.dtype)
         total = outer(dense(self.a), dense(self.b), self.inputs, self.outputs, self.stack, dtype)
         if self.residual is not None:
             total = total + dense(self.residual).astype(dtype)

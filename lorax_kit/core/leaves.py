@@ -8,7 +8,6 @@ last R - r rows start at zero.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import reduce
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -29,12 +28,6 @@ class FullLeaf(NamedTuple):
 
 FactorTree = Mapping[str, Any]
 """The trainable tree: path -> a NamedTuple of arrays, the method's own or `FullLeaf`."""
-
-
-def wide(*dtypes: Any) -> Any:
-    """The narrowest float dtype that holds all of `dtypes` and float32: what is summed, or multiplied by a gain, in."""
-    with jax.numpy_dtype_promotion("standard"):
-        return reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
 def check_key(key: Any, name: str = "the key") -> None:

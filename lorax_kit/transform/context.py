@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from math import prod
 from typing import Any
 
@@ -13,6 +12,7 @@ from jax import Array
 from jax.tree_util import Partial
 
 from lorax_kit.core.plan import Axes
+from lorax_kit.dtypes import widest
 from lorax_kit.transform.cost import NONE, Costs, Product, choose, together
 from lorax_kit.transform.kernels import KERNELS, Operands, Outputs
 from lorax_kit.transform.recompute import Keep
@@ -126,7 +126,7 @@ class Context:
 
     def update_dtype(self, *operands: Array) -> Any:
         """What a low-rank update is computed in: the plan's dtype, or the one that holds all operands."""
-        return jnp.dtype(self.compute_dtype or reduce(jnp.promote_types, (x.dtype for x in operands)))
+        return jnp.dtype(self.compute_dtype or widest(*(x.dtype for x in operands)))
 
     def select(self, product: Product) -> tuple[str, str]:
         """The kernel for a product, and why."""

@@ -25,6 +25,7 @@ from lorax_kit.after import after
 from lorax_kit.core.compact import LowRank, Quantised
 from lorax_kit.core.method import Update
 from lorax_kit.core.plan import Axes, Site
+from lorax_kit.dtypes import wide
 from lorax_kit.placement import varies
 
 
@@ -256,7 +257,7 @@ class Weight:
         """The whole sum in the current layout and dtype: what an unknown operation is given."""
         if self.probe:
             return self.w
-        dtype = jnp.promote_types(self.factors()[0].dtype, self.w.dtype)
+        dtype = wide(self.factors()[0].dtype, self.w.dtype)
         total = self.w.astype(dtype) + self.update(dtype)
         if self.column is not None:
             total = self.column.astype(dtype) * total
