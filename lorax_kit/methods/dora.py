@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from lorax_kit.core.leaves import wide
 from lorax_kit.core.method import Hints, Method, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import ScaledSetting
+from lorax_kit.dtypes import wide
 from lorax_kit.methods.lora import first_factors, rows_of
 from lorax_kit.methods.peft_lora import form
 from lorax_kit.starts import start_of
