@@ -6,11 +6,18 @@ Symbols: A is `a` (r, in), B is `b` (r, out), s is `scale`. Q_a and Q_b are orth
 matrix is never formed: the cost is two thin QR factorisations and the SVD of an r x r core.
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int
+from jax import Array
+from jax.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 def delta_spectrum(

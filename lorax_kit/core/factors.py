@@ -11,16 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from zlib import crc32
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
 
 from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.plan import Plan, Site
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class Factors(NamedTuple):

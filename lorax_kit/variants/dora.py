@@ -5,15 +5,19 @@ Symbols: m is `magnitude` (*stack, *out), A is `a` (r, *stack, *in), B is `b` (r
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
 
 from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.factors import Factors, init_lowrank
 from lorax_kit.core.plan import Site
 from lorax_kit.core.variant import Variant
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def _matrix(site: Site, w: Array) -> Float[Array, " stack in out"]:
