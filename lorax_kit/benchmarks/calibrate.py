@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from lorax_kit.benchmarks.timing import alternate, table, waiting
+from lorax_kit.benchmarks.timing import alternate, prepared, table
 from lorax_kit.transform.cost import Costs, Product, choose
 from lorax_kit.transform.kernels import KERNELS, Operand
 
@@ -74,7 +74,7 @@ def _form(how: str, m: int, k: int, n: int, r: int) -> Callable[[], None]:
         y, back = jax.vjp(forward, x, a, b)
         return y, back(g)
 
-    return waiting(both, x, w, a, b, g)
+    return prepared(both, x, w, a, b, g)
 
 
 def _fit(rows: list[dict[str, Any]]) -> Costs:

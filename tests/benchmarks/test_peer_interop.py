@@ -41,6 +41,6 @@ def test_the_peer_trains_what_we_train():
     for _ in range(5):
         state, info = step(state, base, case.batch)
         ours.append(float(info.loss))
-        theirs.append(peer())
+        theirs.append(float(peer()))
     assert ours == pytest.approx(theirs, abs=1e-4)  # fp32 sums in another order, through five steps of AdamW
     assert theirs[-1] < theirs[0] - 0.1
