@@ -9,7 +9,7 @@ import jax
 from tqdm import tqdm
 
 from lorax_kit.benchmarks.case import Case, make_case
-from lorax_kit.benchmarks.timing import alternate, calling, facts, ratio
+from lorax_kit.benchmarks.timing import alternate, calling, facts, product_flops, ratio
 from lorax_kit.compress import CompressPlan, LowRank, compress, compressed, plan_ranks
 from lorax_kit.core.paths import flatten, unflatten
 
@@ -48,7 +48,9 @@ def bench_forward(
         plan, params = _drawn(case, keep)
     models = {"dense": (case.apply, case.params), "small": (compressed(case.apply), params)}
     compiled = {name: jax.jit(fn).lower(params, case.batch).compile() for name, (fn, params) in models.items()}
-    dense, small = (facts(program) for program in compiled.values())
+    dense, small = (
+        facts(program) | {"flops": product_flops(*models[name], case.batch)} for name, program in compiled.items()
+    )
     runs = {name: calling(program, models[name][1], case.batch) for name, program in compiled.items()}
     bar = tqdm(range(rounds), desc=f"{width} wide, {batch_size}x{length}, keep {keep:g}", disable=not progress)
     times = alternate(runs, bar, least_ms=least_ms)
@@ -62,7 +64,7 @@ def bench_forward(
         "small_ms": median(times["small"]),
         "latency_ratio": latency.median,
         "spread": latency.spread,
-        **{f"{name}_ratio": small[key] / dense[key] for name, key in
+        **{f"{name}_ratio": small[key] / dense[key] if dense[key] else None for name, key in
            (("flops", "flops"), ("bytes", "bytes"), ("temp", "temp_bytes"))},
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,

@@ -45,9 +45,8 @@ def numbers(x):
 
 def test_rows_of_every_kind(small):
     kinds = [row["row"] for row in small]
-    two = ["stacked", "memory"] * 2
     assert kinds == [
-        *("environment", "step", *two, "form", "form", "calibrate", "step", "order", "forward", "end"),
+        *("environment", "step", "stacked", "memory", "form", "form", "calibrate", "step", "order", "forward", "end"),
     ]
     assert small[-1] == small[-1] | {"measured": len(small) - 1, "skipped_rows": 0}
     assert not [row for row in small if "skipped" in row]
@@ -79,14 +78,12 @@ def test_a_step_row_adds_up(small):
 
 
 def test_stacked_rows_add_up(small):
-    for row, memory, ranks in zip(of(small, "stacked"), of(small, "memory"), ([1], [1, 2, 4]), strict=True):
-        assert (row["trials"], row["ranks"]) == (memory["trials"], ranks) == (len(ranks), ranks)
-        assert row["ms_per_trial"] == pytest.approx(row["stacked_ms"] / len(ranks))
-        assert memory["estimate_over_xla"] == pytest.approx(memory["estimated_bytes"] / memory["xla_bytes"])
-        assert 0.3 < memory["estimate_over_xla"] < 3
-    one, three = of(small, "stacked")
-    assert one["flops"] == one["solo_flops"]  # rank 1 on both sides
-    assert three["flops"] > three["solo_flops"]  # rows of zero up to the highest rank
+    (row,), (memory,) = of(small, "stacked"), of(small, "memory")
+    assert (row["trials"], row["ranks"]) == (memory["trials"], [1, 2, 4]) == (3, [1, 2, 4])
+    assert row["ms_per_trial"] == pytest.approx(row["stacked_ms"] / 3)
+    assert row["flops"] > row["solo_flops"]  # rows of zero up to the highest rank
+    assert memory["estimate_over_xla"] == pytest.approx(memory["estimated_bytes"] / memory["xla_bytes"])
+    assert 0.5 < memory["estimate_over_xla"] < 2
 
 
 def test_forms_are_judged_by_what_was_measured(small):
@@ -108,7 +105,7 @@ def test_orders_save_memory_and_change_no_product(small):
 
 def test_no_budget_skips_every_row_with_a_reason():
     rows = []
-    planned = device_rows(small=True, peer=False)
+    planned = list(device_rows(small=True, peer=False))
     run_rows(planned, seconds=0, write=rows.append)
     assert [row["row"] for row in rows] == [*(row.kind for row in planned), "end"]
     assert all(row["skipped"] == "it would take about 1 s of the 0 s left" for row in rows[:-1])

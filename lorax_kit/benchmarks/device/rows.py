@@ -64,14 +64,14 @@ SMALL = Sizes(
     line=4096,
     steps=(Shape(32, 1, 2, 8, 16, "bfloat16"), Shape(32, 1, 2, 8, 16, "float32")),
     stacks=(Shape(16, 1, 2, 8, 8, "float32"),),
-    counts=(1, 3),
+    counts=(3,),
     forms=((16, 8, 8),),
     ranks=(1, 4),
     forward=(Shape(32, 1, 2, 8, 16, "float32"),),
 )
 
 
-def device_rows(*, small: bool = False, peer: bool = True) -> list[Row]:
+def device_rows(*, small: bool = False, peer: bool = True) -> Iterator[Row]:
     """The rows, with estimates of the seconds that they take on one card, compilation and all.
 
     Args:
@@ -94,30 +94,31 @@ def device_rows(*, small: bool = False, peer: bool = True) -> list[Row]:
     def forward(shape: Shape) -> Row:
         return row("forward", shape._asdict(), 10, partial(_forward, shape, timing))
 
-    def stacked(shape: Shape) -> list[Row]:
-        stacks, about = Stacks(shape, timing), shape._asdict()
-        return [
-            row(
-                "stacked",
-                about | {"trials": count},
-                20 if count == sizes.counts[0] else 10,
-                partial(stacks.rows, count),
-            )
-            for count in sizes.counts
-        ]
+    def stacked(shape: Shape) -> Iterator[Row]:
+        stacks = Stacks(shape, timing)
+        for count in sizes.counts:
+            seconds = 20 if count == sizes.counts[0] else 10  # the first compiles the solo steps, too
+            yield row("stacked", shape._asdict() | {"trials": count}, seconds, partial(stacks.rows, count))
 
-    machine = partial(environment, **roof, rounds=timing.rounds, least_ms=timing.least_ms)
     halves = [shape for shape in sizes.steps if shape.dtype == "bfloat16"]
     wholes = [shape for shape in sizes.steps if shape.dtype == "float32"]
-    stacks = [stacked(shape) for shape in sizes.stacks]
-    rows = [row("environment", {}, 15, lambda: [machine()]), step(halves[0], 25), *stacks[0]]
-    rows += [row("form", {}, 30, partial(_forms, sizes)), step(wholes[0], 30), order(halves[0])]
-    rows += [forward(sizes.forward[0]), *(step(shape, 30) for shape in (*halves[1:], *wholes[1:]))]
-    rows += [one for more in stacks[1:] for one in more]
-    rows += [forward(shape) for shape in sizes.forward[1:]]
+    yield row("environment", {}, 15, lambda: [environment(**roof, rounds=timing.rounds, least_ms=timing.least_ms)])
+    yield step(halves[0], 25)
+    yield from stacked(sizes.stacks[0])
+    yield row("form", {}, 30, partial(_forms, sizes))
+    yield step(wholes[0], 30)
+    yield order(halves[0])
+    yield forward(sizes.forward[0])
+    for shape in (*halves[1:], *wholes[1:]):
+        yield step(shape, 30)
+    for shape in sizes.stacks[1:]:
+        yield from stacked(shape)
+    for shape in sizes.forward[1:]:
+        yield forward(shape)
     if not small:
-        rows += [order(wholes[0])] + ([step(halves[0], 80, compiled_peer=True)] if peer else [])
-    return rows
+        yield order(wholes[0])
+        if peer:
+            yield step(halves[0], 80, compiled_peer=True)
 
 
 def _forms(sizes: Sizes) -> Iterator[dict[str, Any]]:

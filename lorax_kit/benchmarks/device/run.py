@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
 
 def run_rows(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     *,
     seconds: float,
     write: Callable[[dict[str, Any]], None],
@@ -40,7 +40,7 @@ def run_rows(
     A row is begun if its estimate, at the pace of the rows so far, fits what is left of the budget; if not, or if it
     fails, a row with the reason under `skipped` stands for it, and the next one has its turn.
     """
-    began, waiting = clock(), list(rows)
+    began = clock()
     spent = estimated = 0.0
     measured = skipped = 0
 
@@ -50,8 +50,7 @@ def run_rows(
         measured += "skipped" not in found
         write({"row": kind} | found | {"seconds": clock() - at, "total_seconds": clock() - began})
 
-    while waiting:
-        kind, about, estimate, measure = waiting.pop(0)  # what a row holds goes with it
+    for kind, about, estimate, measure in rows:
         at = clock()
         left, needed = seconds - (at - began), estimate * (max(spent / estimated, 1.0) if estimated else 1.0)
         if needed > left:
@@ -63,7 +62,7 @@ def run_rows(
         except Exception as e:  # whatever a library raises for one shape must not end the others
             reason = (str(e).strip().splitlines() or [""])[0][:300]
             put(kind, {**about, "skipped": f"{type(e).__name__}: {reason}"}, at)
-        del measure
+        del measure  # and the arrays that it holds
         gc.collect()
         release()
         spent, estimated = spent + clock() - at, estimated + estimate
