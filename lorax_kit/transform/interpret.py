@@ -1,7 +1,7 @@
 """Evaluates a jaxpr in which some values are `Weight`s: one rule per primitive that can keep them factored.
 
-A primitive without one is given the materialised weight, and the use is recorded with the reason. What no weight touches
-is bound as it was traced, custom derivative rules included.
+A primitive without one is given the materialised weight, and the use is recorded with the reason. What no weight
+touches is bound as it was traced, custom derivative rules included.
 """
 
 from __future__ import annotations
