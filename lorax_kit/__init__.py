@@ -2,11 +2,11 @@
 
 Pure functions turn params into a frozen base plus low-rank factors (`resolve`, `split`, `adapt`, `merge`), train
 only the factors (`partition`, `make_step`, `fit`), keep them apart from the base (`save_adapter`,
-`load_adapter`), run whole rank ablations as one compiled program (`Study`, `run`), and replace pretrained parameters by
-low-rank products (`compress`).
+`load_adapter`), combine and serve many of them (`algebra`), run whole rank ablations as one compiled program (`Study`,
+`run`), and replace pretrained parameters by low-rank products (`compress`).
 """
 
-from lorax_kit import compress
+from lorax_kit import algebra, compress
 from lorax_kit.checkpoint import Adapter, fingerprint, load_adapter, load_peft, save_adapter, save_peft
 from lorax_kit.core import (
     AdapterError,
@@ -67,6 +67,7 @@ __all__ = [
     "Update",
     "__version__",
     "adapt",
+    "algebra",
     "compress",
     "device_mesh",
     "explain",

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "analysis": {"core"},
     "checkpoint": {"core", "methods", "version"},
     "study": {"core", "starts", "methods", "transform", "training", "parallel", "analysis", "checkpoint", "version"},
+    "algebra": {"core", "methods", "transform"},
     "compress": {"core", "methods", "transform", "training"},
     "serve": {"core", "transform", "checkpoint"},
     "models": {"after"},
