@@ -76,34 +76,34 @@ def checked(adapters: Iterable[AnyAdapter], *, alike: bool = True) -> list[AnyAd
         raise AdapterError("there are no adapters to combine; give at least one.")
     for adapter in listed:
         check_adapter(adapter)
-    first = {x.path: x for x in planned(listed[0].plan)}
+    seen = {x.path: (0, x) for x in planned(listed[0].plan)}
     for i, adapter in enumerate(listed[1:], 1):
         own = {x.path: x for x in planned(adapter.plan)}
-        for path in sorted({*first, *own}) if alike else sorted({*first} & {*own}):
-            if path not in first or path not in own:
-                has, lacks = (0, i) if path in first else (i, 0)
-                raise AdapterError(
-                    f"adapter {has} adapts {path!r} and adapter {lacks} does not: they are not of the same sites.\n"
-                    "  their sum has no order of sites; give both the same targets"
-                )
-            check_same(first[path], own[path], 0, i)
-        first |= own
+        odd = min({*seen} ^ {*own}, default=None) if alike else None
+        if odd is not None:
+            has, lacks = (0, i) if odd in seen else (i, 0)
+            raise AdapterError(
+                f"adapter {has} adapts {odd!r} and adapter {lacks} does not: they are not of the same sites.\n"
+                "  train both on the same targets"
+            )
+        for path, x in own.items():
+            first, other = seen.setdefault(path, (i, x))
+            check_same(other, x, f"adapter {first}", f"adapter {i}")
     return listed
 
 
-def check_same(one: Site | FullSite, other: Site | FullSite, i: int, j: int) -> None:
-    """Raise `AdapterError` unless adapters `i` and `j` see one parameter alike."""
+def check_same(one: Site | FullSite, other: Site | FullSite, who: str, whose: str) -> None:
+    """Raise `AdapterError` unless `who` and `whose` see one parameter alike."""
     path = one.path
     if isinstance(one, Site) != isinstance(other, Site):
-        kinds = ["low-rank" if isinstance(x, Site) else "in full" for x in (one, other)]
-        raise AdapterError(f"adapter {i} trains {path!r} {kinds[0]}, adapter {j} {kinds[1]}: they cannot be combined.")
+        kinds = ["at low rank" if isinstance(x, Site) else "in full" for x in (one, other)]
+        raise AdapterError(f"{who} has {path!r} {kinds[0]} and {whose} has it {kinds[1]}: they do not go together.")
     # The dtype in which a parameter is trained in full is the adapter's own.
-    names = ("shape", "dtype", "axes") if isinstance(one, Site) else ("shape",)
-    for name in names:
+    for name in ("shape", "dtype", "axes") if isinstance(one, Site) else ("shape",):
         have = [getattr(x, name) for x in (one, other)]
         if have[0] != have[1]:
             raise AdapterError(
-                f"{path!r} has {name} {have[0]} in adapter {i} and {have[1]} in adapter {j}.\n"
+                f"{path!r} has {name} {have[0]} in {who} and {have[1]} in {whose}.\n"
                 "  they were trained on different bases, or with different functions"
             )
 

@@ -7,7 +7,7 @@ mapped inputs is one product of all rows, and the low-rank ones are products in 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -48,35 +48,52 @@ class PerRow:
         leaves, tree = jax.tree.flatten(inputs)
         mapped = [i for i, x in enumerate(leaves) if is_array(x)]
         index = _indices(which, count, {tuple(leaves[i].shape) for i in mapped})
-        # An index out of range that only a compiled program sees makes its row NaN; another's adapter it never gets.
-        own = jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="fill", fill_value=jnp.nan), factors)
 
-        def row(factors: dict[str, Any], arrays: list[Array]) -> Any:
+        def row(index: Array, arrays: list[Array]) -> Any:
             values = list(leaves)
             for i, x in zip(mapped, arrays, strict=True):
                 values[i] = x
-            return self._row(named, treedef, factors, jax.tree.unflatten(tree, values), shared, len(index))
+            return self._row(named, treedef, factors, count, index, jax.tree.unflatten(tree, values), shared)
 
         # `fn` is given batches of one row.
-        out = jax.vmap(row)(own, [jnp.asarray(leaves[i])[:, None] for i in mapped])
+        out = jax.vmap(row)(index, [jnp.asarray(leaves[i])[:, None] for i in mapped])
         return jax.tree.map(lambda x: x[:, 0] if x.ndim > 1 and x.shape[1] == 1 else x, out)
 
     def _row(
-        self, named: dict[str, Any], treedef: Any, factors: dict[str, Any], inputs: Any, shared: Any, rows: int
+        self,
+        named: dict[str, Any],
+        treedef: Any,
+        factors: dict[str, Any],
+        count: int,
+        index: Array,
+        inputs: Any,
+        shared: Any,
     ) -> Any:
+        """`fn` with the adapter at `index`, () int."""
+        # An index out of range that only a compiled program sees makes its row NaN; another's adapter it never gets.
+        scale = jnp.where((index >= 0) & (index < count), jnp.float32(1), jnp.float32(jnp.nan))
+
+        def own(x: Array) -> Array:
+            return jnp.take(x, index, axis=0, mode="fill", fill_value=jnp.nan)
+
         params = dict(named)
         for leaf in self.plan.full:
-            params[leaf.path] = factors[leaf.path].value.astype(named[leaf.path].dtype)
+            params[leaf.path] = own(factors[leaf.path].value).astype(named[leaf.path].dtype)
         weights: dict[str, Weight] = {}
         for site in self.plan.sites:
             source = Source(named[site.path]) if isinstance(named[site.path], Quantised) else None
-            weights[site.path] = make_weight(site, dense(named[site.path]), source, factors[site.path], 1.0, None)
+            a, b, *gains = factors[site.path]
+            # Rows of all adapters, one after the other, are those of one weight until a product takes its own: what
+            # is copied lives for that product only, where copies for all sites at the start would fill the memory.
+            update = Update(*(x.reshape(-1, *x.shape[2:]) for x in (a, b)), *jax.tree.map(own, gains))
+            weight = make_weight(site, dense(named[site.path]), source, update, scale, None)
+            weights[site.path] = replace(weight, adapter=index, adapters=count)
         for path, leaf in params.items():
             if isinstance(leaf, Quantised) and path not in weights:
                 weights[path] = frozen_weight(path, leaf)
         ctx = Context(
             kernel="factored",
-            trials=rows,
+            trials=count,
             compute_dtype=self.plan.compute_dtype,
             costs=measured_costs(jax.default_backend()),
         )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.algebra.adaptation import AnyAdapter, check_adapter, check_rank, checked, planned, spec_of
+from lorax_kit.algebra.adaptation import AnyAdapter, check_adapter, check_rank, check_same, checked, planned, spec_of
 from lorax_kit.algebra.delta import normal_form
 from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.leaves import FullLeaf, wide
@@ -152,12 +152,7 @@ def _check_places(plan: Plan, own: Plan) -> None:
         there = known.get(where.path)
         if there is None:
             raise AdapterError(f"the adapter adapts {where.path!r}, and none of the stack did: stack them anew.")
-        if isinstance(there, Site) != isinstance(where, Site) or getattr(there, "axes", 0) != getattr(
-            planned, "axes", 0
-        ):
-            raise AdapterError(
-                f"the adapter adapts {where.path!r} otherwise than the stack: in full, or along other axes."
-            )
+        check_same(there, where, "the stack", "the adapter")
 
 
 def _form(site: Site, adapter: AnyAdapter | None, named: Mapping[str, Any]) -> Update:
