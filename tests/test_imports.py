@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "peft": {"core", "checkpoint"},
     "study": {"core", "starts", "methods", "transform", "training", "parallel", "analysis", "checkpoint", "version"},
     "compress": {"core", "methods", "transform", "calibration", "training", "svd"},
+    "algebra": {"core", "methods", "transform", "svd", "dtypes"},
     "serve": {"core", "transform", "checkpoint"},
     "models": {"after", "core"},
     "tasks": {"models"},
