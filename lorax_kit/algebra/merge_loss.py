@@ -22,8 +22,8 @@ from lorax_kit.algebra.delta import delta_of, full_delta, restored
 from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.paths import Params
-from lorax_kit.core.quantise import quantise as quantised
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.core.quantised import quantise as quantised
 from lorax_kit.core.setting import check_float_dtype
 from lorax_kit.dtypes import wide
 
@@ -153,7 +153,7 @@ def merge_loss(
         held = named[site.path]
         method, own_block, own_double = quantise, block, double
         if isinstance(held, Quantised) and dtype is None and quantise is None:
-            method, own_block, own_double = held.method, held.block, held.step is not None
+            method, own_block, own_double = held.method, held.block, held.log_step is not None
         w = dense(held)
         delta = restored(site, delta_of(site, held, adapter.factors[site.path]))
         if method is None:
