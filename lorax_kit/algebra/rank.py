@@ -9,12 +9,11 @@ the host. `a` is given orthonormal directions and `b` the singular values: as tr
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
 
 from lorax_kit.algebra.adaptation import (
     Adaptation,
@@ -32,6 +31,9 @@ from lorax_kit.core.method import Hints
 from lorax_kit.core.paths import Params
 from lorax_kit.core.plan import Site
 from lorax_kit.methods.lora import LoRA, first_factors
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def to_lora(
