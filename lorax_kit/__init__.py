@@ -2,11 +2,11 @@
 
 Pure functions turn params into a frozen base plus low-rank factors (`resolve`, `split`, `adapt`, `merge`), train
 only the factors (`partition`, `make_step`, `fit`), keep them apart from the base (`save_adapter`,
-`load_adapter`), run whole rank ablations as one compiled program (`Study`, `run`), and replace pretrained parameters by
-low-rank products (`compress`).
+`load_adapter`), combine and serve many of them (`algebra`), run whole rank ablations as one compiled program (`Study`,
+`run`), and replace pretrained parameters by low-rank products (`compress`).
 """
 
-from lorax_kit import compress, starts
+from lorax_kit import algebra, compress, starts
 from lorax_kit.calibration import calibrate
 from lorax_kit.checkpoint import Adapter, fingerprint, load_adapter, save_adapter
 from lorax_kit.core import (
@@ -39,7 +39,7 @@ from lorax_kit.parallel import device_mesh, pmap_step, sharded_step
 from lorax_kit.peft import load_peft, save_peft
 from lorax_kit.starts import loftq
 from lorax_kit.study import Problem, Results, Study, run
-from lorax_kit.training import Score, adalora_budget, fit, make_step, partition
+from lorax_kit.training import Score, Weighted, adalora_budget, fit, make_step, partition
 from lorax_kit.transform import adapt, all_linear, explain, resolve
 from lorax_kit.version import __version__
 
@@ -74,9 +74,11 @@ __all__ = [
     "Study",
     "StudyError",
     "Update",
+    "Weighted",
     "__version__",
     "adalora_budget",
     "adapt",
+    "algebra",
     "all_linear",
     "calibrate",
     "compress",

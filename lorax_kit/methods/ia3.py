@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.core.errors import AdapterError
-from lorax_kit.core.leaves import wide
 from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import Setting, need, shown
+from lorax_kit.dtypes import wide
 
 
 @dataclass(frozen=True, kw_only=True)

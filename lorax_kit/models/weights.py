@@ -9,7 +9,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from lorax_kit.json_text import read_json as json_of
 
@@ -118,6 +117,8 @@ def open_folder(folder: Path) -> Stored:
 
 
 def _open(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
     try:
         return safe_open(file, framework="numpy")
     except SafetensorError as e:

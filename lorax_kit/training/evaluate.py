@@ -10,7 +10,7 @@ from jax import Array
 
 from lorax_kit.core.errors import LoraxError
 from lorax_kit.core.paths import Params, arrays_only
-from lorax_kit.transform.prefix import Parts, split_prefix
+from lorax_kit.training.prefix import Parts, split_prefix
 
 
 class Score(NamedTuple):

@@ -18,8 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from lorax_kit.core.errors import LoraxError
-from lorax_kit.core.paths import Params
+from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.training.evaluate import direction
+from lorax_kit.training.objective import is_key
 from lorax_kit.training.saved import Saved, load_training, save_training
 from lorax_kit.training.step import State, Step
 
@@ -55,10 +56,23 @@ class _Running:
     def add(self, values: dict[str, Any]) -> None:
         self.steps += 1
         for name, x in values.items():
-            self.totals[name] = self.totals.get(name, 0.0) + x
+            self.totals[name] = self.totals.get(name, 0.0) + jnp.asarray(x, jnp.float32)
 
     def means(self) -> dict[str, float]:
         return {name: float(total) / self.steps for name, total in self.totals.items()}
+
+
+def _placed(x: np.ndarray, like: Any) -> Any:
+    """Where another array lies: a step over a mesh has the state on all devices."""
+    return jax.device_put(x, like.sharding) if isinstance(like, jax.Array) else jnp.asarray(x)
+
+
+def _scalars(aux: Any) -> dict[str, Any]:
+    """The numbers among a step's aux, by name; of a nested dict as "group/name"."""
+    if not isinstance(aux, dict):
+        return {}
+    named, _ = flatten(aux)
+    return {name: x for name, x in named.items() if is_array(x) and x.ndim == 0 and not is_key(x)}
 
 
 def fit(
@@ -80,7 +94,9 @@ def fit(
     """Train for some epochs.
 
     Args:
-      step: from `make_step`. If its `info.aux` is a dict of scalars ("accuracy", say), their means are shown.
+      step: from `make_step`, `sharded_step` or `pmap_step`. If its `info.aux` is a dict, the means of the scalars in
+        it ("accuracy", say) are shown, those of a nested dict as "group/accuracy"; other leaves are not numbers of an
+        epoch, and are left out.
       state: from `init`; donated, use the one returned.
       base: the frozen params.
       epochs: one iterable of batches per epoch.
@@ -136,8 +152,7 @@ def fit(
         failed = None
         for batch in bar:
             state, info = step(state, base, batch)
-            aux = info.aux if isinstance(info.aux, dict) else {}
-            running.add({"loss": info.loss, **aux})
+            running.add({"loss": info.loss, **_scalars(info.aux)})
             # Waiting for the step costs little where it is long, and a NaN is caught where it happens.
             if not bool(info.finite):
                 failed = int(state.step)
@@ -178,7 +193,7 @@ def fit(
             with open(log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
     if best is not None:
-        state = state._replace(factors=jax.tree.map(jnp.asarray, best[1]))
+        state = state._replace(factors=jax.tree.map(_placed, best[1], state.factors))
     return Fitted(state, history, stopped or "epochs")
 
 

@@ -13,8 +13,8 @@ from jax import Array
 from lorax_kit.core.leaves import FactorTree, trained_only
 from lorax_kit.core.paths import Params, flatten, is_array, is_state, nbytes
 from lorax_kit.transform.adapt import Adapted
+from lorax_kit.transform.context import Use
 from lorax_kit.transform.cost import step_flops
-from lorax_kit.transform.interpret import Use
 
 
 @dataclass(frozen=True, kw_only=True)

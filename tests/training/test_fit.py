@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -10,8 +11,6 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.training.evaluate import mean_scores
 from tests import tiny
-
-pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def setup(lr=1e-2):
@@ -158,3 +157,24 @@ def test_scores_out_of_range_say_so():
     scores = [lk.Score(np.float32(3), np.float32(5), np.float32(4))]
     with pytest.raises(lk.LoraxError, match="add up to 5 correct of a weight of 4"):
         mean_scores(scores)
+
+
+def test_scalars_of_aux_are_shown_by_name_and_other_leaves_left_out():
+    _, state, base = setup()
+    aux = {"count": jnp.int32(3), "group": {"a": jnp.float32(0.5)}, "per_class": jnp.ones(3), "nothing": None}
+    init, step = lk.make_step(lambda base, f, b: (jnp.float32(1) * jnp.mean(b.x), aux), optax.sgd(0.0))
+    fitted = lk.fit(step, init(state.factors), base, epochs(1), progress=False)
+    assert set(fitted.history[0]) == {"epoch", "steps", "loss", "count", "group/a", "seconds"}
+    assert (fitted.history[0]["count"], fitted.history[0]["group/a"]) == (3.0, 0.5)
+
+
+def test_the_best_factors_lie_where_the_step_left_them():
+    _, _, base = setup()
+    init, step = lk.sharded_step(lambda base, f, b: jnp.mean(b.x) + f["w"], optax.sgd(0.1), lk.device_mesh())
+    values = iter([0.5, 0.6])
+    fitted = lk.fit(
+        step, init({"w": jnp.zeros(())}), base, epochs(2), evaluate=lambda _: {"loss": next(values)}, progress=False
+    )
+    assert len(fitted.state.factors["w"].sharding.device_set) == 4
+    assert float(fitted.state.factors["w"]) == pytest.approx(-0.4)  # of the first epoch's four steps
+    step(fitted.state, base, epochs(1)[0][0])
