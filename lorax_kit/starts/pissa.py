@@ -32,7 +32,7 @@ def pissa(site: Site, w: Array, key: Array, hints: Hints) -> Start:
 
 
 def pissa_fast(site: Site, w: Array, key: Array, hints: Hints) -> Start:
-    """`pissa` by a random projection: seconds instead of minutes for matrices of thousands, within 1 % for most."""
+    """`pissa` by a random projection, within about 1 %: a fourth of the time at 2048 x 2048, less for larger ones."""
     matrices = matrix_of(site, w)
     s, k, n = matrices.shape
     draws = jax.random.normal(key, (s, n, min(site.rank + OVERSAMPLING, k, n)))
