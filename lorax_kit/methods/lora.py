@@ -24,6 +24,7 @@ from lorax_kit.core.leaves import site_key
 from lorax_kit.core.method import METHODS, Hints, Method, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import ScaledSetting, need
+from lorax_kit.methods.peft_lora import form
 from lorax_kit.starts import STARTS, start_of
 from lorax_kit.starts.draws import draw_rows
 
@@ -128,4 +129,5 @@ LORA = Method(
     update=update,
     rows=frozenset({"a", "b", "a0", "b0"}),
     frozen=frozen,
+    peft=form(dora=False),
 )

@@ -144,7 +144,9 @@ def _padded(plan: Plan, path: str, leaves: Any) -> Any:
     if leaves is None:
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.tree.map(
-        lambda x, s: jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, s.shape, strict=True)]), leaves, shapes
+        lambda x, s: jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, s.shape, strict=True)]) if x.ndim else x,
+        leaves,
+        shapes,
     )
 
 
@@ -178,7 +180,7 @@ def unpack(plan: Plan, factors: Any, index: int, *, diverged: bool = False) -> d
                 raise StudyError(
                     f"rows of {name} at {path!r} above rank {rank} are no longer zero: the optimiser moves zero rows."
                 )
-            own[name] = x[inside]
+            own[name] = np.asarray(x[inside])
         if site:
             out[path] = leaves._replace(**own)
     return out

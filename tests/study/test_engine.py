@@ -131,7 +131,7 @@ def flops(study, problem, trials):
     stacked = pack(study, problem, trials, plan, params)
     engine = Engine(study, problem, plan, params, len(trials))
     running = jax.jit(engine._programs.init)(stacked.factors)
-    cost = engine._step.lower(running, stacked.scalars, params, batch).compile().cost_analysis()
+    cost = engine._step.lower(running, stacked.scalars, engine._base, batch).compile().cost_analysis()
     return cost["flops"]
 
 
