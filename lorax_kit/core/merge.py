@@ -45,6 +45,8 @@ def split(
       ((2, 4), (2, 3))
     """
     check_key(key)
+    if hints is not None and not (isinstance(hints, Mapping) and all(isinstance(h, Hints) for h in hints.values())):
+        raise PlanError("hints must map paths to lk.Hints, as lk.calibrate returns them.")
     named, _ = flatten(params)
     check_params(named, plan)
     factors: dict[str, Any] = {}
