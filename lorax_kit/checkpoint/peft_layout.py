@@ -7,6 +7,7 @@ flattened to (in, out) on the way out and found again from the base on the way i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from math import prod
 from typing import Any
@@ -47,10 +48,22 @@ def sort_out(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, np.
         name = key.removeprefix(PREFIX)
         ending = next((e for e in _KINDS if name.endswith(f".{e}")), None)
         if ending is None:
+            _refuse_named_adapter(key)
             rest[name] = x
         else:
             factors.setdefault(name.removesuffix(f".{ending}"), {})[_KINDS[ending]] = x
     return factors, rest
+
+
+def _refuse_named_adapter(key: str) -> None:
+    """Raise `AdapterError` for a tensor of a model in memory, whose name holds the adapter's behind the factor's."""
+    factor = "|".join(sorted({e.removesuffix(".weight") for e in _KINDS}))
+    own = re.search(rf"\.({factor})\.(?!weight$)(.+?)(\.weight)?$", key)
+    if own:
+        raise AdapterError(
+            f"the tensor {key!r} names its adapter, {own[2]!r}, which the files of save_pretrained leave out.\n"
+            f"  rename it: {key.replace(f'.{own[1]}.{own[2]}', f'.{own[1]}')!r}, or write it by save_pretrained"
+        )
 
 
 def factors_of(module: str, found: Mapping[str, np.ndarray], rank: int, dora: bool) -> tuple[np.ndarray, ...]:
