@@ -2,12 +2,13 @@
 
 Pure functions turn params into a frozen base plus low-rank factors (`resolve`, `split`, `adapt`, `merge`), train
 only the factors (`partition`, `make_step`, `fit`), keep them apart from the base (`save_adapter`,
-`load_adapter`), run whole rank ablations as one compiled program (`Study`, `run`), and replace pretrained parameters by
-low-rank products (`compress`).
+`load_adapter`), combine and serve many of them (`algebra`), run whole rank ablations as one compiled program (`Study`,
+`run`), and replace pretrained parameters by low-rank products (`compress`).
 """
 
-from lorax_kit import compress
-from lorax_kit.checkpoint import Adapter, fingerprint, load_adapter, load_peft, save_adapter, save_peft
+from lorax_kit import algebra, compress, starts
+from lorax_kit.calibration import calibrate
+from lorax_kit.checkpoint import Adapter, fingerprint, load_adapter, save_adapter
 from lorax_kit.core import (
     AdapterError,
     Full,
@@ -33,16 +34,22 @@ from lorax_kit.core import (
     split,
 )
 from lorax_kit.core.leaves import site_key
-from lorax_kit.methods import DoRA, Factors, LoRA, Rows
+from lorax_kit.methods import HRA, IA3, AdaLoRA, DeLoRA, DoRA, Factors, LoRA, MiSS, Rows
 from lorax_kit.parallel import device_mesh, pmap_step, sharded_step
+from lorax_kit.peft import load_peft, save_peft
+from lorax_kit.starts import loftq
 from lorax_kit.study import Problem, Results, Study, run
-from lorax_kit.training import Score, Weighted, fit, make_step, partition
+from lorax_kit.training import Score, Weighted, adalora_budget, fit, make_step, partition
 from lorax_kit.transform import adapt, all_linear, explain, resolve
 from lorax_kit.version import __version__
 
 __all__ = [
+    "HRA",
+    "IA3",
+    "AdaLoRA",
     "Adapter",
     "AdapterError",
+    "DeLoRA",
     "DoRA",
     "Factors",
     "Full",
@@ -51,6 +58,7 @@ __all__ = [
     "LoRA",
     "LoraxError",
     "Method",
+    "MiSS",
     "Plan",
     "PlanError",
     "Problem",
@@ -68,8 +76,11 @@ __all__ = [
     "Update",
     "Weighted",
     "__version__",
+    "adalora_budget",
     "adapt",
+    "algebra",
     "all_linear",
+    "calibrate",
     "compress",
     "device_mesh",
     "explain",
@@ -77,6 +88,7 @@ __all__ = [
     "fit",
     "load_adapter",
     "load_peft",
+    "loftq",
     "make_step",
     "merge",
     "partition",
@@ -92,4 +104,5 @@ __all__ = [
     "sharded_step",
     "site_key",
     "split",
+    "starts",
 ]

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
+from lorax_kit.calibration.arguments import shown
 from lorax_kit.core.errors import CompressError
-from lorax_kit.core.merge import check_params
-from lorax_kit.core.paths import Params, flatten, is_array
-from lorax_kit.core.plan import Plan
-
-
-def shown(x: Any) -> str:
-    """A value in one short line: arrays by shape, the rest by its repr."""
-    if is_array(x):
-        return f"an array of shape {x.shape} and dtype {x.dtype}"
-    text = repr(x)
-    return text if len(text) <= 60 and "\n" not in text else f"a {type(x).__name__}"
-
-
-def check_function(name: str, fn: Any, of: str) -> None:
-    """Raise `CompressError` unless it can be called; `of` says how."""
-    if not callable(fn):
-        raise CompressError(f"{name} is {shown(fn)}; it must be a function: {of}.")
+from lorax_kit.core.paths import is_array
 
 
 def check_count(name: str, x: Any, least: int = 1) -> int:
@@ -83,49 +66,3 @@ def check_key(key: Any) -> None:
         if (typed and key.shape == ()) or (key.dtype == jnp.uint32 and key.shape == (2,)):
             return
     raise CompressError(f"key is {shown(key)}; it must be one random key: jax.random.key(0).")
-
-
-def batches_of(name: str, batches: Any) -> Iterator[Any]:
-    """An iterator over batches; one batch alone, or what cannot be iterated, is refused."""
-    if is_array(batches) or isinstance(batches, str | bytes | Mapping) or not isinstance(batches, Iterable):
-        raise CompressError(f"{name} are {shown(batches)}; give an iterable of batches.\n  for one batch: [batch]")
-    return iter(batches)
-
-
-def check_values(params: Params) -> None:
-    """Raise `CompressError` if params are traced."""
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
-        raise CompressError("the params are being traced: compression works on values, outside of jit and grad.")
-
-
-def planned(params: Params, sites: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
-    """Flattened params that fit the sites.
-
-    Raises:
-      CompressError: sites that are no plan or have no low-rank site, a planned parameter that is no array.
-      PlanError: params that do not fit.
-    """
-    if not isinstance(sites, Plan):
-        raise CompressError(
-            f"the sites are {shown(sites)}; they come from lk.resolve(spec, params, apply_fn, *inputs)."
-        )
-    if not sites.sites:
-        raise CompressError("the plan has no low-rank sites: there is nothing to compress.")
-    named, treedef = flatten(params)
-    check_values(params)
-    for site in sites.sites:
-        if site.path in named and not is_array(named[site.path]):
-            raise CompressError(f"{site.path!r} is {shown(named[site.path])}; it must be an array.")
-    check_params(named, sites)
-    return named, treedef
-
-
-def scalar_of(loss: Callable[[Any, Any], Any], outputs: Any, batch: Any) -> Array:
-    """`loss(outputs, batch)`, which must be one float."""
-    value = loss(outputs, batch)
-    if not is_array(value) and not isinstance(value, Real):
-        raise CompressError(f"the loss returned {shown(value)}; it must be a float scalar, as jnp.mean(losses).")
-    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        kind = f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}"
-        raise CompressError(f"the loss has {kind}; it must be a float scalar, as jnp.mean(losses).")
-    return jnp.asarray(value)

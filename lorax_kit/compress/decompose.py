@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jax import Array
 
+from lorax_kit.calibration.calibrate import Stats, check_finite, moments_of
 from lorax_kit.compress.arguments import check_word
-from lorax_kit.compress.calibrate import Stats, check_finite, moments_of
 from lorax_kit.core.errors import CompressError
+from lorax_kit.svd import leading, randomised, smaller_gram
 
 METHODS = ("svd", "fisher", "asvd", "whitened")
 DAMPING = 1e-6
@@ -180,42 +180,13 @@ def decompose(w: np.ndarray, t: Transform, rank: int | None = None, key: Array |
     """The leading `rank` (default: all) singular triples of T W, with T undone.
 
     Args:
-      key: find them by a randomised projection (Halko, Martinsson & Tropp, arXiv 0909.4061: 10 more columns, 2 power
-        iterations), within about 1 % of the best error for spectra that fall; without it exactly.
+      key: find them by a randomised projection, within about 1 % of the best error for spectra that fall; without it
+        exactly.
     """
     matrix = t.apply(np.asarray(w, np.float64))
     rank = min(matrix.shape) if rank is None else min(rank, *matrix.shape)
     u, s, vt = leading(matrix, rank) if key is None else randomised(matrix, rank, key)
     return Spectrum(t.undo(u), s, vt)
-
-
-def leading(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(u (m, r), s (r,), vt (r, n)): the leading singular triples, in float64.
-
-    Where the wanted values are all within 1e-4 of the largest, by the eigenvectors of the smaller Gram matrix, several
-    times faster: its error in s_i, eps s_1^2 / s_i, is then at most 1e-8 s_i.
-    """
-    m, n = matrix.shape
-    if m > n:
-        v, s, ut = leading(matrix.T, rank)
-        return ut.T, s, v.T
-    gram = _gram(matrix)
-    if gram is not None:
-        values, vectors = np.linalg.eigh(gram)
-        values, u = values[::-1][:rank], vectors[:, ::-1][:, :rank]
-        if values[-1] > 1e-8 * values[0]:
-            s = np.sqrt(values)
-            return u, s, (u.T @ matrix) / s[:, None]
-    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    return u[:, :rank], s[:rank], vt[:rank]
-
-
-def _gram(matrix: np.ndarray) -> np.ndarray | None:
-    """The smaller Gram matrix; None where its entries over- or underflow."""
-    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
-    with np.errstate(over="ignore", under="ignore"):
-        gram = wide @ wide.T
-    return gram if 1e-250 < float(np.trace(gram)) < 1e250 else None
 
 
 def singular_values(w: np.ndarray, t: Transform) -> np.ndarray:
@@ -225,20 +196,7 @@ def singular_values(w: np.ndarray, t: Transform) -> np.ndarray:
     faster than a singular value decomposition.
     """
     matrix = t.apply(np.asarray(w, np.float64))
-    gram = _gram(matrix)
+    gram = smaller_gram(matrix)
     if gram is None:
         return np.linalg.svd(matrix, compute_uv=False)
     return np.sqrt(np.maximum(np.linalg.eigvalsh(gram)[::-1], 0.0))
-
-
-def randomised(matrix: np.ndarray, rank: int, key: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Leading singular triples from a random projection."""
-    columns = min(rank + 10, *matrix.shape)
-    q = matrix @ np.asarray(jax.random.normal(key, (matrix.shape[1], columns)), np.float64)
-    for _ in range(2):
-        q, _ = np.linalg.qr(q)
-        q, _ = np.linalg.qr(matrix.T @ q)
-        q = matrix @ q
-    q, _ = np.linalg.qr(q)
-    u, s, vt = np.linalg.svd(q.T @ matrix, full_matrices=False)
-    return (q @ u)[:, :rank], s[:rank], vt[:rank]

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.compress.arguments import check_share, check_word, planned
-from lorax_kit.compress.calibrate import Stats, check_finite, from_matrices, matrices, moments_of
-from lorax_kit.core.compact import dense
+from lorax_kit.calibration.arguments import planned
+from lorax_kit.calibration.calibrate import Stats, check_finite, moments_of
+from lorax_kit.compress.arguments import check_share, check_word
 from lorax_kit.core.errors import CompressError
+from lorax_kit.core.lowrank import dense
 from lorax_kit.core.paths import Params, unflatten
 from lorax_kit.core.plan import Plan, Site
 
@@ -50,7 +51,7 @@ def prune(
     Example:
       >>> import lorax_kit as lk
       >>> params = {"w": jnp.asarray([[3.0, 1.0], [-2.0, 4.0]])}
-      >>> sites = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), params)
+      >>> sites = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), params, lambda p, x: x @ p["w"], jnp.ones((1, 2)))
       >>> prune(params, sites, keep=0.5, method="magnitude")["w"].tolist()
       [[3.0, 0.0], [0.0, 4.0]]
     """
@@ -62,7 +63,7 @@ def prune(
     named, treedef = planned(params, sites)
     out = dict(named)
     for site in sites.sites:
-        w = matrices(dense(named[site.path]), site)  # (S, K, N)
+        w = site.matrices(dense(named[site.path]))  # (S, K, N)
         if not bool(jnp.isfinite(w).all()):
             raise CompressError(f"{site.path!r} holds values that are not finite.")
         least = w.shape[1] if method == "wanda" else w.shape[1] * w.shape[2]
@@ -81,7 +82,7 @@ def prune(
             kept = _best(score, round(keep * w.shape[1]), axis=1)
         else:
             kept = _best(score.reshape(w.shape[0], -1), round(keep * w.shape[1] * w.shape[2]), axis=1).reshape(w.shape)
-        out[site.path] = from_matrices(jnp.where(kept, w, 0), site)
+        out[site.path] = site.from_matrices(jnp.where(kept, w, 0))
     return unflatten(out, treedef)
 
 

@@ -12,15 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lorax_kit.calibration.arguments import planned, shown
+from lorax_kit.calibration.calibrate import Moments, Stats, check_finite, moments_of
 from lorax_kit.compress.allocate import allocate, candidate
-from lorax_kit.compress.arguments import check_count, check_key, check_word, planned, shown
-from lorax_kit.compress.calibrate import Moments, Stats, check_finite, matrices, moments_of
+from lorax_kit.compress.arguments import check_count, check_key, check_word
 from lorax_kit.compress.decompose import METHODS, decompose, singular_values, transform
-from lorax_kit.core.compact import LowRank, Quantised, dense
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.leaves import site_key
+from lorax_kit.core.lowrank import LowRank, dense
 from lorax_kit.core.paths import Params, flatten, is_array, unflatten
 from lorax_kit.core.plan import Plan, Site
+from lorax_kit.core.quantised import Quantised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +240,7 @@ def _sensitivity(moments: Moments, path: str) -> np.ndarray:
 
 
 def _dense(x: Any, site: Site) -> np.ndarray:
-    stacked = np.asarray(matrices(dense(x), site), np.float64)
+    stacked = np.asarray(site.matrices(dense(x)), np.float64)
     if not np.isfinite(stacked).all():
         raise CompressError(f"{site.path!r} holds values that are not finite.")
     return stacked

@@ -8,8 +8,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,15 +42,137 @@ class Update(NamedTuple):
 
 
 class Hints(NamedTuple):
-    """What a start may look at beside W, of one site with S stacked matrices of K inputs; None where not given.
+    """What data say of one site with S stacked matrices (1 without a stack) of K inputs; None where it is not known.
+
+    `lk.calibrate` sums it. Starts that look beyond W read it, and so does compression.
 
     Attributes:
-      gram: (S, K, K) mean of x x^T over the inputs of the site.
-      gradient: the gradient of a loss, in the shape of W.
+      tokens: how many inputs were summed.
+      gram: (S, K, K) sum of x x^T over the inputs; None for a table.
+      absolute: (S, K) mean of |x|; None for a table.
+      counts: (K,) how often each row of a table was looked up; None for a product.
+      fisher: (S, K) mean of the squared gradients over batches and outputs. A mean, so that sites of many outputs do
+        not count for more: the loss rises by about half of sum_k fisher_k sum_n (dW_kn)^2.
+      gradient: mean gradient of the loss over batches, in the shape of W.
     """
 
+    tokens: Any = 0.0
     gram: Any = None
+    absolute: Any = None
+    counts: Any = None
+    fisher: Any = None
     gradient: Any = None
+
+    @property
+    def squares(self) -> Any:
+        """(S, K) sum of x_k^2; of a table (1, K), how often each row was looked up."""
+        if self.counts is not None:
+            return self.counts[None]
+        return None if self.gram is None else self.gram.diagonal(axis1=1, axis2=2)
+
+
+class TorchModule(NamedTuple):
+    """A module that PEFT adapts, as the forms see it.
+
+    Attributes:
+      name: in the torch model.
+      layer: what PEFT would put around it: "Linear", "Conv1D" (transformers' Linear whose weight is (in, out)),
+        "Embedding", "Conv1d", "Conv2d", "Conv3d", or "Parameter".
+      outputs: N.
+      inputs: (K,), or (channels, *window) of a convolution.
+      config: the keys of the form, patterns looked up for this module.
+      weight: () -> W (K, N) in float64, inputs in torch's order.
+      shared: tensors of the whole adapter (VeRA's draws).
+    """
+
+    name: str
+    layer: str
+    outputs: int
+    inputs: tuple[int, ...]
+    config: Mapping[str, Any]
+    weight: Callable[[], Any]
+    shared: Mapping[str, Any]
+
+    @property
+    def size(self) -> int:
+        """K, all inputs."""
+        return prod(self.inputs)
+
+
+class FromPeft(NamedTuple):
+    """What a form reads of one module.
+
+    Attributes:
+      setting: keywords of the method's setting, without its dtype.
+      leaves: name -> array, axes as the form's `axes` say.
+      bias_gain, bias_shift: what PEFT also does to the module's bias: gain * bias + shift, (N,); None: nothing.
+    """
+
+    setting: dict[str, Any]
+    leaves: dict[str, Any]
+    bias_gain: Any = None
+    bias_shift: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftForm:
+    """How PEFT keeps a method: data and small functions on numpy arrays; `lorax_kit.peft` does the rest.
+
+    Attributes:
+      peft_type: as in adapter_config.json.
+      when: what the config says where two methods share a type (LoRA and DoRA).
+      beside: peft_type of other methods -> what it may stand beside in one folder, as (end of its tensors' names, key
+        of the config that names its modules).
+      axes: leaf -> its axes in the functions below: "r" the rank, "i" all inputs K, "o" all outputs N, each flat and in
+        torch's order; "" as it is in the leaves; in capitals, without the stack. Or a function of the setting.
+      layers: kinds of modules that PEFT can adapt by it; see `TorchModule`.
+      keys: key of the config -> its default in PEFT: what `read` asks for.
+      patterns: key -> the key of its values by module.
+      training: keys that change the training alone, or where it starts.
+      refused: key -> why a value other than nothing cannot be read.
+      bias: the value of `bias` that trains the adapted modules' own biases; None: PEFT has none.
+      ties: whether PEFT moves a tied head with its embedding: "always", "asked" (ensure_weight_tying), or "never".
+      bias_gain: (module, setting, leaves) -> what PEFT also multiplies the module's bias by, (N,) or None.
+      shapes: (module, tensors) -> end of a name -> the shape that its tensor has; all that must stand at a module.
+      read: (module, tensors) -> `FromPeft`.
+      write: (module, setting, leaves) -> tensors by the ends of their names.
+      config: (module, setting, leaves) -> keys of the config; those in `patterns` may differ by module.
+      endings: ends of the names of all its tensors.
+      older: an end that is also read -> the one it stands for.
+      product: the update is that of a and b through their product alone, an output each: factors of a rank that is too
+        high can be reduced, fused outputs be split, and zero rows be added.
+      apart, together: tensors of a parameter (experts, *matrix) to those of each, and back.
+      shared: (config, modules, tensors) -> tensors of the whole adapter, their shapes checked; None: there are none.
+      share: ({name: (module, setting, leaves)}) -> the same to be written, and keys of the config that go with it.
+    """
+
+    peft_type: str
+    axes: Mapping[str, str] | Callable[[Any], Mapping[str, str]]
+    layers: frozenset[str]
+    shapes: Callable[[TorchModule, Mapping[str, Any]], dict[str, tuple[int, ...]]]
+    read: Callable[[TorchModule, Mapping[str, Any]], FromPeft]
+    write: Callable[[TorchModule, Any, dict[str, Any]], dict[str, Any]]
+    config: Callable[[TorchModule, Any, dict[str, Any]], dict[str, Any]]
+    endings: tuple[str, ...]
+    older: Mapping[str, str] = field(default_factory=dict)
+    product: bool = False
+    apart: Callable[[Mapping[str, Any], int], list[dict[str, Any]]] | None = None
+    together: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
+    when: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    patterns: Mapping[str, str] = field(default_factory=dict)
+    training: frozenset[str] = frozenset()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    bias: str | None = None
+    ties: str = "never"
+    bias_gain: Callable[[TorchModule, Any, Mapping[str, Any]], Any] | None = None
+    shared: Callable[[Mapping[str, Any], list[TorchModule], Mapping[str, Any]], dict[str, Any]] | None = None
+    share: Callable[[dict[str, Any]], tuple[dict[str, Any], dict[str, Any]]] | None = None
+
+    def axes_of(self, setting: Any) -> Mapping[str, str]:
+        """Leaf -> its axes."""
+        return self.axes(setting) if callable(self.axes) else self.axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +193,7 @@ class Method:
         where they started instead of to zero, and they are kept in at least float32.
       max_rank: site -> the highest rank that its form can hold there; min(in, out) by default.
       penalty: (site, leaves) -> a term of the loss, or None (`lk.penalty` sums them).
-      peft: how PEFT writes it (`lorax_kit.checkpoint`); None where PEFT has no such method.
+      peft: how PEFT keeps it; None where PEFT has no such method.
     """
 
     setting: type[Setting]
@@ -83,7 +205,7 @@ class Method:
     gains: frozenset[str] = frozenset()
     max_rank: Callable[[Any], int] | None = None
     penalty: Callable[[Any, Any], Array] | None = None
-    peft: Any = None
+    peft: PeftForm | None = None
 
 
 METHODS: dict[str, Method] = {}
@@ -131,11 +253,17 @@ def register(method: Method) -> Method:
     if unknown:
         raise SpecError(f"method {kind!r} names the leaf {min(unknown)!r}; its leaves are {', '.join(fields)}.")
     taken = METHODS.get(kind)
-    if kind == "full" or (taken is not None and taken.setting.__qualname__ != method.setting.__qualname__):
+    if kind == "full" or (taken is not None and taken is not method and not _again(taken.setting, method.setting)):
         raise SpecError(f"the kind {kind!r} is taken; choose another.")
     METHODS[kind] = method
     _leaf_shapes.cache_clear()
     return method
+
+
+def _again(one: type, two: type) -> bool:
+    """Whether two classes are the same one of a user's script, run again (a notebook's cell)."""
+    ours = one.__module__.startswith(f"{__package__.partition('.')[0]}.")
+    return not ours and (one.__module__, one.__qualname__) == (two.__module__, two.__qualname__)
 
 
 def method_of(setting: Setting) -> Method:
@@ -173,9 +301,8 @@ def leaf_shapes(site: Site) -> Any:
 @lru_cache(maxsize=4096)
 def _leaf_shapes(site: Site) -> Any:
     method = method_of(site.setting)
-    s, k = prod(site.stack_shape), prod(site.in_shape)
     w = jax.ShapeDtypeStruct(site.shape, jnp.dtype(site.dtype))
-    hints = Hints(jax.ShapeDtypeStruct((s, k, k), jnp.float32), jax.ShapeDtypeStruct(site.shape, jnp.float32))
+    hints = _abstract_hints(site)
     key = jax.eval_shape(lambda: jax.random.key(0))
     leaves = jax.eval_shape(lambda w, key, hints: method.init(site, w, key, hints), w, key, hints)
     kind = site.setting.kind
@@ -194,6 +321,14 @@ def _leaf_shapes(site: Site) -> Any:
                 f"  stack {site.stack_shape}, in {site.in_shape}, out {site.out_shape}: it must be {shape}"
             )
     return leaves
+
+
+def _abstract_hints(site: Site) -> Hints:
+    """All that can be known of a site, as shapes: which leaves a method has does not depend on what was given."""
+    s, k = prod(site.stack_shape), prod(site.in_shape)
+    sums = {"counts": (k,)} if site.lookup else {"gram": (s, k, k), "absolute": (s, k)}
+    shapes = {"tokens": (), "fisher": (s, k), "gradient": site.shape, **sums}
+    return Hints(**{name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()})
 
 
 def update_of(site: Site, w: Array, leaves: Any, scale: Any) -> Update:

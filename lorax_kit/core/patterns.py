@@ -51,6 +51,11 @@ def _numbers(part: str, pattern: str) -> list[str]:
     return [str(n) for n in range(first, last + 1)]
 
 
+def literal(path: str) -> str:
+    """The pattern that matches this path alone."""
+    return f"{REGEX_PREFIX}{re.escape(path)}" if set(path) & set("*?{}") or path.startswith(REGEX_PREFIX) else path
+
+
 @lru_cache(maxsize=1024)
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """One alternative (no braces left) as a regular expression for `fullmatch`."""

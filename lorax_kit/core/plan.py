@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,9 @@ class Site:
       path: name of the leaf in the params.
       shape, dtype: of the parameter.
       axes: how the function contracts it.
-      use: the function's first use: "product", "lookup" (an embedding, so `b` is drawn and `a` starts at zero), or
-        "other" (a convolution; or what is materialised, whose last axis is then taken for the output).
+      use: what the function does: "product", "lookup" (an embedding, so `b` is drawn and `a` starts at zero), "tied" (a
+        lookup, and a product elsewhere), "other" (a convolution; or what is materialised, whose last axis is then taken
+        for the output).
       setting: the method and its settings, from the rule that matched.
     """
 
@@ -89,7 +91,7 @@ class Site:
     @property
     def lookup(self) -> bool:
         """Whether rows are looked up."""
-        return self.use == "lookup"
+        return self.use in ("lookup", "tied")
 
     @property
     def scale(self) -> float:
@@ -100,6 +102,17 @@ class Site:
     def max_rank(self) -> int:
         """min(in, out): the rank above which factors hold nothing new."""
         return min(prod(self.in_shape), prod(self.out_shape))
+
+    def matrices(self, x: Any) -> Any:
+        """An array of the parameter's shape, of jax or numpy, as (S, K, N): stacked matrices of inputs and outputs."""
+        x = x.transpose((*self.axes.stack, *self.axes.inputs, *self.axes.outputs))
+        return x.reshape(prod(self.stack_shape), prod(self.in_shape), prod(self.out_shape))
+
+    def from_matrices(self, x: Any) -> Any:
+        """(S, K, N) in the parameter's shape: the inverse of `matrices`."""
+        order = (*self.axes.stack, *self.axes.inputs, *self.axes.outputs)
+        x = x.reshape(*self.stack_shape, *self.in_shape, *self.out_shape)
+        return x.transpose([order.index(i) for i in range(len(order))])
 
     def unnamed(self) -> Site:
         """The same site without its path: sites alike have leaves alike."""
@@ -241,7 +254,7 @@ def make_plan(spec: Spec, params: Params, axes: dict[str, tuple[Axes, str]] | No
                 )
             full.append(FullSite(path=path, shape=leaf.shape, dtype=dtype))
             continue
-        found, use = (_untraced(path, leaf.shape, setting), "product") if axes is None else axes[path]
+        found, use = _untraced(path, leaf.shape, setting) if axes is None else axes[path]
         site = Site(path=path, shape=leaf.shape, dtype=str(leaf.dtype), axes=found, use=use, setting=setting)
         if site.rank > (limit := max_rank(site)):
             if not spec.cap_ranks:
@@ -262,8 +275,8 @@ def _limit_of(site: Site, limit: int) -> str:
     return f"{limit}, the most that {site.setting.kind} can hold there"
 
 
-def _untraced(path: str, shape: tuple[int, ...], setting: Setting) -> Axes:
-    """The axes of a parameter whose function is not known.
+def _untraced(path: str, shape: tuple[int, ...], setting: Setting) -> tuple[Axes, str]:
+    """The axes of a parameter whose function is not known, and its use: a leaf named `embedding` is looked up.
 
     Raises:
       PlanError: neither the setting, nor the shape and the name (a `kernel` is (in, out)) tell them.
@@ -272,7 +285,7 @@ def _untraced(path: str, shape: tuple[int, ...], setting: Setting) -> Axes:
         rest = tuple(i for i in range(len(shape)) if i not in setting.inputs)
         if not rest or max(setting.inputs) >= len(shape):
             raise PlanError(f"{path!r} has {len(shape)} axes; inputs={setting.inputs} must name some, and not all.")
-        return Axes(inputs=setting.inputs, outputs=rest)
+        return Axes(inputs=setting.inputs, outputs=rest), "product"
     if len(shape) != 2:
         raise PlanError(
             f"{path!r} has shape {shape}: which axes are contracted is known only to the function.\n"
@@ -285,4 +298,4 @@ def _untraced(path: str, shape: tuple[int, ...], setting: Setting) -> Axes:
             "  give the function that uses it: lk.resolve(spec, params, apply_fn, *inputs)\n"
             "  or say which axis is contracted: inputs=(0,) in its setting"
         )
-    return Axes(inputs=(0,), outputs=(1,))
+    return Axes(inputs=(0,), outputs=(1,)), "lookup" if names[-1] == "embedding" else "product"

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
 
 from lorax_kit.core.method import Hints, Method, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import ScaledSetting
 from lorax_kit.dtypes import wide
 from lorax_kit.methods.lora import first_factors, rows_of
+from lorax_kit.methods.peft_lora import form
 from lorax_kit.starts import start_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,8 @@ class DoRALeaves(NamedTuple):
     b0: Array | None = None
 
 
-def _matrix(site: Site, w: Array) -> Float[Array, " stack in out"]:
+def matrices(site: Site, w: Array) -> Float[Array, " stack in out"]:
+    """W as a stack of (in, out) matrices."""
     order = (*site.axes.stack, *site.axes.inputs, *site.axes.outputs)
     return jnp.transpose(w, order).reshape(prod(site.stack_shape), prod(site.in_shape), -1)
 
@@ -68,8 +72,8 @@ def norm(site: Site, w: Array, a: Array, b: Array, scale: Any) -> Float[Array, .
     which is what `init` stores, so the multiplier starts at exactly 1.
     """
     with jax.default_matmul_precision("highest"):
-        dtype = wide(a.dtype)
-        w3 = _matrix(site, w).astype(dtype)
+        dtype = wide(a.dtype, w.dtype)
+        w3 = matrices(site, w).astype(dtype)
         a3 = a.astype(dtype).reshape(a.shape[0], w3.shape[0], w3.shape[1])
         b3 = b.astype(dtype).reshape(b.shape[0], w3.shape[0], w3.shape[2])
         scale = jnp.asarray(scale, dtype)
@@ -103,4 +107,5 @@ DORA = Method(
     rows=frozenset({"a", "b", "a0", "b0"}),
     frozen=frozenset({"a0", "b0"}),
     gains=frozenset({"magnitude"}),
+    peft=form(dora=True),
 )

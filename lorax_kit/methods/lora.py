@@ -24,6 +24,7 @@ from lorax_kit.core.leaves import site_key
 from lorax_kit.core.method import METHODS, Hints, Method, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import ScaledSetting, need
+from lorax_kit.methods.peft_lora import form
 from lorax_kit.starts import STARTS, start_of
 from lorax_kit.starts.draws import draw_rows
 
@@ -35,7 +36,8 @@ class LoRA(ScaledSetting):
     Args:
       rank: rows of `a` and `b`; at least 1, at most min(in, out) of every site.
       alpha: the scale is alpha / rank (or alpha / sqrt(rank)); None means alpha = rank, a scale of 1.
-      start: where the factors begin, by its name in `lorax_kit.starts`: "kaiming" (PEFT's default), "normal", ...
+      start: where the factors begin, by its name in `lorax_kit.starts`: "kaiming" (PEFT's default), "pissa", ... Of
+        "eva", "corda_ipm", "corda_kpm" and "lora_ga" `lk.split` needs `hints=`, from `lk.calibrate`.
       rslora: scale by alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732).
       freeze_a: train `b` alone (LoRA-FA, Zhang et al., arXiv 2308.03303): the backward pass then needs the r numbers
         a token has behind `a`, and no longer its activations.
@@ -93,7 +95,9 @@ def first_factors(site: Site, w: Array, key: Array, hints: Hints) -> Factors:
     """The factors of a setting with a `start`, in its dtype."""
     dtype = jnp.dtype(site.setting.dtype)
     a, b = STARTS[site.setting.start](site, w, site_key(key, site.path), hints)  # type: ignore[attr-defined]
-    if site.lookup and getattr(site.setting, "freeze_a", False):  # where `a` would start at zero, `b` could not learn
+    if (
+        a is None and site.lookup and getattr(site.setting, "freeze_a", False)
+    ):  # where `a` would start at zero, `b` could not learn
         a, b = draw_rows(site_key(key, site.path), site.a_shape, 1.0), None
     zero_a, zero_b = jnp.zeros(site.a_shape, dtype), jnp.zeros(site.b_shape, dtype)
     if a is not None and b is not None:
@@ -125,4 +129,5 @@ LORA = Method(
     update=update,
     rows=frozenset({"a", "b", "a0", "b0"}),
     frozen=frozen,
+    peft=form(dora=False),
 )

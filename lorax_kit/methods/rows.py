@@ -11,10 +11,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from lorax_kit.core.errors import PlanError
-from lorax_kit.core.method import Hints, Method, Update
+from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import Setting, is_int, need, plain
 
@@ -76,4 +77,43 @@ def update(site: Site, w: Array, leaves: RowLeaves, scale: Any) -> Update:
     return Update(leaves.a, leaves.b)
 
 
-ROWS = Method(setting=Rows, leaves=RowLeaves, init=init, update=update, frozen=frozenset({"a"}))
+def _read(m: TorchModule, tensors: Any) -> FromPeft:
+    """PEFT keeps the new rows themselves."""
+    rows = [int(i) for i in m.config["token_indices"]]
+    units = np.zeros((len(rows), m.size))
+    units[np.arange(len(rows)), rows] = 1
+    return FromPeft({"rows": tuple(rows)}, {"a": units, "b": tensors[_DELTA].astype(np.float64) - m.weight()[rows]})
+
+
+def _shapes(m: TorchModule, tensors: Any) -> dict[str, tuple[int, ...]]:
+    rows = m.config["token_indices"]
+    need(max(rows, default=0) < m.size, f"row {max(rows, default=0)} does not exist: there are {m.size}.")
+    return {_DELTA: (len(rows), m.outputs)}
+
+
+def _write(m: TorchModule, setting: Any, leaves: Any) -> dict[str, Any]:
+    return {_DELTA: (m.weight()[list(setting.rows)] + leaves["b"]).astype(np.float32)}
+
+
+_DELTA = "trainable_tokens_delta"
+ROWS = Method(
+    setting=Rows,
+    leaves=RowLeaves,
+    init=init,
+    update=update,
+    frozen=frozenset({"a"}),
+    peft=PeftForm(
+        peft_type="TRAINABLE_TOKENS",
+        beside={"LORA": (f"token_adapter.{_DELTA}", "trainable_token_indices")},
+        axes={"a": "ri", "b": "ro"},
+        layers=frozenset({"Embedding"}),
+        keys={"token_indices": ()},
+        training=frozenset({"init_weights"}),
+        ties="always",
+        endings=(_DELTA,),
+        shapes=_shapes,
+        read=_read,
+        write=_write,
+        config=lambda m, setting, leaves: {"token_indices": list(setting.rows)},
+    ),
+)

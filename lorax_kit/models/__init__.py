@@ -1,9 +1,10 @@
 """Reference models in Flax that read top to bottom, and loaders of their real weights."""
 
-from lorax_kit.models.assets import MissingPackageError, locate
+from lorax_kit.assets import MissingPackageError, locate
 from lorax_kit.models.bert import BertClassifier, BertConfig, BertEncoder
 from lorax_kit.models.llama import LlamaConfig, LlamaModel
 from lorax_kit.models.lstm import LstmClassifier, LstmConfig
+from lorax_kit.models.names import decoder_names, encoder_names, gpt2_names, t5_names
 from lorax_kit.models.pretrained import Pretrained, classifier_names, classifier_params, load_bert, torch_names
 from lorax_kit.models.pretrained_llama import PretrainedLlama, llama_names, load_llama
 from lorax_kit.models.tokenizer import Tokenizer
@@ -22,9 +23,13 @@ __all__ = [
     "Tokenizer",
     "classifier_names",
     "classifier_params",
+    "decoder_names",
+    "encoder_names",
+    "gpt2_names",
     "llama_names",
     "load_bert",
     "load_llama",
     "locate",
+    "t5_names",
     "torch_names",
 ]

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.models.assets import locate
+from lorax_kit.assets import locate
+from lorax_kit.core.paths import TorchName
 from lorax_kit.models.bert import BertConfig
 from lorax_kit.models.weights import open_folder, read_config
 
@@ -37,8 +38,8 @@ def torch_names(config: BertConfig) -> dict[str, str]:
 
     Kernels are (in, out) here and (out, in) there; everything else has one layout.
     """
-    names = {
-        f"embeddings/{x}/embedding": f"embeddings.{y}_embeddings.weight"
+    names: dict[str, str] = {
+        f"embeddings/{x}/embedding": TorchName(f"embeddings.{y}_embeddings.weight", also=())
         for x, y in (("word", "word"), ("position", "position"), ("type", "token_type"))
     }
     modules = {"embeddings/norm": "embeddings.LayerNorm"}
@@ -77,15 +78,19 @@ def load_bert(source: str | Path = "minilm") -> Pretrained:
     Raises:
       MissingPackageError: the MiniLM package is not installed.
       FileNotFoundError: the folder lacks a file.
-      ValueError: damaged files, missing tensors or wrong shapes, an architecture that is not this one.
+      ValueError: damaged files, missing tensors or wrong shapes, tensors of the encoder that the config does not
+        name (further layers), an architecture that is not this one.
     """
     folder = locate(*MINILM) if source == "minilm" else Path(source)
     config = BertConfig.from_dict(read_config(folder))
     stored = open_folder(folder)
     stored.expect_layers(config.num_hidden_layers)
-    # Whatever else is stored (a pooler, a head of the original task) is left: it follows the hidden states.
     prefix = "bert." if any(name.startswith("bert.") for name in stored.names) else ""
     names = {path: prefix + name for path, name in torch_names(config).items()}
+    # What follows the hidden states is left (a pooler, a head of the original task), but nothing that they depend on:
+    # layers beyond the config's, or another kind of position. Two constants are stored beside the embeddings.
+    constants = {f"{prefix}embeddings.{name}" for name in ("position_ids", "token_type_ids")}
+    stored.expect_no_others({*names.values(), *constants}, (f"{prefix}encoder.", f"{prefix}embeddings."))
     return Pretrained(config, stored.params(names, _shapes(config)), folder / "tokenizer.json", str(source))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorax_kit.models.assets import locate
+from lorax_kit.assets import locate
+from lorax_kit.core.paths import TorchName
 from lorax_kit.models.gguf import gguf_names, read_gguf
 from lorax_kit.models.llama import LlamaConfig
 from lorax_kit.models.tokenizer import Tokenizer
@@ -47,9 +48,12 @@ class PretrainedLlama(NamedTuple):
 def llama_names(config: LlamaConfig) -> dict[str, str]:
     """Our parameter path -> its Hugging Face name (LlamaForCausalLM's), for every parameter of the decoder.
 
-    Kernels are (in, out) here and (out, in) there; everything else has one layout.
+    Kernels are (in, out) here and (out, in) there; everything else has one layout. The name of the embedding says
+    whether it is the head, too.
     """
-    names = {"embeddings/embedding": "model.embed_tokens.weight", "norm/scale": "model.norm.weight"}
+    also = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    table = TorchName("model.embed_tokens.weight", also=also)
+    names = {"embeddings/embedding": table, "norm/scale": "model.norm.weight"}
     for i in range(config.num_hidden_layers):
         for ours, theirs in MODULES.items():
             leaf = "scale" if ours.endswith("norm") else "kernel"

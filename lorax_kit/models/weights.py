@@ -10,7 +10,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -59,9 +58,13 @@ class Stored:
             node[leaf] = jnp.asarray(np.ascontiguousarray(value, np.float32))
         return params
 
-    def expect_no_others(self, used: Collection[str]) -> None:
-        """Raises `ValueError` where a tensor is not among the `used`: the model computes something else."""
-        left = sorted(set(self.names) - set(used))
+    def expect_no_others(self, used: Collection[str], within: tuple[str, ...] = ("",)) -> None:
+        """Raise `ValueError` where a tensor is not among the `used`: the model computes something else.
+
+        Args:
+          within: prefixes of the names that must all be used.
+        """
+        left = sorted(name for name in set(self.names) - set(used) if name.startswith(within))
         if left:
             names = ", ".join(map(repr, left[:3]))
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
@@ -113,6 +116,8 @@ def open_folder(folder: Path) -> Stored:
 
 
 def _open(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
     try:
         return safe_open(file, framework="numpy")
     except SafetensorError as e:

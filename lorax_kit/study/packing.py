@@ -115,7 +115,8 @@ def trial_plan(study: Study, problem: Problem, plan: Plan, trial: Trial, params:
 def start(problem: Problem, plan: Plan, seed: int) -> tuple[Params, dict[str, Any]]:
     """(base, factors) of a trial before its first step: all that a seed decides, but the order of the data."""
     key = jax.random.key(seed)
-    return split(problem.params(jax.random.fold_in(key, 0)), plan, jax.random.fold_in(key, 1))
+    params = problem.params(jax.random.fold_in(key, 0))
+    return split(params, plan, jax.random.fold_in(key, 1), hints=problem.hints)
 
 
 def pack(study: Study, problem: Problem, trials: Sequence[Trial], plan: Plan, params: Params) -> Pack:
@@ -143,7 +144,9 @@ def _padded(plan: Plan, path: str, leaves: Any) -> Any:
     if leaves is None:
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.tree.map(
-        lambda x, s: jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, s.shape, strict=True)]), leaves, shapes
+        lambda x, s: jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, s.shape, strict=True)]) if x.ndim else x,
+        leaves,
+        shapes,
     )
 
 
@@ -177,7 +180,7 @@ def unpack(plan: Plan, factors: Any, index: int, *, diverged: bool = False) -> d
                 raise StudyError(
                     f"rows of {name} at {path!r} above rank {rank} are no longer zero: the optimiser moves zero rows."
                 )
-            own[name] = x[inside]
+            own[name] = np.asarray(x[inside])
         if site:
             out[path] = leaves._replace(**own)
     return out

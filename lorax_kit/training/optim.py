@@ -17,6 +17,7 @@ from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.method import frozen_leaves, trained_leaves
 from lorax_kit.core.plan import Plan
 from lorax_kit.training.extra import accepting, completing
+from lorax_kit.training.gains import from_start
 
 
 def labels(plan: Plan) -> Callable[[FactorTree], dict[str, Any]]:
@@ -40,6 +41,11 @@ def partition(
     clip: float | None = None,
 ) -> optax.GradientTransformation:
     """An optimiser for the factors of `plan`.
+
+    Leaves that start at a value other than zero and multiply the whole weight (`Method.gains`: DoRA's magnitudes, IA3's
+    gains) are handed to `tx` as deviations from their values when the optimiser was made, which its state keeps. So
+    weight decay pulls them to where they started, and not to zero; their updates are the same otherwise, unless a
+    transformation scales by norms of params, as LAMB does: it sees the norm of what they moved by.
 
     Args:
       tx: one transformation for everything trained, or one per label: the names of the leaves ("a", "b",
@@ -83,4 +89,5 @@ def partition(
         return jax.tree.map(lambda name: "frozen" if name == "frozen" else "train", named(factors))
 
     parts = {"train": trained, "frozen": optax.set_to_zero()}
-    return completing(optax.partition(parts, trained_or_frozen, mask_compatible_extra_args=True))
+    whole = optax.partition(parts, trained_or_frozen, mask_compatible_extra_args=True)
+    return from_start(completing(whole), plan)

@@ -11,18 +11,19 @@ from typing import Any
 import jax
 from jax import Array
 
-from lorax_kit.core.compact import LowRank, Quantised, dense
 from lorax_kit.core.errors import PlanError
 from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors, check_key, site_key
+from lorax_kit.core.lowrank import LowRank, dense
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.method import update_of
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import Plan, Site
+from lorax_kit.core.quantised import Quantised
 from lorax_kit.placement import alike
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import Costs, measured_costs
-from lorax_kit.transform.interpret import run
 from lorax_kit.transform.kernels import KERNELS
+from lorax_kit.transform.trace import run
 from lorax_kit.transform.weight import Source, Weight, frozen_weight, lowrank_weight, make_weight
 
 
@@ -202,7 +203,7 @@ def compressed(fn: Callable[..., Any], *, kernel: str = "factored") -> Callable[
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from lorax_kit.core.compact import LowRank
+      >>> from lorax_kit.core.lowrank import LowRank
       >>> w = LowRank(a=jnp.ones((1, 4)), b=jnp.ones((1, 3)), shape=(4, 3), dtype=jnp.float32)
       >>> compressed(lambda p, x: x @ p["w"])({"w": w}, jnp.ones((2, 4))).shape
       (2, 3)

@@ -1,14 +1,12 @@
-"""Traces a function of params once, and evaluates the trace with `Weight`s in place of some: a rule per primitive.
+"""Evaluates a jaxpr in which some values are `Weight`s: one rule per primitive that can keep them factored.
 
-A rule keeps weights factored. A primitive without one is given the materialised weight, and the use is recorded with
-the reason. What no weight touches is bound as it was traced, custom derivative rules included.
+A primitive without one is given the materialised weight, and the use is recorded with the reason. What no weight
+touches is bound as it was traced, custom derivative rules included.
 """
 
 from __future__ import annotations
 
-import os
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -17,9 +15,6 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from lorax_kit.core.compact import LowRank, Quantised
-from lorax_kit.core.errors import PlanError
-from lorax_kit.core.paths import is_array, unflatten
 from lorax_kit.placement import varies
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.recompute import INLINED, Block, Keep, blocks, products, recomputed
@@ -40,6 +35,17 @@ RULES: dict[str, Rule] = {}
 """Primitive name -> rule. A rule returns the outputs, or a reason (str) why it cannot keep the weight factored."""
 CALLS: set[str] = set()
 """Primitives that run other functions: what enters them is not used yet."""
+MOVES = frozenset(
+    (
+        *("broadcast_in_dim", "convert_element_type", "copy", "copy_p", "expand_dims", "neg", "reduce_precision"),
+        *("reshape", "slice", "squeeze", "transpose", "jit", "pjit", "closed_call", "core_call", "remat2", "remat"),
+        *("checkpoint", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "scan", "while", "cond"),
+    )
+)
+"""Primitives that leave the rank of a parameter as it is, and multiply nothing with it.
+
+A weight that holds the rows of many adapters takes them along; any other operation is given its own alone.
+"""
 KEEPS: set[str] = set()
 """Primitives whose rules say themselves, by `Context.kept` and `Context.product`, what a block keeps."""
 
@@ -155,6 +161,8 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
         if eqn.primitive.name not in CALLS:
             values = [_watched(ctx, eqn, i, x) for i, x in enumerate(_masked(ctx, eqn, values))]
         if any(isinstance(x, Weight) for x in values):
+            if eqn.primitive.name not in MOVES:
+                values = [x.chosen(*values) if isinstance(x, Weight) else x for x in values]
             known = RULES.get(eqn.primitive.name)
             found = known(ctx, eqn, values) if known else f"no low-rank rule for {eqn.primitive.name!r}"
             if isinstance(found, str):
@@ -271,64 +279,3 @@ def evaluate_arrays(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Seque
 def closed(jaxpr: Any) -> tuple[Any, Any]:
     """A jaxpr of an equation's params, and its constants."""
     return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, jex.ClosedJaxpr) else (jaxpr, ())
-
-
-NOT_TRACEABLE = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-    jax.errors.NonConcreteBooleanIndexError,
-)
-
-
-def _not_traceable(error: Exception) -> str:
-    """Where a function needs values that tracing does not have."""
-    ours = tuple(os.path.dirname(os.path.abspath(file or "")) for file in (jax.__file__, __file__))
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [f for f in frames if not f.filename.startswith((*ours, "<"))] or frames
-    at = theirs[-1]
-    return (
-        f"the function cannot be traced: it needs the value of an array, not its shape ({type(error).__name__}).\n"
-        f"  {at.filename}, line {at.lineno}, in {at.name}: {at.line}\n"
-        "  use jax.numpy and jax.lax instead of numpy and if, or pass what decides as a plain Python value"
-    )
-
-
-def run(
-    ctx: Context,
-    fn: Callable[..., Any],
-    named: Mapping[str, Any],
-    treedef: jax.tree_util.PyTreeDef,
-    replaced: Mapping[str, Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> Any:
-    """`fn(params, *args, **kwargs)`, with the params at `replaced` flowing through as `Weight`s.
-
-    Array leaves are traced; every other leaf (flags, strings, activations) reaches `fn` as it is.
-    """
-    inputs, input_tree = jax.tree_util.tree_flatten((args, dict(kwargs)))
-    traced_inputs = [i for i, x in enumerate(inputs) if is_array(x)]
-    traced_names = [p for p, x in named.items() if is_array(x)]
-    out_tree: list[jax.tree_util.PyTreeDef] = []
-
-    def flat(params: list[Any], arrays: list[Any]) -> list[Any]:
-        leaves = dict(named)
-        leaves.update(zip(traced_names, params, strict=True))
-        values = list(inputs)
-        for i, x in zip(traced_inputs, arrays, strict=True):
-            values[i] = x
-        rebuilt_args, rebuilt_kwargs = jax.tree_util.tree_unflatten(input_tree, values)
-        out, tree = jax.tree_util.tree_flatten(fn(unflatten(leaves, treedef), *rebuilt_args, **rebuilt_kwargs))
-        out_tree.append(tree)
-        return out
-
-    params, arrays = [named[p] for p in traced_names], [inputs[i] for i in traced_inputs]
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Quantised | LowRank) else x for x in params]
-    try:
-        closed = jax.make_jaxpr(flat)(shapes, arrays)
-    except NOT_TRACEABLE as e:
-        raise PlanError(_not_traceable(e)) from e
-    values = [replaced.get(p, x) for p, x in zip(traced_names, params, strict=True)]
-    out = evaluate_arrays(ctx, closed.jaxpr, closed.consts, [*values, *arrays])
-    return jax.tree_util.tree_unflatten(out_tree[-1], out)

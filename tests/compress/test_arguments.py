@@ -61,7 +61,7 @@ def pruned(**options):
 def half():
     """Singular values above what the parameter's dtype holds."""
     params = {"w": jnp.full((300, 300), 6e4, jnp.float16)}
-    sites = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), params)
+    sites = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1, inputs=(0,))}), params)
     compress(params, CompressPlan(method="asvd", sites=sites, ranks={"w": 1}), {"w": EMPTY._replace(absolute=TINY)})
 
 

@@ -24,7 +24,8 @@ from lorax_kit.compress import (
     prune,
 )
 from lorax_kit.compress.allocate import _points, cost
-from lorax_kit.compress.decompose import Transform, leading, randomised, singular_values, transform
+from lorax_kit.compress.decompose import Transform, singular_values, transform
+from lorax_kit.svd import leading, randomised
 from tests.draws import draw
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import lorax_kit as lk
-from lorax_kit.core.compact import dense
 from lorax_kit.core.leaves import FullLeaf
+from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import effective_weight
 from lorax_kit.core.method import frozen_leaves, update_of
 from lorax_kit.core.paths import flatten
@@ -28,6 +28,12 @@ WAYS = {
     "dora": lk.DoRA(rank=2, alpha=3),
     "rows": lk.Rows(rows=(0, 2)),
     "lora + normal": lk.LoRA(rank=2, alpha=3, start="normal"),
+    "lora + pissa": lk.LoRA(rank=2, alpha=3, start="pissa"),
+    "lora_fa + olora": lk.LoRA(rank=2, alpha=3, freeze_a=True, start="olora"),
+    "lora + eva": lk.LoRA(rank=2, alpha=3, start="eva"),
+    "lora + corda_kpm": lk.LoRA(rank=2, alpha=3, start="corda_kpm"),
+    "dora + orthogonal": lk.DoRA(rank=2, alpha=3, start="orthogonal"),
+    "dora + lora_ga": lk.DoRA(rank=2, alpha=3, start="lora_ga"),
 }
 
 
@@ -46,7 +52,10 @@ def bf16() -> Case:
 
 MODELS = {**{name: CASES[name] for name in CASES if name != "materialised"}, "quantised": quantised, "bf16": bf16}
 
-EXCUSED: dict[tuple[str, str], str] = {}
+EXCUSED: dict[tuple[str, str], str] = {
+    ("lora + eva", "tied"): "the rows of a table are looked up",
+    ("lora + corda_kpm", "tied"): "the rows of a table are looked up",
+}
 """(way, model) -> what the plan's error says of a cell that does not apply."""
 
 
@@ -72,8 +81,20 @@ class Numbers(NamedTuple):
 
 @cache
 def hints(model: str) -> Any:
-    """What data-dependent starts look at: None while there are none."""
-    return None
+    """What data-dependent starts look at."""
+    case = MODELS[model]()
+    plan = lk.resolve(lk.Spec(dict.fromkeys(case.targets, lk.LoRA(rank=1))), case.params, case.fn, *case.inputs)
+    # The tied table is looked up and multiplied: calibration refuses it, and its gradient is all that a start reads.
+    collect = ["gradient"] if model == "tied" else ["inputs", "gradient"]
+    return lk.calibrate(
+        lambda p, inputs: case.fn(p, *inputs),
+        case.params,
+        plan,
+        [case.inputs],
+        loss=lambda out, _: loss(out),
+        collect=collect,
+        progress=False,
+    )
 
 
 @cache

@@ -1,0 +1,151 @@
+"""Every method at about the same number of trained parameters, on real film reviews: rate swept, six paired seeds.
+
+Command:   python experiments/methods.py [METHOD ...]     (all, or some; a second call goes on where the first stopped)
+Hardware:  2 CPU cores
+Result:    see the table that it prints; runs/methods/table.csv
+Writes:    runs/methods/METHOD/ (one study each: report.html, results.csv, adapters/), runs/methods/table.csv
+
+LoRA of rank 4 sets the number. Methods whose size does not grow with the rank (VeRA, IA3) stay below it, and the table
+says by how much. The rate is chosen by mean validation accuracy; the interval is that of the test accuracy over seeds,
+the difference to LoRA is paired by seed, and its p is Holm's over all methods.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import jax
+
+import lorax_kit as lk
+from lorax_kit.core.leaves import trained_only
+from lorax_kit.core.method import METHODS as METHOD_TABLE
+from lorax_kit.study.statistics import holm, interval, paired_test
+from lorax_kit.workloads import Sentiment
+
+OUT = Path("runs/methods")
+SEEDS, STEPS, RATES = range(6), 100, (5e-4, 2e-3, 8e-3, 3e-2)
+TARGETS = {"upper-linear": ["encoder/layer_{3..5}/**/kernel"]}
+HIGHEST = 384  # of MiniLM's smallest matrix
+# Method -> further settings, and what its ranks are multiples of.
+METHODS = {
+    "lora": ({}, 1),
+    "dora": ({}, 1),
+    "adalora": ({}, 1),
+    "miss": ({}, 1),
+    "delora": ({}, 1),
+    "hra": ({}, 2),
+    "loha": ({}, 1),
+    "lokr": ({}, 1),
+    "lora_xs": ({}, 1),
+    "vera": ({}, 32),
+    "ia3": ({}, 1),
+}
+
+
+def trained(method: str, rank: int, problem: lk.Problem) -> int:
+    """Parameters that a method trains beside the head."""
+    study = study_of(method, rank)
+    params, batch = jax.eval_shape(problem.params, jax.random.key(0)), next(problem.train(0, 0))
+    spec = lk.Spec([(pattern, study.setting(study.trials()[0])) for pattern in TARGETS["upper-linear"]])
+    plan = lk.resolve(spec, params, problem.apply, batch)
+    factors = jax.eval_shape(lambda key: lk.split(problem.params(key), plan, key)[1], jax.random.key(0))
+    return sum(x.size for x in jax.tree.leaves(trained_only(plan, factors)))
+
+
+def study_of(method: str, rank: int) -> lk.Study:
+    """The study of one method at one rank."""
+    setting = METHOD_TABLE[method].setting
+    has = setting.__dataclass_fields__
+    return lk.Study(
+        variant=method,
+        settings={method: METHODS[method][0]},
+        rank=rank if "rank" in has else 1,
+        alpha=rank if "alpha" in has else None,
+        lr=RATES,
+        seed=SEEDS,
+        targets=TARGETS,
+        steps=STEPS,
+        warmup=10,
+        probe_lr=(),
+    )
+
+
+def equal_rank(method: str, wanted: int, problem: lk.Problem) -> int:
+    """The rank at which a method trains the number of parameters closest to `wanted`."""
+    multiple = METHODS[method][1]
+    low, high = 1, HIGHEST // multiple
+    while low < high:  # the number grows with the rank, or not at all
+        middle = (low + high) // 2
+        try:
+            enough = trained(method, middle * multiple, problem) >= wanted
+        except lk.LoraxError:  # above what the method can hold
+            enough = True
+        low, high = (low, middle) if enough else (middle + 1, high)
+    ranks = [r * multiple for r in (low - 1, low) if r >= 1]
+    sizes = {}
+    for rank in ranks:
+        try:
+            sizes[rank] = trained(method, rank, problem)
+        except lk.LoraxError:
+            continue
+    return min(sizes, key=lambda rank: (abs(sizes[rank] - wanted), rank))
+
+
+def best_rate(rows: list[dict]) -> list[dict]:
+    """The trials of the rate with the highest mean validation accuracy."""
+
+    def mean(lr: float) -> float:
+        values = [row["val_accuracy"] for row in rows if row["lr"] == lr and row["status"] == "done"]
+        return sum(values) / len(values) if len(values) == len(SEEDS) else 0.0
+
+    chosen = max(RATES, key=mean)
+    return sorted((row for row in rows if row["lr"] == chosen), key=lambda row: row["seed"])
+
+
+def main(names: list[str]) -> None:
+    problem = Sentiment(length=32, val=256).build()
+    wanted = trained("lora", 4, problem)
+    runs = {}
+    for name in names:
+        rank = equal_rank(name, wanted, problem)
+        print(f"{name}: rank {rank}, {trained(name, rank, problem):,} of {wanted:,} parameters", file=sys.stderr)
+        study = study_of(name, rank)
+        results = lk.run(study, problem, out=OUT / name, command="python experiments/methods.py")
+        runs[name] = (rank, best_rate(results.rows), trained(name, rank, problem))
+    table, reference = [], runs.get("lora")
+    for name, (rank, rows, size) in runs.items():
+        tests = [row["test_accuracy"] for row in rows]
+        spread = interval(tests)
+        paired = None if reference is None or name == "lora" else [row["test_accuracy"] for row in reference[1]]
+        difference = None if paired is None else interval([x - y for x, y in zip(tests, paired, strict=True)])
+        table.append(
+            {
+                "method": name,
+                "rank": rank,
+                "params": size,
+                "lr": rows[0]["lr"],
+                "test_accuracy": spread.mean,
+                "low": spread.low,
+                "high": spread.high,
+                "against_lora": None if difference is None else difference.mean,
+                "against_low": None if difference is None else difference.low,
+                "against_high": None if difference is None else difference.high,
+                "p": None if paired is None else paired_test(tests, paired),
+                "train_seconds": sum(row["train_seconds"] for row in rows) / len(rows),
+            }
+        )
+    compared = [row for row in table if row["p"] is not None]
+    for row, p in zip(compared, holm([row["p"] for row in compared]) if compared else [], strict=True):
+        row["p_holm"] = float(p)
+    with open(OUT / "table.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*table[0], "p_holm"])
+        writer.writeheader()
+        writer.writerows(table)
+    for row in table:
+        against = "" if row["p"] is None else f"  {100 * row['against_lora']:+.1f} points, p {row['p_holm']:.3f}"
+        interval_text = f"{row['test_accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        print(f"{row['method']:9} rank {row['rank']:3} {row['params']:8,} lr {row['lr']:g}  {interval_text}{against}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(METHODS))

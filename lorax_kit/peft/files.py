@@ -1,0 +1,127 @@
+"""The two files of a PEFT folder, read with care: a folder may come from anywhere."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorax_kit.checkpoint.tensors import read_tensors
+from lorax_kit.core.errors import AdapterError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+READ = {"F32": 4, "BF16": 2, "F16": 2}
+LARGEST = 10**15
+"""No number in a config is above it: not a rank, not a seed, not a count of steps."""
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """An object of JSON.
+
+    Raises:
+      AdapterError: bytes that are no UTF-8, no JSON, no object, nested too deeply, a key that comes twice, a number that
+        is no finite one of ordinary size.
+    """
+    try:
+        data = json.loads(
+            file.read_bytes().decode("utf-8"),
+            object_pairs_hook=_once,
+            parse_int=_integer,
+            parse_float=_real,
+            parse_constant=_real,
+        )
+    except RecursionError:
+        raise AdapterError(f"{str(file)!r} is nested too deeply.") from None
+    except ValueError as e:  # also bytes that are not UTF-8
+        raise AdapterError(f"{str(file)!r} is not JSON: {e}.") from None
+    if not isinstance(data, dict):
+        raise AdapterError(f"{str(file)!r} must hold an object, not {type(data).__name__}.")
+    return data
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise ValueError(f"the key {key!r} comes twice")
+        out[key] = value
+    return out
+
+
+def _integer(text: str) -> int:
+    if len(text) > 16 or abs(int(text)) > LARGEST:
+        raise ValueError(f"the number {text[:12]}... is too large")
+    return int(text)
+
+
+def _real(text: str) -> float:
+    value = float(text)
+    if not abs(value) <= LARGEST:
+        raise ValueError(f"the number {text[:12]} is not finite, or too large")
+    return value
+
+
+def read_weights(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of the folder by its whole name.
+
+    Raises:
+      AdapterError: no such file, a damaged one, a name that comes twice, a dtype that is not float32, bfloat16 or
+        float16, a value that is not finite.
+    """
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise AdapterError(
+            f"{str(folder)!r} has no {WEIGHTS}.\n"
+            "  pickled weights are not read: write it by save_pretrained(..., safe_serialization=True)"
+        )
+    _check_header(file)
+    tensors = read_tensors(file)
+    for name, x in tensors.items():
+        if not np.isfinite(x.astype(np.float32)).all():
+            raise AdapterError(f"the tensor {name!r} holds values that are not finite: the training had failed.")
+    return tensors
+
+
+def _check_header(file: Path) -> None:
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        start = opened.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        text = opened.read(length) if 8 + length <= size else b""
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
+        entries = {n: (x["dtype"], x["shape"], x["data_offsets"]) for n, x in header.items() if n != "__metadata__"}
+        end = max((offsets[1] for *_, offsets in entries.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as e:
+        what = e if isinstance(e, ValueError) and text else "its header does not fit into it"
+        raise AdapterError(f"{str(file)!r} is damaged: {what}.\n  restore it from a copy") from None
+    if not isinstance(end, int) or 8 + length + end != size:
+        raise AdapterError(
+            f"{str(file)!r} is damaged: its header tells of {end} bytes of tensors, it has {size - 8 - length}.\n"
+            "  restore it from a copy"
+        )
+    for name, (dtype, shape, offsets) in entries.items():
+        if dtype not in READ:
+            raise AdapterError(
+                f"the tensor {name!r} is {_word(dtype)}; float32, bfloat16 and float16 can be read.\n"
+                "  save the adapter in one of them: model.to(torch.float32).save_pretrained(...)"
+            )
+        if prod(shape) * READ[dtype] != offsets[1] - offsets[0]:
+            raise AdapterError(f"{str(file)!r} is damaged: the tensor {name!r} has not the bytes of its shape {shape}.")
+
+
+def _word(dtype: Any) -> str:
+    """A dtype as numpy calls it: F64 is float64."""
+    text = str(dtype)
+    kinds = {"F": "float", "I": "int", "U": "uint"}
+    return f"{kinds[text[0]]}{text[1:].lower()}" if text[:1] in kinds else text.lower()
+
+
+def write_json(file: Path, config: Mapping[str, Any]) -> None:
+    """Write a config as PEFT does: keys in order."""
+    file.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")

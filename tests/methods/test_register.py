@@ -1,0 +1,144 @@
+"""A user's own method, as `experiments/own_method.py` registers it: trained, stacked, merged, saved, loaded."""
+
+import importlib.util
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lorax_kit as lk
+from lorax_kit.core.method import METHODS
+from lorax_kit.study.packing import trial_plan, union_plan
+from tests import tiny
+from tests.draws import draw
+
+FILE = Path(__file__).parents[2] / "experiments" / "own_method.py"
+
+
+@pytest.fixture
+def own():
+    """The script's module; its method is taken off the table again."""
+    spec = importlib.util.spec_from_file_location("own_method", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    METHODS.pop("tinylora")
+
+
+def test_it_is_under_forty_lines():
+    text = FILE.read_text()
+    code = text[text.index("# The method: from here") : text.index("# ... to here")]
+    assert len([line for line in code.splitlines() if line.strip()]) < 40
+
+
+def test_it_is_trained_stacked_merged_saved_and_loaded(own, tmp_path, standard_promotion):
+    problem = tiny.problem()
+    study = tiny.study(
+        variant="tinylora", settings={"tinylora": {"u": 5}}, rank=2, alpha=None, lr=[0.1, 1.0], seed=[0, 1], probe_lr=()
+    )
+    results = lk.run(study, problem, out=tmp_path / "run", progress=False)
+    assert results.compiles == 1
+    assert [row["status"] for row in results.rows] == ["done"] * 4
+    assert {row["params"] for row in results.rows} == {2 * 5 + 18}  # two sites, and the head
+    base = problem.params(jax.random.key(0))
+    loaded = lk.load_adapter(tmp_path / "run" / results.rows[0]["adapter"], base=base)
+    assert loaded.plan.site("up/kernel").setting == own.TinyLoRA(rank=2, u=5)
+    assert float(jnp.abs(loaded.factors["up/kernel"].v).max()) > 0.01
+    batch = problem.val[0]
+    np.testing.assert_allclose(
+        lk.adapt(problem.apply, loaded.plan)(base, loaded.factors, batch),
+        problem.apply(lk.merge(base, loaded.factors, loaded.plan), batch),
+        atol=1e-5,
+    )
+
+
+def test_its_stacked_trials_equal_their_solo_runs(own, standard_promotion):
+    problem, params = tiny.problem(), tiny.params(jax.random.key(0))
+    study = tiny.study(
+        variant="tinylora", settings={"tinylora": {"u": 5}}, rank=2, alpha=None, lr=[0.1], seed=[0, 1], probe_lr=()
+    )
+    from lorax_kit.study.engine import Engine, optimizer
+    from lorax_kit.study.packing import pack, start, unpack
+
+    trials = study.trials()
+    plan = union_plan(study, problem, trials, params, problem.val[0])
+    trained = Engine(study, problem, plan, params, 2).train(
+        pack(study, problem, trials, plan, params), lambda at: tiny.stream(0, at)
+    )
+    for i, trial in enumerate(trials):
+        alone = trial_plan(study, problem, plan, trial, params)
+        base, factors = start(problem, alone, trial.seed)
+        adapted = lk.adapt(problem.apply, alone)
+        loss = lambda b, f, batch: problem.loss(adapted(b, f, batch), batch)  # noqa: B023, E731
+        init, step = lk.make_step(loss, optimizer(study, alone, trial.lr))
+        state, stream = init(factors), tiny.stream(0, 0)
+        for _ in range(study.steps):
+            state, _ = step(state, base, next(stream))
+        for path, leaves in unpack(alone, trained.factors, i).items():
+            for x, y in zip(leaves, state.factors[path], strict=True):
+                np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+class One(NamedTuple):
+    gain: jax.Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain(lk.Setting):
+    kind = "gain"
+
+
+METHOD = lk.Method(
+    setting=Gain,
+    leaves=One,
+    init=lambda site, w, key, hints: One(jnp.ones(site.out_shape)),
+    update=lambda site, w, leaves, scale: lk.Update(out_gain=leaves.gain),
+    gains=frozenset({"gain"}),
+)
+
+
+class Nameless(lk.Setting):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"setting": lk.LoRA}, "the kind 'lora' is taken"),
+        ({"setting": dict}, "must be a subclass of lk.Setting"),
+        ({"setting": Nameless}, "with a `kind`"),
+        ({"leaves": tuple}, "must be a NamedTuple"),
+        ({"rows": frozenset({"a"})}, "names the leaf 'a'; its leaves are gain"),
+    ],
+)
+def test_a_method_that_is_none_is_refused(change, says):
+    with pytest.raises(lk.SpecError, match=says):
+        lk.register(replace(METHOD, **{"setting": Gain, **change}))
+    with pytest.raises(lk.SpecError, match=r"is no lk\.Method"):
+        lk.register(Gain)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"init": lambda *_: (1,)}, "init of method 'gain' returns tuple, not its leaves"),
+        ({"update": lambda *_: lk.Update(a=jnp.ones((1, 4)))}, "with both of a and b or neither"),
+        ({"update": lambda *_: lk.Update(out_gain=jnp.ones(4))}, r"has out_gain of shape \(4,\)"),
+    ],
+)
+def test_a_method_that_does_not_fit_says_so_when_it_is_resolved(change, says):
+    lk.register(replace(METHOD, **change))
+    try:
+        with pytest.raises(lk.PlanError, match=says):
+            lk.resolve(lk.Spec({"w": Gain()}), {"w": draw(0, 4, 3)})
+    finally:
+        METHODS.pop("gain")
+
+
+def test_a_setting_that_was_never_registered_is_named():
+    with pytest.raises(lk.SpecError, match=r"method 'gain' is unknown; choose from .*lk\.register"):
+        lk.resolve(lk.Spec({"w": Gain()}), {"w": draw(0, 4, 3)}, lambda p, x: x @ p["w"], draw(1, 2, 4))
