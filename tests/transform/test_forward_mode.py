@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lorax_kit as lk
-from lorax_kit.core.compact import LowRank
+from lorax_kit.core.lowrank import LowRank
 from lorax_kit.models import BertConfig, BertEncoder, LlamaConfig, LlamaModel
 from lorax_kit.transform import compressed
 from tests.draws import draw, moved
