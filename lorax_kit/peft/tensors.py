@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -57,6 +58,7 @@ def sort_out(tensors: Mapping[str, np.ndarray], config: Config) -> Sorted:
         else:
             ends_here = ends
         if end is None:
+            _refuse_named_adapter(full, ends)
             out.rest[name] = x
             continue
         found = held.setdefault(name.removesuffix(f".{end}"), {})
@@ -68,3 +70,14 @@ def sort_out(tensors: Mapping[str, np.ndarray], config: Config) -> Sorted:
 
 def _end_of(name: str, ends: Iterable[str]) -> str | None:
     return max((e for e in ends if name.endswith(f".{e}")), key=len, default=None)
+
+
+def _refuse_named_adapter(full: str, ends: Iterable[str]) -> None:
+    """Raise `AdapterError` for a tensor of a model in memory, whose name holds the adapter's behind the factor's."""
+    factors = "|".join(sorted({re.escape(e.removesuffix(".weight")) for e in ends}, key=len, reverse=True))
+    own = re.search(rf"\.({factors})\.(?!weight$)(.+?)(\.weight)?$", full)
+    if own:
+        raise AdapterError(
+            f"the tensor {full!r} names its adapter, {own[2]!r}, which the files of save_pretrained leave out.\n"
+            f"  rename it: {full.replace(f'.{own[1]}.{own[2]}', f'.{own[1]}')!r}, or write it by save_pretrained"
+        )
