@@ -81,6 +81,7 @@ def load_peft(
         for p, value in full.items():
             own = wide(named[p].dtype) if jnp.finfo(named[p].dtype).bits < 32 else named[p].dtype
             rules[literal(p)] = Full(dtype=None if value.dtype == own else str(value.dtype))
+        rules = {rule: rules[rule] for p in named if (rule := literal(p)) in rules}
         if not rules:
             raise AdapterError(f"{str(path)!r} holds no tensors that adapt anything.")
         made = make_plan(Spec(rules), base, axes)

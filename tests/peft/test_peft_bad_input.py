@@ -7,7 +7,7 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.models import classifier_names
-from tests.checkpoint.peft_folder import Folder
+from tests.peft.peft_folder import Folder
 from tests.fixtures.recorded import CONFIG, NAMES, base
 
 Q = "encoder.layer.0.attention.self.query"
