@@ -1,6 +1,6 @@
 """Every method at about the same number of trained parameters, on real film reviews: rate swept, six paired seeds.
 
-Command:   python experiments/methods.py [METHOD ...]        (all, or some; a second call goes on where the first stopped)
+Command:   python experiments/methods.py [METHOD ...]     (all, or some; a second call goes on where the first stopped)
 Hardware:  2 CPU cores
 Result:    see the table that it prints; runs/methods/table.csv
 Writes:    runs/methods/METHOD/ (one study each: report.html, results.csv, adapters/), runs/methods/table.csv

@@ -39,7 +39,7 @@ from lorax_kit.parallel import device_mesh, pmap_step, sharded_step
 from lorax_kit.peft import load_peft, save_peft
 from lorax_kit.starts import loftq
 from lorax_kit.study import Problem, Results, Study, run
-from lorax_kit.training import Score, adalora_budget, fit, make_step, partition
+from lorax_kit.training import Score, Weighted, adalora_budget, fit, make_step, partition
 from lorax_kit.transform import adapt, all_linear, explain, resolve
 from lorax_kit.version import __version__
 
@@ -74,6 +74,7 @@ __all__ = [
     "Study",
     "StudyError",
     "Update",
+    "Weighted",
     "__version__",
     "adalora_budget",
     "adapt",

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from lorax_kit.core.errors import CompressError
@@ -35,6 +36,36 @@ def batches_of(name: str, batches: Any) -> Iterator[Any]:
     if is_array(batches) or isinstance(batches, str | bytes | Mapping) or not isinstance(batches, Iterable):
         raise CompressError(f"{name} are {shown(batches)}; give an iterable of batches.\n  for one batch: [batch]")
     return iter(batches)
+
+
+def weights_of(weight: Callable[[Any], Any] | str, batch: Any) -> np.ndarray:
+    """How much each input of a batch counts, fp32: by a function of the batch, or its entry of that name."""
+    if callable(weight):
+        value, name = weight(batch), "weight(batch)"
+    else:
+        value, name = _entry(batch, weight), f"the weight {weight!r} of a batch"
+        if value is None:
+            raise CompressError(f"weight is {weight!r}, and a batch, {shown(batch)}, has no such key or attribute.")
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    if not is_array(value) or value.shape == () or not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
+        raise CompressError(f"{name} is {shown(value)}; it must be an array of real numbers, (rows, tokens) for texts.")
+    counts = np.asarray(value, np.float32)
+    if not (np.isfinite(counts).all() and (counts >= 0).all()):
+        raise CompressError(f"{name} must be finite numbers of at least 0.")
+    return counts
+
+
+def mask_of(batch: Any) -> str | None:
+    """The name of a batch's mask that has zeros, if it has one: "mask" or "attention_mask"."""
+    for name in ("mask", "attention_mask"):
+        value = _entry(batch, name)
+        if is_array(value) and np.ndim(value) > 0 and not np.asarray(value).all():
+            return name
+    return None
+
+
+def _entry(batch: Any, name: str) -> Any:
+    return batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
 
 
 def check_values(params: Params) -> None:

@@ -3,29 +3,33 @@
 The function is traced as `lk.resolve` traces it. Where a parameter is multiplied, sum x x^T of its input is added to
 a mutable array of the program (`jax.new_ref`), in whatever scan, while loop or branch that happens. Nothing is
 differentiated for that, and XLA drops what follows the last input. Gradients of a loss are another program.
+
+Padding is given to a site like any other input: `weight` says which inputs count.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from lorax_kit.calibration.arguments import batches_of, check_function, planned, scalar_of, shown
-from lorax_kit.core.compact import dense
+from lorax_kit.calibration.arguments import batches_of, check_function, mask_of, planned, scalar_of, shown, weights_of
 from lorax_kit.core.errors import CompressError
-from lorax_kit.core.leaves import wide
+from lorax_kit.core.lowrank import dense
 from lorax_kit.core.method import Hints
 from lorax_kit.core.paths import Params, is_array, unflatten
 from lorax_kit.core.plan import Plan, Site
-from lorax_kit.transform.trace import watch
+from lorax_kit.dtypes import wide
+from lorax_kit.transform.trace import Given, watch
 
 Moments = Hints
 """The name that compression gives to what it reads of a site."""
@@ -73,23 +77,21 @@ def _zeros(site: Site) -> _Sums:
     return _Sums(jnp.zeros(()), jnp.zeros((s, k, k)), jnp.zeros((s, k)))
 
 
-def _add(sums: _Sums, site: Site, x: Array, layer: Array | None) -> None:
-    if site.lookup:
-        _count_rows(sums, x)
-    else:
-        _add_inputs(sums, x, layer)
+def _count_rows(sums: _Sums, rows: Array, counts: Array) -> None:
+    sums.second[...] = sums.second[...].at[rows].add(counts, mode="drop")
+    sums.tokens[...] += jnp.sum(counts)
 
 
-def _count_rows(sums: _Sums, rows: Array) -> None:
-    sums.second[...] = sums.second[...].at[rows].add(1.0, mode="drop")
-    sums.tokens[...] += jnp.float32(rows.size)
+def _add_inputs(sums: _Sums, x: Array, counts: Array, layer: Array | None) -> None:
+    """Add x (*S, M, K), or (M, K) of one of the stacked matrices, whose tokens count for the mean of all.
 
-
-def _add_inputs(sums: _Sums, x: Array, layer: Array | None) -> None:
-    """Add x (*S, M, K), or (M, K) of one of the stacked matrices, whose tokens count for the mean of all."""
+    `counts` (*S, M) is how much each row counts; what a row that counts nothing holds does not matter.
+    """
     x = x.astype(jnp.float32).reshape(-1, *x.shape[-2:])
-    second = jnp.einsum("smi,smj->sij", x, x, precision=jax.lax.Precision.HIGHEST)
-    first, tokens = jnp.sum(jnp.abs(x), axis=1), jnp.float32(x.shape[1])
+    counts = counts.reshape(-1, x.shape[1], 1)
+    x = jnp.where(counts > 0, x, 0)
+    second = jnp.einsum("smi,smj->sij", counts * x, x, precision=jax.lax.Precision.HIGHEST)
+    first, tokens = jnp.sum(counts * jnp.abs(x), axis=1), jnp.sum(counts) / counts.shape[0]
     if layer is None:
         sums.second[...] += second
         sums.first[...] += first
@@ -100,6 +102,34 @@ def _add_inputs(sums: _Sums, x: Array, layer: Array | None) -> None:
         sums.tokens[...] += tokens / sums.first.shape[0]
 
 
+def _counts(weights: Array | None, site: Site, given: Given, inside: bool) -> Array | str:
+    """How much each row of the inputs counts, (*S, M), or (M,) of a lookup; or why it is not known.
+
+    Args:
+      weights: of a batch's inputs, whose axes lead those of the value that the site is given, or are flattened there
+        into one. Where the value has one row for each of their first axis, as after pooling, a row counts as much as
+        the input of it that counts most.
+      inside: in the body of a loop or branch, where one row for each of the first axis may be one step's.
+    """
+    x, shape = given.value, given.inputs.shape if site.lookup else given.inputs.shape[:-1]
+    if weights is None:
+        return jnp.ones(shape)
+    n, rows = weights.ndim, x.shape[:1] + (1,) * (x.ndim - 1)
+    if x.ndim > n and x.shape[:n] == weights.shape:
+        flags = weights.reshape(*weights.shape, *(1,) * (x.ndim - n))
+    elif n > 1 and x.shape[0] == weights.size:
+        flags = weights.reshape(rows)
+    elif n > 1 and not inside and x.shape[0] == weights.shape[0] == prod(shape):
+        flags = jnp.max(weights.reshape(weights.shape[0], -1), axis=1).reshape(rows)
+    else:
+        return f"which of its inputs count is not known: they are {x.shape}, the weights {weights.shape}"
+    if not site.lookup:
+        return jnp.max(given.arrange(jnp.broadcast_to(flags, x.shape)), axis=-1)
+    if flags.size != prod(shape):
+        return f"which of its {prod(shape)} lookups count is not known: the weights are {weights.shape}"
+    return flags.reshape(-1)
+
+
 def calibrate(
     fn: Callable[..., Any],
     params: Params,
@@ -107,6 +137,7 @@ def calibrate(
     batches: Iterable[Any],
     *,
     loss: Callable[[Any, Any], Array] | None = None,
+    weight: Callable[[Any], Any] | str | None = None,
     collect: Sequence[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Hints]:
@@ -118,6 +149,9 @@ def calibrate(
       plan: from `lk.resolve`; which parameters, and what their inputs are. Ranks do not matter.
       batches: each of one shape, or of few: a program is compiled for each shape.
       loss: `loss(fn(params, batch), batch)`, a scalar, for what is made of its gradients.
+      weight: how much each input counts: batch -> numbers, (rows, tokens) for texts, whose axes lead those of what the
+        sites are given; or the name of a batch's own ("mask"). 0 leaves padding out; default: all count alike, with a
+        warning where a batch has a mask with zeros. What gradients are of, the loss says.
       collect: what to sum, of "inputs" (tokens, gram, absolute, counts), "fisher" (squared gradients) and "gradient"
         (their mean, as large as the parameters). None: the inputs, and with a loss "fisher", too.
       progress: show a bar.
@@ -144,17 +178,25 @@ def calibrate(
     check_function("fn", fn, "fn(params, batch)")
     if loss is not None:
         check_function("loss", loss, "loss(fn(params, batch), batch)")
+    if weight is not None and not isinstance(weight, str):
+        check_function("weight", weight, "weight(batch), or the name of a batch's entry")
     wanted = _wanted(collect, loss)
     named, treedef = planned(params, plan)
     sites = {site.path: site for site in plan.sites}
     skipped: dict[str, str] = {}
 
     @partial(jax.jit, donate_argnums=0)
-    def add(sums: dict[str, _Sums], arrays: dict[str, Array], batch: Any) -> dict[str, _Sums]:
-        refs = jax.tree.map(jax.new_ref, sums)
+    def add(sums: dict[str, _Sums], arrays: dict[str, Array], batch: Any, weights: Array | None) -> dict[str, _Sums]:
+        refs, outside = jax.tree.map(jax.new_ref, sums), jex.get_opaque_trace_state()
 
-        def sink(site: Site, inputs: Array, layer: Array | None) -> None:
-            _add(refs[site.path], site, inputs, layer)
+        def sink(site: Site, given: Given) -> None:
+            counts = _counts(weights, site, given, inside=jex.get_opaque_trace_state() != outside)
+            if isinstance(counts, str):
+                skipped[site.path] = counts
+            elif site.lookup:
+                _count_rows(refs[site.path], given.inputs, counts)
+            else:
+                _add_inputs(refs[site.path], given.inputs, counts, given.layer)
 
         def missed(site: Site, why: str) -> None:
             skipped[site.path] = why
@@ -180,7 +222,13 @@ def calibrate(
         if any(0 in jnp.shape(x) for x in jax.tree.leaves(batch)):
             raise CompressError(f"calibration batch {n + 1} is empty.")
         if "inputs" in wanted:
-            sums = add(sums, arrays, batch)
+            if weight is None and n == 0 and (name := mask_of(batch)):
+                warnings.warn(
+                    f"the batches have a {name!r} with zeros, and padding counts as calibration data: "
+                    f"calibrate(..., weight={name!r}) leaves it out",
+                    stacklevel=2,
+                )
+            sums = add(sums, arrays, batch, None if weight is None else weights_of(weight, batch))
         if wanted - {"inputs"}:
             for path, parts in _differentiated(gradients, arrays, batch).items():
                 for name, x in parts.items():
@@ -245,7 +293,7 @@ def _with_inputs(hints: Hints, site: Site, sums: _Sums, skipped: str) -> Hints:
     if skipped and tokens > 0:
         raise CompressError(f"calibration knows some uses of {site.path!r}, but not all: {skipped}.\n{way_out}")
     if tokens == 0:
-        why = skipped or "no batch led to a product or lookup of it"
+        why = skipped or "no batch led to a product or lookup of it, or none of weight above 0"
         raise CompressError(f"calibration never reached {site.path!r}: {why}.\n{way_out}")
     if site.lookup:
         return hints._replace(tokens=float(tokens), counts=second)

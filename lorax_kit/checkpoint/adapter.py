@@ -20,7 +20,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lorax_kit.checkpoint.fingerprint import fingerprint
+from lorax_kit.checkpoint.fingerprint import (
+    differences,
+    digests,
+    fingerprint,
+    first_difference,
+    statistics,
+    whole_fingerprint,
+)
 from lorax_kit.checkpoint.seal import SEAL, check_seal, damaged, seal
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.core.errors import AdapterError, LoraxError
@@ -129,6 +136,7 @@ def save_adapter(
         "spec": plan.spec.to_dict(),
         "axes": {s.path: {**asdict(s.axes), "use": s.use} for s in plan.sites},
         "base": fingerprint(base, [f.path for f in plan.full]),
+        "leaves": digests(base, [f.path for f in plan.full]),
         "arrays": {n: {"shape": x.shape, "dtype": str(x.dtype)} for n, x in stored.items()},
         "same": same,
         "versions": {"lorax_kit": __version__, **{name: version(name) for name in ("jax", "orbax-checkpoint")}},
@@ -258,14 +266,8 @@ def load_adapter(path: str | Path, *, base: Params) -> Adapter:
         p: (Axes(inputs=tuple(x["inputs"]), outputs=tuple(x["outputs"]), stack=tuple(x["stack"])), str(x["use"]))
         for p, x in document["axes"].items()
     }
+    check_base(path, document, base)
     plan = make_plan(document["spec"], base, axes)
-    own = fingerprint(base, [f.path for f in plan.full])
-    if own != document["base"]:
-        raise AdapterError(
-            f"the adapter at {str(path)!r} belongs to another base.\n"
-            f"  fingerprint of its base {document['base'][:12]}, of this one {own[:12]}\n"
-            "  load the weights it was trained on"
-        )
     stored, same = document["arrays"], document.get("same", {})
     expected = {name: list(shape) for name, shape in _shapes(plan).items()}
     for name, shape in expected.items():
@@ -289,6 +291,29 @@ def load_adapter(path: str | Path, *, base: Params) -> Adapter:
     for leaf in plan.full:
         factors[leaf.path] = FullLeaf(arrays[f"{leaf.path}:value"])
     return Adapter(plan, factors, document["meta"])
+
+
+def check_base(path: Path, document: Mapping[str, Any], base: Params) -> None:
+    """Raise `AdapterError` where the adapter is of another base; warn where only running statistics differ."""
+    names = {*document["arrays"], *document.get("same", {})}
+    full = {name.removesuffix(":value") for name in names if name.endswith(":value")}
+    own, stored, moving = fingerprint(base, full), document.get("leaves"), statistics(base)
+    if own != document["base"]:
+        if stored is None and whole_fingerprint(base, full) == document["base"]:  # 0.1.0 counted all arrays
+            return
+        found = {} if stored is None else differences(digests(base, full), stored)
+        found = {p: x for p, x in found.items() if p not in moving}
+        prints = f"fingerprint of its base {document['base'][:12]}, of this one {own[:12]}"
+        raise AdapterError(
+            f"the adapter at {str(path)!r} belongs to another base.\n"
+            f"  {first_difference(found) if found else prints}\n"
+            "  load the weights it was trained on"
+        )
+    if stored is not None and moving and (found := differences(digests(base, full), stored)):
+        warnings.warn(
+            f"the adapter at {str(path)!r} was saved over other running statistics: {first_difference(found)}.",
+            stacklevel=3,
+        )
 
 
 def adapter_bytes(path: str | Path) -> int:

@@ -103,7 +103,7 @@ def compress(
     """
     from lorax_kit.benchmarks import table
     from lorax_kit.checkpoint.staging import refuse_existing
-    from lorax_kit.core.compact import METHODS as QUANTISATIONS
+    from lorax_kit.core.quantised import METHODS as QUANTISATIONS
     from lorax_kit.workloads import compress_subject, save_small, subject_of
     from lorax_kit.workloads.methods import Method
 

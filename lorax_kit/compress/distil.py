@@ -17,7 +17,7 @@ from lorax_kit.calibration.arguments import batches_of, check_function, scalar_o
 from lorax_kit.compress.arguments import check_count, check_number, check_positive
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.merge import merge, split
-from lorax_kit.core.paths import Params, flatten, is_array, unflatten
+from lorax_kit.core.paths import Params, arrays_only, flatten, is_array, unflatten
 from lorax_kit.core.setting import Full
 from lorax_kit.core.spec import Spec
 from lorax_kit.training import make_step, partition
@@ -142,13 +142,18 @@ def trained(
     plan = resolve(spec, params, small, first)
     base, factors = split(params, plan, key)
     adapted = adapt(small, plan)
+    arrays, whole = arrays_only(base)
     warmup = max(steps // 10, 1)
     rate = optax.warmup_cosine_decay_schedule(lr / warmup, lr, warmup, max(steps, warmup + 1))  # no step of rate 0
     tx = partition(optax.adamw(rate), plan, clip=1.0)
-    init, step = make_step(lambda base, factors, batch: scalar_of(loss, adapted(base, factors, batch), batch), tx)
+
+    def value(arrays: Any, factors: Any, batch: Any) -> Array:
+        return scalar_of(loss, adapted(whole(arrays), factors, batch), batch)
+
+    init, step = make_step(value, tx)
     state, taken, finite = init(factors), 0, jnp.asarray(True)
     for taken, batch in enumerate(itertools.islice(itertools.chain([first], batches), steps), 1):
-        state, info = step(state, base, batch)
+        state, info = step(state, arrays, batch)
         bar.update()
         finite &= info.finite
         if taken % 10 == 1 or taken == steps:

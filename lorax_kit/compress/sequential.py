@@ -26,6 +26,7 @@ def compress_sequentially(
     groups: Sequence[str],
     *,
     loss: Callable[[Any, Any], Any] | None = None,
+    weight: Callable[[Any], Any] | str | None = None,
     progress: bool = True,
 ) -> Params:
     """`compress`, with moments of the inputs that the sites of a group will have, not of those of the dense model.
@@ -36,7 +37,7 @@ def compress_sequentially(
       plan: from `plan_ranks`, whose ranks stay.
       batches: calibration data, read once for each group. A group's program ends where its last input is known.
       groups: a pattern for each (`"layer_0/**"`), in the order in which `fn` uses them; together they name every site.
-      loss: as in `calibrate`, for "fisher".
+      loss, weight: as in `calibrate`: for "fisher", and to leave padding out.
       progress: show a bar.
 
     Returns:
@@ -68,7 +69,7 @@ def compress_sequentially(
         if not chosen:
             continue
         sites = replace(plan.sites, sites=tuple(site for site in own if site.path in chosen), full=())
-        stats = calibrate(compressed(fn), small, sites, batches, loss=loss, progress=False)
+        stats = calibrate(compressed(fn), small, sites, batches, loss=loss, weight=weight, progress=False)
         small = compress(small, CompressPlan(method=plan.method, sites=sites, ranks=chosen), stats)
     return small
 

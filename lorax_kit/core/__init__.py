@@ -6,7 +6,7 @@ from lorax_kit.core.merge import delta, effective_weight, merge, split
 from lorax_kit.core.method import Hints, Method, Update, penalty, register
 from lorax_kit.core.paths import Params, paths
 from lorax_kit.core.plan import Plan, Site, match
-from lorax_kit.core.quantise import quantise
+from lorax_kit.core.quantised import quantise
 from lorax_kit.core.setting import Full, RankSetting, ScaledSetting, Setting
 from lorax_kit.core.spec import Spec
 

@@ -8,7 +8,6 @@ last R - r rows start at zero.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import reduce
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.core.errors import AdapterError
+from lorax_kit.core.errors import AdapterError, LoraxError
 from lorax_kit.core.method import frozen_leaves, leaf_shapes, method_of
 from lorax_kit.core.plan import Plan, Site
 
@@ -31,10 +30,13 @@ FactorTree = Mapping[str, Any]
 """The trainable tree: path -> a NamedTuple of arrays, the method's own or `FullLeaf`."""
 
 
-def wide(*dtypes: Any) -> Any:
-    """The narrowest float dtype that holds all of `dtypes` and float32: what is summed, or multiplied by a gain, in."""
-    with jax.numpy_dtype_promotion("standard"):
-        return reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+def check_key(key: Any, name: str = "the key") -> None:
+    """Raise `LoraxError` unless `key` is one random key: typed, or the uint32 words of a raw one."""
+    dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
+    typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (typed and ndim == 0) and not (dtype == jnp.uint32 and ndim == 1):
+        found = repr(key) if dtype is None else f"an array of shape {key.shape} and dtype {dtype}"
+        raise LoraxError(f"{name} is {found}; it must be one random key.\n  make it: jax.random.key(0)")
 
 
 def site_key(key: Array, path: str) -> Array:

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.core.compact import Quantised, dense, outer
 from lorax_kit.core.errors import AdapterError, PlanError
-from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors, wide
+from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors, check_key
+from lorax_kit.core.lowrank import dense, outer
 from lorax_kit.core.method import Hints, method_of, update_of
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import FullSite, Plan, Site
+from lorax_kit.core.quantised import Quantised
+from lorax_kit.dtypes import wide
 
 
 def split(
@@ -42,6 +44,7 @@ def split(
       >>> factors["w"].a.shape, factors["w"].b.shape
       ((2, 4), (2, 3))
     """
+    check_key(key)
     named, _ = flatten(params)
     check_params(named, plan)
     factors: dict[str, Any] = {}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lorax_kit.core.compact import Quantised
 from lorax_kit.core.errors import PlanError
 
 Params = Any
@@ -39,6 +39,10 @@ class TorchName(str):
         return made
 
 
+class Packed:
+    """A pytree node that stands for one parameter: `flatten` keeps it as one leaf (`Quantised`)."""
+
+
 def _name(key: Any) -> str:
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
@@ -51,31 +55,58 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def flatten(params: Params, whole: tuple[type, ...] = (Quantised,)) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+def is_state(leaf: Any) -> bool:
+    """Whether a leaf is a random key or a counter, which a forward pass advances: no weight.
+
+    These are typed keys, integers without axes, and JAX's random state in uint32: keys of its older form (an axis of 2
+    or 4 last) and counts of one axis at most (Flax's `RngCount`, of stacked layers, too).
+    """
+    if not is_array(leaf) or isinstance(leaf, Packed):
+        return False
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return True
+    if not jnp.issubdtype(leaf.dtype, jnp.integer):
+        return False
+    return leaf.shape == () or (leaf.dtype == jnp.uint32 and (len(leaf.shape) == 1 or leaf.shape[-1] in (2, 4)))
+
+
+def flatten(
+    params: Params, whole: tuple[type, ...] = (Packed,), leaf: Callable[[Any], bool] = lambda _: False
+) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
     """Flatten params into an ordered dict path -> leaf, and the treedef to build them again.
 
-    What is of a type in `whole` is a leaf. Leaves that are not arrays keep their place in the dict, so `unflatten` is
-    an exact inverse.
+    A node of a type in `whole`, or of which `leaf` is true, is a leaf. Leaves that are not arrays keep their place in
+    the dict, so `unflatten` is an exact inverse.
 
     Raises:
       PlanError: two leaves share one path (a dict key holds a `/`).
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, whole))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, whole) or leaf(x))
     named: dict[str, Any] = {}
-    for keys, leaf in leaves:
+    for keys, x in leaves:
         path = "/".join(_name(key) for key in keys)
         if path in named:
             raise PlanError(
                 f"two leaves of the params share the path {path!r}.\n"
                 "  a dict key that holds '/' is ambiguous: rename it, or nest the dict"
             )
-        named[path] = leaf
+        named[path] = x
     return named, treedef
 
 
 def unflatten(named: Mapping[str, Any], treedef: jax.tree_util.PyTreeDef) -> Params:
     """Inverse of `flatten`."""
     return jax.tree_util.tree_unflatten(treedef, list(named.values()))
+
+
+def arrays_only(params: Params) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Params]]:
+    """Take the arrays of params, by path, apart from flags, numbers and strings, which `jit` would trace or refuse.
+
+    Returns:
+      (arrays, whole): `whole(arrays)` puts them back among the other leaves.
+    """
+    named, treedef = flatten(params)
+    return {p: x for p, x in named.items() if is_array(x)}, lambda own: unflatten({**named, **own}, treedef)
 
 
 def paths(params: Params) -> dict[str, jax.ShapeDtypeStruct]:
@@ -101,5 +132,6 @@ def closest(pattern: str, candidates: list[str]) -> str:
 
 
 def nbytes(shape: tuple[int, ...], dtype: Any) -> int:
-    """Bytes of one array."""
-    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    """Bytes of one array, of random keys, too."""
+    itemsize = dtype.itemsize if jnp.issubdtype(dtype, jax.dtypes.extended) else np.dtype(dtype).itemsize
+    return int(np.prod(shape, dtype=np.int64)) * itemsize

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.core.leaves import site_key, wide
+from lorax_kit.core.leaves import site_key
 from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import RankSetting, is_number, need, plain
+from lorax_kit.dtypes import wide
 from lorax_kit.starts.draws import draw_rows
 
 

@@ -20,10 +20,10 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from lorax_kit.core.leaves import wide
 from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import RankSetting, is_number, need, plain
+from lorax_kit.dtypes import wide
 from lorax_kit.methods.lora import first_factors
 from lorax_kit.starts import start_of
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from lorax_kit.core.method import Hints, Method, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import ScaledSetting
+from lorax_kit.dtypes import wide
 from lorax_kit.methods.lora import first_factors, rows_of
 from lorax_kit.methods.peft_lora import form
 from lorax_kit.starts import start_of
@@ -69,7 +70,7 @@ def norm(site: Site, w: Array, a: Array, b: Array, scale: Any) -> Float[Array, .
     which is what `init` stores, so the multiplier starts at exactly 1.
     """
     with jax.default_matmul_precision("highest"):
-        dtype = jnp.promote_types(a.dtype, jnp.float32)
+        dtype = wide(a.dtype, w.dtype)
         w3 = matrices(site, w).astype(dtype)
         a3 = a.astype(dtype).reshape(a.shape[0], w3.shape[0], w3.shape[1])
         b3 = b.astype(dtype).reshape(b.shape[0], w3.shape[0], w3.shape[2])

@@ -26,10 +26,11 @@ import numpy as np
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
-from lorax_kit.core.leaves import site_key, wide
+from lorax_kit.core.leaves import site_key
 from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import RankSetting, need
+from lorax_kit.dtypes import wide
 from lorax_kit.methods.dora import matrices
 from lorax_kit.starts.draws import draw_rows
 

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from lorax_kit.core.leaves import wide
 from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import Setting, need
+from lorax_kit.dtypes import wide
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,12 @@ def _read(m: TorchModule, tensors: Mapping[str, Any]) -> FromPeft:
     c, (name_a, name_b) = m.config, _ends(m)
     a = tensors[name_a].reshape(c["r"], -1)
     b = tensors[name_b].reshape(m.outputs, -1).T
-    setting = {"rank": c["r"], "alpha": c["lora_alpha"], "rslora": bool(c["use_rslora"]), "dropout": c["lora_dropout"] or 0.0}
+    setting = {
+        "rank": c["r"],
+        "alpha": c["lora_alpha"],
+        "rslora": bool(c["use_rslora"]),
+        "dropout": c["lora_dropout"] or 0.0,
+    }
     leaves: dict[str, Any] = {"a": a, "b": b}
     scale = c["lora_alpha"] / (c["r"] ** 0.5 if c["use_rslora"] else c["r"])
     start = c["init_lora_weights"]

@@ -78,15 +78,19 @@ def load_bert(source: str | Path = "minilm") -> Pretrained:
     Raises:
       MissingPackageError: the MiniLM package is not installed.
       FileNotFoundError: the folder lacks a file.
-      ValueError: damaged files, missing tensors or wrong shapes, an architecture that is not this one.
+      ValueError: damaged files, missing tensors or wrong shapes, tensors of the encoder that the config does not
+        name (further layers), an architecture that is not this one.
     """
     folder = locate(*MINILM) if source == "minilm" else Path(source)
     config = BertConfig.from_dict(read_config(folder))
     stored = open_folder(folder)
     stored.expect_layers(config.num_hidden_layers)
-    # Whatever else is stored (a pooler, a head of the original task) is left: it follows the hidden states.
     prefix = "bert." if any(name.startswith("bert.") for name in stored.names) else ""
     names = {path: prefix + name for path, name in torch_names(config).items()}
+    # What follows the hidden states is left (a pooler, a head of the original task), but nothing that they depend on:
+    # layers beyond the config's, or another kind of position. Two constants are stored beside the embeddings.
+    constants = {f"{prefix}embeddings.{name}" for name in ("position_ids", "token_type_ids")}
+    stored.expect_no_others({*names.values(), *constants}, (f"{prefix}encoder.", f"{prefix}embeddings."))
     return Pretrained(config, stored.params(names, _shapes(config)), folder / "tokenizer.json", str(source))
 
 

@@ -59,9 +59,13 @@ class Stored:
             node[leaf] = jnp.asarray(np.ascontiguousarray(value, np.float32))
         return params
 
-    def expect_no_others(self, used: Collection[str]) -> None:
-        """Raises `ValueError` where a tensor is not among the `used`: the model computes something else."""
-        left = sorted(set(self.names) - set(used))
+    def expect_no_others(self, used: Collection[str], within: tuple[str, ...] = ("",)) -> None:
+        """Raise `ValueError` where a tensor is not among the `used`: the model computes something else.
+
+        Args:
+          within: prefixes of the names that must all be used.
+        """
+        left = sorted(name for name in set(self.names) - set(used) if name.startswith(within))
         if left:
             names = ", ".join(map(repr, left[:3]))
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""

@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import keystr
 
 from lorax_kit.core.errors import LoraxError
+from lorax_kit.core.paths import is_array
 from lorax_kit.training.step import Init, Loss, Step, make_step
 
 DATA = "data"
@@ -28,37 +30,62 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def shard(tree: Any, mesh: Mesh, axis: str = DATA) -> Any:
-    """Split every array along its first axis over the mesh.
+    """Split every array along its first axis over the mesh; numbers and single random keys lie on every device.
 
     Raises:
-      LoraxError: a first axis that the devices do not divide.
+      LoraxError: a first axis that the devices do not divide, or a leaf that is neither an array nor a number.
     """
-    n = mesh.shape[axis]
-    for x in jax.tree_util.tree_leaves(tree):
-        if x.ndim == 0 or x.shape[0] % n:
-            raise LoraxError(f"an array of shape {x.shape} does not split over {n} devices along its first axis.")
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(axis)))
+    n, split, whole = mesh.shape[axis], NamedSharding(mesh, PartitionSpec(axis)), NamedSharding(mesh, PartitionSpec())
+
+    def sharding(path: Any, x: Any) -> NamedSharding:
+        if not is_array(x) and not isinstance(x, bool | int | float | complex):
+            raise LoraxError(
+                f"batch{keystr(path)} is a {type(x).__name__}; a batch holds arrays, numbers and random keys."
+            )
+        if np.ndim(x) and x.shape[0] % n:
+            name = f"batch{keystr(path)}, an array of shape {x.shape},"
+            raise LoraxError(f"{name} does not split over {n} devices along its first axis.")
+        return split if np.ndim(x) else whole
+
+    return jax.device_put(tree, jax.tree_util.tree_map_with_path(sharding, tree))
 
 
 def sharded_step(
-    loss_fn: Loss, tx: optax.GradientTransformation, mesh: Mesh, *, accumulate: int = 1
+    loss_fn: Loss, tx: optax.GradientTransformation, mesh: Mesh, *, axis: str | None = None, accumulate: int = 1
 ) -> tuple[Init, Step]:
-    """`lk.make_step`, data-parallel over the mesh's "data" axis under `jit` with `NamedSharding`.
+    """`lk.make_step`, data-parallel over an axis of the mesh under `jit` with `NamedSharding`.
 
     State and base are replicated, batches are split along their first axis; the gradient's reduction over devices
     is what XLA derives from the mean in the loss. The returned step accepts host batches and places them; a base that
     lies on one device is copied at every step, so place it once: `replicate(base, mesh)`.
+
+    Args:
+      loss_fn, tx, accumulate: as for `lk.make_step`.
+      mesh: of any number of axes.
+      axis: the one that splits batches. Default: "data", or the only one.
+
+    Raises:
+      LoraxError: the mesh has no such axis; when called with a batch that the devices do not divide.
     """
-    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(DATA))
+    names = tuple(mesh.axis_names)
+    if axis is None:
+        axis = names[0] if len(names) == 1 else DATA
+    if axis not in names:
+        raise LoraxError(
+            f"the mesh has the axes {', '.join(map(repr, names))}, and none is {axis!r}.\n"
+            f"  say which splits the batch: sharded_step(..., axis={names[0]!r})"
+        )
+    over = axis
+    whole = NamedSharding(mesh, PartitionSpec())
     init, step = make_step(loss_fn, tx, accumulate=accumulate, jit=False)
     compiled: Callable[..., Any] = jax.jit(
-        step, in_shardings=(whole, whole, split), out_shardings=(whole, whole), donate_argnums=(0,)
+        step, in_shardings=(whole, whole, None), out_shardings=(whole, whole), donate_argnums=(0,)
     )
 
     def place(*args: Any, **kwargs: Any) -> Any:
         return replicate(init(*args, **kwargs), mesh)
 
     def run(state: Any, base: Any, batch: Any) -> Any:
-        return compiled(state, base, shard(batch, mesh))
+        return compiled(state, base, shard(batch, mesh, over))
 
     return place, run

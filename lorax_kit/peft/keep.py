@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lorax_kit.core.compact import dense
 from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.leaves import FactorTree
+from lorax_kit.core.lowrank import dense
 from lorax_kit.core.plan import Plan
 from lorax_kit.peft.layout import in_torch
 from lorax_kit.peft.names import Names
@@ -67,7 +67,9 @@ def kept(
     for module in out.modules:
         for other in sorted({*owners.values(), *adapted} - {module}):
             if other.endswith(module):
-                raise AdapterError(f"PEFT's modules_to_save takes {module!r} for the end of {other!r}, and trains both.")
+                raise AdapterError(
+                    f"PEFT's modules_to_save takes {module!r} for the end of {other!r}, and trains both."
+                )
     for name, owner in owners.items():
         if owner in out.modules:
             value = out.tensors[name] = _value(name, torch, named, factors)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from lorax_kit.checkpoint.adapter import Adapter
 from lorax_kit.core.errors import AdapterError, LoraxError
-from lorax_kit.core.leaves import FullLeaf, check_factors, wide
+from lorax_kit.core.leaves import FullLeaf, check_factors
+from lorax_kit.dtypes import wide
 from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.core.plan import Axes, Plan, make_plan
 from lorax_kit.core.setting import Full, check_float_dtype

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorax_kit.core.compact import dense
 from lorax_kit.core.errors import AdapterError, LoraxError
+from lorax_kit.core.lowrank import dense
 from lorax_kit.core.method import FromPeft, Method, PeftForm, TorchModule
 from lorax_kit.core.paths import closest
 from lorax_kit.core.plan import Axes, Plan
@@ -166,7 +166,9 @@ class Reader:
                 except (KeyError, ValueError):
                     continue
                 one = [
-                    self._match(Place(path, (e,) if len(shape) == 3 else (), None), name, self.config.method, part, None)
+                    self._match(
+                        Place(path, (e,) if len(shape) == 3 else (), None), name, self.config.method, part, None
+                    )
                     for e, part in enumerate(parts)
                 ]
                 if all(isinstance(x, Found) for x in one):
@@ -308,7 +310,9 @@ class Reader:
                 (main,) = pieces.parts.values()
                 axes, w = pieces.way.axes, self.named[path]
                 way = Way(axes, "Linear", (0,), (pieces.way.outputs,), w.shape[axes.inputs[0]])
-                m = TorchModule(module, "Linear", way.outputs, way.inputs, self.config.of(form, module), lambda: None, {})
+                m = TorchModule(
+                    module, "Linear", way.outputs, way.inputs, self.config.of(form, module), lambda: None, {}
+                )
                 own = tensors.modules[module]
                 same = form.shapes(m, own) == {end: x.shape for end, x in own.items()}
                 if same:

@@ -62,7 +62,9 @@ class Names:
         for path, value in names.items():
             given = [value] if isinstance(value, str) else value
             if not isinstance(given, list | tuple) or not given or not all(isinstance(x, str) for x in given):
-                raise AdapterError(f"`names` gives {path!r} {value!r}; it must be a name in torch, or a tuple of names.")
+                raise AdapterError(
+                    f"`names` gives {path!r} {value!r}; it must be a name in torch, or a tuple of names."
+                )
             first, *others = given
             found = _SLICE.fullmatch(first)
             template = found[1] if found else str(first)
@@ -70,7 +72,9 @@ class Names:
             holes = template.count("{}")
             for name in (template.replace("{}", "0"), *others):
                 if not _NAME.fullmatch(name) or "" in name.split("."):
-                    raise AdapterError(f"`names` gives {path!r} the name {name!r}, which no parameter of torch can have.")
+                    raise AdapterError(
+                        f"`names` gives {path!r} the name {name!r}, which no parameter of torch can have."
+                    )
             if found and (holes or int(found[2]) >= int(found[3])):
                 raise AdapterError(f"`names` gives {path!r} {value!r}: a range of outputs is [first:last + 1].")
             self.templates[path] = template
@@ -149,7 +153,9 @@ class Names:
     def need(self, path: str) -> str:
         """The torch name of a path; an error where there is none."""
         if path not in self.templates:
-            raise AdapterError(f"`names` gives {path!r} no name in torch.\n  closest: {closest(path, list(self.templates))}")
+            raise AdapterError(
+                f"`names` gives {path!r} no name in torch.\n  closest: {closest(path, list(self.templates))}"
+            )
         return self.templates[path]
 
 

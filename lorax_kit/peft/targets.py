@@ -49,7 +49,9 @@ def layer_of(config: Mapping[str, Any], name: str) -> int | None:
     """The number of the layer that a module lies in: the first one, or the one after a name in layers_pattern."""
     patterns = listed(config.get("layers_pattern"))
     for pattern in patterns or [r"[^.]*"]:
-        found = compiled(pattern, r"(?:^|.*?\.){}\.(?P<idx>\d+)\." if patterns else r".*?\.{}\.(?P<idx>\d+)\.").match(name)
+        found = compiled(pattern, r"(?:^|.*?\.){}\.(?P<idx>\d+)\." if patterns else r".*?\.{}\.(?P<idx>\d+)\.").match(
+            name
+        )
         if found:
             return int(found["idx"])
     return None
@@ -110,7 +112,9 @@ def targeted_parameters(config: Mapping[str, Any], names: Iterable[str]) -> set[
 def unmatched_parameters(config: Mapping[str, Any], names: Collection[str]) -> list[str]:
     """Notes on the entries of target_parameters that match nothing, which PEFT passes over."""
     entries = config.get("target_parameters") or ()
-    return [f"target_parameters has {x!r}, which matches nothing" for x in entries if not any(ends(n, x) for n in names)]
+    return [
+        f"target_parameters has {x!r}, which matches nothing" for x in entries if not any(ends(n, x) for n in names)
+    ]
 
 
 def kept_whole(config: Mapping[str, Any], name: str) -> bool:

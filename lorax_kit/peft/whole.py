@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_kit.core.compact import Quantised, dense
 from lorax_kit.core.errors import AdapterError
+from lorax_kit.core.lowrank import dense
 from lorax_kit.core.paths import closest
+from lorax_kit.core.quantised import Quantised
 from lorax_kit.peft.config import Config
 from lorax_kit.peft.files import CONFIG, WEIGHTS
 from lorax_kit.peft.layout import from_torch

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lorax_kit.core.compact import dense
 from lorax_kit.core.errors import AdapterError, LoraxError
 from lorax_kit.core.leaves import FactorTree
+from lorax_kit.core.lowrank import dense
 from lorax_kit.core.method import PeftForm, TorchModule, method_of
 from lorax_kit.core.plan import Plan, Site
 from lorax_kit.peft.layout import Way, from_site, matrix_of, ways
@@ -47,7 +47,9 @@ def form_of(site: Site) -> PeftForm:
     """How PEFT keeps the method of a site."""
     form = method_of(site.setting).peft
     if form is None:
-        raise AdapterError(f"{site.path!r} is adapted by {site.setting.kind}, which PEFT does not have.\n  use lk.save_adapter")
+        raise AdapterError(
+            f"{site.path!r} is adapted by {site.setting.kind}, which PEFT does not have.\n  use lk.save_adapter"
+        )
     return form
 
 
@@ -158,7 +160,9 @@ def _module(
             parts = [form.write(m, setting, x) for x in each]
         if parameter:
             if site.dropout:
-                raise AdapterError(f"{site.path!r} has dropout {site.dropout}; PEFT has none for parameters of experts.")
+                raise AdapterError(
+                    f"{site.path!r} has dropout {site.dropout}; PEFT has none for parameters of experts."
+                )
             assert form.together is not None
             tensors = form.together(parts)
     except AdapterError:

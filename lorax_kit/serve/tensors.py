@@ -1,7 +1,9 @@
 """Params in a safetensors file: arrays by path, and in its metadata what makes leaves in few bits or of products whole.
 
 A dense leaf is the tensor PATH; a `LowRank` leaf is PATH/a, PATH/b and PATH/residual; of a `Quantised` leaf the arrays
-are PATH:codes, PATH:scales and, with double quantisation, PATH:step and PATH:offset.
+are PATH:codes, PATH:scales and, with double quantisation, PATH:log_least and PATH:log_step. Files of version 0.1 have
+PATH:step and PATH:offset, a linear code of the scales: these are read into fp32 scales, bit for bit what they meant.
+A random key of JAX's typed form is its words, PATH:words.
 """
 
 from __future__ import annotations
@@ -18,19 +20,21 @@ import numpy as np
 
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.checkpoint.tensors import read_metadata, read_tensors, write_tensors
-from lorax_kit.core.compact import METHODS as QUANTISATIONS
-from lorax_kit.core.compact import LowRank, Quantised
 from lorax_kit.core.errors import ExportError
+from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.paths import Params, closest, flatten, is_array, unflatten
+from lorax_kit.core.quantised import METHODS as QUANTISATIONS
+from lorax_kit.core.quantised import Quantised
 
 COMPACT = "lorax_kit.compact"
 """Key of the metadata."""
 _ARRAYS: Mapping[type, tuple[str, ...]] = {
     LowRank: ("a", "b", "residual"),
-    Quantised: ("codes", "scales", "step", "offset"),
+    Quantised: ("codes", "scales", "log_least", "log_step"),
 }
 _SEPARATOR = {LowRank: "/", Quantised: ":"}
 _KINDS = {kind.__name__: kind for kind in _ARRAYS}
+_KEY = "Key"
 DTYPES = frozenset(
     (
         *("float64", "float32", "float16", "bfloat16", "complex64", "bool"),
@@ -45,7 +49,7 @@ def save_tensors(file: str | Path, params: Params, *, overwrite: bool = False) -
 
     Args:
       file: to create; it appears whole or not at all.
-      params: any pytree of arrays, `LowRank` and `Quantised` leaves (`lk.merge`, `lk.compress.compress`,
+      params: any pytree of arrays, random keys, `LowRank` and `Quantised` leaves (`lk.merge`, `lk.compress.compress`,
         `lk.quantise` make them).
       overwrite: replace an existing file; otherwise it is an error.
 
@@ -82,11 +86,18 @@ def _store(path: str, leaf: Any, tensors: dict[str, np.ndarray], compact: dict[s
             if getattr(leaf, name) is not None:
                 _store(f"{path}{_SEPARATOR[kind]}{name}", getattr(leaf, name), tensors, compact)
         return
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        compact[path] = {"kind": _KEY, "implementation": str(jax.random.key_impl(leaf))}
+        return _store(f"{path}:words", jax.random.key_data(leaf), tensors, compact)
     if not is_array(leaf):
         raise ExportError(f"{path!r} is a {kind.__name__}, no array; export params, not a model's settings.")
     if path in tensors:
         raise ExportError(f"two arrays of the params would share the name {path!r}; rename one.")
-    if path == "__metadata__" or str(leaf.dtype) not in DTYPES or not isinstance(leaf, np.ndarray | jax.Array):
+    if (
+        path == "__metadata__"
+        or str(leaf.dtype) not in DTYPES
+        or not isinstance(leaf, np.ndarray | np.generic | jax.Array)
+    ):
         own = path == "__metadata__"
         why = "a name that the format keeps for itself" if own else f"a {type(leaf).__name__} of dtype {leaf.dtype}"
         raise ExportError(f"{path!r} cannot be stored: it is {why}.")
@@ -141,13 +152,18 @@ def _array(x: np.ndarray) -> Any:
     return jnp.asarray(x) if jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype else x
 
 
-def _restored(path: str, static: dict[str, Any], tensors: dict[str, Any]) -> LowRank | Quantised:
-    """A compact leaf; its arrays are taken out of `tensors`."""
+def _restored(path: str, static: dict[str, Any], tensors: dict[str, Any]) -> Any:
+    """Build a compact leaf or a random key; its arrays are taken out of `tensors`."""
+    if static["kind"] == _KEY:
+        return jax.random.wrap_key_data(jnp.asarray(tensors.pop(f"{path}:words")), impl=static["implementation"])
     kind = _KINDS[static.pop("kind")]
     own = {name: tensors.pop(f"{path}{_SEPARATOR[kind]}{name}", None) for name in _ARRAYS[kind]}
     for name in _ARRAYS[kind][:2]:
         if own[name] is None:
             raise KeyError(f"{path}{_SEPARATOR[kind]}{name}")
+    if kind is Quantised and f"{path}:offset" in tensors:
+        step, offset = (tensors.pop(f"{path}:{name}") for name in ("step", "offset"))
+        own["scales"] = own["scales"].astype(np.float32) * step + offset
     arrays = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in own.items()}
     lists = {name: tuple(x) for name, x in static.items() if isinstance(x, list)}
     leaf = kind(**{**static, **lists, **arrays, "dtype": jnp.dtype(static["dtype"])})

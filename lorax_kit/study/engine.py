@@ -18,8 +18,9 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lorax_kit.core.errors import StudyError
 from lorax_kit.core.method import penalty
-from lorax_kit.core.paths import Params
+from lorax_kit.core.paths import Params, arrays_only
 from lorax_kit.core.plan import Plan
 from lorax_kit.parallel.mesh import TRIAL
 from lorax_kit.study.design import Study
@@ -71,8 +72,14 @@ class Programs(NamedTuple):
     score: Callable[[Any, Scalars, Params, Any], Score]
 
 
-def programs(study: Study, problem: Problem, plan: Plan, trials: int) -> Programs:
-    """The programs of a pack of `trials`. With a stream per seed, `batch` holds one batch per stream."""
+def programs(
+    study: Study, problem: Problem, plan: Plan, trials: int, whole: Callable[[Any], Params] = lambda base: base
+) -> Programs:
+    """The programs of a pack of `trials`. With a stream per seed, `batch` holds one batch per stream.
+
+    Args:
+      whole: makes the base of what the programs are given as `base`: its arrays, where it holds other leaves, too.
+    """
     adapted = adapt(problem.apply, plan, trials=trials)
 
     def solo_init(factors: Any) -> State:
@@ -81,7 +88,7 @@ def programs(study: Study, problem: Problem, plan: Plan, trials: int) -> Program
 
     def solo_step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
         def loss(base: Params, factors: Any, batch: Any) -> Array:
-            loss = problem.loss(replace(adapted, scale=scalars.scale)(base, factors, batch), batch)
+            loss = problem.loss(replace(adapted, scale=scalars.scale)(whole(base), factors, batch), batch)
             return loss + penalty(plan, factors)
 
         _, step = make_step(loss, optimizer(study, plan, scalars.lr), jit=False)
@@ -90,7 +97,7 @@ def programs(study: Study, problem: Problem, plan: Plan, trials: int) -> Program
         return Running(state, running.alive & info.finite), info
 
     def solo_score(factors: Any, scalars: Scalars, base: Params, batch: Any) -> Score:
-        return problem.score(replace(adapted, scale=scalars.scale)(base, factors, batch), batch)
+        return problem.score(replace(adapted, scale=scalars.scale)(whole(base), factors, batch), batch)
 
     def init(factors: Any) -> Running:
         return Running(jax.vmap(solo_init)(factors), jnp.ones((trials,), bool))
@@ -159,13 +166,14 @@ class Engine:
         trials: int,
         mesh: Mesh | None = None,
     ) -> None:
-        self.study, self.plan, self.compiles = study, plan, 0
-        self._programs = programs(study, problem, plan, trials)
+        self.study, self.problem, self.plan, self.compiles = study, problem, plan, 0
+        arrays, put_back = arrays_only(base)
+        self._programs = programs(study, problem, plan, trials, put_back)
         stacked = whole = None
         if mesh is not None:
             stacked, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(TRIAL), PartitionSpec()))
         self._stacked = stacked
-        self._base = base if whole is None else jax.device_put(base, whole)
+        self._base = arrays if whole is None else jax.device_put(arrays, whole)
         shardings: dict[str, Any] = {}
         if mesh is not None:
             shardings = {"in_shardings": (stacked, stacked, whole, whole), "out_shardings": (stacked, stacked)}
@@ -226,7 +234,12 @@ class Engine:
         stream = batches(len(losses)) if len(losses) < self.study.steps else iter(())
         try:
             for number in range(len(losses) + 1, self.study.steps + 1):
-                batch = next(stream)
+                batch = next(stream, None)
+                if batch is None:
+                    raise StudyError(
+                        f"the training batches of problem {self.problem.name!r} end before step {number} of "
+                        f"{self.study.steps}.\n  its train(seed, start) must be endless: begin the data anew"
+                    )
                 shapes = tuple(np.shape(x) for x in jax.tree.leaves(batch))
                 if shapes not in self._compiled:
                     began_compiling = perf_counter()

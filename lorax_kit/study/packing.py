@@ -115,7 +115,8 @@ def trial_plan(study: Study, problem: Problem, plan: Plan, trial: Trial, params:
 def start(problem: Problem, plan: Plan, seed: int) -> tuple[Params, dict[str, Any]]:
     """(base, factors) of a trial before its first step: all that a seed decides, but the order of the data."""
     key = jax.random.key(seed)
-    return split(problem.params(jax.random.fold_in(key, 0)), plan, jax.random.fold_in(key, 1))
+    params = problem.params(jax.random.fold_in(key, 0))
+    return split(params, plan, jax.random.fold_in(key, 1), hints=problem.hints)
 
 
 def pack(study: Study, problem: Problem, trials: Sequence[Trial], plan: Plan, params: Params) -> Pack:

@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from lorax_kit.checkpoint.fingerprint import fingerprint
+from lorax_kit.checkpoint.fingerprint import digests, fingerprint, whole_fingerprint
 from lorax_kit.core.errors import StudyError
 from lorax_kit.core.paths import Params
 from lorax_kit.parallel.mesh import TRIAL
 from lorax_kit.study.design import Study
 from lorax_kit.study.groups import available_bytes, grouped
 from lorax_kit.study.packing import kinds, union_plan
-from lorax_kit.study.problem import Problem
+from lorax_kit.study.problem import Problem, check_base, check_batches, check_score
 from lorax_kit.study.session import Session
 from lorax_kit.study.store import RunStore, environment
+from lorax_kit.training.evaluate import direction
+
+DIRECTIONS = {
+    **dict.fromkeys(("train_loss", "val_loss", "test_loss"), "lower"),
+    **dict.fromkeys(("val_accuracy", "test_accuracy"), "higher"),
+}
 
 
 class Results(NamedTuple):
@@ -36,12 +43,27 @@ class Results(NamedTuple):
     path: Path
     compiles: int
 
-    def best(self, metric: str = "val_accuracy") -> dict[str, Any]:
-        """The finished trial with the highest `metric`; of equal ones the smallest, then the lowest validation loss."""
-        done = [row for row in self.rows if row["status"] == "done" and row.get(metric) is not None]
+    def best(self, metric: str = "val_accuracy", better: str | None = None) -> dict[str, Any]:
+        """Find the finished trial with the best `metric`; of equal ones the smallest, then the lowest validation loss.
+
+        Args:
+          metric: a column of the rows.
+          better: "lower" or "higher"; a study's own losses are better when lower, its accuracies when higher, and
+            need none.
+
+        Raises:
+          StudyError: no trial finished with a finite number there.
+          LoraxError: another column without `better`.
+        """
+        sign = direction(metric, better, DIRECTIONS)
+        done = [row for row in self.rows if row["status"] == "done" and _finite(row.get(metric))]
         if not done:
             raise StudyError(f"no trial finished with a {metric}; see 'failed_step' in the rows.")
-        return max(done, key=lambda row: (row[metric], -row["params"], -row["val_loss"]))
+        return max(done, key=lambda row: (sign * row[metric], -row["params"], -row["val_loss"]))
+
+
+def _finite(x: Any) -> bool:
+    return isinstance(x, int | float) and isfinite(x)
 
 
 def run(
@@ -78,8 +100,7 @@ def run(
       StudyError: a folder that holds something else, an empty data set, a trial that cannot fit the memory.
       PlanError: targets that do not fit the model, before anything is written.
     """
-    if not problem.val or not problem.test:
-        raise StudyError(f"problem {problem.name!r} has no validation or test examples.")
+    check_batches(problem)
     trials = study.trials()
     params = problem.params(jax.random.key(0))
     batch = next(iter(problem.train(study.streams[0], 0)), None)
@@ -91,7 +112,10 @@ def run(
     planned = [(some, union_plan(study, problem, some, params, batch)) for some in kinds(study, trials)]
     specs = [study.spec(trial, problem.head) for trial in trials]
     head = {leaf.path for _, plan in planned for leaf in plan.full}
-    store = RunStore(out, identity(study, problem, params, batch, head), overwrite=overwrite)
+    check_base(problem, params, head, jax.random.fold_in(jax.random.key(trials[0].seed), 0))
+    check_score(problem, params)
+    leaves = digests(params, head)
+    store = RunStore(out, identity(study, problem, params, batch, head), overwrite=overwrite, leaves=leaves)
     sizes = store.info.get("sizes")
     if not isinstance(sizes, list) or [type(x) for x in sizes] != [int] * len(planned) or min(sizes) < 1:
         sizes = [None] * len(planned)
@@ -118,6 +142,7 @@ def run(
                 compiles=store.info.get("compiles", 0),
                 groups=store.info.get("groups", []),
                 sizes=[kind[0].size for kind in by_kind],
+                leaves=leaves,
             )
         session = Session(study, problem, params, store, mesh, progress)
         for i, group in enumerate(groups, 1):
@@ -143,7 +168,7 @@ def identity(study: Study, problem: Problem, params: Params, batch: Any, head: C
         "problem": problem.name,
         "settings": problem.facts.get("settings"),
         "base": fingerprint(params, head),
-        "data": fingerprint([batch, *problem.val, *problem.test]),
+        "data": whole_fingerprint([batch, *problem.val, *problem.test]),
     }
     try:
         json.dumps([found, dict(problem.facts)])

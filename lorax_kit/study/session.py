@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from lorax_kit.analysis.spectra import effective_rank, rank_for_energy, site_spectrum
 from lorax_kit.checkpoint.adapter import adapter_bytes, save_adapter
-from lorax_kit.core.compact import dense
 from lorax_kit.core.leaves import trained_only
+from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params, flatten, nbytes
 from lorax_kit.core.plan import Plan
@@ -92,7 +92,7 @@ class Session:
         streams = [self.problem.train(seed, start) for seed in self.study.streams]
         if self.study.stream == "shared":
             return streams[0]
-        return (jax.tree.map(lambda *x: np.stack(x), *together) for together in zip(*streams, strict=True))
+        return (jax.tree.map(lambda *x: np.stack(x), *together) for together in zip(*streams, strict=False))
 
     def _train(self, engine: Engine, stacked: Pack, group: Group, label: str, earlier: Progress | None) -> Trained:
         done, count = 0 if earlier is None else len(earlier.losses), len(group.trials)

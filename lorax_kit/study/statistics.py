@@ -214,7 +214,7 @@ def compare(
     by: Sequence[str],
     against: tuple[Any, ...] | None = None,
     *,
-    higher_is_better: bool = True,
+    better: str | None = None,
 ) -> list[Comparison]:
     """Each condition against one reference, paired by seed, with Holm-corrected p-values.
 
@@ -229,20 +229,26 @@ def compare(
       metric: Key of the compared number.
       by: Keys whose values name a condition, e.g. ("variant", "rank").
       against: Values of `by` naming the reference condition.
-      higher_is_better: False for a loss; only used to choose the reference.
+      better: "higher" or "lower", which chooses the reference; not needed where `against` names it.
 
     Returns:
       One `Comparison` per condition other than the reference, in the order of first appearance; empty
       if no row is usable.
 
     Raises:
-      ValueError: Two rows of one condition share a seed, or `against` names no condition.
+      ValueError: Two rows of one condition share a seed, `against` names no condition, or without it `better` is
+        neither "higher" nor "lower".
 
     Example:
       >>> rows = [{"rank": r, "seed": s, "acc": 0.1 * r + 0.01 * s} for r in (1, 2) for s in range(6)]
-      >>> [(c.condition, c.against, c.p) for c in compare(rows, "acc", ("rank",))]
+      >>> [(c.condition, c.against, c.p) for c in compare(rows, "acc", ("rank",), better="higher")]
       [((1,), (2,), 0.03125)]
     """
+    if against is None and better not in ("higher", "lower"):
+        raise ValueError(
+            f"better is {better!r}; it must be 'higher' or 'lower', which chooses the reference.\n"
+            f"  next: say when {metric!r} is better, or name the reference in `against`."
+        )
     values: dict[tuple[Any, ...], dict[Any, float]] = {}
     seeds: dict[tuple[Any, ...], set[Any]] = {}
     for row in rows:
@@ -261,7 +267,7 @@ def compare(
         most = max((len(v) for v in values.values()), default=0)
         if most == 0:
             return []
-        sign = 1.0 if higher_is_better else -1.0
+        sign = 1.0 if better == "higher" else -1.0
         fullest = [c for c, v in values.items() if len(v) == most]
         against = max(fullest, key=lambda c: sign * float(np.mean(list(values[c].values()))))
     elif against not in values:

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_kit.checkpoint.fingerprint import differences, first_difference
 from lorax_kit.checkpoint.staging import sole_writer
 from lorax_kit.core.errors import StudyError
 from lorax_kit.study.engine import Progress
@@ -68,12 +69,20 @@ class RunStore:
       path: the folder.
       design: what identifies the study: a folder holding another one is an error.
       overwrite: let `create` discard what the folder holds.
+      leaves: `lorax_kit.checkpoint.fingerprint.digests` of the base, to say in what another one differs.
 
     Raises:
       StudyError: the folder holds something else, or another study.
     """
 
-    def __init__(self, path: str | Path, design: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        design: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        leaves: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path = Path(path)
         design = json.loads(json.dumps(design))
         if self.path.exists() and not self.path.is_dir():
@@ -86,9 +95,11 @@ class RunStore:
         self._discard = overwrite and previous is not None
         if not overwrite and previous is not None and previous.get("identity") != design:
             ours = {k: v for k, v in design.items() if previous.get("identity", {}).get(k) != v}
+            found = differences(leaves or {}, previous["leaves"]) if isinstance(previous.get("leaves"), dict) else {}
             raise StudyError(
                 f"{str(self.path)!r} holds another study (it differs in {', '.join(sorted(ours)) or 'its keys'}).\n"
-                "  choose another folder, or discard it: overwrite=True, --overwrite"
+                + (f"  {first_difference(found)}\n" if "base" in ours and found else "")
+                + "  choose another folder, or discard it: overwrite=True, --overwrite"
             )
         self._lock: IO[str] | None = None
         self.identity = design

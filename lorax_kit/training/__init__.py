@@ -3,6 +3,7 @@
 from lorax_kit.training.budget import adalora_budget
 from lorax_kit.training.evaluate import Score, SharedPrefix
 from lorax_kit.training.fit import Fitted, fit
+from lorax_kit.training.objective import Weighted
 from lorax_kit.training.optim import labels, partition
 from lorax_kit.training.step import Info, State, make_step
 
@@ -12,6 +13,7 @@ __all__ = [
     "Score",
     "SharedPrefix",
     "State",
+    "Weighted",
     "adalora_budget",
     "fit",
     "labels",

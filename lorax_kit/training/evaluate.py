@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax import Array
 
 from lorax_kit.core.errors import LoraxError
-from lorax_kit.core.paths import Params
-from lorax_kit.transform.prefix import Parts, split_prefix
+from lorax_kit.core.paths import Params, arrays_only
+from lorax_kit.training.prefix import Parts, split_prefix
 
 
 class Score(NamedTuple):
@@ -25,6 +25,28 @@ class Score(NamedTuple):
     loss: Array
     correct: Array
     weight: Array
+
+
+def direction(metric: str, better: str | None, known: Mapping[str, str]) -> int:
+    """Read which way a metric is better: 1 for "higher", -1 for "lower". Names are not guessed at.
+
+    Args:
+      better: what the caller says, or None.
+      known: metrics of one meaning, and their direction.
+
+    Raises:
+      LoraxError: another word, one that contradicts `known`, or a metric of unknown direction.
+    """
+    if better is None and metric not in known:
+        raise LoraxError(
+            f"whether {metric!r} is better when higher or lower is not known.\n"
+            "  say so: better='higher' or better='lower'"
+        )
+    if better is not None and better not in ("higher", "lower"):
+        raise LoraxError(f"better is {better!r}; it must be 'higher' or 'lower'.")
+    if better is not None and known.get(metric, better) != better:
+        raise LoraxError(f"{metric!r} is better when {known[metric]}, and better is {better!r}.\n  leave it out")
+    return 1 if (better or known[metric]) == "higher" else -1
 
 
 Scorer = Callable[[Params, Any], Score]
@@ -48,19 +70,25 @@ class SharedPrefix:
     def __init__(self, score: Scorer, params: Params, trained: Collection[str], batches: Sequence[Any]) -> None:
         if not batches:
             raise LoraxError("there are no examples to evaluate.")
+        arrays, whole = arrays_only(params)
+
+        def score_arrays(arrays: dict[str, Any], batch: Any) -> Score:
+            return score(whole(arrays), batch)
+
         compiled: dict[Any, Parts] = {}
         self._parts: list[tuple[Parts, Any, list[Any]]] = []
         for batch in batches:
             shapes = tuple((x.shape, x.dtype) for x in jax.tree_util.tree_leaves(batch))
             if shapes not in compiled:
-                prefix, suffix = split_prefix(score, params, trained, batch)
+                prefix, suffix = split_prefix(score_arrays, arrays, trained, batch)
                 compiled[shapes] = Parts(jax.jit(prefix), jax.jit(suffix))
             parts = compiled[shapes]
-            self._parts.append((parts, batch, parts.prefix(params, batch)))
+            self._parts.append((parts, batch, parts.prefix(arrays, batch)))
 
     def __call__(self, params: Params) -> dict[str, float]:
         """{"loss", "accuracy", "examples"} of one version."""
-        return mean_scores([parts.suffix(params, batch, shared) for parts, batch, shared in self._parts])
+        arrays, _ = arrays_only(params)
+        return mean_scores([parts.suffix(arrays, batch, shared) for parts, batch, shared in self._parts])
 
 
 def mean_scores(scores: list[Score]) -> dict[str, float]:
@@ -68,8 +96,14 @@ def mean_scores(scores: list[Score]) -> dict[str, float]:
     weight = sum(float(s.weight) for s in scores)
     if weight == 0:
         raise LoraxError("there are no examples to evaluate.")
+    correct = sum(float(s.correct) for s in scores)
+    if correct < 0 or correct > weight * (1 + 1e-6):  # NaN passes: a trial that diverged
+        raise LoraxError(
+            f"the scores add up to {correct:g} correct of a weight of {weight:g}.\n"
+            "  a Score holds sums over a batch's examples: correct lies between 0 and weight"
+        )
     return {
         "loss": sum(float(s.loss) for s in scores) / weight,
-        "accuracy": sum(float(s.correct) for s in scores) / weight,
+        "accuracy": correct / weight,
         "examples": int(weight),
     }

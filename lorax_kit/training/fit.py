@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,13 @@ import numpy as np
 from tqdm import tqdm
 
 from lorax_kit.core.errors import LoraxError
-from lorax_kit.core.paths import Params
+from lorax_kit.core.paths import Params, flatten, is_array
+from lorax_kit.training.evaluate import direction
+from lorax_kit.training.objective import is_key
+from lorax_kit.training.saved import Saved, load_training, save_training
 from lorax_kit.training.step import State, Step
+
+SAVE_SECONDS = 30.0
 
 
 class Fitted(NamedTuple):
@@ -35,6 +41,7 @@ class Fitted(NamedTuple):
     stopped: str
 
 
+LOSSES = {"loss": "lower", "val_loss": "lower"}
 Evaluate = Callable[[Any], dict[str, float]]
 
 
@@ -44,14 +51,28 @@ class _Running:
 
     totals: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
+    seconds: float = 0.0
 
     def add(self, values: dict[str, Any]) -> None:
         self.steps += 1
         for name, x in values.items():
-            self.totals[name] = self.totals.get(name, 0.0) + x
+            self.totals[name] = self.totals.get(name, 0.0) + jnp.asarray(x, jnp.float32)
 
     def means(self) -> dict[str, float]:
         return {name: float(total) / self.steps for name, total in self.totals.items()}
+
+
+def _placed(x: np.ndarray, like: Any) -> Any:
+    """Where another array lies: a step over a mesh has the state on all devices."""
+    return jax.device_put(x, like.sharding) if isinstance(like, jax.Array) else jnp.asarray(x)
+
+
+def _scalars(aux: Any) -> dict[str, Any]:
+    """The numbers among a step's aux, by name; of a nested dict as "group/name"."""
+    if not isinstance(aux, dict):
+        return {}
+    named, _ = flatten(aux)
+    return {name: x for name, x in named.items() if is_array(x) and x.ndim == 0 and not is_key(x)}
 
 
 def fit(
@@ -63,26 +84,37 @@ def fit(
     evaluate: Evaluate | None = None,
     patience: int | None = None,
     monitor: str = "val_loss",
+    better: str | None = None,
     log: str | Path | None = None,
     progress: bool = True,
     around: tuple[int, int] = (0, 0),
+    saved: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Fitted:
     """Train for some epochs.
 
     Args:
-      step: from `make_step`. If its `info.aux` is a dict of scalars ("accuracy", say), their means are shown.
+      step: from `make_step`, `sharded_step` or `pmap_step`. If its `info.aux` is a dict, the means of the scalars in
+        it ("accuracy", say) are shown, those of a nested dict as "group/accuracy"; other leaves are not numbers of an
+        epoch, and are left out.
       state: from `init`; donated, use the one returned.
       base: the frozen params.
       epochs: one iterable of batches per epoch.
       evaluate: factors -> metrics, called after every epoch; names get the prefix "val_".
       patience: stop after so many epochs without a better `monitor`; the best state is returned.
-      monitor: a metric of the history; names with "loss" are better when lower, others when higher.
+      monitor: a metric of the history.
+      better: "lower" or "higher": when `monitor` is better. Only "loss" and "val_loss" need none: they are losses.
       log: append one JSON object per epoch to this file.
       progress: draw a bar per epoch.
       around: how many epochs of a longer training came before these and come after them; their numbers count on.
+      saved: keep the training under way in this file, after every epoch and each half minute; where it is there, go on
+        from it, to the same bits. Epochs and batches that are done are then skipped: each epoch's batches must begin by
+        themselves. The file stays when training ends, to be deleted when its result is safe.
+      settings: JSON data that say what is trained: a file of other settings is refused.
 
     Raises:
-      LoraxError: no epochs, an epoch without batches, `patience` without `evaluate`, an unknown `monitor`.
+      LoraxError: a saved training that is damaged or another one; no epochs, an epoch without batches, `patience`
+        without `evaluate`, an unknown `monitor`, or one without `better`.
 
     A loss that is not finite ends training with the best state so far (else the last finite one); `stopped`
     names the step.
@@ -91,42 +123,61 @@ def fit(
         raise LoraxError("there are no epochs to train.")
     if patience is not None and evaluate is None and monitor.startswith("val_"):
         raise LoraxError(f"patience watches {monitor!r}, but there is no `evaluate` to measure it.")
-    history: list[dict[str, float]] = []
-    best: tuple[float, Any] | None = None
-    waited, stopped = 0, "epochs"
-    sign = 1.0 if "loss" in monitor else -1.0
+    sign = -direction(monitor, better, LOSSES) if evaluate is not None or patience is not None else 0
+    about = {**(settings or {}), "epochs": len(epochs), "monitor": monitor, "patience": patience}
+    found = None if saved is None else load_training(Path(saved), state, about)
+    now = Saved(state, []) if found is None else found
+    state, history, best, waited, stopped = now.state, now.history, now.best, now.waited, now.stopped
+    if log is not None and found is not None:
+        _complete(Path(log), history)
+
+    def keep(running: _Running) -> None:
+        if saved is not None:
+            under_way = Saved(state, history, best, waited, running.totals, running.steps, running.seconds, stopped)
+            save_training(Path(saved), under_way, about)
+
     last = around[0] + len(epochs) + around[1]
     for number, batches in enumerate(epochs, around[0] + 1):
-        began = time.perf_counter()
-        running = _Running()
-        bar = tqdm(batches, desc=f"Epoch {number}/{last}", disable=not progress, unit="step", leave=True)
+        if stopped is not None:
+            break
+        if number - around[0] <= len(history):
+            continue
+        running = _Running(dict(now.totals), now.steps, now.seconds)
+        now = now._replace(totals={}, steps=0, seconds=0.0)
+        began = kept = time.perf_counter() - running.seconds
+        bar = tqdm(
+            itertools.islice(batches, running.steps, None), desc=f"Epoch {number}/{last}", disable=not progress,
+            unit="step", leave=True, initial=running.steps, total=len(batches) if isinstance(batches, Sized) else None,
+        )  # fmt: skip
         failed = None
         for batch in bar:
             state, info = step(state, base, batch)
-            aux = info.aux if isinstance(info.aux, dict) else {}
-            running.add({"loss": info.loss, **aux})
+            running.add({"loss": info.loss, **_scalars(info.aux)})
             # Waiting for the step costs little where it is long, and a NaN is caught where it happens.
             if not bool(info.finite):
                 failed = int(state.step)
                 break
             bar.set_postfix({name: f"{x:.4f}" for name, x in running.means().items()})
+            running.seconds = time.perf_counter() - began
+            if began + running.seconds - kept > SAVE_SECONDS:
+                keep(running)
+                kept = time.perf_counter()
         if running.steps == 0:
             raise LoraxError(f"epoch {number} has no batches: is the data set empty, or smaller than a batch?")
         if failed is not None:
             stopped = f"loss is not finite at step {failed}"
             bar.close()
+            keep(_Running())
             break
         row = {"epoch": number, "steps": int(state.step), **running.means()}
         if evaluate is not None:
+            keep(running)  # validation may take long, too
             row.update({f"val_{name}": float(x) for name, x in evaluate(state.factors).items()})
         row["seconds"] = time.perf_counter() - began
         history.append(row)
         if progress:
             shown = [f"{k}: {v:.4f}" for k, v in row.items() if k not in ("epoch", "steps", "seconds")]
             tqdm.write(f"Epoch {number}/{last} - {row['seconds']:.0f}s - {' - '.join(shown)}", file=sys.stderr)
-        if log is not None:
-            with open(log, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
         if evaluate is not None or patience is not None:
             if monitor not in row:
                 raise LoraxError(f"monitor {monitor!r} is not measured; there are {', '.join(row)}.")
@@ -137,7 +188,19 @@ def fit(
                 waited += 1
                 if patience is not None and waited >= patience:
                     stopped = "early stop"
-                    break
+        keep(_Running())
+        if log is not None:
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
     if best is not None:
-        state = state._replace(factors=jax.tree.map(jnp.asarray, best[1]))
-    return Fitted(state, history, stopped)
+        state = state._replace(factors=jax.tree.map(_placed, best[1], state.factors))
+    return Fitted(state, history, stopped or "epochs")
+
+
+def _complete(log: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """End a log with the rows of `history`: a kill may have cut the last line, or come before it was written."""
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    rows = [json.dumps(row) + "\n" for row in history]
+    missing = [row for row in rows if row not in whole]
+    log.write_text("".join([*whole, *missing]), encoding="utf-8")

@@ -16,6 +16,7 @@ from lorax_kit.core.errors import PlanError
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.method import frozen_leaves, trained_leaves
 from lorax_kit.core.plan import Plan
+from lorax_kit.training.extra import accepting, completing
 from lorax_kit.training.gains import from_start
 
 
@@ -54,7 +55,8 @@ def partition(
       clip: clip by the global norm of all trained leaves together, before `tx`.
 
     Returns:
-      An `optax.GradientTransformation` over the factor tree.
+      An `optax.GradientTransformation` over the factor tree, which passes on what `tx` needs beside the gradient
+      (`value`, `value_fn`, ...). A line search of one label holds the leaves of the others still.
 
     Raises:
       PlanError: a label that the plan needs has no transformation, or one is given that does not exist; a clip that is
@@ -77,12 +79,15 @@ def partition(
                     f"partition {word} label {min(names)!r}: the plan trains {', '.join(sorted(needed))}.\n"
                     "  to freeze a label, give it optax.set_to_zero()"
                 )
-        inner = optax.partition({"frozen": optax.set_to_zero(), **tx}, named)
+        parts = {"frozen": optax.set_to_zero(), **{name: accepting(one) for name, one in tx.items()}}
+        inner = optax.partition(parts, named, mask_compatible_extra_args=True)
     else:
-        inner = tx
+        inner = accepting(tx)
     trained = inner if clip is None else optax.chain(optax.clip_by_global_norm(clip), inner)
 
     def trained_or_frozen(factors: FactorTree) -> Any:
         return jax.tree.map(lambda name: "frozen" if name == "frozen" else "train", named(factors))
 
-    return from_start(optax.partition({"train": trained, "frozen": optax.set_to_zero()}, trained_or_frozen), plan)
+    parts = {"train": trained, "frozen": optax.set_to_zero()}
+    whole = optax.partition(parts, trained_or_frozen, mask_compatible_extra_args=True)
+    return from_start(completing(whole), plan)

@@ -11,8 +11,11 @@ import optax
 from jax import Array
 
 from lorax_kit.core.errors import LoraxError
-from lorax_kit.core.leaves import FactorTree
+from lorax_kit.core.leaves import FactorTree, check_key
 from lorax_kit.core.paths import Params
+from lorax_kit.placement import varying
+from lorax_kit.training.extra import extra_arguments, updated
+from lorax_kit.training.objective import Run, accumulated, gradients, losses, means
 
 
 class State(NamedTuple):
@@ -38,7 +41,8 @@ class Info(NamedTuple):
       loss: fp32 (), mean over the batch.
       grad_norm: fp32 (), global norm over the trained leaves, before clipping.
       finite: bool (), whether loss, gradients and new factors were finite; if not, the step changed no factor.
-      aux: whatever the loss returned beside its value, mean over accumulated micro-batches.
+      aux: whatever the loss returned beside its value: where there are several micro-batches or devices their mean,
+        fp32 for whole numbers and bools (the share); `lk.Weighted` as total / weight.
     """
 
     loss: Array
@@ -57,18 +61,23 @@ def make_step(
     tx: optax.GradientTransformation,
     *,
     accumulate: int = 1,
-    axis_name: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     jit: bool = True,
 ) -> tuple[Init, Step]:
     """Build `(init, step)`.
 
     Args:
       loss_fn: `loss_fn(base, factors, batch)` or, if `init` was given a key, `loss_fn(base, factors, batch,
-        key)`; returns a scalar, or `(scalar, aux)`.
-      tx: from `lk.partition`, or any optax transformation over the factors.
-      accumulate: micro-batches per step. Every batch leaf is split along its first axis; loss and gradients are
-        their means, which is exact for a mean over equally weighted examples.
-      axis_name: a mapped axis (`pmap`, `shard_map`) over which loss and gradients are averaged.
+        key)`; returns a scalar, or `(scalar, aux)`. A scalar is the mean of the batch; where micro-batches or
+        devices weigh differently (tokens, padding), return `lk.Weighted(total, weight)` in its place, which is exact
+        for any split. `aux` may hold `lk.Weighted`, too.
+      tx: from `lk.partition`, or any optax transformation over the factors. One that needs more than the gradient is
+        given it: `value`, `grad`, `value_fn` (line searches), `obj_fn`, `grad_fn`.
+      accumulate: micro-batches per step. Every array of the batch is split along its first axis; numbers reach
+        every micro-batch as they are, random keys (`jax.random.key`) folded with its number. Loss and gradients are
+        means, summed in at least fp32.
+      axis_name: a mapped axis (`pmap`, `shard_map`), or several, over which loss and gradients are averaged; the key
+        is folded with the device's place along them.
       jit: compile the step, donating the state (factors and optimiser state); the base and the batch are
         never donated. False returns the plain function, to be wrapped in `vmap`, `pmap` or a mesh.
 
@@ -76,8 +85,8 @@ def make_step(
       `init(factors, key=None) -> State` and `step(state, base, batch) -> (State, Info)`.
 
     Raises:
-      LoraxError: `accumulate` below 1; at the first call, a batch that does not divide by it, or a loss that is
-        not a float scalar.
+      LoraxError: `accumulate` below 1; at the first call, a batch that does not divide by it, a loss that is
+        not a float scalar, or an optimiser that needs what a step does not have.
 
     Example:
       >>> init, step = make_step(lambda base, f, x: jnp.sum((x * f["w"]) ** 2), optax.sgd(0.1))
@@ -89,35 +98,42 @@ def make_step(
         raise LoraxError(f"accumulate is {accumulate}; it must be at least 1.")
 
     def init(factors: FactorTree, key: Array | None = None) -> State:
-        # A copy, because the first step donates it: the caller's factors stay valid.
-        factors = jax.tree.map(lambda x: jnp.array(x, copy=True), dict(factors))
-        return State(factors, tx.init(factors), jnp.zeros((), jnp.int32), None if key is None else jnp.copy(key))
-
-    def value_and_grad(factors: Any, base: Params, batch: Any, key: Array | None) -> tuple[Array, Any, Any]:
-        def loss(factors: Any) -> tuple[Array, Any]:
-            out = loss_fn(base, factors, batch) if key is None else loss_fn(base, factors, batch, key)
-            value, aux = out if isinstance(out, tuple) else (out, None)
-            if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-                kind = f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}"
-                raise LoraxError(
-                    f"the loss has {kind}; it must be a float scalar.\n"
-                    "  return jnp.mean(losses), or (jnp.mean(losses), aux)"
-                )
-            return jnp.asarray(value, jnp.float32), aux
-
-        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(factors)
-        return value, aux, grads
+        if key is not None:
+            check_key(key, "init's key")
+        # Copies, because the first step donates them: the caller's factors stay valid, and no buffer is donated twice
+        # where an optimiser's state starts as the factors themselves (Prodigy, SAM, L2-SP).
+        factors = _copied(dict(factors))
+        with jax.numpy_dtype_promotion("standard"):
+            opt_state = tx.init(factors)
+        return State(factors, _copied(opt_state), jnp.zeros((), jnp.int32), None if key is None else jnp.copy(key))
 
     def step(state: State, base: Params, batch: Any) -> tuple[State, Info]:
         key = None if state.key is None else jax.random.fold_in(state.key, state.step)
-        if accumulate == 1:
-            value, aux, grads = value_and_grad(state.factors, base, batch, key)
-        else:
-            value, aux, grads = _accumulated(value_and_grad, state.factors, base, batch, key, accumulate)
+        parts, axes = accumulate, frozenset((axis_name,) if isinstance(axis_name, str) else axis_name or ())
         if axis_name is not None:
-            value, aux, grads = jax.lax.pmean((value, aux, grads), axis_name)
-        norm = optax.tree.norm(grads).astype(jnp.float32)
-        updates, opt_state = tx.update(grads, state.opt_state, state.factors)
+            parts *= jax.lax.axis_size(axis_name)
+            key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        run = losses(loss_fn, exact=parts == 1)
+
+        def over_batch(run: Run, factors: Any) -> tuple[Array, Any, Any]:
+            run = accumulated(run, accumulate) if accumulate > 1 else run
+            if axis_name is None:
+                return means(run(factors, base, batch, key), factors, parts)
+            # Varying factors: of those that all devices share, shard_map's autodiff would sum the gradients itself.
+            sums = run(varying(factors, axes), base, batch, key)
+            return means(jax.lax.psum(varying(sums, axes), axis_name), factors, parts)
+
+        def value_of(factors: Any) -> Array:
+            return over_batch(run, factors)[0]
+
+        def gradient_of(factors: Any) -> Any:
+            return over_batch(gradients(run), factors)[2]
+
+        value, aux, grads = over_batch(gradients(run), state.factors)
+        norm = optax.tree.norm(jax.tree.map(_at_least_fp32, grads)).astype(jnp.float32)
+        measure = value_of if axis_name is None else _with_gradient(value_of, gradient_of)
+        extra = extra_arguments(value, grads, measure, gradient_of)
+        updates, opt_state = updated(tx, grads, state.opt_state, state.factors, extra)
         factors = optax.apply_updates(state.factors, updates)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         # A rate of infinity makes NaN of finite gradients: the factors themselves count, too.
@@ -130,26 +146,23 @@ def make_step(
     return init, jax.jit(step, donate_argnums=(0,)) if jit else step
 
 
-def _accumulated(
-    value_and_grad: Callable[..., tuple[Array, Any, Any]],
-    factors: Any,
-    base: Params,
-    batch: Any,
-    key: Array | None,
-    n: int,
-) -> tuple[Array, Any, Any]:
-    def micro(x: Array) -> Array:
-        if x.shape[0] % n:
-            raise LoraxError(f"a batch of {x.shape[0]} does not divide into accumulate={n} micro-batches.")
-        return x.reshape(n, x.shape[0] // n, *x.shape[1:])
+def _copied(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
-    keys = None if key is None else jax.random.split(key, n)
 
-    def one(total: Any, xs: tuple[Any, Any]) -> tuple[Any, None]:
-        out = value_and_grad(factors, base, xs[0], xs[1])
-        return jax.tree.map(lambda t, x: t + x / n, total, out), None
+def _at_least_fp32(x: Array) -> Array:
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
-    xs = (jax.tree.map(micro, batch), keys)
-    shapes = jax.eval_shape(lambda x: value_and_grad(factors, base, *x), jax.tree.map(lambda x: x[0], xs))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(one, zeros, xs)[0]
+
+def _with_gradient(value_of: Callable[[Any], Array], gradient_of: Callable[[Any], Any]) -> Callable[[Any], Array]:
+    """A function whose gradient is given: autodiff through a mean over devices is each device's own."""
+
+    @jax.custom_vjp
+    def value_fn(factors: Any) -> Array:
+        return value_of(factors)
+
+    value_fn.defvjp(
+        lambda factors: (value_of(factors), gradient_of(factors)),
+        lambda grads, g: (jax.tree.map(lambda x: (g * x).astype(x.dtype), grads),),
+    )
+    return value_fn

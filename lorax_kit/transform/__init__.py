@@ -1,9 +1,9 @@
 """Runs any traceable JAX function with low-rank parameters, without editing the model."""
 
+from lorax_kit.transform import rules as _rules  # noqa: F401  (fills the interpreter's table)
 from lorax_kit.transform.adapt import Adapted, adapt, compressed
 from lorax_kit.transform.cost import Costs
 from lorax_kit.transform.explain import Explanation, explain
-from lorax_kit.transform.resolve import resolve
-from lorax_kit.transform.targets import all_linear
+from lorax_kit.transform.resolve import all_linear, resolve
 
 __all__ = ["Adapted", "Costs", "Explanation", "adapt", "all_linear", "compressed", "explain", "resolve"]

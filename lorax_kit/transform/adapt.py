@@ -10,15 +10,17 @@ from typing import Any
 import jax
 from jax import Array
 
-from lorax_kit.core.compact import LowRank, Quantised, dense
 from lorax_kit.core.errors import PlanError
-from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors, site_key
+from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors, check_key, site_key
+from lorax_kit.core.lowrank import LowRank, dense
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.method import update_of
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import Plan, Site
+from lorax_kit.core.quantised import Quantised
+from lorax_kit.placement import alike
+from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import Costs, measured_costs
-from lorax_kit.transform.interpret import Context
 from lorax_kit.transform.kernels import KERNELS
 from lorax_kit.transform.trace import run
 from lorax_kit.transform.weight import Source, Weight, frozen_weight, lowrank_weight, make_weight
@@ -51,6 +53,8 @@ class Adapted:
     ) -> tuple[Any, Context]:
         """The outputs, and the record of how each site was used (`lk.explain` reads it)."""
         check_factors(self.plan, factors)
+        if key is not None:
+            check_key(key, "dropout_key")
         named, treedef = flatten(base)
         check_params(named, self.plan)
         leaves = dict(named)
@@ -60,7 +64,9 @@ class Adapted:
             leaves[full.path] = leaf.value.astype(named[full.path].dtype)  # as merge does
         weights = {}
         for site in self.plan.sites:
-            weights[site.path] = _weight(site, leaves[site.path], factors[site.path], self.scale, key)
+            # Within shard_map factors may differ by device (their gradients are each device's own), and the base not.
+            leaves[site.path], own = alike((leaves[site.path], factors[site.path]))
+            weights[site.path] = _weight(site, leaves[site.path], own, self.scale, key)
         sites = set(weights)
         for path, leaf in leaves.items():
             if isinstance(leaf, Quantised) and path not in sites:
@@ -121,7 +127,8 @@ def adapt(
       `adapted(base, factors, *inputs, **kwargs)`, to be used under `jit`, `grad`, `vmap` like any function.
       With the keyword `dropout_key` the sites with dropout drop inputs of their low-rank path; without it
       the call is an evaluation. A site has one mask per call: where every step of a loop reads it, each drops the
-      same places.
+      same places. Devices of a `shard_map` that hold other parts of the input draw other masks; in a `pmap` of your
+      own, fold the key: `jax.random.fold_in(key, jax.lax.axis_index(name))`.
 
     Raises:
       PlanError: `kernel` is unknown, or `fn` has a keyword `dropout_key` of its own; when called, a base or a
@@ -174,7 +181,7 @@ def compressed(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from lorax_kit.core.compact import LowRank
+      >>> from lorax_kit.core.lowrank import LowRank
       >>> w = LowRank(a=jnp.ones((1, 4)), b=jnp.ones((1, 3)), shape=(4, 3), dtype=jnp.float32)
       >>> compressed(lambda p, x: x @ p["w"])({"w": w}, jnp.ones((2, 4))).shape
       (2, 3)

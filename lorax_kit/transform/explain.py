@@ -11,10 +11,10 @@ import jax
 from jax import Array
 
 from lorax_kit.core.leaves import FactorTree, trained_only
-from lorax_kit.core.paths import Params, flatten, is_array, nbytes
+from lorax_kit.core.paths import Params, flatten, is_array, is_state, nbytes
 from lorax_kit.transform.adapt import Adapted
+from lorax_kit.transform.context import Use
 from lorax_kit.transform.cost import step_flops
-from lorax_kit.transform.interpret import Use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ def explain(
         )
         counted.add(use.path)
     trained = _entries(own)
-    total = sum(prod(x.shape) for x in named.values() if is_array(x))
+    total = sum(prod(x.shape) for x in named.values() if is_array(x) and not is_state(x))
     return Explanation(tuple(rows), trained, total, adapted.plan.capped)
 
 

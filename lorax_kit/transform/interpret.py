@@ -1,64 +1,24 @@
 """Evaluates a jaxpr in which some values are `Weight`s: one rule per primitive that can keep them factored.
 
-A primitive without a rule is given the materialised weight, and the use is recorded with the reason. What no
-weight touches is bound as it was traced, custom derivative rules included.
+A primitive without one is given the materialised weight, and the use is recorded with the reason. What no weight touches
+is bound as it was traced, custom derivative rules included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import reduce
-from math import prod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
-from jax import Array
-from jax.tree_util import Partial
 
-from lorax_kit.core.plan import Axes
-from lorax_kit.transform.cost import NONE, Costs, Product, choose, together
-from lorax_kit.transform.kernels import KERNELS, Operands, Outputs
+from lorax_kit.placement import varies
+from lorax_kit.transform.context import Context
 from lorax_kit.transform.recompute import INLINED, Block, Keep, blocks, products, recomputed
 from lorax_kit.transform.weight import Weight
-
-UNDROPPED = frozenset(("lookup", "materialised"))
-"""How a parameter is used where no input meets it, so that its site's dropout has nothing to drop."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Use:
-    """One use of one adapted parameter.
-
-    Attributes:
-      path, primitive: which parameter, in which operation.
-      how: "factored", "merged", "plain", "lookup" or "materialised".
-      reason: why it runs that way.
-      axes: what this use would have the parameter's axes be; None if it cannot say.
-      product: sizes of the product, None for what is not one.
-      repeats: how many times an enclosing scan runs it.
-      note: what else the reader should know.
-    """
-
-    path: str
-    primitive: str
-    how: str
-    reason: str
-    axes: Axes | None = None
-    product: Product | None = None
-    repeats: int = 1
-    note: str = ""
-
-
-Tap = Callable[[Weight, tuple[tuple[int, ...], ...], Array, Partial], Array]
-"""(weight, (contracted, free, stacked dimensions), value, inputs) -> value.
-
-What watches the inputs of parameters while a plan is being resolved. `inputs(value)` are those of one use: floats
-(*S, M, K), the contracted dimensions in the order of the parameter's axes, or the rows looked up, integers (M,).
-"""
-
 
 REARRANGING = frozenset(
     (
@@ -68,98 +28,6 @@ REARRANGING = frozenset(
     )
 )
 """Primitives after which the inputs of a parameter are what its axes say, or fewer or more of them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Context:
-    """What the rules share.
-
-    Attributes:
-      kernel: the one wanted, or "auto".
-      trials: how many stacked trials a surrounding vmap runs.
-      compute_dtype: of the plan.
-      costs: of the forms, for "auto".
-      repeats, note: for the uses recorded next.
-      uses: the record.
-      narrow: variable -> (shape, array): what was broadcast to it, and its shape with axes of size 1 where it was.
-      recompute: whether the backward pass forms elementwise results again instead of keeping them.
-      keep: runs an equation whose results it keeps, within a block of which it recomputes the rest.
-      tap: watches the inputs of parameters, or None.
-    """
-
-    kernel: str = "auto"
-    trials: int = 1
-    compute_dtype: str | None = None
-    costs: Costs = NONE
-    repeats: int = 1
-    note: str = ""
-    uses: dict[tuple[str, int, int], Use] = field(default_factory=dict)
-    narrow: dict[Any, Any] = field(default_factory=dict)
-    recompute: bool = False
-    keep: Keep | None = None
-    tap: Tap | None = None
-
-    def record(
-        self,
-        weight: Weight,
-        eqn: Any,
-        operand: int,
-        *,
-        how: str,
-        reason: str = "",
-        dims: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
-        product: Product | None = None,
-    ) -> None:
-        """Note a use of each of the weight's parts. A loop's body may be traced twice: the equation tells uses apart.
-
-        Args:
-          eqn: the equation, or a word for what is none.
-          dims: the dimensions contracted and the free ones, where it is a product; it tells the plan's axes.
-          product: of the whole weight; each part is given its share.
-        """
-        name = eqn if isinstance(eqn, str) else eqn.primitive.name
-        total = sum(prod(part.shape) for part in weight.parts)
-        undropped = "dropout has no input to act on here" if weight.key is not None and how in UNDROPPED else ""
-        for part in weight.parts:
-            share = None
-            if product is not None:
-                share = product._replace(outputs=product.outputs * prod(part.shape) // total)
-                if len(weight.parts) > 1:
-                    share = share._replace(rank=product.rank // len(weight.parts))
-            table = part.as_table() if weight.probe and dims is None else None
-            self.uses[part.path, id(eqn), operand] = Use(
-                path=part.path,
-                primitive=name,
-                how="lookup" if table else how,
-                reason=reason,
-                axes=table if dims is None else part.axes(*dims),
-                product=share,
-                repeats=self.repeats,
-                note="; ".join(filter(None, (undropped, self.note))),
-            )
-
-    def update_dtype(self, *operands: Array) -> Any:
-        """What a low-rank update is computed in: the plan's dtype, or the one that holds all operands."""
-        return jnp.dtype(self.compute_dtype or reduce(jnp.promote_types, (x.dtype for x in operands)))
-
-    def select(self, product: Product) -> tuple[str, str]:
-        """The kernel for a product, and why."""
-        if self.kernel != "auto":
-            return self.kernel, "asked for by adapt(kernel=...)"
-        return choose(product, self.trials, self.costs)
-
-    def kept(self, run: Callable[..., Any], *args: Any) -> Any:
-        """`run(*args)`, whose result a block keeps."""
-        return run(*args) if self.keep is None else self.keep.run(run, *args)
-
-    def product(self, how: str, x: Any, sites: Operands, precision: Any) -> Outputs:
-        """A kernel's outputs, which a block keeps."""
-        kernel = KERNELS[how]
-        return kernel.run(x, sites, precision) if self.keep is None else self.keep.product(kernel, precision, x, sites)
-
-    def together(self, products: Sequence[Product]) -> bool:
-        """Whether products with the same input run as one."""
-        return self.kernel != "plain" and together(products, self.trials)
 
 
 Rule = Callable[[Context, Any, list[Any]], list[Any] | str]
@@ -280,7 +148,7 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
 
     def apply(eqn: Any, values: list[Any]) -> list[Any]:
         if eqn.primitive.name not in CALLS:
-            values = [_watched(ctx, eqn, i, x) for i, x in enumerate(values)]
+            values = [_watched(ctx, eqn, i, x) for i, x in enumerate(_masked(ctx, eqn, values))]
         if any(isinstance(x, Weight) for x in values):
             known = RULES.get(eqn.primitive.name)
             found = known(ctx, eqn, values) if known else f"no low-rank rule for {eqn.primitive.name!r}"
@@ -291,9 +159,15 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
             return found
         if eqn.primitive.name == "broadcast_in_dim":
             ctx.narrow[eqn.outvars[0]] = _narrow(eqn, values[0])
+        if eqn.primitive.name in ("pvary", "pcast"):
+            ctx.said[eqn.outvars[0]] = varies(values[0])
         return bind(eqn, values)
 
     def run(eqn: Any) -> None:
+        with _as_traced(eqn):
+            run_here(eqn)
+
+    def run_here(eqn: Any) -> None:
         values, name = [read(v) for v in eqn.invars], eqn.primitive.name
         by_rule = name in KEEPS and any(isinstance(x, Weight) for x in values)
         if id(eqn) in kept and name in INLINED:
@@ -308,7 +182,8 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
         """Equations that share an operand, where each other operand is a weight by now, or can be."""
         ready = [eqn for eqn in eqns if all(_weight_made(v, env, makers, run) for v in eqn.invars)]
         if len(ready) > 1 and all(sum(isinstance(read(v), Weight) for v in e.invars) == 1 for e in ready):
-            found = JOINT[ready[0].primitive.name](ctx, ready, [[read(v) for v in e.invars] for e in ready])
+            with _as_traced(ready[0]):
+                found = JOINT[ready[0].primitive.name](ctx, ready, [[read(v) for v in e.invars] for e in ready])
             if found is not None:
                 env.update(zip((eqn.outvars[0] for eqn in ready), found, strict=True))
 
@@ -320,6 +195,14 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
             run(eqn)
 
 
+@contextmanager
+def _as_traced(eqn: Any) -> Iterator[None]:
+    """The surroundings in which an equation was traced: device or host, kind of random numbers, mesh, named scopes."""
+    scopes = str(eqn.source_info.name_stack)
+    with eqn.ctx.manager, jax.named_scope(scopes) if scopes else nullcontext():
+        yield
+
+
 def _same_input(eqns: Sequence[Any]) -> dict[int, list[Any]]:
     """Equations that a joint rule may run at once, by the id of the first: they share an operand and all settings."""
     alike: dict[Any, list[Any]] = {}
@@ -327,7 +210,7 @@ def _same_input(eqns: Sequence[Any]) -> dict[int, list[Any]]:
         if eqn.primitive.name in JOINT:
             for side, v in enumerate(eqn.invars):
                 if not isinstance(v, jex.Literal):
-                    alike.setdefault((v, side, str(eqn.params)), []).append(eqn)
+                    alike.setdefault((v, side, eqn.ctx, str(eqn.params)), []).append(eqn)
     return {id(eqns[0]): eqns for eqns in alike.values() if len(eqns) > 1}
 
 
@@ -351,6 +234,16 @@ def _watched(ctx: Context, eqn: Any, operand: int, x: Any) -> Any:
         ctx.record(x, eqn, operand, how="full")
         return x.w
     return x
+
+
+def _masked(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
+    """Operands, of which weights with dropout draw other masks on devices that hold other inputs."""
+    if not any(isinstance(x, Weight) and x.key is not None for x in values):
+        return values
+    inputs = [(v, x) for v, x in zip(eqn.invars, values, strict=True) if not isinstance(x, Weight)]
+    differs = [varies(x) if isinstance(v, jex.Literal) else ctx.said.get(v, varies(x)) for v, x in inputs]
+    axes = frozenset().union(*differs)
+    return [x.folded(axes) if isinstance(x, Weight) else x for x in values]
 
 
 def _altered(weight: Weight, name: str) -> Weight:

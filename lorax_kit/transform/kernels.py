@@ -42,22 +42,6 @@ Operands = tuple[Operand, ...]
 Outputs = tuple[Array, ...]
 
 
-def alike(x: Array, sites: Operands) -> tuple[Array, Operands]:
-    """Inside `shard_map`: arrays that differ by device, if any of them does; derivative rules need it said."""
-
-    def varying(x: Array) -> frozenset[Any]:
-        aval = jax.typeof(x)
-        manual = getattr(aval, "manual_axis_type", None)  # since JAX 0.10.2
-        return manual.varying if manual is not None else getattr(aval, "vma", frozenset())
-
-    leaves, tree = jax.tree.flatten((x, sites))
-    every = frozenset().union(*map(varying, leaves))
-    lacks = [tuple(sorted(every - varying(x))) for x in leaves]
-    return jax.tree.unflatten(
-        tree, [lax.pcast(x, axes, to="varying") if axes else x for x, axes in zip(leaves, lacks, strict=True)]
-    )
-
-
 def _dot(x: Array, y: Array, contract: tuple[int, int], stack: tuple[int, int] | None, precision: Precision) -> Array:
     """dot_general over one contracting axis each, and one stack axis each if there is one."""
     batch = ((), ()) if stack is None else ((stack[0],), (stack[1],))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from lorax_kit.after import after
@@ -199,7 +199,24 @@ def _float(x: Any) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating) and x.size > 0
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _without_tangents(tree: Any) -> Any:
+    """Whole numbers and bools of a tree, differentiated as constants; floats as they are.
+
+    JAX gives such results of a `custom_vjp` tangents of type float0, which `cond` refuses for its index.
+    """
+
+    def constant(x: Any) -> Any:
+        if not isinstance(x, Array) or jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):  # random keys
+            return lax.stop_gradient(x)
+        if x.dtype == bool:
+            return lax.ne(x, lax.full_like(x, False))
+        return lax.bitcast_convert_type(x, x.dtype)
+
+    return jax.tree.map(constant, tree)
+
+
 def recomputed(fn: Callable[[Keep, Any, Any], Any], made: Any, held: Any) -> Any:
     """`fn(keep, made, held)`, of which the backward pass keeps the arguments, and what `keep` was asked to run.
 
@@ -208,6 +225,11 @@ def recomputed(fn: Callable[[Keep, Any, Any], Any], made: Any, held: Any) -> Any
       made: values of the program, formed by it.
       held: parameters and inputs, which are there anyway.
     """
+    return _without_tangents(_recomputed(fn, made, held))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recomputed(fn: Callable[[Keep, Any, Any], Any], made: Any, held: Any) -> Any:
     keep = Keep(lambda run, *args: run(*args), lambda kernel, precision, x, sites: kernel.infer(x, sites, precision))
     return fn(keep, made, held)
 
@@ -241,7 +263,7 @@ def _recomputed_bwd(fn: Any, residuals: tuple[Any, Any, list[Any], list[Any]], g
     found = iter(kept)
 
     keep = Keep(
-        lambda run, *args: _known(run, next(found), args),
+        lambda run, *args: _without_tangents(_known(run, next(found), args)),
         lambda kernel, precision, x, sites: _known_product(kernel, precision, next(found), x, sites),
     )
     leaves, tree = jax.tree.flatten((made, held))
@@ -257,7 +279,7 @@ def _recomputed_bwd(fn: Any, residuals: tuple[Any, Any, list[Any], list[Any]], g
     return grads
 
 
-recomputed.defvjp(_recomputed_fwd, _recomputed_bwd, symbolic_zeros=True)
+_recomputed.defvjp(_recomputed_fwd, _recomputed_bwd, symbolic_zeros=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

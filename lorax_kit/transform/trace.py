@@ -9,18 +9,20 @@ import os
 import traceback
 from collections.abc import Callable, Mapping
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.core.compact import LowRank, Quantised, dense
 from lorax_kit.core.errors import PlanError
+from lorax_kit.core.lowrank import LowRank, dense
 from lorax_kit.core.paths import Params, flatten, is_array, unflatten
 from lorax_kit.core.plan import Plan, Site
+from lorax_kit.core.quantised import Quantised
 from lorax_kit.transform import rules
-from lorax_kit.transform.interpret import Context, evaluate_arrays
+from lorax_kit.transform.context import Context
+from lorax_kit.transform.interpret import evaluate_arrays
 from lorax_kit.transform.weight import Part, Weight, whole
 
 NOT_TRACEABLE = (
@@ -84,12 +86,24 @@ def run(
     return jax.tree_util.tree_unflatten(out_tree[-1], out)
 
 
-Sink = Callable[[Site, Array, Array | None], None]
-"""(site, inputs, layer) -> None: is given the inputs of one use of a site.
+class Given(NamedTuple):
+    """What a site is given in one use; traced values.
 
-`inputs` are floats (*S, M, K), S stacked matrices with M inputs of K numbers each; of a lookup the rows, integers (M,).
-With `layer`, () int32, they are (M, K), of that one of the stacked matrices.
-"""
+    Attributes:
+      inputs: floats (*S, M, K), S stacked matrices with M inputs of K numbers each; of a lookup rows, integers (M,).
+      layer: () int32 where the inputs are (M, K), of one of the stacked matrices alone; None otherwise.
+      value: the operand as the function has it; of a lookup, its result.
+      arrange: `value`, or another array of its shape, -> what lies in the places of `inputs`.
+    """
+
+    inputs: Array
+    layer: Array | None
+    value: Array
+    arrange: Callable[[Array], Array]
+
+
+Sink = Callable[[Site, Given], None]
+"""Is shown each use of a site."""
 
 
 def watch(
@@ -112,21 +126,21 @@ def watch(
       >>> import lorax_kit as lk
       >>> fn, params, x = lambda p, x: jnp.tanh(x @ p["w"]), {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
       >>> plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), params, fn, x)
-      >>> watch(fn, plan, lambda site, inputs, layer: print(site.path, inputs.shape, layer))(params, x).shape
-      w (4, 3) None
+      >>> watch(fn, plan, lambda site, given: print(site.path, given.inputs.shape))(params, x).shape
+      w (4, 3)
       (4, 2)
     """
     sites = {site.path: site for site in plan.sites}
 
-    def tap(weight: Weight, dims: tuple[tuple[int, ...], ...], x: Array, inputs: Callable[[Array], Array]) -> Array:
+    def tap(weight: Weight, dims: tuple[tuple[int, ...], ...], x: Array, arrange: Callable[[Array], Array]) -> Array:
         for part in weight.parts:
             site = sites[part.path]
             why = _not_of_the_site(site, part, weight, dims)
             if not why:
-                given = inputs(x)
-                rows = jnp.issubdtype(given.dtype, jnp.integer) and given.ndim == 1
+                given = Given(arrange(x), weight.layer, x, arrange)
+                rows = jnp.issubdtype(given.inputs.dtype, jnp.integer) and given.inputs.ndim == 1
                 if rows == site.lookup:
-                    sink(site, given, weight.layer)
+                    sink(site, given)
                 else:
                     why = "its rows are looked up in one place, and multiplied in another"
             if why and missed is not None:

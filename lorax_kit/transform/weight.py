@@ -22,9 +22,12 @@ from jax import Array, lax
 from jax.tree_util import Partial
 
 from lorax_kit.after import after
-from lorax_kit.core.compact import LowRank, Quantised
+from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.method import Update
 from lorax_kit.core.plan import Axes, Site
+from lorax_kit.core.quantised import Quantised
+from lorax_kit.dtypes import wide
+from lorax_kit.placement import varies
 
 
 @jax.tree_util.register_pytree_node_class
@@ -219,6 +222,13 @@ class Weight:
         column = None if self.column is None else change(self.column, 0)
         return self.rebased(base, parts=parts, a=a, b=b, column=column)
 
+    def folded(self, axes: frozenset[str]) -> Weight:
+        """The weight whose masks differ along axes of devices: those that hold other inputs draw other masks."""
+        if self.key is None or not axes - varies(self.key):
+            return self
+        names = tuple(sorted(axes - varies(self.key)))
+        return replace(self, key=jax.random.fold_in(self.key, lax.axis_index(names)))
+
     def dropped(self, x: Array) -> Array:
         """`x` as the low-rank path reads it: after inverted dropout, or as it is where the weight has no key."""
         if self.key is None:
@@ -248,7 +258,7 @@ class Weight:
         """The whole sum in the current layout and dtype: what an unknown operation is given."""
         if self.probe:
             return self.w
-        dtype = jnp.promote_types(self.factors()[0].dtype, self.w.dtype)
+        dtype = wide(self.factors()[0].dtype, self.w.dtype)
         total = self.w.astype(dtype) + self.update(dtype)
         if self.column is not None:
             total = self.column.astype(dtype) * total

@@ -16,13 +16,14 @@ from jax import Array
 from tqdm import tqdm
 
 from lorax_kit.benchmarks.timing import alternate, calling, facts, product_flops, ratio
-from lorax_kit.checkpoint.fingerprint import fingerprint
+from lorax_kit.checkpoint.fingerprint import differences, digests, fingerprint, first_difference
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.compress import Moments, compressed, distil, distillation, heal
 from lorax_kit.compress.arguments import check_count, check_number, check_positive, check_share
-from lorax_kit.core.compact import LowRank, Quantised
 from lorax_kit.core.errors import CompressError
+from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.paths import Params, flatten
+from lorax_kit.core.quantised import Quantised
 from lorax_kit.serve import load_tensors, save_tensors
 from lorax_kit.workloads.methods import (
     Method,
@@ -167,7 +168,8 @@ def save_small(out: str | Path, subject: Subject, row: dict[str, Any], small: Sm
     with staged(path, False) as folder:
         folder.mkdir()
         save_tensors(folder / MODEL, small.params)
-        text = json.dumps(row | {"original": fingerprint(subject.params)}, indent=2) + "\n"
+        original = {"original": fingerprint(subject.params), "leaves": digests(subject.params)}
+        text = json.dumps(row | original, indent=2) + "\n"
         (folder / ROW).write_text(text, encoding="utf-8")
 
 
@@ -182,13 +184,17 @@ def load_small(folder: str | Path, subject: Subject) -> tuple[dict[str, Any], Sm
     try:
         row = json.loads((path / ROW).read_text(encoding="utf-8"))
         way, keep = Method.parse(row["method"].removesuffix(IN_TURN)), float(row["keep"])
-        original, _ = row["original"], row["metric_healed"]
+        original, leaves, _ = row["original"], row.get("leaves"), row["metric_healed"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CompressError(
             f"{str(path)!r} is no model of `lorax-kit compress --out`: {type(e).__name__} {e}."
         ) from None
     if original != fingerprint(subject.params):
-        raise CompressError(f"the model in {str(path)!r} was made of another one than {subject.name!r}.")
+        found = differences(digests(subject.params), leaves) if isinstance(leaves, dict) else {}
+        raise CompressError(
+            f"the model in {str(path)!r} was made of another one than {subject.name!r}"
+            + (f":\n  {first_difference(found)}" if found else ".")
+        )
     params, (apply, expected) = load_tensors(path / MODEL), (subject.apply, subject.params)
     if way.kind == "student":
         apply, expected = subject.student(students_layers(subject, check_share("keep", keep)))

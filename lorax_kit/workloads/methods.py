@@ -23,12 +23,12 @@ from lorax_kit.compress import (
 )
 from lorax_kit.compress.arguments import check_share
 from lorax_kit.compress.replace import low_rank
-from lorax_kit.core.compact import METHODS as QUANTISATIONS
 from lorax_kit.core.errors import CompressError
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.patterns import matches
 from lorax_kit.core.plan import matched
-from lorax_kit.core.quantise import quantise
+from lorax_kit.core.quantised import METHODS as QUANTISATIONS
+from lorax_kit.core.quantised import quantise
 from lorax_kit.workloads.subjects import Apply, Subject
 
 STUDENT = "student"
@@ -115,7 +115,9 @@ def statistics_for(
         return None
     stream = list(itertools.islice(subject.train(0), batches))  # a list: its bar knows the end
     loss = subject.loss if any(method.wants_gradients(allocation) for method in calibrated) else None
-    return calibrate(subject.apply, subject.params, subject.sites, stream, loss=loss, progress=progress)
+    return calibrate(
+        subject.apply, subject.params, subject.sites, stream, loss=loss, weight=subject.counts, progress=progress
+    )
 
 
 def smaller(
@@ -160,7 +162,7 @@ def smaller(
         loss = subject.loss if method.base == "fisher" else None
         groups = [layer for layer in subject.layers if any(matches(layer, site.path) for site in sites.sites)]
         small = compress_sequentially(
-            subject.apply, subject.params, plan, batches, groups, loss=loss, progress=progress
+            subject.apply, subject.params, plan, batches, groups, loss=loss, weight=subject.counts, progress=progress
         )
     else:
         small = compress(subject.params, plan, stats)

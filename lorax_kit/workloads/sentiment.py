@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from tqdm import tqdm
 
 from lorax_kit.checkpoint.adapter import load_adapter, read_document, save_adapter
+from lorax_kit.checkpoint.fingerprint import fingerprint
 from lorax_kit.core.errors import AdapterError, PlanError, StudyError
 from lorax_kit.core.merge import merge, split
 from lorax_kit.core.paths import paths
-from lorax_kit.core.quantise import quantise
+from lorax_kit.core.quantised import quantise
 from lorax_kit.core.setting import Full
 from lorax_kit.core.spec import Spec
 from lorax_kit.methods import LoRA
@@ -197,7 +200,14 @@ def train_adapter(
     steps_per_epoch: int | None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train one adapter by `lk.fit` and save it under `out`; the best epoch by validation loss is kept."""
+    """Train one adapter by `lk.fit` and save it under `out`; the best epoch by validation loss is kept.
+
+    Interrupted, the same call goes on, to the same bits: `out/training.npz` holds the training until the adapter is
+    saved. Each epoch is once in `out/metrics.jsonl`.
+
+    Raises:
+      LoraxError: `out` holds an interrupted training of other settings.
+    """
     setting = LoRA(rank=rank, alpha=alpha, variant=variant)
     if not 0 < lr < float("inf"):
         raise StudyError(f"lr is {lr}; it must be a positive number.")
@@ -226,13 +236,29 @@ def train_adapter(
         return {"loss": found["loss"], "accuracy": found["accuracy"]}
 
     out.mkdir(parents=True, exist_ok=True)
+    saved, log = out / "training.npz", out / "metrics.jsonl"
+    if saved.exists():
+        tqdm.write(f"{str(out)!r} holds an interrupted training: going on", file=sys.stderr)
+    elif log.exists():
+        tqdm.write(f"{str(log)!r} is of an earlier training without an adapter: beginning anew", file=sys.stderr)
+        log.unlink()
+    settings = {
+        "problem": workload.to_dict(),
+        "base": fingerprint(base, [leaf.path for leaf in plan.full]),
+        "spec": spec.to_dict(),
+        **{"lr": lr, "seed": seed, "steps per epoch": per_epoch},
+    }
     rounds = [list(itertools.islice(stream, per_epoch)) for _ in range(epochs)]
-    fitted = fit(step, init(factors), base, rounds, evaluate=measure, log=out / "metrics.jsonl", progress=progress)
+    fitted = fit(
+        step, init(factors), base, rounds, evaluate=measure, log=log, progress=progress, saved=saved, settings=settings
+    )
     if not fitted.history:
+        saved.unlink(missing_ok=True)
         raise StudyError(f"training gave no usable adapter: {fitted.stopped}.\n  lower the learning rate")
     final = test(merge(base, fitted.state.factors, plan))
     meta = {"problem": problem.name, "settings": workload.to_dict()}
     save_adapter(out / "adapter", plan, fitted.state.factors, base=base, meta=meta)
+    saved.unlink(missing_ok=True)
     return {
         "adapter": str(out / "adapter"),
         "stopped": fitted.stopped,

@@ -68,6 +68,7 @@ class Subject:
       targets: patterns of the parameters to compress.
       layers: patterns of each layer's parameters, in the order in which they run.
       labels: batch -> labels (...) and how much each counts (...).
+      counts: batch -> how much each input counts, (rows, tokens): padding does not.
       train: an endless stream of batches from a seed.
       test: held-out batches.
       metric: "accuracy" or "perplexity".
@@ -80,6 +81,7 @@ class Subject:
     targets: tuple[str, ...]
     layers: tuple[str, ...]
     labels: Callable[[Any], tuple[Array, Array]]
+    counts: Callable[[Any], Any]
     train: Callable[[int], Iterator[Any]]
     test: Sequence[Any]
     metric: str
@@ -167,6 +169,7 @@ def sentiment_subject(
         targets=tuple(targets) or ("encoder/layer_*/**/kernel",),
         layers=tuple(f"encoder/layer_{i}/**" for i in range(config.num_hidden_layers)),
         labels=lambda batch: (batch.label, batch.weight),
+        counts=lambda batch: batch.mask * batch.weight[:, None],
         train=lambda seed: problem.train(seed, 0),
         test=problem.test,
         metric="accuracy",
@@ -217,6 +220,7 @@ def text_subject(
         targets=tuple(targets) or ("layer_*/**/kernel",),
         layers=tuple(f"layer_{i}/**" for i in range(config.num_hidden_layers)),
         labels=lambda batch: next_tokens(batch.ids, batch.mask),
+        counts=lambda batch: batch.mask,
         train=lambda seed: window_batches(train, batch_size=batch_size, seed=seed),
         test=test,
         metric="perplexity",

@@ -1,5 +1,7 @@
 """Calibration against the inputs themselves, in every way a parameter may be used."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +91,7 @@ def test_layers_read_by_a_scan_have_sums_of_their_own():
     plan = sites(params, fn, x)
     assert plan.sites[0].axes.stack == (0,)
     found = calibrate(fn, params, plan, [x, x], progress=False)["w"]
-    assert found.tokens == 10
+    assert found.tokens == pytest.approx(10, rel=1e-6)
     h = x
     for i in range(3):
         np.testing.assert_allclose(found.gram[i], 2 * np.asarray(h.T @ h), rtol=1e-4, atol=1e-5)
@@ -201,3 +203,150 @@ def test_no_batches_is_an_error():
     fn = lambda p, x: x @ p["w"]  # noqa: E731
     with pytest.raises(CompressError, match="no calibration batches"):
         calibrate(fn, params, sites(params, fn, x), [], progress=False)
+
+
+LENGTHS = (5, 3, 1)
+MASK = (np.arange(5) < np.array(LENGTHS)[:, None]).astype(np.int32)
+"""Three texts of at most five tokens."""
+
+
+def layers(p, x):
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0]
+
+
+def convolved(p, x):
+    return jax.lax.conv_general_dilated(x, p["w"], (1,), [(0, 0)], dimension_numbers=("NHC", "HIO", "NHC"))
+
+
+WEIGHTED = {
+    "a layer": ((6, 4), lambda p, x: x @ p["w"]),
+    "heads": ((2, 3, 4), lambda p, x: jnp.einsum("bthd,hdo->bto", x.reshape(3, -1, 2, 3), p["w"])),
+    "flattened": ((6, 4), lambda p, x: x.reshape(-1, 6) @ p["w"]),
+    "scanned layers": ((2, 6, 6), layers),
+    "a convolution of width 1": ((1, 6, 4), convolved),
+    "under jit": ((6, 4), lambda p, x: jax.jit(jnp.matmul)(x, p["w"])),
+    "under vmap": ((6, 4), lambda p, x: jax.vmap(lambda row: row @ p["w"])(x)),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTED)
+def test_what_padding_holds_does_not_count(case):
+    """Sums over padded texts are those over the tokens alone, in float64, even where padding is not finite."""
+    shape, fn = WEIGHTED[case]
+    params, x = {"w": 0.5 * draw(0, *shape)}, draw(1, 3, 5, 6)
+    padded = {"x": jnp.where(MASK[..., None] > 0, x, jnp.nan), "mask": MASK}
+    whole = lambda p, batch: fn(p, batch["x"])  # noqa: E731
+    plan = sites(params, whole, padded)
+    found = calibrate(whole, params, plan, [padded, padded], weight="mask", progress=False)["w"]
+    rows = jnp.concatenate([x[i, :n] for i, n in enumerate(LENGTHS)])[None]
+    alone = calibrate(lambda p, x: fn(p, jnp.concatenate([x] * 3)[:, :9]), params, plan, [rows], progress=False)["w"]
+    assert found.tokens == 2 * sum(LENGTHS)
+    assert alone.tokens == 3 * sum(LENGTHS)
+    np.testing.assert_allclose(found.gram / 2, alone.gram / 3, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.absolute, alone.absolute, rtol=1e-5)
+
+
+def test_rows_of_a_table_and_pooled_texts_are_weighted():
+    params = {"table": draw(0, 7, 4), "w": draw(1, 4, 3)}
+
+    def fn(p, batch):
+        h = p["table"][batch.ids] * batch.mask[..., None]
+        return jnp.sum(h, axis=1) @ p["w"]
+
+    batch = Texts(jnp.asarray([[1, 2, 3], [4, 0, 0], [5, 0, 0]]), jnp.asarray([[1.0, 1, 1], [1, 0, 0], [0, 0, 0]]))
+    plan = sites(params, fn, batch)
+    found = calibrate(fn, params, plan, [batch], weight=lambda batch: 0.5 * batch.mask, progress=False)
+    assert found["table"].counts.tolist() == [0, 0.5, 0.5, 0.5, 0.5, 0, 0]
+    assert found["table"].tokens == 2
+    h = np.asarray(jnp.sum(params["table"][batch.ids] * batch.mask[..., None], axis=1), np.float64)[:2]
+    assert found["w"].tokens == 1
+    np.testing.assert_allclose(found["w"].gram[0], 0.5 * h.T @ h, rtol=1e-5, atol=1e-6)
+
+
+class Texts(NamedTuple):
+    ids: jax.Array
+    mask: jax.Array
+
+
+def test_a_mask_that_is_not_used_is_said_once():
+    params, batch = {"w": draw(0, 6, 4)}, {"x": draw(1, 3, 5, 6), "mask": MASK}
+    fn = lambda p, batch: batch["x"] @ p["w"]  # noqa: E731
+    plan = sites(params, fn, batch)
+    with pytest.warns(UserWarning, match=r"a 'mask' with zeros, and padding counts .* weight='mask'\) leaves") as said:
+        assert calibrate(fn, params, plan, [batch, batch], progress=False)["w"].tokens == 30
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (
+            lambda batch: batch["mask"].T,
+            r"inputs count is not known: they are \(3, 5, 6\), the weights \(5, 3",
+        ),
+        (lambda batch: 0 * batch["mask"], "calibration never reached 'w': .* or none of weight above 0"),
+        (lambda batch: 3, r"weight\(batch\) is 3; it must be an array of real numbers"),
+        (lambda batch: -batch["mask"], "must be finite numbers of at least 0"),
+        ("masc", "weight is 'masc', and a batch, .* has no such key or attribute"),
+        (7, "weight is 7; it must be a function"),
+    ],
+)
+def test_weights_that_cannot_be_used_say_so(weight, message):
+    params, batch = {"w": draw(0, 6, 4)}, {"x": draw(1, 3, 5, 6), "mask": MASK}
+    fn = lambda p, batch: batch["x"] @ p["w"]  # noqa: E731
+    with pytest.raises(CompressError, match=message):
+        calibrate(fn, params, sites(params, fn, batch), [batch], weight=weight, progress=False)
+
+
+def test_a_loop_over_tokens_is_refused_for_weights_of_tokens():
+    params, batch = {"w": draw(0, 6, 6)}, {"x": draw(1, 3, 5, 6), "mask": MASK}
+
+    def fn(p, batch):
+        step = lambda h, x: (jnp.tanh(x + h @ p["w"]), None)  # noqa: E731
+        return jax.lax.scan(step, jnp.zeros((3, 6)), batch["x"].transpose(1, 0, 2))[0]
+
+    with pytest.raises(CompressError, match="never reached 'w': which of its inputs count is not known"):
+        calibrate(fn, params, sites(params, fn, batch), [batch], weight="mask", progress=False)
+
+
+def test_the_mean_gradient_is_in_the_shape_of_the_parameter():
+    params, xs = {"w": draw(0, 2, 3, 4)}, [draw(1, 5, 2, 3), draw(2, 5, 2, 3)]
+    fn, loss = lambda p, x: jnp.einsum("thd,hdo->to", x, p["w"]), lambda y, x: jnp.mean(jnp.sin(y))
+    plan = sites(params, fn, xs[0])
+    only = calibrate(fn, params, plan, xs, loss=loss, collect="gradient", progress=False)["w"]
+    grads = [np.asarray(jax.grad(lambda p, x=x: loss(fn(p, x), x))(params)["w"], np.float64) for x in xs]
+    np.testing.assert_allclose(only.gradient, np.mean(grads, axis=0), rtol=1e-5, atol=1e-8)
+    assert only.gram is None
+    assert only.fisher is None
+    both = calibrate(fn, params, plan, xs, loss=loss, collect=["gradient", "fisher"], progress=False)["w"]
+    squares = np.mean([g.reshape(6, 4) ** 2 for g in grads], axis=0).mean(axis=1)
+    np.testing.assert_allclose(both.fisher[0], squares, rtol=1e-5)
+
+
+def test_without_a_gradient_asked_for_none_is_kept():
+    params, x = {"w": draw(0, 6, 4)}, draw(1, 5, 6)
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    stats = calibrate(fn, params, sites(params, fn, x), [x], loss=lambda y, _: jnp.mean(y**2), progress=False)
+    assert stats["w"].gradient is None
+    assert stats["w"].fisher.shape == (1, 6)
+
+
+@pytest.mark.parametrize(
+    ("collect", "message"),
+    [
+        ("grams", "collect is 'grams'; it must list some of inputs, fisher, gradient"),
+        ([], r"collect is \[\]"),
+        (3, "collect is 3"),
+        (["inputs", "gradient"], r"collect=\('inputs', 'gradient'\) needs a loss to differentiate"),
+    ],
+)
+def test_what_to_collect_is_checked(collect, message):
+    params, x = {"w": draw(0, 6, 4)}, draw(1, 5, 6)
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    with pytest.raises(CompressError, match=message):
+        calibrate(fn, params, sites(params, fn, x), [x], collect=collect, progress=False)
+
+
+def test_one_function_under_both_names():
+    assert lk.calibrate is lk.compress.calibrate
+    assert lk.compress.Moments is lk.Hints

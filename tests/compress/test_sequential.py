@@ -56,3 +56,14 @@ def test_groups_must_hold_every_site_once(model):
             compress_sequentially(fn, params, plan, batches, groups, progress=False)
     with pytest.raises(CompressError, match="no calibration batches"):
         compress_sequentially(fn, params, plan, [], ["up", "down"], progress=False)
+
+
+def test_padding_counts_in_no_group(model):
+    """Padded batches with weights are compressed as those without padding are."""
+    params, batches, plan = model
+    padded = [{"x": jnp.pad(x, [(0, 24), (0, 0)], constant_values=3), "mask": np.arange(64) < 40} for x in batches]
+    whole = lambda p, batch: fn(p, batch["x"])  # noqa: E731
+    ours = compress_sequentially(whole, params, plan, padded, ["up", "down"], weight="mask", progress=False)
+    theirs = compress_sequentially(fn, params, plan, batches, ["up", "down"], progress=False)
+    for path in ("up", "down"):
+        np.testing.assert_allclose(ours[path].restore(), theirs[path].restore(), atol=1e-4)

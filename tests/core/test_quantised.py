@@ -8,8 +8,8 @@ import optax
 import pytest
 
 import lorax_kit as lk
-from lorax_kit.core.compact import NF4, Quantised
 from lorax_kit.core.paths import flatten, is_array
+from lorax_kit.core.quantised import NF4, Quantised, decode_scales, encode_scales
 from tests.draws import draw, moved
 from tests.transform.uses import CASES
 
@@ -32,13 +32,48 @@ def test_bytes_of_the_base(method, double, ratio):
     assert (base["w"].shape, base["w"].dtype, base["w"].ndim) == (W.shape, W.dtype, 2)
 
 
-def test_rounding_is_within_half_a_code():
-    blocks = np.asarray(W).reshape(256, -1, 64)
+SPREADS = {
+    "gaussian": (W, 1.01),
+    "one entry of 2,000 sigma": (W.at[1, 0].set(125), 1.04),
+    "a padding row and one outlier": (W.at[0].set(0).at[1, 0].set(4), 1.03),
+    "rows of scale 1e-3 to 1": (W * jnp.geomspace(1e-3, 1, 256)[:, None], 1.05),
+    "rows of scale 1e-20 to 1e10: scales in fp32": (W * jnp.geomspace(1e-20, 1e10, 256)[:, None], 1.0),
+    "an entry of 5e37: scales in fp32": (W.at[2, 5].set(5e37), 1.0),
+    "all zero": (0 * W, 1.0),
+    "one size": (jnp.full((256, 384), -0.3), 1.0),
+    "a matrix of its own range in a stack": (jnp.stack([W, 1e6 * W]), 1.01),
+}
+
+
+@pytest.mark.parametrize("case", SPREADS)
+@pytest.mark.parametrize("double", [False, True])
+def test_rounding_is_within_half_a_code_of_its_own_block(case, double):
+    w, wider = SPREADS[case]
+    blocks = np.asarray(w, np.float64).reshape(-1, 64)
     largest = np.abs(blocks).max(-1, keepdims=True)
     widest = {"int8": 1 / 127, "int4": 1 / 7, "nf4": np.diff(NF4).max()}
     for method, step in widest.items():
-        got = np.asarray(lk.quantise({"w": W}, ["w"], method, double=False)["w"].restore()).reshape(blocks.shape)
-        assert (np.abs(got - blocks) <= largest * (0.5 * step + 1e-6)).all(), method
+        small = lk.quantise({"w": w}, ["w"], method, double=double)["w"]
+        got = np.asarray(small.restore(), np.float64).reshape(blocks.shape)
+        assert (np.abs(got - blocks) <= largest * (0.5 * step * (wider if double else 1) + 1e-6)).all(), method
+        assert (small.log_step is None) == (not double or "in fp32" in case)
+
+
+def test_scales_are_restored_from_above_within_one_step_of_their_code():
+    scales = jnp.asarray(np.random.default_rng(0).lognormal(sigma=2, size=(40, 6)), jnp.float32).at[3].set(0)
+    codes, least, step = encode_scales(scales)
+    ratio = np.asarray(decode_scales(codes, least, step) / jnp.where(scales > 0, scales, 1))
+    assert (ratio[3] == 0).all()
+    ratio = np.delete(ratio, 3, 0)
+    assert ratio.min() > 1 - 1e-5 * 254 / 200
+    assert ratio.max() < float(jnp.exp(step[0, 0])) + 1e-5
+    np.testing.assert_allclose(step, np.log(float(scales.max()) / float(scales[scales > 0].min())) / 254, rtol=1e-5)
+
+
+def test_rows_of_a_table_are_those_of_the_whole():
+    table = lk.quantise({"w": W.at[0, 0].set(9)}, ["w"], "int4")["w"]
+    at = jnp.asarray([[3, 0], [255, 300]])
+    np.testing.assert_array_equal(table.rows(at), table.restore()[jnp.minimum(at, 255)])
 
 
 def test_nf4_codes_are_the_nearest_of_the_papers_table():

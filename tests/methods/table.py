@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import lorax_kit as lk
-from lorax_kit.core.compact import dense
 from lorax_kit.core.leaves import FullLeaf
+from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import effective_weight
 from lorax_kit.core.method import frozen_leaves, update_of
 from lorax_kit.core.paths import flatten

@@ -9,7 +9,7 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.compress import CompressPlan, LowRank, calibrate, compress, compressed
-from lorax_kit.core.compact import dense
+from lorax_kit.core.lowrank import dense
 from lorax_kit.core.paths import flatten
 from lorax_kit.models import LstmClassifier, LstmConfig
 

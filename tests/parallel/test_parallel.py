@@ -9,9 +9,8 @@ import pytest
 import lorax_kit as lk
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
-
 PROBLEM = tiny.problem()
+GRID = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
 def train(make, **options):
@@ -39,8 +38,7 @@ def train(make, **options):
 
 @pytest.fixture(scope="module")
 def single():
-    with jax.numpy_dtype_promotion("standard"):
-        return train(lk.make_step)
+    return train(lk.make_step)
 
 
 @pytest.mark.parametrize(
@@ -48,10 +46,13 @@ def single():
     [
         lambda: train(lk.sharded_step, mesh=lk.device_mesh()),
         lambda: train(lk.sharded_step, mesh=lk.device_mesh(devices=jax.devices()[:2])),
+        lambda: train(lk.sharded_step, mesh=lk.device_mesh("batch")),
+        lambda: train(lk.sharded_step, mesh=GRID),
+        lambda: train(lk.sharded_step, mesh=GRID, axis="model"),
         lambda: train(lk.pmap_step),
         lambda: train(lk.pmap_step, devices=jax.devices()[:2]),
     ],
-    ids=["mesh of 4", "mesh of 2", "pmap over 4", "pmap over 2"],
+    ids=["mesh of 4", "mesh of 2", "axis batch", "2 x 2", "2 x 2 by model", "pmap over 4", "pmap over 2"],
 )
 def test_equal_to_one_device_after_20_steps_with_one_trace(single, other):
     assert len(jax.devices()) == 4
@@ -78,3 +79,9 @@ def test_a_batch_that_does_not_divide_says_so(make):
     init, step = make(lambda base, f, b: (f["w"] * b).sum(), optax.sgd(0.1), **options)
     with pytest.raises(lk.LoraxError, match="does not split over 4 devices"):
         step(init({"w": np.float32(1)}), None, np.ones((6, 2), np.float32))
+
+
+def test_a_mesh_without_the_axis_says_which_it_has():
+    mesh = jax.make_mesh((2, 2), ("batch", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with pytest.raises(lk.LoraxError, match=r"axes 'batch', 'model', and none is 'data'.\n  .*axis='batch'"):
+        lk.sharded_step(lambda base, f, b: f["w"], optax.sgd(0.1), mesh)

@@ -10,7 +10,7 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.checkpoint.tensors import read_tensors, write_tensors
 from lorax_kit.compress import CompressPlan, compress, with_residuals
-from lorax_kit.core.compact import LowRank
+from lorax_kit.core.lowrank import LowRank
 from lorax_kit.serve import ExportError, load_tensors, save_tensors
 from tests import tiny
 
@@ -24,6 +24,8 @@ def same(x, y):
     for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
         assert a.dtype == b.dtype
         assert a.shape == b.shape
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
@@ -40,6 +42,7 @@ CASES = {
     "factors in four bits": lambda: lk.quantise(FACTORED, ["{up,down}/kernel/{a,b}"], "int4", block=4),
     "residuals in four bits": residual,
     "dtypes and a scalar": lambda: {"a": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.float32(-0.0), "c": jnp.arange(3)},
+    "keys and counters": lambda: {"key": jax.random.key(3), "rbg": jax.random.key(1, impl="rbg"), "n": jnp.uint32(7)},
     "transposed on the host": lambda: {"a": np.arange(6, dtype=np.float32).reshape(2, 3).T},
 }
 
@@ -120,7 +123,6 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path):
         ({"__metadata__": jnp.ones(2)}, "keeps for itself"),
         ({"x": jnp.ones(2, jnp.float8_e4m3fn)}, "of dtype float8_e4m3fn"),
         ({"x": np.array(["a"])}, "cannot be stored"),
-        ({"x": jax.random.key(0)}, "cannot be stored"),
         ({"a": jnp.ones(2), "a/b": jnp.ones(2)}, "'a' is the name of an array"),
     ):
         with pytest.raises(ExportError, match=message):
@@ -129,3 +131,14 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path):
     save_tensors(tmp_path / "x.safetensors", {"x": jnp.ones((2, 3))})
     with pytest.raises(ExportError, match=r"'x' is \(2, 3\) in .* and \(3, 2\) in `like`"):
         load_tensors(tmp_path / "x.safetensors", {"x": jnp.ones((3, 2))})
+
+
+def test_a_file_of_0_1_with_a_linear_code_of_scales_is_read_as_what_it_meant(tmp_path):
+    codes, scales = np.array([[127, -64]], np.int8), np.array([[200]], np.uint8)
+    step, offset = np.float32(0.01).reshape(1, 1), np.float32(0.5).reshape(1, 1)
+    stored = {"w:codes": codes, "w:scales": scales, "w:step": step, "w:offset": offset, "b": np.ones(2, np.float32)}
+    static = '{"w": {"kind": "Quantised", "shape": [1, 2], "dtype": "float32", "method": "int8", "block": 2}}'
+    write_tensors(tmp_path / "old.safetensors", stored, {"lorax_kit.compact": static})
+    found = load_tensors(tmp_path / "old.safetensors")
+    assert sorted(found) == ["b", "w"]
+    np.testing.assert_allclose(found["w"].restore(), np.float32(2.5) * np.array([[1, -64 / 127]]), rtol=1e-6)

@@ -55,8 +55,9 @@ def solo(study, problem, plan, trial, params, seed):
         {"stream": "seed"},
         {"targets": {"up": ["up/kernel"], "both": ["{up,down}/kernel"]}, "rank": [1, 3], "seed": [0]},
         {"variant": "dora", "probe_lr": ()},
+        {"start": "pissa", "rank": [1, 3], "weight_decay": 0.1},
     ],
-    ids=["ladder", "rslora", "own streams", "target sets", "dora"],
+    ids=["ladder", "rslora", "own streams", "target sets", "dora", "pissa"],
 )
 def test_stacked_trial_equals_its_solo_run_after_20_steps(changes):
     study, problem = tiny.study(**changes), tiny.problem()
@@ -130,7 +131,7 @@ def flops(study, problem, trials):
     stacked = pack(study, problem, trials, plan, params)
     engine = Engine(study, problem, plan, params, len(trials))
     running = jax.jit(engine._programs.init)(stacked.factors)
-    cost = engine._step.lower(running, stacked.scalars, params, batch).compile().cost_analysis()
+    cost = engine._step.lower(running, stacked.scalars, engine._base, batch).compile().cost_analysis()
     return cost["flops"]
 
 

@@ -2,8 +2,10 @@
 
 import csv
 import json
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -197,6 +199,21 @@ def test_a_diverged_trial_is_kept_apart_and_says_its_step(tmp_path):
     assert "diverged" in page
 
 
+def test_the_best_trial_is_best_in_the_direction_of_its_metric():
+    shared = {"status": "done", "params": 10, "seconds": 1.0}
+    low = shared | {"trial": "low", "val_loss": 0.1, "test_loss": 0.1, "train_loss": 0.1, "val_accuracy": 0.9}
+    high = shared | {"trial": "high", "val_loss": 2.0, "test_loss": 2.0, "train_loss": 2.0, "val_accuracy": 0.5}
+    bad = shared | {"trial": "nan", "val_loss": float("nan"), "test_loss": None, "val_accuracy": float("nan")}
+    results = lk.Results([high, bad, low], Path(), 1)
+    for metric in ("val_loss", "test_loss", "train_loss", "val_accuracy"):
+        assert results.best(metric)["trial"] == "low"
+    assert results.best("seconds", better="lower")["trial"] in ("low", "high")
+    with pytest.raises(lk.LoraxError, match="whether 'seconds' is better when higher or lower is not known"):
+        results.best("seconds")
+    with pytest.raises(lk.LoraxError, match="'val_loss' is better when lower, and better is 'higher'"):
+        results.best("val_loss", better="higher")
+
+
 def test_validations_along_the_way_are_in_the_curves_and_end_at_the_rows_numbers(tmp_path):
     results = run(tmp_path / "run", tiny.study(rank=[1, 2], eval_every=8))
     curves = [json.loads(line) for line in (results.path / "curves.jsonl").read_text().splitlines()]
@@ -253,6 +270,55 @@ def test_bad_runs_say_so_and_write_nothing(tmp_path, study, problem, options, sa
     assert not (tmp_path / "run").exists()
 
 
+def keyed(fixed):
+    """Params whose layer `up` is drawn from the key, or from one of its own."""
+
+    def params(key):
+        own = jax.random.key(5) if fixed else key
+        return tiny.params(key) | {"up": {"kernel": jax.random.normal(own, (8, 9))}}
+
+    return params
+
+
+def reshaped(key):
+    return tiny.params(key) | {"other": jnp.zeros(3 if (key == jax.random.key(0)).all() else 4)}
+
+
+def ending(seed, start):
+    return iter([tiny.points(step, 16) for step in range(start, 12)])
+
+
+CONTRACTS = [
+    ({"params": keyed(False)}, "'up/kernel' of problem 'points' depends on the key, and is not in its head."),
+    ({"params": reshaped}, "'other' of problem 'points' has another shape or dtype for another key."),
+    ({"val": iter([tiny.points(1, 32)])}, "val of problem 'points' is a list_iterator; it is read many times."),
+    ({"score": tiny.losses}, "score of problem 'points' gives a ShapeDtypeStruct of shapes [(32,)]"),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), CONTRACTS)
+def test_a_problem_that_breaks_its_contract_is_refused_before_anything_is_written(tmp_path, changes, says):
+    with pytest.raises(lk.StudyError) as e:
+        run(tmp_path / "run", tiny.study(rank=[1], probe_lr=()), tiny.problem(**changes))
+    assert says in str(e.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stream", ["shared", "seed"])
+def test_training_batches_that_end_are_named(tmp_path, stream):
+    with pytest.raises(lk.StudyError, match="batches of problem 'points' end before step 13 of 20"):
+        run(tmp_path / "run", tiny.study(rank=[1], probe_lr=(), stream=stream), tiny.problem(train=ending))
+
+
+def test_a_base_of_other_buffers_but_the_same_values_is_studied(tmp_path):
+    study = tiny.study(rank=[1], seed=[0, 1], probe_lr=(), steps=1, variant="dora", lr=1e-9)
+    found = run(tmp_path / "run", study, tiny.problem(params=keyed(True)))
+    base = keyed(True)(jax.random.key(0))
+    adapter = lk.load_adapter(found.path / "adapters" / found.rows[1]["trial"], base=base)
+    merged = lk.merge(base, adapter.factors, adapter.plan)["up"]["kernel"]
+    np.testing.assert_allclose(merged, base["up"]["kernel"], atol=1e-6)
+
+
 def test_another_study_in_the_folder_is_refused_and_kept(finished):
     before = snapshot(finished.path)
     for study, problem in (
@@ -261,6 +327,9 @@ def test_another_study_in_the_folder_is_refused_and_kept(finished):
     ):
         with pytest.raises(lk.StudyError, match="holds another study"):
             run(finished.path, study, problem)
+    other = tiny.problem(params=lambda key: tiny.params(key) | {"first": {"kernel": jnp.zeros((6, 8))}})
+    with pytest.raises(lk.StudyError, match=r"in base\).\n  'first/kernel', float32 of shape \(6, 8\), holds"):
+        run(finished.path, tiny.study(), other)
     with pytest.raises(lk.PlanError):
         run(finished.path, tiny.study(targets={"upper": ["zzz"]}), overwrite=True)
     assert snapshot(finished.path) == before
@@ -332,6 +401,31 @@ def test_the_memory_estimate_is_near_what_xla_allocates():
 
     engine = Engine(study, problem, plan, base, len(trials))
     running = jax.jit(engine._programs.init)(stacked.factors)
-    compiled = engine._step.lower(running, stacked.scalars, base, batch).compile().memory_analysis()
+    compiled = engine._step.lower(running, stacked.scalars, engine._base, batch).compile().memory_analysis()
     actual = compiled.temp_size_in_bytes + compiled.output_size_in_bytes
     assert 0.6 < step_bytes(losses, stacked.factors) / actual < 1.6
+
+
+def test_params_with_keys_counters_and_settings_are_studied(tmp_path):
+    """Leaves that are no weights: JAX cannot turn a key into numpy's array, nor `jit` take a string."""
+
+    def params(key):
+        return tiny.params(key) | {
+            "rng": jax.random.key(3),
+            "count": jnp.uint32(0),
+            "act": "tanh",
+            "on": True,
+            "none": None,
+        }
+
+    def apply(p, batch):
+        assert (p["act"], p["on"], p["none"]) == ("tanh", True, None)
+        noise = jax.random.normal(jax.random.fold_in(p["rng"], p["count"]), batch.x.shape)
+        return tiny.apply(p, batch._replace(x=batch.x + 0 * noise))
+
+    study = tiny.study(rank=[1, 2], seed=[0], probe_lr=(), steps=3)
+    odd = run(tmp_path / "odd", study, tiny.problem(params=params, apply=apply))
+    plain = run(tmp_path / "plain", study)
+    assert [r["test_loss"] for r in odd.rows] == pytest.approx([r["test_loss"] for r in plain.rows], abs=1e-6)
+    adapter = odd.path / "adapters" / odd.rows[0]["trial"]
+    lk.load_adapter(adapter, base=params(jax.random.key(9)) | {"count": jnp.uint32(5)})

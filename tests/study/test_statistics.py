@@ -167,7 +167,7 @@ def test_compare_pairs_by_seed_against_the_best():
     }
     rows = rows_of(table)
     np.random.default_rng(0).shuffle(rows)  # the order of the rows must not matter to the pairing
-    result = {c.condition[0]: c for c in compare(rows, "acc", ("rank",))}
+    result = {c.condition[0]: c for c in compare(rows, "acc", ("rank",), better="higher")}
     assert set(result) == {1, 2}
     assert {c.against for c in result.values()} == {(4,)}
     for rank, c in result.items():
@@ -194,28 +194,30 @@ def test_compare_drops_failed_and_missing_trials_and_counts_them():
 def test_compare_without_pairs_gives_nan_not_an_error():
     rows = rows_of({1: [0.5], 2: [0.6]})
     rows[1]["seed"] = 7
-    (c,) = compare(rows, "acc", ("rank",))
+    (c,) = compare(rows, "acc", ("rank",), better="higher")
     assert (c.pairs, c.unpaired, c.method) == (0, 2, "no pairs")
     assert math.isnan(c.p_holm)
-    assert compare([r | {"status": "diverged"} for r in rows], "acc", ("rank",)) == []
+    assert compare([r | {"status": "diverged"} for r in rows], "acc", ("rank",), better="higher") == []
 
 
 def test_compare_chooses_the_lowest_loss_when_told():
     rows = rows_of({1: [0.5, 0.6], 2: [0.2, 0.3]})
-    (c,) = compare(rows, "acc", ("rank",), higher_is_better=False)
+    (c,) = compare(rows, "acc", ("rank",), better="lower")
     assert c.against == (2,)
 
 
 def test_a_condition_with_lost_seeds_is_not_the_reference():
     rows = rows_of({1: [0.5, 0.6], 2: [0.9, 0.9]})
     rows[3]["status"] = "diverged"
-    (c,) = compare(rows, "acc", ("rank",))
+    (c,) = compare(rows, "acc", ("rank",), better="higher")
     assert c.against == (1,)
 
 
 def test_compare_rejects():
     rows = rows_of({1: [0.5, 0.6]})
     with pytest.raises(ValueError, match="two trials with seed 0"):
-        compare(rows + rows[:1], "acc", ("rank",))
+        compare(rows + rows[:1], "acc", ("rank",), better="higher")
     with pytest.raises(ValueError, match=r"no trial of condition \(3,\)"):
         compare(rows, "acc", ("rank",), against=(3,))
+    with pytest.raises(ValueError, match="better is None; it must be 'higher' or 'lower'"):
+        compare(rows, "acc", ("rank",))

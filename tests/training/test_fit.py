@@ -3,14 +3,14 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import lorax_kit as lk
+from lorax_kit.training.evaluate import mean_scores
 from tests import tiny
-
-pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def setup(lr=1e-2):
@@ -87,9 +87,33 @@ def test_accuracy_is_better_when_higher():
     values = iter([0.5, 0.6, 0.6])
     fitted = lk.fit(
         step, state, base, epochs(3), evaluate=lambda _: {"accuracy": next(values)}, patience=1,
-        monitor="val_accuracy", progress=False,
+        monitor="val_accuracy", better="higher", progress=False,
     )  # fmt: skip
     assert len(fitted.history) == 3
+    assert fitted.stopped == "early stop"
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "better"),
+    [
+        ("loss", [9.0, 5.0, 7.0], None),
+        ("perplexity", [9.0, 5.0, 7.0], "lower"),
+        ("lossless_accuracy", [0.5, 0.9, 0.7], "higher"),
+    ],
+)
+def test_the_best_epoch_is_best_in_the_direction_that_was_said(metric, values, better):
+    step, state, base = setup()
+    kept, measured = [], iter(values)
+
+    def evaluate(factors):
+        kept.append(np.asarray(factors["up/kernel"].b).copy())
+        return {metric: next(measured)}
+
+    rounds = epochs(3, steps=1)
+    fitted = lk.fit(
+        step, state, base, rounds, evaluate=evaluate, monitor=f"val_{metric}", better=better, patience=1, progress=False
+    )
+    np.testing.assert_array_equal(fitted.state.factors["up/kernel"].b, kept[1])
     assert fitted.stopped == "early stop"
 
 
@@ -109,10 +133,48 @@ def test_a_nan_ends_training_and_names_its_step():
         ([], {}, "no epochs"),
         ([[]], {}, "epoch 1 has no batches"),
         (epochs(1), {"patience": 1}, "no `evaluate`"),
-        (epochs(1), {"evaluate": lambda _: {"loss": 1.0}, "monitor": "val_f1"}, "monitor 'val_f1' is not measured"),
+        (
+            epochs(1),
+            {"evaluate": lambda _: {"loss": 1.0}, "monitor": "val_f1", "better": "higher"},
+            "monitor 'val_f1' is not measured",
+        ),
+        (
+            epochs(1),
+            {"evaluate": lambda _: {}, "monitor": "val_wer"},
+            "'val_wer' is better when higher or lower",
+        ),
+        (epochs(1), {"evaluate": lambda _: {}, "better": "min"}, "better is 'min'; it must be 'higher' or 'lower'"),
+        (epochs(1), {"evaluate": lambda _: {}, "better": "higher"}, "'val_loss' is better when lower, and better is"),
     ],
 )
 def test_bad_calls_say(rounds, options, says):
     step, state, base = setup()
     with pytest.raises(lk.LoraxError, match=says):
         lk.fit(step, state, base, rounds, progress=False, **options)
+
+
+def test_scores_out_of_range_say_so():
+    scores = [lk.Score(np.float32(3), np.float32(5), np.float32(4))]
+    with pytest.raises(lk.LoraxError, match="add up to 5 correct of a weight of 4"):
+        mean_scores(scores)
+
+
+def test_scalars_of_aux_are_shown_by_name_and_other_leaves_left_out():
+    _, state, base = setup()
+    aux = {"count": jnp.int32(3), "group": {"a": jnp.float32(0.5)}, "per_class": jnp.ones(3), "nothing": None}
+    init, step = lk.make_step(lambda base, f, b: (jnp.float32(1) * jnp.mean(b.x), aux), optax.sgd(0.0))
+    fitted = lk.fit(step, init(state.factors), base, epochs(1), progress=False)
+    assert set(fitted.history[0]) == {"epoch", "steps", "loss", "count", "group/a", "seconds"}
+    assert (fitted.history[0]["count"], fitted.history[0]["group/a"]) == (3.0, 0.5)
+
+
+def test_the_best_factors_lie_where_the_step_left_them():
+    _, _, base = setup()
+    init, step = lk.sharded_step(lambda base, f, b: jnp.mean(b.x) + f["w"], optax.sgd(0.1), lk.device_mesh())
+    values = iter([0.5, 0.6])
+    fitted = lk.fit(
+        step, init({"w": jnp.zeros(())}), base, epochs(2), evaluate=lambda _: {"loss": next(values)}, progress=False
+    )
+    assert len(fitted.state.factors["w"].sharding.device_set) == 4
+    assert float(fitted.state.factors["w"]) == pytest.approx(-0.4)  # of the first epoch's four steps
+    step(fitted.state, base, epochs(1)[0][0])

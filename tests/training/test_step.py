@@ -10,8 +10,6 @@ import lorax_kit as lk
 from lorax_kit.training import labels
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
-
 PROBLEM = tiny.problem()
 
 

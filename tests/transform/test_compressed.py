@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import lorax_kit as lk
-from lorax_kit.core.compact import LowRank, dense
+from lorax_kit.core.lowrank import LowRank, dense
 from lorax_kit.transform import compressed
 from tests.draws import draw
 from tests.transform.test_coverage import close, loss_and_outputs, prepare

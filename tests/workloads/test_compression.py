@@ -11,8 +11,8 @@ import pytest
 from lorax_kit.checkpoint.staging import sole_writer
 from lorax_kit.compress import CompressError, LowRank
 from lorax_kit.compress.replace import low_rank
-from lorax_kit.core.compact import Quantised
 from lorax_kit.core.paths import flatten
+from lorax_kit.core.quantised import Quantised
 from lorax_kit.report.compression import COLUMNS, comparison_table, front, lines_of, write_comparison
 from lorax_kit.report.run_folder import RunFolderError
 from lorax_kit.tasks import Plays
@@ -206,7 +206,7 @@ def test_what_was_kept_is_read_again(subject, stats, method, tmp_path):
     row, small = compress_subject(subject, method=method, keep=0.5, stats=stats, **QUIET)
     save_small(tmp_path / "small", subject, row, small)
     again, loaded = load_small(tmp_path / "small", subject)
-    assert again == row | {"original": again["original"]}
+    assert again == row | {name: again[name] for name in ("original", "leaves")}
     found = subject.quality(*loaded), subject.quality(*small)
     assert found[0].loss == found[1].loss
     file = tmp_path / "small" / "row.json"
@@ -215,6 +215,7 @@ def test_what_was_kept_is_read_again(subject, stats, method, tmp_path):
         (other, "its tensors are not those of a 'student' model"),
         ({"keep": "x"}, "is no model of"),
         ({"original": ""}, "was made of another"),
+        ({"original": "", "leaves": again["leaves"] | {"gone": ["float32", [2], "", ""]}}, "'gone' is missing here"),
     ):
         file.write_text(json.dumps(again | change))
         with pytest.raises(CompressError, match=message):

@@ -9,7 +9,9 @@ import jax
 from jax.sharding import PartitionSpec
 from jax.tree_util import Partial
 
-from lorax_kit.transform.interpret import Context, bind, closed, evaluate, evaluate_arrays, rule
+from lorax_kit.placement import varies, varying
+from lorax_kit.transform.context import Context
+from lorax_kit.transform.interpret import bind, closed, evaluate, evaluate_arrays, rule
 from lorax_kit.transform.weight import Weight
 
 
@@ -72,7 +74,14 @@ def shard_map(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
         a, b, column = cut(x.a, 1), cut(x.b, 1), cut(x.column, 0)
         return replace(x, w=w, a=a, b=b, column=column, scale=whole, key=key)
 
+    # Where types do not tell along which axes data vary, those count that split an array: devices draw other masks.
+    split: set[str] = set()
+    for x, spec in zip(args, p["in_specs"], strict=True):
+        if not isinstance(x, Weight) and not p["check_vma"]:
+            split.update(name for names in spec for name in ((names,) if isinstance(names, str) else names or ()))
+
     def body(*values: Any) -> tuple[Any, ...]:
+        values = tuple(x.folded(frozenset(split)) if isinstance(x, Weight) else x for x in values)
         return tuple(evaluate_arrays(replace(ctx, recompute=False), jaxpr, consts, values))
 
     args = [replace(x, source=None) if isinstance(x, Weight) else x for x in args]
@@ -91,4 +100,5 @@ def shard_map(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
 def pvary(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     """Inside shard_map: a parameter that all devices share meets data that they do not."""
     (weight,) = args
-    return [weight.mapped(Partial(lambda w: bind(eqn, [w])[0]), lambda x, lead: bind(eqn, [x])[0], lambda dims: dims)]
+    axes = varies(bind(eqn, [weight.w])[0])  # the factors may have been told before
+    return [weight.mapped(Partial(lambda w: bind(eqn, [w])[0]), lambda x, lead: varying(x, axes), lambda dims: dims)]

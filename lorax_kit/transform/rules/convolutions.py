@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.tree_util import Partial
 
+from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import Product
-from lorax_kit.transform.interpret import Context, bind, rule
+from lorax_kit.transform.interpret import bind, rule
 from lorax_kit.transform.weight import Weight
 
 

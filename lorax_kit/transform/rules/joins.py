@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.tree_util import Partial
 
-from lorax_kit.transform.interpret import Context, rule
+from lorax_kit.dtypes import wide, widest
+from lorax_kit.transform.context import Context
+from lorax_kit.transform.interpret import rule
 from lorax_kit.transform.weight import Weight
 
 
@@ -50,8 +52,8 @@ def add(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
         return [Weight(parts=parts, w=w)]
     if _unlike(args) or one.column is not None or two.column is not None or one.shape != two.shape:
         return "added to a parameter whose inputs and outputs lie otherwise, or that has magnitudes or dropout"
-    (a1, b1), (a2, b2) = one.factors(), two.factors()
-    a, b = jnp.concatenate([a1 * one.scale, a2 * (sign * two.scale)]), jnp.concatenate([b1, b2])
+    (a1, b1), (a2, b2) = _scaled(one), _scaled(two)
+    a, b = (_concatenate(pair, 0) for pair in ((a1, a2 if sign > 0 else -a2), (b1, b2)))
     return [Weight(parts=parts, w=w, a=a, b=b, scale=jnp.ones((), jnp.float32), empty=one.empty and two.empty)]
 
 
@@ -104,7 +106,13 @@ def join(args: Sequence[Any], d: int) -> Weight | str:
 def _scaled(weight: Weight) -> tuple[Array, Array]:
     a, b = weight.factors()
     assert weight.scale is not None
-    return a * weight.scale, b
+    return a.astype(wide(a.dtype)) * weight.scale, b
+
+
+def _concatenate(arrays: Sequence[Array], axis: int) -> Array:
+    """Concatenated in the widest of their dtypes: parameters may have factors of different ones."""
+    dtype = widest(*(x.dtype for x in arrays))
+    return jnp.concatenate([x.astype(dtype) for x in arrays], axis)
 
 
 def _stacked(args: Sequence[Any], d: int) -> tuple[Array, Array]:
@@ -122,7 +130,7 @@ def _concatenated(arrays: Sequence[Array], sizes: Sequence[int], axis: int) -> A
     """Concatenate along an axis, after broadcasting each to its size there and to the greatest size elsewhere."""
     widest = [max(n) for n in zip(*(x.shape for x in arrays), strict=True)]
     shapes = [(*widest[:axis], size, *widest[axis + 1 :]) for size in sizes]
-    return jnp.concatenate([jnp.broadcast_to(x, s) for x, s in zip(arrays, shapes, strict=True)], axis)
+    return _concatenate([jnp.broadcast_to(x, s) for x, s in zip(arrays, shapes, strict=True)], axis)
 
 
 def _blocks(args: Sequence[Any], d: int, side: int) -> tuple[Array, Array] | str:
@@ -140,7 +148,7 @@ def _blocks(args: Sequence[Any], d: int, side: int) -> tuple[Array, Array] | str
         at += n
     if len({x.shape[1:] for x in blocks}) > 1 or len({x.shape[1:] for x in rows}) > 1:
         return "joined with a parameter whose inputs and outputs lie otherwise"
-    pair = jnp.concatenate(blocks), jnp.concatenate(rows)
+    pair = _concatenate(blocks, 0), _concatenate(rows, 0)
     return pair if side == 0 else pair[::-1]
 
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.tree_util import Partial
 
-from lorax_kit.core.compact import Quantised
+from lorax_kit.core.quantised import Quantised
+from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import Product
-from lorax_kit.transform.interpret import Context, bind, rule
+from lorax_kit.transform.interpret import bind, rule
 from lorax_kit.transform.weight import Weight
 
 
@@ -129,8 +130,7 @@ def _entries(eqn: Any, weight: Weight, indices: Array, axis: int) -> Partial:
     def rows(table: Quantised, indices: Array, _: Array) -> Array:
         at = indices[..., 0]
         inside = (at >= 0) & (at < table.shape[0])
-        taken = [jnp.take(x, at, axis=0, mode="clip") for x in (table.codes, table.scales)]
-        found = replace(table, codes=taken[0], scales=taken[1], shape=(*at.shape, table.shape[1])).restore()
+        found = table.rows(at)
         if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
             found = jnp.where(inside[..., None], found, jnp.nan if fill is None else fill)
         return found

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lorax_kit.core.errors import PlanError
-from lorax_kit.transform.interpret import Context, closed, evaluate, evaluate_arrays, materialise, rule
+from lorax_kit.transform.context import Context
+from lorax_kit.transform.interpret import closed, evaluate, evaluate_arrays, materialise, rule
 from lorax_kit.transform.weight import Source, Weight
 
 

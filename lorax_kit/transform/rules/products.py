@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.tree_util import Partial
 
+from lorax_kit.placement import alike
+from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import Product
-from lorax_kit.transform.interpret import Context, bind, joint, rule
-from lorax_kit.transform.kernels import Operand, Operands, alike, lowrank_updates, plain_updates
+from lorax_kit.transform.interpret import bind, joint, rule
+from lorax_kit.transform.kernels import Operand, Operands, lowrank_updates, plain_updates
 from lorax_kit.transform.weight import Weight
 
 Dims = tuple[int, ...]
@@ -214,7 +216,7 @@ def _matrices(
     precision = eqn.params["precision"]
     cast = tuple(Operand(o.w, *(_as(x, dtype) for x in o[1:])) for o in operands)
     if one_dtype and not dropout and weights[0].source is None and not weights[0].empty:
-        ys: Sequence[Array] = ctx.product(how, *alike(x3, cast), precision)
+        ys: Sequence[Array] = ctx.product(how, *alike((x3, cast)), precision)
     else:
         dims = (((x3.ndim - 1,), (x3.ndim - 2,)), ((0,), (0,)) if at.batch else ((), ()))
 
@@ -225,7 +227,7 @@ def _matrices(
         def apart(x3: Array, cast: Operands, weights: list[Weight]) -> list[Array]:
             bare = tuple(o._replace(w=jnp.zeros((0,), dtype)) for o in cast)
             dropped = weights[0].dropped(x3.astype(dtype))
-            updates = (plain_updates if how == "plain" else lowrank_updates)(*alike(dropped, bare), precision)
+            updates = (plain_updates if how == "plain" else lowrank_updates)(*alike((dropped, bare)), precision)
             return [
                 weight.used(Partial(partial(base, shape=weight.shape, own=own)), x3, how) + update.astype(out_dtype)
                 for weight, own, update in zip(weights, ats, updates, strict=True)

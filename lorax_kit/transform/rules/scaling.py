@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.tree_util import Partial
 
-from lorax_kit.transform.interpret import Context, bind, rule
+from lorax_kit.dtypes import widest
+from lorax_kit.transform.context import Context
+from lorax_kit.transform.interpret import bind, rule
 from lorax_kit.transform.weight import Weight, with_base
 
 
@@ -47,7 +49,7 @@ def multiply(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     if weight.probe:
         return [weight.rebased(base)]
     a, b = weight.factors()
-    small = jnp.reshape(small, shape).astype(jnp.promote_types(a.dtype, jnp.result_type(small)))
+    small = jnp.reshape(small, shape).astype(widest(a.dtype, jnp.result_type(small)))
     if eqn.primitive.name == "div":
         small = 1 / small
     if not wide:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.training import SharedPrefix
-from lorax_kit.transform.prefix import split_prefix
+from lorax_kit.training.prefix import split_prefix
 from tests import tiny
 
 

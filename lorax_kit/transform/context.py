@@ -1,0 +1,148 @@
+"""What the rules of the interpreter share: how parameters were used, and which kernel runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.tree_util import Partial
+
+from lorax_kit.core.plan import Axes
+from lorax_kit.dtypes import widest
+from lorax_kit.transform.cost import NONE, Costs, Product, choose, together
+from lorax_kit.transform.kernels import KERNELS, Operands, Outputs
+from lorax_kit.transform.recompute import Keep
+from lorax_kit.transform.weight import Weight
+
+UNDROPPED = frozenset(("lookup", "materialised"))
+"""How a parameter is used where no input meets it, so that its site's dropout has nothing to drop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """One use of one adapted parameter.
+
+    Attributes:
+      path, primitive: which parameter, in which operation.
+      how: "factored", "merged", "plain", "lookup" or "materialised".
+      reason: why it runs that way.
+      axes: what this use would have the parameter's axes be; None if it cannot say.
+      product: sizes of the product, None for what is not one.
+      repeats: how many times an enclosing scan runs it.
+      note: what else the reader should know.
+    """
+
+    path: str
+    primitive: str
+    how: str
+    reason: str
+    axes: Axes | None = None
+    product: Product | None = None
+    repeats: int = 1
+    note: str = ""
+
+
+Tap = Callable[[Weight, tuple[tuple[int, ...], ...], Array, Partial], Array]
+"""(weight, (contracted, free, stacked dimensions), value, inputs) -> value.
+
+What watches the inputs of parameters while a plan is being resolved. `inputs(value)` are those of one use: floats
+(*S, M, K), the contracted dimensions in the order of the parameter's axes, or the rows looked up, integers (M,).
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What the rules share.
+
+    Attributes:
+      kernel: the one wanted, or "auto".
+      trials: how many stacked trials a surrounding vmap runs.
+      compute_dtype: of the plan.
+      costs: of the forms, for "auto".
+      repeats, note: for the uses recorded next.
+      uses: the record.
+      narrow: variable -> (shape, array): what was broadcast to it, and its shape with axes of size 1 where it was.
+      said: variable -> axes of devices along which its value differs, where its type was told of more.
+      recompute: whether the backward pass forms elementwise results again instead of keeping them.
+      keep: runs an equation whose results it keeps, within a block of which it recomputes the rest.
+      tap: watches the inputs of parameters, or None.
+    """
+
+    kernel: str = "auto"
+    trials: int = 1
+    compute_dtype: str | None = None
+    costs: Costs = NONE
+    repeats: int = 1
+    note: str = ""
+    uses: dict[tuple[str, int, int], Use] = field(default_factory=dict)
+    narrow: dict[Any, Any] = field(default_factory=dict)
+    said: dict[Any, frozenset[str]] = field(default_factory=dict)
+    recompute: bool = False
+    keep: Keep | None = None
+    tap: Tap | None = None
+
+    def record(
+        self,
+        weight: Weight,
+        eqn: Any,
+        operand: int,
+        *,
+        how: str,
+        reason: str = "",
+        dims: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+        product: Product | None = None,
+    ) -> None:
+        """Note a use of each of the weight's parts. A loop's body may be traced twice: the equation tells uses apart.
+
+        Args:
+          eqn: the equation, or a word for what is none.
+          dims: the dimensions contracted and the free ones, where it is a product; it tells the plan's axes.
+          product: of the whole weight; each part is given its share.
+        """
+        name = eqn if isinstance(eqn, str) else eqn.primitive.name
+        total = sum(prod(part.shape) for part in weight.parts)
+        undropped = "dropout has no input to act on here" if weight.key is not None and how in UNDROPPED else ""
+        for part in weight.parts:
+            share = None
+            if product is not None:
+                share = product._replace(outputs=product.outputs * prod(part.shape) // total)
+                if len(weight.parts) > 1:
+                    share = share._replace(rank=product.rank // len(weight.parts))
+            table = part.as_table() if weight.probe and dims is None else None
+            self.uses[part.path, id(eqn), operand] = Use(
+                path=part.path,
+                primitive=name,
+                how="lookup" if table else how,
+                reason=reason,
+                axes=table if dims is None else part.axes(*dims),
+                product=share,
+                repeats=self.repeats,
+                note="; ".join(filter(None, (undropped, self.note))),
+            )
+
+    def update_dtype(self, *operands: Array) -> Any:
+        """What a low-rank update is computed in: the plan's dtype, or the one that holds all operands."""
+        return jnp.dtype(self.compute_dtype or widest(*(x.dtype for x in operands)))
+
+    def select(self, product: Product) -> tuple[str, str]:
+        """The kernel for a product, and why."""
+        if self.kernel != "auto":
+            return self.kernel, "asked for by adapt(kernel=...)"
+        return choose(product, self.trials, self.costs)
+
+    def kept(self, run: Callable[..., Any], *args: Any) -> Any:
+        """`run(*args)`, whose result a block keeps."""
+        return run(*args) if self.keep is None else self.keep.run(run, *args)
+
+    def product(self, how: str, x: Any, sites: Operands, precision: Any) -> Outputs:
+        """A kernel's outputs, which a block keeps."""
+        kernel = KERNELS[how]
+        return kernel.run(x, sites, precision) if self.keep is None else self.keep.product(kernel, precision, x, sites)
+
+    def together(self, products: Sequence[Product]) -> bool:
+        """Whether products with the same input run as one."""
+        return self.kernel != "plain" and together(products, self.trials)

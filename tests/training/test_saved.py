@@ -1,0 +1,120 @@
+"""A training that is interrupted goes on to the same bits, does no epoch twice, and refuses another training's file."""
+
+import importlib
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import lorax_kit as lk
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+BATCH = next(tiny.stream(0, 0))
+BASE = tiny.params(jax.random.key(0))
+PLAN = lk.resolve(lk.Spec({"head/bias": lk.Full(), "up/kernel": lk.LoRA(rank=2, dropout=0.5)}), BASE, tiny.apply, BATCH)
+ADAPTED = lk.adapt(tiny.apply, PLAN)
+
+
+def loss(base, factors, batch, key):
+    return tiny.problem().loss(ADAPTED(base, factors, batch, dropout_key=key), batch), {"count": jax.numpy.float32(1)}
+
+
+INIT, STEP = lk.make_step(loss, lk.partition(optax.adamw(1e-2), PLAN))
+EPOCHS = [[tiny.points(10 * e + s, 16) for s in range(3)] for e in range(3)]
+VALUES = {3: 0.5, 6: 0.3, 9: 0.4}
+"""Validation losses by step: the second epoch is the best."""
+
+
+def start():
+    return INIT(lk.split(BASE, PLAN, jax.random.key(1))[1], jax.random.key(2))
+
+
+def run(folder, step=STEP, stop_at_evaluation=None, settings=None, epochs=EPOCHS):
+    calls = []
+
+    def evaluate(factors):
+        calls.append(1)
+        if len(calls) == stop_at_evaluation:
+            raise KeyboardInterrupt
+        return {"loss": VALUES[len(calls) * 3 + offset]}
+
+    offset = 3 * len((folder / "log.jsonl").read_text().splitlines()) if (folder / "log.jsonl").exists() else 0
+    files = {"log": folder / "log.jsonl", "saved": folder / "training.npz"}
+    return lk.fit(step, start(), BASE, epochs, evaluate=evaluate, progress=False, settings=settings, **files)
+
+
+def interrupted_step(after):
+    taken = []
+
+    def step(*args):
+        if len(taken) == after:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return STEP(*args)
+
+    return step
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    with jax.numpy_dtype_promotion("standard"):
+        return run(folder), (folder / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("stop", "left"),
+    [
+        ({"step": 2}, 7),
+        ({"step": 4}, 5),
+        ({"stop_at_evaluation": 2}, 3),
+        ({"stop_at_evaluation": 3}, 0),
+    ],
+)
+def test_going_on_equals_no_interruption(stop, left, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("lorax_kit.training.fit"), "SAVE_SECONDS", -1.0)  # after every step
+    if "step" in stop:
+        stop = {"step": interrupted_step(stop["step"])}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, **stop)
+    taken = []
+    again = run(tmp_path, step=lambda *args: (taken.append(1), STEP(*args))[1])
+    assert len(taken) == left
+    fitted, log = whole
+    for x, y in zip(jax.tree.leaves(again.state.factors), jax.tree.leaves(fitted.state.factors), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+    def rows(text):
+        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()]
+
+    assert rows((tmp_path / "log.jsonl").read_text()) == rows(log)
+    assert [row["epoch"] for row in again.history] == [1, 2, 3]
+    # What ended is not trained again.
+    taken.clear()
+    third = run(tmp_path, step=lambda *args: taken.append(1))
+    assert (taken, third.stopped, len(third.history)) == ([], "epochs", 3)
+
+
+def test_a_log_cut_by_a_kill_is_completed(tmp_path):
+    run(tmp_path)
+    log = (tmp_path / "log.jsonl").read_text()
+    for cut in (log[:-10], "".join(log.splitlines(keepends=True)[:2])):
+        (tmp_path / "log.jsonl").write_text(cut)
+        run(tmp_path)
+        assert (tmp_path / "log.jsonl").read_text() == log
+
+
+def test_another_training_and_a_damaged_file_are_refused(tmp_path):
+    run(tmp_path, settings={"lr": 0.1})
+    with pytest.raises(lk.LoraxError, match=r"of other settings: lr was 0\.1, and is 0\.2"):
+        run(tmp_path, settings={"lr": 0.2})
+    with pytest.raises(lk.LoraxError, match="of other settings: epochs was 3, and is 2"):
+        run(tmp_path, settings={"lr": 0.1}, epochs=EPOCHS[:2])
+    file = tmp_path / "training.npz"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(lk.LoraxError, match=r"is damaged: .*\n  delete it: training then begins anew"):
+        run(tmp_path, settings={"lr": 0.1})

@@ -1,0 +1,58 @@
+"""`lorax-kit train` after an interruption: it goes on, and says so."""
+
+import json
+
+import jax
+import pytest
+
+import lorax_kit as lk
+import lorax_kit.workloads.sentiment as module
+from lorax_kit.workloads import train_adapter
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+class Workload:
+    batch_size = 16
+
+    def build(self):
+        return tiny.problem(facts={"train": 64})
+
+    def to_dict(self):
+        return {}
+
+
+def train(out, **changes):
+    settings = {"rank": 2, "alpha": 4, "lr": 1e-2, "seed": 0, "targets": ["up/kernel"], "variant": "lora", "epochs": 2}
+    return train_adapter(Workload(), out=out, steps_per_epoch=2, progress=False, **{**settings, **changes})
+
+
+def test_an_interrupted_training_goes_on_and_each_epoch_is_logged_once(tmp_path, monkeypatch, capsys):
+    fit, calls = module.fit, []
+
+    def interrupted(*args, evaluate, **options):
+        def measured(factors):
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return evaluate(factors)
+
+        return fit(*args, evaluate=measured, **options)
+
+    monkeypatch.setattr(module, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "o")
+    with pytest.raises(lk.LoraxError, match=r"other settings: lr was 0\.01, and is 0\.02"):
+        train(tmp_path / "o", lr=0.02)
+    assert "going on" in capsys.readouterr().err
+    again, whole = train(tmp_path / "o"), train(tmp_path / "whole")
+    assert again["test_loss"] == whole["test_loss"]
+    assert [json.loads(x)["epoch"] for x in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["adapter", "metrics.jsonl"]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    train(tmp_path / "old", epochs=1)
+    assert "without an adapter: beginning anew" in capsys.readouterr().err
+    assert len((tmp_path / "old" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert jax.tree.leaves(lk.load_adapter(tmp_path / "old" / "adapter", base=tiny.params(jax.random.key(0))).factors)
