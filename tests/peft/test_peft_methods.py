@@ -15,7 +15,7 @@ from tests.peft.peft_folder import write
 
 REFUSED = {
     "miss_bat": "MiSS with init_weights 'bat' moves the base by its own blocks",
-    "tied_input_only": "PEFT adapts 'model.embed_tokens.weight' alone, and here one parameter, 'embeddings/embedding', is also",
+    "tied_input_only": "PEFT adapts 'model.embed_tokens.weight' alone, and here one parameter, 'embeddings/embedding'",
 }
 READ = [case for case in CASES if case not in REFUSED]
 # Written in another form than they were read in: PiSSA's and OLoRA's rows as plain LoRA of twice the rank.
@@ -60,7 +60,9 @@ def test_merged_weights_are_those_of_the_formulas(case):
     )
 
 
-@pytest.mark.parametrize("case", ["lora_bias", "vera", "lokr", "hra", "ia3", "delora", "adalora_masked", "conv_lora", "parameters"])
+@pytest.mark.parametrize(
+    "case", ["lora_bias", "vera", "lokr", "hra", "ia3", "delora", "adalora_masked", "conv_lora", "parameters"]
+)
 def test_the_adapted_function_computes_what_torch_recorded(case):
     if case not in READ:
         pytest.skip("not read")
@@ -100,7 +102,7 @@ def test_a_tied_folder_without_knowledge_of_the_tie_says():
     known = plain | {"embeddings/embedding": ("model.embed_tokens.weight", "lm_head.weight")}
     again = lk.load_peft(folder("tied"), base=base("llama"), names=known)
     assert again.plan.site("embeddings/embedding").use == "tied"
-    with pytest.raises(lk.AdapterError, match="is also 'lm_head.weight'"):
+    with pytest.raises(lk.AdapterError, match=r"is also 'lm_head\.weight'"):
         lk.load_peft(folder("tied_input_only"), base=base("llama"), names=known)
     spec = lk.Spec({"embeddings/embedding": lk.LoRA(rank=2), "**/query/kernel": lk.LoRA(rank=2)})
     plan = lk.resolve(spec, base("llama"), apply("llama"), inputs("llama"))
@@ -125,7 +127,14 @@ def test_ranks_above_the_sides_are_reduced_exactly_on_request(tmp_path):
     params = {"q": {"kernel": rng.normal(size=(4, 6)).astype(np.float32)}}
     a, b = rng.normal(size=(9, 4)).astype(np.float32), rng.normal(size=(6, 9)).astype(np.float32)
     for dora, rslora in ((False, False), (False, True), (True, False)):
-        config = {"peft_type": "LORA", "r": 9, "lora_alpha": 3, "use_rslora": rslora, "use_dora": dora, "target_modules": ["q"]}
+        config = {
+            "peft_type": "LORA",
+            "r": 9,
+            "lora_alpha": 3,
+            "use_rslora": rslora,
+            "use_dora": dora,
+            "target_modules": ["q"],
+        }
         tensors = {"q.lora_A.weight": a, "q.lora_B.weight": b}
         want = params["q"]["kernel"] + 3 / (3 if rslora else 9) * (a.T.astype(float) @ b.T)
         if dora:
@@ -151,7 +160,9 @@ def stacked():
 
 
 STACKED_NAMES = {"up/kernel": "layers.{}.up.weight", "up/bias": "layers.{}.up.bias", "table/embedding": "table.weight"}
-APART_NAMES = {f"up_{i}/{ours}": f"layers.{i}.up.{end}" for i in range(3) for ours, end in (("kernel", "weight"), ("bias", "bias"))}
+APART_NAMES = {
+    f"up_{i}/{ours}": f"layers.{i}.up.{end}" for i in range(3) for ours, end in (("kernel", "weight"), ("bias", "bias"))
+}
 APART_NAMES |= {"table/embedding": "table.weight"}
 
 
@@ -288,7 +299,12 @@ def test_a_full_leaf_beside_a_quantised_kernel_is_saved(tmp_path):
 
 def test_an_output_embedding_is_a_linear_layer(tmp_path):
     params = {"head": {"embedding": jax.random.normal(jax.random.key(0), (9, 4))}}
-    plan = lk.resolve(lk.Spec({"head/embedding": lk.LoRA(rank=2)}), params, lambda p, x: x @ p["head"]["embedding"].T, np.ones((1, 4), np.float32))
+    plan = lk.resolve(
+        lk.Spec({"head/embedding": lk.LoRA(rank=2)}),
+        params,
+        lambda p, x: x @ p["head"]["embedding"].T,
+        np.ones((1, 4), np.float32),
+    )
     factors = lk.split(params, plan, jax.random.key(1))[1]
     lk.save_peft(tmp_path / "x", plan, factors, base=params, names={"head/embedding": "head.weight"})
     again = lk.load_peft(tmp_path / "x", base=params, names={"head/embedding": "head.weight"})
