@@ -28,7 +28,7 @@ import optax
 from safetensors.numpy import save_file
 
 import lorax_kit as lk
-from lorax_kit.benchmarks.timing import alternate, product_flops, table, waiting
+from lorax_kit.benchmarks.timing import alternate, prepared, product_flops, table
 from lorax_kit.core.paths import flatten
 from lorax_kit.models import LstmClassifier, LstmConfig, Tokenizer
 from lorax_kit.serve import load_onnx, save_onnx
@@ -160,7 +160,7 @@ def main(seed, epochs, keep, out):
                          around=(before, 0))  # fmt: skip
 
     models = {"original": (apply, original), "compressed": (small_apply, small), "healed": (small_apply, healed)}
-    times = alternate({name: waiting(fn, params, first) for name, (fn, params) in models.items()}, range(21))
+    times = alternate({name: prepared(fn, params, first) for name, (fn, params) in models.items()}, range(21))
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, (fn, params) in models.items():

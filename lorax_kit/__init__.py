@@ -2,11 +2,11 @@
 
 Pure functions turn params into a frozen base plus low-rank factors (`resolve`, `split`, `adapt`, `merge`), train
 only the factors (`partition`, `make_step`, `fit`), keep them apart from the base (`save_adapter`,
-`load_adapter`), run whole rank ablations as one compiled program (`Study`, `run`), and replace pretrained parameters by
-low-rank products (`compress`).
+`load_adapter`), combine and serve many of them (`algebra`), run whole rank ablations as one compiled program (`Study`,
+`run`), and replace pretrained parameters by low-rank products (`compress`).
 """
 
-from lorax_kit import compress, starts
+from lorax_kit import algebra, compress, starts
 from lorax_kit.calibration import calibrate
 from lorax_kit.checkpoint import Adapter, fingerprint, load_adapter, save_adapter
 from lorax_kit.core import (
@@ -78,6 +78,7 @@ __all__ = [
     "__version__",
     "adalora_budget",
     "adapt",
+    "algebra",
     "all_linear",
     "calibrate",
     "compress",

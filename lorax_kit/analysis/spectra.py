@@ -6,17 +6,23 @@ Symbols: A is `a` (r, in), B is `b` (r, out), s is `scale`. Q_a and Q_b are orth
 matrix is never formed: the cost is two thin QR factorisations and the SVD of an r x r core.
 """
 
+from __future__ import annotations
+
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int
+from jax import Array
+from jax.typing import ArrayLike
 
 from lorax_kit.core.merge import delta
 from lorax_kit.core.method import update_of
 from lorax_kit.core.plan import Site
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 def delta_spectrum(

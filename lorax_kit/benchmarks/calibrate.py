@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, product
 from statistics import median
 from typing import Any
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from lorax_kit.benchmarks.timing import alternate, table, waiting
-from lorax_kit.transform.cost import Costs, Product, choose
+from lorax_kit.benchmarks.timing import alternate, prepared, table
+from lorax_kit.transform.cost import Costs, Product, choose, measured_costs
 from lorax_kit.transform.kernels import KERNELS, Operand
 
 # (tokens, inputs, outputs) around where either form begins to pay, and clear cases of both.
@@ -37,26 +37,46 @@ def calibrate(
     each shape weighted by its own time, so that a small product counts as much as a large one.
 
     Returns:
-      The costs, and per shape its medians in ms, what the costs choose, and `regret`: time of the choice over the best.
+      The costs, and per shape its medians in ms, what the costs choose, and `regret`: time of the choice over the best;
+      beside them what the costs that `adapt` has for this backend without a file choose, and `shipped_regret`.
     """
-    rows: list[dict[str, Any]] = []
-    for (m, k, n), r in tqdm(list(product(shapes, ranks)), desc="calibrate", disable=not progress):
-        runs = {how: _form(how, m, k, n, r) for how in ("factored", "merged")}
-        medians = {f"{how}_ms": median(found) for how, found in alternate(runs, range(rounds)).items()}
-        rows.append({"tokens": m, "inputs": k, "outputs": n, "rank": r, **medians})
+    rows = [
+        time_forms(shape, rank, rounds=rounds)
+        for shape, rank in tqdm(list(product(shapes, ranks)), desc="calibrate", disable=not progress)
+    ]
+    return fitted(rows) | {"rounds": rounds, "shapes": rows}
+
+
+def time_forms(shape: tuple[int, int, int], rank: int, *, rounds: int, least_ms: float = 0.0) -> dict[str, Any]:
+    """Medians of both forms of one product, with what the costs that `adapt` has for this backend choose.
+
+    `shipped_regret` is the time of that choice over the best.
+    """
+    m, k, n = shape
+    runs = {how: _form(how, m, k, n, rank) for how in ("factored", "merged")}
+    times = {f"{how}_ms": median(found) for how, found in alternate(runs, range(rounds), least_ms=least_ms).items()}
+    row = {"tokens": m, "inputs": k, "outputs": n, "rank": rank, **times}
+    return row | _chosen(row, measured_costs(jax.default_backend()), "shipped", "shipped_regret")
+
+
+def _chosen(row: Mapping[str, Any], costs: Costs, choice: str, regret: str) -> dict[str, Any]:
+    """What costs choose for a row, and the time of that over the best, by these names."""
+    how = choose(Product(1, row["tokens"], row["inputs"], row["outputs"], row["rank"]), 1, costs)[0]
+    return {choice: how, regret: row[f"{how}_ms"] / min(row["factored_ms"], row["merged_ms"])}
+
+
+def fitted(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The costs fitted to rows of `time_forms`, each of which is told its `choice` and `regret` by them."""
     costs = _fit(rows)
     for row in rows:
-        shape = Product(1, row["tokens"], row["inputs"], row["outputs"], row["rank"])
-        row["choice"] = choose(shape, 1, costs)[0]
-        row["regret"] = row[f"{row['choice']}_ms"] / min(row["factored_ms"], row["merged_ms"])
+        row.update(_chosen(row, costs, "choice", "regret"))
     return {
         "activation": list(costs.activation),
         "weight": list(costs.weight),
         "device": costs.device,
         "backend": jax.default_backend(),
-        "rounds": rounds,
         "worst_regret": max(row["regret"] for row in rows),
-        "shapes": rows,
+        "worst_shipped_regret": max(row["shipped_regret"] for row in rows),
     }
 
 
@@ -74,10 +94,10 @@ def _form(how: str, m: int, k: int, n: int, r: int) -> Callable[[], None]:
         y, back = jax.vjp(forward, x, a, b)
         return y, back(g)
 
-    return waiting(both, x, w, a, b, g)
+    return prepared(both, x, w, a, b, g)
 
 
-def _fit(rows: list[dict[str, Any]]) -> Costs:
+def _fit(rows: Sequence[dict[str, Any]]) -> Costs:
     """Costs whose difference comes closest to the measured one."""
 
     def terms(row: dict[str, Any]) -> list[float]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,7 @@ class Case(NamedTuple):
 
     Attributes:
       config, model: the encoder's sizes, and the classifier.
-      params: random, fp32.
+      params: random, as Flax draws them: kernels of variance 1 / inputs, tables 1 / width.
       batch: random tokens, none of them padding.
       plan: low-rank factors of the targets, the head in full.
       scale: of every site.
@@ -49,13 +51,23 @@ class Case(NamedTuple):
         return cross_entropy(logits, batch.label, batch.weight)
 
 
-def make_case(*, width: int, layers: int, batch_size: int, length: int, rank: int, targets: str) -> Case:
-    """A case of these sizes: heads of 32, feed-forward of 4 x width, 8192 words."""
+def make_case(
+    *,
+    width: int,
+    layers: int,
+    batch_size: int,
+    length: int,
+    rank: int,
+    targets: str,
+    head: int = 32,
+    dtype: str = "float32",
+) -> Case:
+    """A case of these sizes: feed-forward of 4 x width, 8192 words, heads of `head`, params in `dtype`."""
     config = BertConfig(
         vocab_size=8192,
         hidden_size=width,
         num_hidden_layers=layers,
-        num_attention_heads=max(width // 32, 1),
+        num_attention_heads=max(width // head, 1),
         intermediate_size=4 * width,
         max_position_embeddings=max(length, 16),
     )
@@ -64,7 +76,8 @@ def make_case(*, width: int, layers: int, batch_size: int, length: int, rank: in
     ids = rng.integers(0, config.vocab_size, (batch_size, length)).astype(np.int32)
     label = rng.integers(0, CLASSES, batch_size).astype(np.int32)
     batch = jax.tree.map(jnp.asarray, Batch(ids, np.ones_like(ids), label, np.ones(batch_size, np.float32)))
-    params = jax.jit(model.init)(jax.random.key(0), batch.ids, batch.mask)["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), batch.ids, batch.mask)["params"]
+    params = jax.tree_util.tree_map_with_path(lambda path, x: _drawn(path, x.shape, dtype), shapes)
     setting = LoRA(rank=rank, alpha=2 * rank)
     spec = Spec({"classifier/**": Full(), TARGETS[targets]: setting})
 
@@ -72,3 +85,18 @@ def make_case(*, width: int, layers: int, batch_size: int, length: int, rank: in
         return model.apply({"params": params}, batch.ids, batch.mask)
 
     return Case(config, model, params, batch, resolve(spec, params, apply, batch), setting.scale)
+
+
+def _drawn(path: Any, shape: tuple[int, ...], dtype: str) -> Array:
+    """A parameter, by a program per shape: a model's own `init` is one program, slow to compile, per model."""
+    name = path[-1].key
+    if name in ("bias", "scale"):
+        return jnp.full(shape, 1.0 if name == "scale" else 0.0, dtype)
+    fan_in = shape[0] if name == "kernel" else shape[1]
+    key = jax.random.key(crc32(jax.tree_util.keystr(path).encode()))
+    return _normal(key, shape, dtype) * jnp.asarray(fan_in**-0.5, dtype)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: Array, shape: tuple[int, ...], dtype: str) -> Array:
+    return jax.random.normal(key, shape, dtype)

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from lorax_kit.benchmarks.case import make_case
-from lorax_kit.benchmarks.timing import alternate, calling, facts, ratio
-from lorax_kit.compress import compress, compressed, plan_ranks
+from lorax_kit.benchmarks.case import Case, make_case
+from lorax_kit.benchmarks.timing import alternate, calling, facts, product_flops, ratio
+from lorax_kit.compress import CompressPlan, LowRank, compress, compressed, plan_ranks
+from lorax_kit.core.paths import flatten, unflatten
 
 FORWARD_COLUMNS = (
     *("width", "layers", "tokens", "keep", "dense_ms", "small_ms", "latency_ratio"),
@@ -19,22 +20,41 @@ FORWARD_COLUMNS = (
 
 
 def bench_forward(
-    *, width: int, layers: int, batch_size: int, length: int, keep: float, rounds: int, progress: bool = True
+    *,
+    width: int,
+    layers: int,
+    batch_size: int,
+    length: int,
+    keep: float,
+    rounds: int,
+    head: int = 32,
+    dtype: str = "float32",
+    decomposed: bool = True,
+    least_ms: float = 0.0,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """One row: a BERT classifier on random weights and tokens, every linear parameter of its layers at one share.
 
     `latency_ratio` is the median over the rounds of compressed against dense in the same round; `spread` its quartiles.
+    Without `decomposed` the factors are drawn, at the ranks of that share: time does not depend on what they hold, and
+    decompositions of large parameters on the host take minutes.
     """
-    case = make_case(width=width, layers=layers, batch_size=batch_size, length=length, rank=1, targets="all-linear")
-    plan = plan_ranks(case.params, case.plan, keep=keep, method="svd", allocation="uniform")
-    models = {"dense": (case.apply, case.params), "small": (compressed(case.apply), compress(case.params, plan))}
+    sizes = {"width": width, "layers": layers, "batch_size": batch_size, "length": length}
+    case = make_case(**sizes, rank=1, targets="all-linear", head=head, dtype=dtype)
+    if decomposed:
+        plan = plan_ranks(case.params, case.plan, keep=keep, method="svd", allocation="uniform")
+        params = compress(case.params, plan)
+    else:
+        plan, params = _drawn(case, keep)
+    models = {"dense": (case.apply, case.params), "small": (compressed(case.apply), params)}
     compiled = {name: jax.jit(fn).lower(params, case.batch).compile() for name, (fn, params) in models.items()}
-    dense, small = (facts(program) for program in compiled.values())
+    dense, small = (
+        facts(program) | {"flops": product_flops(*models[name], case.batch)} for name, program in compiled.items()
+    )
     runs = {name: calling(program, models[name][1], case.batch) for name, program in compiled.items()}
     bar = tqdm(range(rounds), desc=f"{width} wide, {batch_size}x{length}, keep {keep:g}", disable=not progress)
-    times = alternate(runs, bar)
+    times = alternate(runs, bar, least_ms=least_ms)
     latency = ratio(times, "small", "dense")
-    sizes = {"width": width, "layers": layers, "batch_size": batch_size, "length": length}
     return {
         **sizes,
         "tokens": batch_size * length,
@@ -44,8 +64,23 @@ def bench_forward(
         "small_ms": median(times["small"]),
         "latency_ratio": latency.median,
         "spread": latency.spread,
-        **{f"{name}_ratio": small[key] / dense[key] for name, key in
+        **{f"{name}_ratio": small[key] / dense[key] if dense[key] else None for name, key in
            (("flops", "flops"), ("bytes", "bytes"), ("temp", "temp_bytes"))},
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
     }  # fmt: skip
+
+
+def _drawn(case: Case, keep: float) -> tuple[CompressPlan, Any]:
+    """A plan at one share everywhere, and params with random factors of its ranks."""
+    sizes = {site.path: CompressPlan.parameters(site, None) for site in case.plan.sites}
+    ranks = {s.path: int(keep * sizes[s.path] / CompressPlan.parameters(s, 1)) for s in case.plan.sites}
+    named, treedef = flatten(case.params)
+    for i, site in enumerate(case.plan.sites):
+        w, rank = named[site.path], ranks[site.path]
+        key_a, key_b = jax.random.split(jax.random.key(i))
+        a, b = (
+            jax.random.normal(key, (rank, size), w.dtype) for key, size in zip((key_a, key_b), w.shape, strict=True)
+        )
+        named[site.path] = LowRank(a=a / w.shape[0], b=b, shape=w.shape, dtype=w.dtype)
+    return CompressPlan(method="svd", sites=case.plan, ranks=ranks), unflatten(named, treedef)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorax_kit.benchmarks.plots import step_plots
 from lorax_kit.benchmarks.step import COLUMNS, bench_step
 
 # (width, layers, batch_size, length, rank, targets): the sizes that the README reports, then each knob alone.
@@ -44,6 +43,8 @@ def bench_grid(
 
 def write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
     """`steps.json` with everything, `steps.csv` with the table's columns, and the plots `steps.svg`, `roofline.svg`."""
+    from lorax_kit.benchmarks.plots import step_plots
+
     out.mkdir(parents=True, exist_ok=True)
     (out / "steps.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     with (out / "steps.csv").open("w", newline="", encoding="utf-8") as file:

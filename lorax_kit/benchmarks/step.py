@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
+from jax import Array
 from tqdm import tqdm
 
 from lorax_kit.benchmarks.case import Case, make_case
-from lorax_kit.benchmarks.timing import alternate, facts, ratio, waiting
+from lorax_kit.benchmarks.timing import alternate, facts, prepared, ratio
 from lorax_kit.benchmarks.torch_peer import torch_steps
+from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.merge import split
 from lorax_kit.methods import Factors
 from lorax_kit.training import make_step, partition
+from lorax_kit.training.step import State
 from lorax_kit.transform import Costs, adapt
 
 COLUMNS = (
@@ -76,31 +80,24 @@ def bench_step(
     case = make_case(width=width, layers=layers, batch_size=batch_size, length=length, rank=rank, targets=targets)
     base, factors = split(case.params, case.plan, jax.random.key(1))
     kernels = {"ours": kernel} | ({"factored": "factored", "merged": "merged"} if forms else {})
-    textbook = {p: Factors(f.a.T, f.b) if isinstance(f, Factors) else f for p, f in factors.items()}
-    tx = partition(optax.adamw(RATE), case.plan)
-    losses: dict[str, Callable[..., Any]] = {
-        "full": lambda _, p, b: case.loss(case.apply(p, b), b),
-        "naive": lambda base, f, b: case.loss(naive_apply(case, base, f, b), b),
-    } | {name: _adapted_loss(case, form, costs) for name, form in kernels.items()}
-    starts: dict[str, Any] = {"full": (case.params, None), "naive": (textbook, base)}
-    starts |= dict.fromkeys(kernels, (factors, base))
-    measured: dict[str, dict[str, float]] = {name: {} for name in losses}
-    runs: dict[str, Callable[[], float]] = {}
-    for name, loss in losses.items():
-        make = partial(make_step, loss, optax.adamw(RATE) if name == "full" else tx)
-        (init, step), (trained, own) = make(), starts[name]
+    adapted = {name: adapt(case.apply, case.plan, kernel=form, costs=costs) for name, form in kernels.items()}
+    measured: dict[str, dict[str, float]] = {}
+    runs: dict[str, Callable[[], Any]] = {}
+    for name, one in contenders(case, base, factors, adapted).items():
+        (init, step), state = one.make(), one.state()
         # The first trace of a process also traces what JAX keeps of its own functions: the fastest of some counts.
-        measured[name]["trace_s"] = min(_traced(make()[1], init(trained), own, case.batch) for _ in range(4))
-        runs[name] = _compiled(step, init(trained), own, case.batch, measured[name])
+        trace_s = min(_traced(one.make()[1], init(one.trained), one.base, case.batch) for _ in range(4))
+        traced = step.trace(state, one.base, case.batch)
+        began = perf_counter()
+        compiled = traced.lower().compile()
+        measured[name] = {"trace_s": trace_s, "compile_s": perf_counter() - began} | facts(compiled)
+        runs[name] = stepping(compiled, state, one.base, case.batch)
     runs |= torch_steps(case, factors, RATE) if peer else {}
-    first = {name: run() for name, run in runs.items()}
+    first = {name: float(run()) for name, run in runs.items()}
     if max(first.values()) - min(first.values()) > 1e-3:
         raise ValueError(f"the steps do not start from one loss: {first}.")
-    # The peaks: a product large enough, and reading and writing an array far larger than the caches.
-    square, line = (jax.random.normal(jax.random.key(2), shape) for shape in ((SQUARE, SQUARE), (LINE,)))
-    peaks = {"gemm": waiting(lambda x: x @ x, square), "copy": waiting(lambda x: x + 1, line)}
     bar = tqdm(range(rounds), desc=f"{width} wide, {batch_size}x{length}, r={rank}", disable=not progress)
-    times = alternate({**runs, **peaks}, bar)
+    times = alternate({**runs, **peaks(SQUARE, LINE)}, bar)
     return (
         {"width": width, "layers": layers, "batch_size": batch_size, "length": length, "tokens": batch_size * length}
         | {"rank": rank, "targets": targets, "kernel": kernel, "rounds": rounds}
@@ -112,26 +109,68 @@ def bench_step(
     )
 
 
+class Contender(NamedTuple):
+    """A training step to be timed.
+
+    Attributes:
+      loss: (base, trained, batch) -> ().
+      tx: the optimiser.
+      trained, base: where it starts, and what it never changes (None where all is trained).
+    """
+
+    loss: Callable[..., Any]
+    tx: optax.GradientTransformation
+    trained: Any
+    base: Any
+
+    def make(self, *, jit: bool = True) -> tuple[Any, Any]:
+        """`lk.make_step` of it."""
+        return make_step(self.loss, self.tx, jit=jit)
+
+    def state(self) -> State:
+        """A state of its own to start from: steps donate it."""
+        state: State = self.make(jit=False)[0](self.trained)
+        return state
+
+
+def contenders(
+    case: Case, base: Any, factors: FactorTree, adapted: Mapping[str, Callable[..., Any]]
+) -> dict[str, Contender]:
+    """The steps by name: "full", "naive", and one per adapted function."""
+    tx = partition(optax.adamw(RATE), case.plan)
+    textbook = {p: Factors(f.a.T, f.b) if isinstance(f, Factors) else f for p, f in factors.items()}
+
+    def of(fn: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda base, trained, batch: case.loss(fn(base, trained, batch), batch)
+
+    return {
+        "full": Contender(of(lambda _, params, batch: case.apply(params, batch)), optax.adamw(RATE), case.params, None),
+        "naive": Contender(of(partial(naive_apply, case)), tx, textbook, base),
+    } | {name: Contender(of(fn), tx, factors, base) for name, fn in adapted.items()}
+
+
+def stepping(compiled: Any, state: Any, base: Any, batch: Any) -> Callable[[], Array]:
+    """A compiled step as a call that trains on, and returns its loss."""
+    held = [state]
+
+    def run() -> Array:
+        held[0], info = compiled(held[0], base, batch)
+        loss: Array = info.loss
+        return loss
+
+    return run
+
+
+def peaks(square: int, line: int, dtype: str = "float32") -> dict[str, Callable[[], Any]]:
+    """What a roofline rests on: a product large enough, and reading and writing an array larger than the caches."""
+    x, y = (jax.random.normal(jax.random.key(2), shape, dtype) for shape in ((square, square), (line,)))
+    return {"gemm": prepared(lambda x: x @ x, x), "copy": prepared(lambda x: x + jnp.ones((), x.dtype), y)}
+
+
 def _traced(step: Any, state: Any, own: Any, batch: Any) -> float:
     began = perf_counter()
     step.trace(state, own, batch)
     return perf_counter() - began
-
-
-def _compiled(step: Any, state: Any, own: Any, batch: Any, into: dict[str, float]) -> Callable[[], float]:
-    """The compiled step as a call that returns its loss; what compiling and running it needs goes `into`."""
-    traced = step.trace(state, own, batch)
-    began = perf_counter()
-    compiled = traced.lower().compile()
-    into["compile_s"] = perf_counter() - began
-    into |= facts(compiled)
-    held = [state]
-
-    def run() -> float:
-        held[0], info = compiled(held[0], own, batch)
-        return float(info.loss)
-
-    return run
 
 
 def _ratios(times: dict[str, list[float]]) -> dict[str, Any]:
@@ -148,11 +187,6 @@ def _ratios(times: dict[str, list[float]]) -> dict[str, Any]:
         found = ratio(times, one, other)
         out |= {f"ratio_{name}": found.median, f"spread_{name}": found.spread}
     return out
-
-
-def _adapted_loss(case: Case, kernel: str, costs: Costs | None) -> Callable[..., Any]:
-    adapted = adapt(case.apply, case.plan, kernel=kernel, costs=costs)
-    return lambda base, factors, batch: case.loss(adapted(base, factors, batch), batch)
 
 
 def _against_peak(times: dict[str, list[float]], measured: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -184,7 +218,8 @@ def naive_apply(case: Case, base: Any, factors: Any, batch: Any) -> Any:
         if path not in sites or context.method_name != "__call__":
             return y
         f = factors[path]
-        return y + case.scale * ((args[0] @ f.a) @ f.b)
+        x = args[0]
+        return y + case.scale * ((x @ f.a.astype(x.dtype)) @ f.b.astype(x.dtype))
 
     params = {**base, "classifier": {k: factors[f"classifier/{k}"].value for k in base["classifier"]}}
     with nn.intercept_methods(intercept):

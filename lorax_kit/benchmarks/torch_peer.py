@@ -5,10 +5,12 @@ The only file of the package that uses torch, transformers and PEFT (the `intero
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+import jax
 import numpy as np
 
 from lorax_kit.benchmarks.case import Case
@@ -17,55 +19,126 @@ from lorax_kit.core.paths import flatten
 from lorax_kit.methods import Factors
 from lorax_kit.models.pretrained import classifier_names
 
+PACKAGES = ("torch", "transformers", "peft")
 
-def torch_steps(case: Case, factors: FactorTree, lr: float) -> dict[str, Callable[[], float]]:
-    """Steps by name, each called for its loss: "torch_full" and "peft"; none without the interop extra.
 
-    AdamW as in the other steps; no dropout; attention by torch's fused kernel; threads as torch chooses them. PEFT's
-    adapters start from `factors`.
+class Pending:
+    """The loss of a step that may still be running: `jax.block_until_ready` waits for it, `float` reads it."""
+
+    def __init__(self, loss: Any) -> None:
+        self._loss = loss
+
+    def block_until_ready(self) -> Pending:
+        """Wait for all that torch was asked to do."""
+        if self._loss.is_cuda:
+            import torch
+
+            torch.cuda.synchronize()
+        return self
+
+    def __float__(self) -> float:
+        return float(self._loss)
+
+
+def lacking() -> str | None:
+    """Why there is no peer here; None where there is one."""
+    absent = [name for name in PACKAGES if not find_spec(name)]
+    if absent:
+        return f"{', '.join(absent)} not installed"
+    if jax.default_backend() != "cpu" and _device() == "cpu":
+        return f"torch has no {jax.default_backend()} here"
+    return None
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+
+
+def torch_steps(case: Case, factors: FactorTree, lr: float, *, compiled: bool = False) -> dict[str, Callable[[], Any]]:
+    """Steps by name, each called for its loss: "torch_full" and "peft"; none where there is no peer.
+
+    AdamW as in the other steps; no dropout; attention by torch's fused kernel; threads as torch chooses them; on a GPU
+    the fused AdamW, and TF32 for fp32 products, as JAX has it. PEFT's adapters start from `factors`, in the dtype of
+    the model. With `compiled` there is also "peft_compiled", the same model through `torch.compile`.
     """
-    if not all(find_spec(name) for name in ("torch", "transformers", "peft")):
+    if lacking():
         return {}
     import peft
     import torch
 
+    device, dtype = _device(), getattr(torch, str(jax.tree.leaves(case.params)[0].dtype))
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
     names = classifier_names(case.config)
     modules = {site.path: names[site.path].removesuffix(".weight") for site in case.plan.sites}
     rank = case.plan.sites[0].rank
-    adapted = peft.get_peft_model(
-        _classifier(case),
-        peft.LoraConfig(
+
+    def adapted() -> Any:
+        config = peft.LoraConfig(
             r=rank,
             lora_alpha=round(case.scale * rank),
             target_modules=sorted(modules.values()),
             modules_to_save=["classifier"],
-        ),
-    )
-    for path, module in modules.items():
-        own: Any = adapted.get_submodule(f"base_model.model.{module}")
-        drawn = factors[path]
-        assert isinstance(drawn, Factors)
-        for theirs, ours in ((own.lora_A, drawn.a), (own.lora_B, drawn.b.T)):
-            theirs["default"].weight.data.copy_(torch.from_numpy(np.array(ours)))
-    ids, mask, label = (torch.from_numpy(np.asarray(x).astype(np.int64)) for x in case.batch[:3])
+        )
+        model = peft.get_peft_model(_classifier(case, device, dtype), config, autocast_adapter_dtype=False)
+        for path, module in modules.items():
+            own: Any = model.get_submodule(f"base_model.model.{module}")
+            drawn = factors[path]
+            assert isinstance(drawn, Factors)
+            for theirs, ours in ((own.lora_A, drawn.a), (own.lora_B, drawn.b.T)):
+                theirs["default"].weight.data.copy_(_tensor(ours))
+        return model
 
-    def stepper(model: Any) -> Callable[[], float]:
+    inputs = (torch.from_numpy(np.asarray(x).astype(np.int64)).to(device) for x in case.batch[:3])
+    ids, mask, label = inputs
+
+    def stepper(model: Any) -> Callable[[], Pending]:
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=1e-4)
+        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=1e-4, fused=True if device == "cuda" else None)
 
-        def step() -> float:
-            optimizer.zero_grad(set_to_none=True)
+        def step() -> Pending:
             loss = torch.nn.functional.cross_entropy(model(ids, mask), label)
             loss.backward()
             optimizer.step()
-            return float(loss.detach())
+            optimizer.zero_grad(set_to_none=True)
+            return Pending(loss.detach())
 
         return step
 
-    return {"torch_full": stepper(_classifier(case)), "peft": stepper(adapted)}
+    steps = {"torch_full": stepper(_classifier(case, device, dtype)), "peft": stepper(adapted())}
+    return steps | ({"peft_compiled": stepper(torch.compile(adapted()))} if compiled else {})
 
 
-def _classifier(case: Case) -> Any:
+def peak_bytes(step: Callable[[], Any]) -> int | None:
+    """What a torch step holds at most beyond what is there between steps, as its allocator counts; None on CPU."""
+    import torch
+
+    if _device() == "cpu":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step().block_until_ready()
+    return int(torch.cuda.max_memory_allocated() - before)
+
+
+def release() -> None:
+    """Give the memory that torch keeps for its next tensors back to the device, where torch was used at all."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _tensor(x: Any) -> Any:
+    """An array as a tensor of fp32: numpy's bfloat16 is none of torch's dtypes."""
+    import torch
+
+    return torch.from_numpy(np.array(x, np.float32, order="C"))
+
+
+def _classifier(case: Case, device: str, dtype: Any) -> Any:
     """The case's model and weights in torch: encoder, mean over the tokens that count, linear head."""
     import torch
     import transformers
@@ -92,15 +165,16 @@ def _classifier(case: Case) -> Any:
 
         def forward(self, ids: Any, mask: Any) -> Any:
             hidden = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
-            kept = mask[..., None].to(hidden.dtype)
-            return self.classifier((hidden * kept).sum(1) / kept.sum(1).clamp(min=1))
+            kept = mask[..., None].float()
+            pooled = (hidden.float() * kept).sum(1) / kept.sum(1).clamp(min=1)
+            return self.classifier(pooled.to(hidden.dtype)).float()
 
-    model = Classifier()
+    with torch.device(device):
+        model = Classifier().to(dtype)
     weights = {}
     named, _ = flatten(case.params)
     for path, theirs in classifier_names(c).items():
-        value = np.array(named[path])
-        weights[theirs] = torch.from_numpy(np.ascontiguousarray(value.T if path.endswith("kernel") else value))
+        weights[theirs] = _tensor(named[path].T if path.endswith("kernel") else named[path])
     left_out = model.load_state_dict(weights, strict=False)
     missing = [name for name in left_out.missing_keys if not name.endswith(("position_ids", "token_type_ids"))]
     if missing or left_out.unexpected_keys:

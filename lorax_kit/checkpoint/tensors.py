@@ -9,14 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
 
 from lorax_kit.core.errors import AdapterError
 
 
 def read_tensors(file: Path) -> dict[str, np.ndarray]:
     """Every tensor by name; a damaged file raises `AdapterError`."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
     try:
         return load_file(file)
     except (SafetensorError, KeyError) as e:  # KeyError: a dtype that numpy lacks
@@ -25,6 +26,8 @@ def read_tensors(file: Path) -> dict[str, np.ndarray]:
 
 def read_metadata(file: Path) -> dict[str, str]:
     """What stands beside the tensors; a damaged file raises `AdapterError`."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(file, framework="numpy") as opened:
             return opened.metadata() or {}
@@ -34,6 +37,8 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 def write_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Write tensors as torch's libraries expect them (they look for the format "pt"), and metadata beside them."""
+    from safetensors.numpy import save_file
+
     # Copies of what is not contiguous: a transposed view would be written in the order it lies in memory.
     contiguous = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     save_file(contiguous, file, metadata={"format": "pt", **(metadata or {})})

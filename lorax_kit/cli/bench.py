@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lorax_kit.cli.root import cli, echo
+from lorax_kit.cli.root import as_line, cli, echo
 
 
 @cli.group()
@@ -99,3 +99,29 @@ def calibrate(rounds: int, out: str | None, as_json: bool) -> None:
         click.echo(calibration_table(found))
         for name in ("activation", "weight"):
             click.echo(f"{name}: {found[name][0]:.3g} + {found[name][1]:.3g} r ns per entry")
+
+
+@bench.command()
+@click.option("--seconds", type=click.FloatRange(0), default=480, show_default=True, help="Begin no row beyond these.")
+@click.option("--small", is_flag=True, help="Tiny shapes: whether it runs, on any processor.")
+@click.option("--no-peer", is_flag=True, help="Leave out torch and PEFT even where they are installed.")
+@click.option("--out", type=click.Path(dir_okay=False), help="Append the rows to this file as JSON lines, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON, one a line.")
+def device(seconds: float, small: bool, no_peer: bool, out: str | None, as_json: bool) -> None:
+    """Measure an accelerator in eight minutes: steps, stacked trials, forms, memory, each row as it is done."""
+    from lorax_kit.benchmarks.device import check_accelerator, device_rows, run_rows, share_memory, shown
+
+    share_memory()
+    if not small:
+        check_accelerator()
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+
+    def write(row: dict[str, Any]) -> None:
+        text = as_line(row)
+        click.echo(text if as_json else shown(row))
+        if out is not None:
+            with Path(out).open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    run_rows(device_rows(small=small, peer=not no_peer), seconds=seconds, write=write)

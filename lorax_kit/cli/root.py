@@ -28,6 +28,13 @@ def echo(data: Any) -> None:
     click.echo(json.dumps(plain(data), indent=2))
 
 
+def as_line(data: Any) -> str:
+    """Facts as one line of JSON."""
+    from lorax_kit.study.store import plain
+
+    return json.dumps(plain(data))
+
+
 def refuse_given(options: dict[str, str], needed: str) -> None:
     """Raise for options on the command line that would do nothing."""
     context = click.get_current_context()

@@ -13,12 +13,11 @@ update of a drawn start off the base.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
 
 from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
@@ -26,6 +25,9 @@ from lorax_kit.core.setting import RankSetting, is_number, need, plain
 from lorax_kit.dtypes import wide
 from lorax_kit.methods.lora import first_factors
 from lorax_kit.starts import start_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 SHORTEST = 1e-4
 """Rows shorter than this are divided by it."""

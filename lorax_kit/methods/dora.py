@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
 
 from lorax_kit.core.method import Hints, Method, Update
 from lorax_kit.core.plan import Site
@@ -21,6 +20,9 @@ from lorax_kit.dtypes import wide
 from lorax_kit.methods.lora import first_factors, rows_of
 from lorax_kit.methods.peft_lora import form
 from lorax_kit.starts import start_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True, kw_only=True)

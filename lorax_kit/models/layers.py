@@ -6,13 +6,16 @@ Shapes: B batch, H heads, T tokens, K size of a head.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float
 
 from lorax_kit.after import after
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 
 @jax.custom_jvp

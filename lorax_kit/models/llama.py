@@ -9,15 +9,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
 
 from lorax_kit.models.layers import attention
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 KINDS = {"int": (int,), "float": (int, float), "bool": (bool,)}
 WANTED = {"int": "an integer of at least 1", "float": "a finite number above 0", "bool": "true or false"}

@@ -6,11 +6,14 @@ Shapes: B batch, T tokens, E embedding, H hidden, C classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+if TYPE_CHECKING:
+    import tokenizers
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """From a tokenizer.json; a damaged file raises `ValueError`."""
+        import tokenizers
+
         try:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:  # the library raises bare Exception
@@ -53,6 +56,9 @@ class Tokenizer:
         Raises:
           ValueError: a merge of tokens that are not there.
         """
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers, processors
+
         ids = {token: i for i, token in enumerate(tokens)}
         try:
             inner = tokenizers.Tokenizer(models.BPE(ids, list(merges)))
@@ -83,6 +89,9 @@ class Tokenizer:
         Raises:
           ValueError: a size that holds no word, or texts without one.
         """
+        import tokenizers
+        from tokenizers import models, normalizers, pre_tokenizers
+
         normalizer = normalizers.Lowercase()
         split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
         counts = Counter(word for text in texts for word, _ in split.pre_tokenize_str(normalizer.normalize_str(text)))

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -117,6 +116,8 @@ def open_folder(folder: Path) -> Stored:
 
 
 def _open(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
     try:
         return safe_open(file, framework="numpy")
     except SafetensorError as e:

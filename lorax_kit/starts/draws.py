@@ -7,16 +7,18 @@ other site, and the first r rows of a rank-R draw are the rank-r draw.
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
 
 from lorax_kit.core.method import Hints
 from lorax_kit.core.plan import Site
 from lorax_kit.starts.start import Start
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def draw_rows(

@@ -1,7 +1,7 @@
 """Evaluates a jaxpr in which some values are `Weight`s: one rule per primitive that can keep them factored.
 
-A primitive without one is given the materialised weight, and the use is recorded with the reason. What no weight touches
-is bound as it was traced, custom derivative rules included.
+A primitive without one is given the materialised weight, and the use is recorded with the reason. What no weight
+touches is bound as it was traced, custom derivative rules included.
 """
 
 from __future__ import annotations
@@ -35,6 +35,17 @@ RULES: dict[str, Rule] = {}
 """Primitive name -> rule. A rule returns the outputs, or a reason (str) why it cannot keep the weight factored."""
 CALLS: set[str] = set()
 """Primitives that run other functions: what enters them is not used yet."""
+MOVES = frozenset(
+    (
+        *("broadcast_in_dim", "convert_element_type", "copy", "copy_p", "expand_dims", "neg", "reduce_precision"),
+        *("reshape", "slice", "squeeze", "transpose", "jit", "pjit", "closed_call", "core_call", "remat2", "remat"),
+        *("checkpoint", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "scan", "while", "cond"),
+    )
+)
+"""Primitives that leave the rank of a parameter as it is, and multiply nothing with it.
+
+A weight that holds the rows of many adapters takes them along; any other operation is given its own alone.
+"""
 KEEPS: set[str] = set()
 """Primitives whose rules say themselves, by `Context.kept` and `Context.product`, what a block keeps."""
 
@@ -150,6 +161,8 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
         if eqn.primitive.name not in CALLS:
             values = [_watched(ctx, eqn, i, x) for i, x in enumerate(_masked(ctx, eqn, values))]
         if any(isinstance(x, Weight) for x in values):
+            if eqn.primitive.name not in MOVES:
+                values = [x.chosen(*values) if isinstance(x, Weight) else x for x in values]
             known = RULES.get(eqn.primitive.name)
             found = known(ctx, eqn, values) if known else f"no low-rank rule for {eqn.primitive.name!r}"
             if isinstance(found, str):

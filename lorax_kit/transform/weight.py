@@ -133,8 +133,10 @@ class Weight:
       key: random key of the site's dropout; None where nothing is dropped.
       source: of a quantised base, from which `used` restores `w` once more in the backward pass.
       layer: which of its stacked matrices this is, () int32, where a scan reads them one by one while being watched.
+      adapter: () int, of `adapters` whose rows `a` and `b` hold one after the other that whose rows count; else None.
       empty: the base is zero, and no product of it is formed.
       trained_in_full: only watched while a plan is being resolved, to see that it is used.
+      adapters: how many adapters' rows there are.
     """
 
     parts: tuple[Part, ...]
@@ -146,19 +148,21 @@ class Weight:
     key: Array | None = None
     source: Source | None = None
     layer: Array | None = None
+    adapter: Array | None = None
     empty: bool = False
     trained_in_full: bool = False
+    adapters: int = 1
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Arrays, and what is static."""
-        arrays = (self.w, self.a, self.b, self.column, self.scale, self.key, self.source, self.layer)
-        return arrays, (self.parts, self.empty, self.trained_in_full)
+        arrays = (self.w, self.a, self.b, self.column, self.scale, self.key, self.source, self.layer, self.adapter)
+        return arrays, (self.parts, self.empty, self.trained_in_full, self.adapters)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], arrays: tuple[Any, ...]) -> Weight:
         """Inverse of `tree_flatten`."""
-        names = ("w", "a", "b", "column", "scale", "key", "source", "layer")
-        fixed = dict(zip(("parts", "empty", "trained_in_full"), static, strict=True))
+        names = ("w", "a", "b", "column", "scale", "key", "source", "layer", "adapter")
+        fixed = dict(zip(("parts", "empty", "trained_in_full", "adapters"), static, strict=True))
         return cls(**dict(zip(names, arrays, strict=True)), **fixed)
 
     @property
@@ -176,6 +180,17 @@ class Weight:
         assert self.a is not None
         assert self.b is not None
         return self.a, self.b
+
+    def chosen(self, *operands: Any) -> Weight:
+        """The weight with the rows of its own adapter alone, copied once a float array among the operands is there."""
+        if self.adapter is None:
+            return self
+        arrays = (x for x in operands if isinstance(x, Array) and jnp.issubdtype(x.dtype, jnp.floating) and x.size)
+        first = next(arrays, None)
+        index = self.adapter if first is None else after(first, self.adapter)
+        rows = self.factors()[0].shape[0] // self.adapters
+        a, b = (lax.dynamic_slice_in_dim(x, index * rows, rows) for x in self.factors())
+        return replace(self, a=a, b=b, adapter=None, adapters=1)
 
     def owned(self, factor: Array, lead: int = 1) -> frozenset[int]:
         """The dimensions of `w`, larger than 1, along which a factor varies."""
@@ -258,6 +273,8 @@ class Weight:
         """The whole sum in the current layout and dtype: what an unknown operation is given."""
         if self.probe:
             return self.w
+        if self.adapter is not None:
+            return self.chosen().materialise()
         dtype = wide(self.factors()[0].dtype, self.w.dtype)
         total = self.w.astype(dtype) + self.update(dtype)
         if self.column is not None:

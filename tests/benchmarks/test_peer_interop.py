@@ -4,6 +4,7 @@ import pytest
 
 from lorax_kit.benchmarks import bench_step
 from lorax_kit.benchmarks.case import make_case
+from lorax_kit.benchmarks.device.steps import Shape, Timing, step_row
 from lorax_kit.benchmarks.torch_peer import torch_steps
 
 pytestmark = [
@@ -41,6 +42,16 @@ def test_the_peer_trains_what_we_train():
     for _ in range(5):
         state, info = step(state, base, case.batch)
         ours.append(float(info.loss))
-        theirs.append(peer())
+        theirs.append(float(peer()))
     assert ours == pytest.approx(theirs, abs=1e-4)  # fp32 sums in another order, through five steps of AdamW
     assert theirs[-1] < theirs[0] - 0.1
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-4), ("bfloat16", 2e-2)])
+def test_a_row_for_an_accelerator_with_the_peer(dtype, close):
+    shape = Shape(width=32, layers=1, batch_size=2, length=8, head=16, dtype=dtype)
+    (row,) = step_row(shape, timing=Timing(rounds=2, least_ms=0.0), square=64, line=4096)
+    assert row["no_peer"] is None
+    assert {"full", "naive", "ours", "torch_full", "peft"} <= set(row["ms"])
+    assert max(row["losses"].values()) - min(row["losses"].values()) < close
+    assert row["share_of_rate"]["peft"] > 0

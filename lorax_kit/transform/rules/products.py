@@ -87,6 +87,8 @@ def dot_generals(ctx: Context, eqns: list[Any], args: list[list[Any]]) -> list[A
     weights, x, ats = [w for w, _, _ in arranged], arranged[0][1], [at for _, _, at in arranged]
     if any(w.probe or w.key is not None or _scaled(w, at) in ("inputs", "both") for w, _, at in arranged):
         return None
+    if any(w.adapter is not None for w in weights):
+        return None
     operands = [_operand(w, at) for w, at in zip(weights, ats, strict=True)]
     products = [_product(w, x, at) for w, at in zip(weights, ats, strict=True)]
     alone = len({(w.w.dtype, w.empty, w.source is None) for w in weights}) > 1
