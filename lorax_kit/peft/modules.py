@@ -220,7 +220,7 @@ class Reader:
             if place.outputs and not form.product:
                 return f"{path!r} is a part of {name!r}, and {method.setting.kind} cannot be split by outputs."
             layer = "Linear" if way.layer == "Parameter" else way.layer
-            m = TorchModule(module, layer, total, way.inputs, config, self._weight(name, place, way), {})
+            m = TorchModule(module, layer, total, way.inputs, config, self._weight(name, place, way), {}, str(self.named[path].dtype))
             want = form.shapes(m, tensors)
             have = {end: x.shape for end, x in tensors.items()}
             if want == have:

@@ -139,7 +139,7 @@ def _methods_keys(modules: Mapping[str, Written]) -> tuple[dict[str, Any], dict[
         out[key] = next(iter(values.values()))
     shared: dict[str, np.ndarray] = {}
     if form.share is not None:
-        shared, more = form.share({name: (m.module, m.setting, m.leaves) for name, m in modules.items()})
+        shared, more = form.share({name: (m.module, m.setting, m.leaves, m.tensors) for name, m in modules.items()})
         out |= more
     return out, shared
 
