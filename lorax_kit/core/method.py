@@ -83,6 +83,7 @@ class TorchModule(NamedTuple):
       config: the keys of the form, patterns looked up for this module.
       weight: () -> W (K, N) in float64, inputs in torch's order.
       shared: tensors of the whole adapter (VeRA's draws).
+      dtype: of the parameter here.
     """
 
     name: str
@@ -92,6 +93,7 @@ class TorchModule(NamedTuple):
     config: Mapping[str, Any]
     weight: Callable[[], Any]
     shared: Mapping[str, Any]
+    dtype: str = "float32"
 
     @property
     def size(self) -> int:
@@ -143,7 +145,7 @@ class PeftForm:
         high can be reduced, fused outputs be split, and zero rows be added.
       apart, together: tensors of a parameter (experts, *matrix) to those of each, and back.
       shared: (config, modules, tensors) -> tensors of the whole adapter, their shapes checked; None: there are none.
-      share: ({name: (module, setting, leaves)}) -> the same to be written, and keys of the config that go with it.
+      share: ({name: (module, setting, leaves, tensors)}) -> tensors of the whole adapter, and keys of the config.
     """
 
     peft_type: str
@@ -203,6 +205,7 @@ class Method:
     rows: frozenset[str] = frozenset()
     frozen: frozenset[str] | Callable[[Any], frozenset[str]] = frozenset()
     gains: frozenset[str] = frozenset()
+    outputs: frozenset[str] = frozenset({"b"})
     max_rank: Callable[[Any], int] | None = None
     penalty: Callable[[Any, Any], Array] | None = None
     peft: PeftForm | None = None

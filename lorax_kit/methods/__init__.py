@@ -8,9 +8,12 @@ from lorax_kit.methods.hra import HRA, HRA_METHOD, HRALeaves
 from lorax_kit.methods.ia3 import IA3, IA3_METHOD, IA3Leaves
 from lorax_kit.methods.lora import LORA, Factors, LoRA
 from lorax_kit.methods.miss import MISS, MiSS, MiSSLeaves
+from lorax_kit.methods.vera import VERA
+from lorax_kit.methods.loha import LOHA
+from lorax_kit.methods.lokr import LOKR
 from lorax_kit.methods.rows import ROWS, Rows
 
-for _method in (LORA, DORA, MISS, DELORA, HRA_METHOD, IA3_METHOD, ADALORA, ROWS):
+for _method in (LORA, DORA, MISS, DELORA, HRA_METHOD, IA3_METHOD, ADALORA, ROWS, VERA, LOHA, LOKR):
     register(_method)
 
 __all__ = [

@@ -162,7 +162,7 @@ def _config(m: TorchModule, setting: Any, leaves: Any) -> dict[str, Any]:
 
 def _share(modules: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The masks, where there are any."""
-    masks = {f"{name}.lora_E": [bool(x) for x in leaves["mask"]] for name, (_, _, leaves) in modules.items()}
+    masks = {f"{name}.lora_E": [bool(x) for x in leaves["mask"]] for name, (_, _, leaves, _) in modules.items()}
     return {}, {"rank_pattern": masks if not all(all(mask) for mask in masks.values()) else None}
 
 

@@ -102,7 +102,7 @@ def _write(m: TorchModule, setting: Any, leaves: Any) -> dict[str, Any]:
 
 def _share(modules: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Names the modules whose gains are over inputs."""
-    chosen = sorted(name for name, (_, setting, _) in modules.items() if setting.feedforward)
+    chosen = sorted(name for name, (_, setting, *_) in modules.items() if setting.feedforward)
     if any(other.endswith(name) for name in chosen for other in set(modules) - set(chosen)):
         return {}, {"feedforward_modules": f"({'|'.join(map(re.escape, chosen))})"}
     return {}, {"feedforward_modules": chosen}

@@ -1,8 +1,8 @@
-"""Names of parameters in Hugging Face's models, from the content of a config.json: for `lk.load_peft` and `lk.save_peft`.
+"""Names of parameters in Hugging Face's models, from the content of a config.json: for PEFT folders, both ways.
 
 Paths are those that a model of ours would have: layer_0/attention/query/kernel, kernels (in, out). With `stacked` the
-layers are one scanned parameter, layers/attention/query/kernel, and the torch name has `{}` for the layer. Whoever calls
-a parameter otherwise gives a dict of their own.
+layers are one scanned parameter, layers/attention/query/kernel, and the torch name has `{}` for the layer. Whoever
+calls a parameter otherwise gives a dict of their own.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def decoder_names(config: Mapping[str, Any], *, stacked: bool = False) -> dict[s
     """Of LLaMA, Mistral, Qwen2 and Qwen3 (their ForCausalLM): path -> torch name.
 
     Args:
-      config: the content of config.json; model_type, num_hidden_layers, tie_word_embeddings and the flags of biases count.
+      config: the content of config.json: model_type, num_hidden_layers, tie_word_embeddings, the flags of biases.
       stacked: all layers are one scanned parameter.
 
     Raises:

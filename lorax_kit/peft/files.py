@@ -1,10 +1,12 @@
-"""The two files of a PEFT folder, read with care: a folder may come from anywhere."""
+"""The two files of a PEFT folder, read with care, for a folder may come from anywhere; and its tensors, sorted."""
 
 from __future__ import annotations
 
 import json
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ import numpy as np
 
 from lorax_kit.checkpoint.tensors import read_tensors
 from lorax_kit.core.errors import AdapterError
+from lorax_kit.core.method import Method, PeftForm
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ROOT, PREFIX = "base_model.", "base_model.model."
 READ = {"F32": 4, "BF16": 2, "F16": 2}
 LARGEST = 10**15
 """No number in a config is above it: not a rank, not a seed, not a count of steps."""
@@ -24,8 +28,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """An object of JSON.
 
     Raises:
-      AdapterError: bytes that are no UTF-8, no JSON, no object, nested too deeply, a key that comes twice, a number that
-        is no finite one of ordinary size.
+      AdapterError: bytes that are no UTF-8, no JSON, no object, nested too deeply, a key that comes twice, a number
+        that is no finite one of ordinary size.
     """
     try:
         data = json.loads(
@@ -125,3 +129,75 @@ def _word(dtype: Any) -> str:
 def write_json(file: Path, config: Mapping[str, Any]) -> None:
     """Write a config as PEFT does: keys in order."""
     file.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass
+class Sorted:
+    """Tensors by what they are.
+
+    Attributes:
+      modules: module -> end of the name -> tensor, of the main method.
+      beside: key of the config -> module -> end of the name -> tensor (trainable tokens).
+      shared: of the whole adapter, by name.
+      rest: by their names in the torch model: what was trained in full, and copies of the base.
+    """
+
+    modules: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    beside: dict[str, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)
+    shared: dict[str, np.ndarray] = field(default_factory=dict)
+    rest: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def sort_out(tensors: Mapping[str, np.ndarray], form: PeftForm, besides: Mapping[str, Method]) -> Sorted:
+    """Sort tensors by the ends of their names.
+
+    Args:
+      besides: key of the config -> the method of the modules that it names.
+
+    Raises:
+      AdapterError: a name without PEFT's prefix, or a tensor that comes under two names.
+    """
+    out = Sorted()
+    ends = {**{e: e for e in form.endings}, **form.older}
+    beside = {}
+    for key, method in besides.items():
+        assert method.peft is not None
+        beside[key] = (method.peft.beside[form.peft_type][0], method.peft.endings[0])
+    for full, x in tensors.items():
+        if full.startswith(ROOT) and "." not in full.removeprefix(ROOT):
+            out.shared[full.removeprefix(ROOT)] = x
+            continue
+        if not full.startswith(PREFIX):
+            raise AdapterError(f"the tensor {full!r} is not PEFT's: its names start with {PREFIX!r}.")
+        name = full.removeprefix(PREFIX)
+        held, end = out.modules, _end_of(name, ends)
+        for key, (long, short) in beside.items():
+            if name.endswith(f".{long}"):
+                held, end, ends_here = out.beside.setdefault(key, {}), long, {long: short}
+                break
+        else:
+            ends_here = ends
+        if end is None:
+            _refuse_named_adapter(full, ends)
+            out.rest[name] = x
+            continue
+        found = held.setdefault(name.removesuffix(f".{end}"), {})
+        if ends_here[end] in found:
+            raise AdapterError(f"the tensor {full!r} comes twice, under an older name too.")
+        found[ends_here[end]] = x
+    return out
+
+
+def _end_of(name: str, ends: Iterable[str]) -> str | None:
+    return max((e for e in ends if name.endswith(f".{e}")), key=len, default=None)
+
+
+def _refuse_named_adapter(full: str, ends: Iterable[str]) -> None:
+    """Raise `AdapterError` for a tensor of a model in memory, whose name holds the adapter's behind the factor's."""
+    factors = "|".join(sorted({re.escape(e.removesuffix(".weight")) for e in ends}, key=len, reverse=True))
+    own = re.search(rf"\.({factors})\.(?!weight$)(.+?)(\.weight)?$", full)
+    if own:
+        raise AdapterError(
+            f"the tensor {full!r} names its adapter, {own[2]!r}, which the files of save_pretrained leave out.\n"
+            f"  rename it: {full.replace(f'.{own[1]}.{own[2]}', f'.{own[1]}')!r}, or write it by save_pretrained"
+        )

@@ -1,7 +1,8 @@
 """How one array lies here and in torch: inputs and outputs of a parameter, leaves of a site, parameters as a whole.
 
 torch counts inputs before the window of a convolution, (out, in, height, width); a kernel of JAX has them after it,
-(height, width, in, out). Axes of an N-D kernel are flattened to (in, out) on the way out, and found again on the way in.
+(height, width, in, out). Axes of an N-D kernel are flattened to (in, out) on the way out, and found again on the way
+in.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def ways(
         leaf, n = leaf_of(path), len(own)
         for k in range(1, n):
             axes = Axes(inputs=own[:k], outputs=own[k:], stack=stack)
-            layers = (linear,) if n < 4 or k < n - 1 else ()
+            layers: tuple[str, ...] = (linear,) if n < 4 or k < n - 1 else ()
             if n == 2 and leaf != "kernel":
                 layers = ("Embedding",) if leaf == "embedding" else (*layers, "Embedding")
             if n >= 3 and k == n - 1 and leaf != "weight":

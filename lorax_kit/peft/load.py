@@ -18,11 +18,10 @@ from lorax_kit.core.setting import Full, check_float_dtype
 from lorax_kit.core.spec import AnySetting, Spec
 from lorax_kit.dtypes import wide
 from lorax_kit.peft.config import Config
-from lorax_kit.peft.files import read_weights
+from lorax_kit.peft.files import read_weights, sort_out
 from lorax_kit.peft.modules import Reader
 from lorax_kit.peft.names import Names
 from lorax_kit.peft.sites import leaves_of, setting_of
-from lorax_kit.peft.tensors import sort_out
 from lorax_kit.peft.whole import full_leaves
 
 
@@ -52,12 +51,13 @@ def load_peft(
       reduce_ranks: refactor LoRA's of a rank above min(in, out) to that rank, which holds the same update.
 
     Returns:
-      An `Adapter`: one rule for each parameter in its spec, the content of adapter_config.json as its meta; with the key
-      "notes" where the config has settings that change nothing here.
+      An `Adapter`: one rule for each parameter in its spec, the content of adapter_config.json as its meta; there
+      under "notes", a list of lines, what the folder has that changes nothing here.
 
     Raises:
       AdapterError: no folder or damaged files; a method, setting, target or tensor that has no counterpart; tensors
-        missing, or of another shape than config and base say; a parameter that serves two modules of which PEFT moved one.
+        missing, or of another shape than config and base say; a parameter that serves two modules of which PEFT
+        moved one.
 
     Example:
       adapter = lk.load_peft("folder", base=base, names=lorax_kit.models.torch_names(config))
@@ -69,7 +69,7 @@ def load_peft(
     config = Config(path)
     named = {p: x for p, x in flatten(base)[0].items() if is_array(x)}
     torch = Names(names, named, plan)
-    found = sort_out(read_weights(path), config)
+    found = sort_out(read_weights(path), config.form, config.beside)
     reader = Reader(config, torch, named, plan)
     try:
         pieces = reader.read(found)
@@ -82,6 +82,7 @@ def load_peft(
         for p, value in full.items():
             own = wide(named[p].dtype) if jnp.finfo(named[p].dtype).bits < 32 else named[p].dtype
             rules[literal(p)] = Full(dtype=None if value.dtype == own else str(value.dtype))
+        rules = {rule: rules[rule] for p in named if (rule := literal(p)) in rules}
         if not rules:
             raise AdapterError(f"{str(path)!r} holds no tensors that adapt anything.")
         made = make_plan(Spec(rules), base, axes)

@@ -12,13 +12,11 @@ from lorax_kit.core.lowrank import dense
 from lorax_kit.core.method import FromPeft, Method, PeftForm, TorchModule
 from lorax_kit.core.paths import closest
 from lorax_kit.core.plan import Axes, Plan
-from lorax_kit.peft.config import Config, short
-from lorax_kit.peft.files import CONFIG, WEIGHTS
+from lorax_kit.peft.config import Config, ends, short, targeted, targeted_parameters, unmatched_parameters
+from lorax_kit.peft.files import CONFIG, WEIGHTS, Sorted
 from lorax_kit.peft.layout import Way, matrix_of, ways
 from lorax_kit.peft.names import Names, Place
 from lorax_kit.peft.sites import Pieces
-from lorax_kit.peft.targets import ends, targeted, targeted_parameters, unmatched_parameters
-from lorax_kit.peft.tensors import Sorted
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -52,8 +50,8 @@ class Reader:
         """Path -> what was read of it.
 
         Raises:
-          AdapterError: a module that config, names or base do not know or that lacks a tensor; shapes that do not fit; a
-            tied parameter of which PEFT moved one use.
+          AdapterError: a module that config, names or base do not know or that lacks a tensor; shapes that do not fit;
+            a tied parameter of which PEFT moved one use.
         """
         self._check_targets(tensors)
         found, twins = list[Found](), list[tuple[str, str]]()
@@ -120,7 +118,7 @@ class Reader:
     def _adaptable(self, module: str) -> bool:
         """Whether PEFT could adapt what a target's name matches: not a norm."""
         place = self.torch.places[f"{module}.weight"][0]
-        return len(self.named[place.path].shape) - len(place.index) >= 2
+        return len(self.named[place.path].shape) - len(place.at) >= 2
 
     def _check_beside(self, tensors: Sorted) -> None:
         """Modules that the config names for another method have its tensors, and these alone."""
@@ -222,7 +220,7 @@ class Reader:
             if place.outputs and not form.product:
                 return f"{path!r} is a part of {name!r}, and {method.setting.kind} cannot be split by outputs."
             layer = "Linear" if way.layer == "Parameter" else way.layer
-            m = TorchModule(module, layer, total, way.inputs, config, self._weight(name, place, way), {})
+            m = TorchModule(module, layer, total, way.inputs, config, self._weight(name, place, way), {}, str(self.named[path].dtype))
             want = form.shapes(m, tensors)
             have = {end: x.shape for end, x in tensors.items()}
             if want == have:
@@ -254,9 +252,9 @@ class Reader:
     def _weight(self, name: str, place: Place, way: Way) -> Any:
         def weight() -> np.ndarray:
             if place.outputs is None:
-                return matrix_of(way, dense(self.named[place.path]), place.index)
+                return matrix_of(way, dense(self.named[place.path]), place.at)
             parts = self.torch.places[name]
-            return np.concatenate([matrix_of(way, dense(self.named[p.path]), p.index) for p in parts], axis=1)
+            return np.concatenate([matrix_of(way, dense(self.named[p.path]), p.at) for p in parts], axis=1)
 
         return weight
 
@@ -281,9 +279,9 @@ class Reader:
             self.biases[bias] = part.bias_gain, part.bias_shift
         sizes = tuple(self.named[path].shape[i] for i in one.way.axes.stack)
         pieces = out.setdefault(path, Pieces(path, one.method, one.way, sizes))
-        if pieces.method is not one.method or pieces.way != one.way or one.place.index in pieces.parts:
+        if pieces.method is not one.method or pieces.way != one.way or one.place.at in pieces.parts:
             raise AdapterError(f"{path!r} is adapted twice, which one parameter cannot be.")
-        pieces.parts[one.place.index] = part
+        pieces.parts[one.place.at] = part
         pieces.dtypes |= {str(x.dtype) for x in one.tensors.values() if x.ndim > 1}
 
     def _check_ties(self, out: Mapping[str, Pieces], tensors: Sorted, twins: list[tuple[str, str]]) -> None:
@@ -298,31 +296,27 @@ class Reader:
                 continue
             name = self.torch.templates[path]
             raise AdapterError(
-                f"PEFT adapts {name!r} alone, and here one parameter, {path!r}, is also {others[0]!r}: both would move.\n"
+                f"PEFT adapts {name!r} alone, and here one parameter, {path!r}, is also {others[0]!r}.\n"
                 "  load it over params whose head is apart, or train it with ensure_weight_tying=True"
             )
         for module, path in twins:
-            pieces = out.get(path)
-            form = self.config.form
-            same = pieces is not None and pieces.form is form and form.product
-            if same:
-                assert pieces is not None
-                (main,) = pieces.parts.values()
-                axes, w = pieces.way.axes, self.named[path]
-                way = Way(axes, "Linear", (0,), (pieces.way.outputs,), w.shape[axes.inputs[0]])
-                m = TorchModule(
-                    module, "Linear", way.outputs, way.inputs, self.config.of(form, module), lambda: None, {}
-                )
-                own = tensors.modules[module]
-                same = form.shapes(m, own) == {end: x.shape for end, x in own.items()}
-                if same:
-                    other = form.read(m, own).leaves
-                    same = all(np.array_equal(other[x], main.leaves[y]) for x, y in ("ab", "ba"))
-            if not same:
+            if not self._same(module, out.get(path), tensors.modules[module]):
                 raise AdapterError(
                     f"PEFT moves {module!r} by itself, and here it is one parameter with {path!r}.\n"
                     "  load it over params whose head is apart"
                 )
+
+    def _same(self, module: str, pieces: Pieces | None, own: Tensors) -> bool:
+        """Whether a head's tensors are those of its embedding, inputs and outputs exchanged."""
+        form = self.config.form
+        if pieces is None or pieces.form is not form or not form.product:
+            return False
+        (main,), way = pieces.parts.values(), pieces.way
+        m = TorchModule(module, "Linear", way.inputs[0], (way.outputs,), self.config.of(form, module), lambda: None, {})
+        if form.shapes(m, own) != {end: x.shape for end, x in own.items()}:
+            return False
+        leaves = form.read(m, own).leaves
+        return all(np.array_equal(leaves[x], main.leaves[y]) for x, y in ("ab", "ba"))
 
 
 def _misfit(
@@ -338,6 +332,7 @@ def _misfit(
     end = next(e for e in want if want[e] != have[e])
     rank = next((f" (rank {config[k]})" for k in ("r", "init_r") if k in config), "")
     return 0, (
-        f"{module!r} has {end} of shape {have[end]}; its config{rank} and {path!r} of shape {shape} call for {want[end]}.\n"
+        f"{module!r} has {end} of shape {have[end]}; its config{rank} and {path!r} of shape {shape} call for "
+        f"{want[end]}.\n"
         "  load the base it was trained on; if axes are contracted in another order: plan=lk.resolve(...)"
     )

@@ -30,12 +30,12 @@ class Place(NamedTuple):
 
     Attributes:
       path: of our parameter.
-      index: along its stacked axes.
+      at: indices along its stacked axes.
       outputs: (first, last + 1) of the torch parameter's outputs; None: all of them.
     """
 
     path: str
-    index: tuple[int, ...]
+    at: tuple[int, ...]
     outputs: tuple[int, int] | None
 
 
@@ -97,12 +97,12 @@ class Names:
                 f"none of the {len(names)} paths in `names` is a parameter of this base, {first!r} for one.\n"
                 f"  closest: {closest(first, list(named))}"
             )
-        for name, found in self.places.items():
-            found.sort(key=lambda place: place.outputs or (0, 0))
-            ends = [place.outputs for place in found]
-            whole = len(found) == 1 and ends[0] is None
+        for name, held in self.places.items():
+            held.sort(key=lambda place: place.outputs or (0, 0))
+            ends = [place.outputs for place in held]
+            whole = len(held) == 1 and ends[0] is None
             if not whole and (None in ends or [0, *(b for _, b in ends[:-1])] != [a for a, _ in ends]):  # type: ignore[misc]
-                paths = ", ".join(repr(place.path) for place in found[:3])
+                paths = ", ".join(repr(place.path) for place in held[:3])
                 raise AdapterError(
                     f"`names` gives {name!r} to several parameters, or not all of its outputs: {paths}.\n"
                     "  parts of a fused one are 'name[0:64]', 'name[64:128]', ..., without a gap"
@@ -129,8 +129,8 @@ class Names:
         others = self.also[path]
         if others and len(others) > 1:
             raise AdapterError(
-                f"{path!r} is {1 + len(others)} modules in torch, {', '.join(map(repr, others[:3]))} among them, which PEFT "
-                "cannot move as one.\n  leave it out, or use lk.save_adapter"
+                f"{path!r} is {1 + len(others)} modules in torch, {', '.join(map(repr, others[:3]))} among them, which "
+                "PEFT cannot move as one.\n  leave it out, or use lk.save_adapter"
             )
         if others:
             return others
@@ -144,7 +144,7 @@ class Names:
         heads = any(x.endswith("lm_head.weight") for x in self.places)
         if others is None and use is None and module and module[0] in _TABLES and not heads:
             raise AdapterError(
-                f"is {path!r}, {name!r} in torch, also the output head of the model? PEFT adapts modules, one at a time.\n"
+                f"is {path!r}, {name!r} in torch, also the output head of the model? PEFT adapts modules, one by one.\n"
                 f"  if so, say it by `names`: ({name!r}, 'lm_head.weight')\n"
                 f"  if not: ({name!r},), or give plan=lk.resolve(spec, params, apply_fn, *inputs)"
             )

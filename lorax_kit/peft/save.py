@@ -16,12 +16,10 @@ from lorax_kit.core.leaves import FactorTree, check_factors
 from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.spec import Spec
-from lorax_kit.peft.config import check_task
-from lorax_kit.peft.files import CONFIG, WEIGHTS, write_json
-from lorax_kit.peft.keep import kept
+from lorax_kit.peft.config import check_task, targets_for, with_pattern
+from lorax_kit.peft.files import CONFIG, PREFIX, ROOT, WEIGHTS, write_json
 from lorax_kit.peft.names import Names
-from lorax_kit.peft.targets import targets_for, with_pattern
-from lorax_kit.peft.tensors import PREFIX, ROOT
+from lorax_kit.peft.whole import kept
 from lorax_kit.peft.write import Written, written
 
 
@@ -61,8 +59,8 @@ def save_peft(
 
     Raises:
       AdapterError: the path exists; a parameter without a name; factors that do not fit or are not finite; what PEFT
-        cannot express: two methods, dropouts or kinds of scale in one adapter, a module both adapted and trained in full,
-        one parameter that serves two modules of which PEFT would move one.
+        cannot express: two methods, dropouts or kinds of scale in one adapter, a module both adapted and trained in
+        full, one parameter that serves two modules of which PEFT would move one.
 
     Example:
       >>> import tempfile
@@ -88,7 +86,7 @@ def save_peft(
         torch.need(p)
     modules = written(plan, factors, torch, named)
     whole = kept(plan, factors, torch, named, modules)
-    config = {
+    config: dict[str, Any] = {
         "task_type": task_type,
         "auto_mapping": None if auto_mapping is None else dict(auto_mapping),
         "base_model_name_or_path": base_model,
@@ -141,7 +139,7 @@ def _methods_keys(modules: Mapping[str, Written]) -> tuple[dict[str, Any], dict[
         out[key] = next(iter(values.values()))
     shared: dict[str, np.ndarray] = {}
     if form.share is not None:
-        shared, more = form.share({name: (m.module, m.setting, m.leaves) for name, m in modules.items()})
+        shared, more = form.share({name: (m.module, m.setting, m.leaves, m.tensors) for name, m in modules.items()})
         out |= more
     return out, shared
 

@@ -54,7 +54,7 @@ def setting_of(pieces: Pieces, dtype: str | None, w: Any, reduce_ranks: bool) ->
     kind, form = pieces.method.setting, pieces.form
     if dtype is None:
         with jax.numpy_dtype_promotion("standard"):
-            dtype = str(reduce(jnp.promote_types, pieces.dtypes or {"float32"}))
+            dtype = str(reduce(jnp.promote_types, [jnp.dtype(x) for x in pieces.dtypes or {"float32"}]))
     given = [part.setting for part in pieces.parts.values()]
     try:
         settings = [kind(**{**keys, "dtype": dtype}) for keys in given]

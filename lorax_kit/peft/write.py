@@ -1,4 +1,4 @@
-"""The modules of an adapter as PEFT keeps them: one of torch for each matrix of a site, or for several sites at once."""
+"""The modules of an adapter as PEFT keeps them: one for each matrix of a site, or for several sites at once."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _module(
 
     def weight() -> np.ndarray:
         parts = places if place.outputs else [place]
-        return np.concatenate([matrix_of(way, dense(named[p.path]), p.index) for p in parts], axis=1)
+        return np.concatenate([matrix_of(way, dense(named[p.path]), p.at) for p in parts], axis=1)
 
     layer = "Linear" if way.layer == "Parameter" else way.layer
     m = TorchModule(module, layer, total, way.inputs, {}, weight, {})
@@ -149,7 +149,7 @@ def _module(
         setting, leaves = _joined(name, places, sites, factors, total, form)
     else:
         setting = site.setting
-        leaves = _leaves(site, way, factors[site.path], place.index, form)
+        leaves = _leaves(site, way, factors[site.path], place.at, form)
     try:
         if not experts:
             tensors = form.write(m, setting, leaves)
@@ -185,7 +185,8 @@ def _way(site: Site, name: str, torch: Names, form: PeftForm) -> Way:
     if way is None:
         kinds = ", ".join(sorted(form.layers))
         raise AdapterError(
-            f"{site.path!r} of shape {site.shape} is used as {site.use!r}; PEFT's {form.peft_type} adapts only {kinds}.\n"
+            f"{site.path!r} of shape {site.shape} is used as {site.use!r}; PEFT's {form.peft_type} adapts only "
+            f"{kinds}.\n"
             "  use lk.save_adapter"
         )
     return way

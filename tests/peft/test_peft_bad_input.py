@@ -7,8 +7,8 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.models import classifier_names
-from tests.checkpoint.peft_folder import Folder
 from tests.fixtures.recorded import CONFIG, NAMES, base
+from tests.peft.peft_folder import Folder
 
 Q = "encoder.layer.0.attention.self.query"
 V = "encoder.layer.1.attention.self.value"

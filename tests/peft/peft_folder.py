@@ -23,3 +23,11 @@ class Folder:
         (self.path / "adapter_config.json").write_text(json.dumps(self.config))
         save_file({PREFIX + name: x for name, x in self.tensors.items()}, self.path / "adapter_model.safetensors")
         return self.path
+
+
+def write(path, config, tensors):
+    """A folder of a config and tensors by names without PEFT's prefix."""
+    path.mkdir(exist_ok=True)
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({PREFIX + name: x for name, x in tensors.items()}, path / "adapter_model.safetensors")
+    return path

@@ -217,7 +217,7 @@ def test_half_precision_factors_keep_their_bits(params, tmp_path, dtype):
 
 def test_a_copy_of_the_frozen_embedding_is_accepted(params, tmp_path):
     """PEFT adds it to the tensors when it adapts a language model's embedding."""
-    from tests.checkpoint.peft_folder import Folder
+    from tests.peft.peft_folder import Folder
 
     folder = Folder(tmp_path, "embedding")
     copy = np.asarray(params["embeddings"]["word"]["embedding"])
