@@ -33,7 +33,7 @@ from lorax_kit.core import (
     split,
 )
 from lorax_kit.core.leaves import site_key
-from lorax_kit.methods import DoRA, Factors, LoRA
+from lorax_kit.methods import DoRA, Factors, LoHa, LoKr, LoRA, LoRAXS, VeRA
 from lorax_kit.parallel import device_mesh, pmap_step, sharded_step
 from lorax_kit.study import Problem, Results, Study, run
 from lorax_kit.training import Score, fit, make_step, partition
@@ -48,7 +48,10 @@ __all__ = [
     "Full",
     "FullLeaf",
     "Hints",
+    "LoHa",
+    "LoKr",
     "LoRA",
+    "LoRAXS",
     "LoraxError",
     "Method",
     "Plan",
@@ -65,6 +68,7 @@ __all__ = [
     "Study",
     "StudyError",
     "Update",
+    "VeRA",
     "__version__",
     "adapt",
     "compress",

@@ -17,7 +17,7 @@ from lorax_kit.core.paths import Params
 from lorax_kit.parallel.mesh import TRIAL
 from lorax_kit.study.design import Study
 from lorax_kit.study.groups import available_bytes, grouped
-from lorax_kit.study.packing import kinds, union_plan
+from lorax_kit.study.packing import kinds, stacks
 from lorax_kit.study.problem import Problem
 from lorax_kit.study.session import Session
 from lorax_kit.study.store import RunStore, environment
@@ -88,7 +88,7 @@ def run(
     # Planned for the whole study first: a bad pattern or rank must not surface after an hour, nor leave a folder.
     budget = available_bytes(jax.local_devices()[0]) if memory_bytes is None else memory_bytes
     devices = 1 if mesh is None else mesh.shape[TRIAL]
-    planned = [(some, union_plan(study, problem, some, params, batch)) for some in kinds(study, trials)]
+    planned = [one for kind in kinds(study, trials) for one in stacks(study, problem, kind, params, batch)]
     specs = [study.spec(trial, problem.head) for trial in trials]
     head = {leaf.path for _, plan in planned for leaf in plan.full}
     store = RunStore(out, identity(study, problem, params, batch, head), overwrite=overwrite)

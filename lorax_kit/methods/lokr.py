@@ -1,0 +1,185 @@
+"""LoKr: W' = W + s (W1 kron W2), each dense or a low-rank product (KronA, arXiv 2212.10650; LyCORIS, arXiv 2309.14859).
+
+The inputs are factored as m n, the outputs as l k, and W1 is (m, l), W2 (n, k):
+
+    W'[(m, n), (l, k)] = W[(m, n), (l, k)] + s W1[m, l] W2[n, k]
+
+Symbols: W1 is `w1` (*stack, m, l), or A1^T B1 with `a1` (r, *stack, m) and `b1` (r, *stack, l); W2 is `w2`
+(*stack, n, k), or A2^T B2 with `a2` (r, *stack, n) and `b2` (r, *stack, k); s is `scale`.
+
+A Kronecker product of matrices with P and with Q rows has P Q rows, a1_p kron a2_q and b1_p kron b2_q. A dense matrix
+has the rows of an identity and its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt, prod
+from typing import Any, ClassVar, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from lorax_kit.core.leaves import site_key
+from lorax_kit.core.method import Hints, Method, Update
+from lorax_kit.core.plan import Site
+from lorax_kit.core.setting import ScaledSetting, is_int, need, plain
+from lorax_kit.methods.loha import dense_product, identity_rows
+from lorax_kit.starts.draws import draw_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoKr(ScaledSetting):
+    """Adapt a parameter by the Kronecker product of two matrices, as PEFT and LyCORIS factor them (arXiv 2309.14859).
+
+    Args:
+      rank: of the matrices that are decomposed. As in PEFT one whose longer side is at most 2 * rank stays dense, so
+        any rank is allowed.
+      factor: the size of W1, m = factor where that divides the number of inputs, l = factor where it divides that of
+        the outputs; else the most square factorisation with m, or l, at most `factor`. -1: no bound.
+      decompose_both: whether W1 may be decomposed, too.
+      alpha, rslora, dropout, dtype, inputs: as in `LoRA`. The scale is alpha / rank even where both are dense.
+
+    Example:
+      >>> import jax
+      >>> import lorax_kit as lk
+      >>> params = {"w": jnp.ones((12, 20))}
+      >>> plan = lk.resolve(lk.Spec({"w": lk.LoKr(rank=1)}), params, lambda p, x: x @ p["w"], jnp.ones((5, 12)))
+      >>> leaves = lk.split(params, plan, jax.random.key(0))[1]["w"]
+      >>> leaves.w1.shape, leaves.a2.shape, leaves.b2.shape
+      ((3, 4), (1, 4), (1, 5))
+    """
+
+    factor: int = -1
+    decompose_both: bool = False
+    kind: ClassVar[str] = "lokr"
+
+    def __post_init__(self, *_: Any) -> None:
+        object.__setattr__(self, "factor", plain(self.factor))
+        super().__post_init__()
+        ok = is_int(self.factor) and (self.factor == -1 or self.factor >= 1)
+        need(ok, f"factor is {self.factor!r}; it must be -1, for the most square factors, or an integer of at least 1.")
+        need(
+            isinstance(self.decompose_both, bool),
+            f"decompose_both is {self.decompose_both!r}; it must be true or false.",
+        )
+
+
+class LoKrLeaves(NamedTuple):
+    """The leaves of LoKr; of each matrix either the dense one or its factors, the others None.
+
+    Attributes:
+      w1: (*stack, m, l).
+      a1, b1: (rank, *stack, m), (rank, *stack, l).
+      w2: (*stack, n, k).
+      a2, b2: (rank, *stack, n), (rank, *stack, k).
+    """
+
+    w1: Array | None = None
+    a1: Array | None = None
+    b1: Array | None = None
+    w2: Array | None = None
+    a2: Array | None = None
+    b2: Array | None = None
+
+
+def factorization(size: int, factor: int) -> tuple[int, int]:
+    """`size` as a product of two, as PEFT factors it.
+
+    Example:
+      >>> [factorization(128, factor) for factor in (-1, 4, 5, 64)]
+      [(8, 16), (4, 32), (4, 32), (64, 2)]
+    """
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    most = isqrt(size) if factor == -1 else min(factor, isqrt(size))
+    first = max(m for m in range(1, most + 1) if size % m == 0)
+    return first, size // first
+
+
+class Sizes(NamedTuple):
+    """How a site is factored.
+
+    Attributes:
+      ins: (m, n); of a convolution n includes the window.
+      outs: (l, k).
+      decomposed: whether W1 and W2 are.
+      channels: which of the site's input axes is factored, and comes first; None: all together.
+    """
+
+    ins: tuple[int, int]
+    outs: tuple[int, int]
+    decomposed: tuple[bool, bool]
+    channels: int | None
+
+
+def sizes(site: Site) -> Sizes:
+    """PEFT's factors. Of a convolution it factors the channels, and leaves the window to W2.
+
+    The channels are the input axis beside the outputs, in (*window, in, out) as in (out, in, *window).
+    """
+    setting, axes, ins = site.setting, site.axes, prod(site.in_shape)
+    assert isinstance(setting, LoKr)
+    channels = None
+    if site.use == "other" and len(axes.inputs) > 1:
+        channels = min(range(len(axes.inputs)), key=lambda i: abs(axes.inputs[i] - axes.outputs[0]))
+    factored = ins if channels is None else site.in_shape[channels]
+    (m, n), outs = factorization(factored, setting.factor), factorization(prod(site.out_shape), setting.factor)
+    first, second = setting.rank < max(m, outs[0]) / 2, setting.rank < max(n, outs[1]) / 2
+    return Sizes((m, n * (ins // factored)), outs, (first and setting.decompose_both, second), channels)
+
+
+def init(site: Site, w: Array, key: Array, hints: Hints) -> LoKrLeaves:
+    """PEFT's start: W1, or B1, zero; the others from U(-1, 1) / sqrt(N), N the numbers that a product sums."""
+    at, rank, stack = sizes(site), site.rank, site.stack_shape
+    dtype, own = jnp.dtype(site.setting.dtype), site_key(key, site.path)
+
+    def drawn(name: str, shape: tuple[int, ...], summed: int) -> Array:
+        return draw_rows(site_key(own, name), shape, summed**-0.5, uniform=True, dtype=dtype)
+
+    (m, n), outs, (first, second) = at.ins, at.outs, at.decomposed
+    read = (1, 1) if site.lookup else (m, n)
+    return LoKrLeaves(
+        w1=None if first else jnp.zeros((*stack, m, outs[0]), dtype),
+        a1=drawn("a1", (rank, *stack, m), read[0]) if first else None,
+        b1=jnp.zeros((rank, *stack, outs[0]), dtype) if first else None,
+        w2=None if second else drawn("w2", (*stack, n, outs[1]), read[1]),
+        a2=drawn("a2", (rank, *stack, n), read[1]) if second else None,
+        b2=drawn("b2", (rank, *stack, outs[1]), rank) if second else None,
+    )
+
+
+def _rows(w: Array | None, a: Array | None, b: Array | None, ins: int, outs: int) -> tuple[Array, Array]:
+    """(P, stack, in), (P, stack, out) of a matrix, with the fewest rows that its form gives."""
+    if w is not None:
+        return identity_rows(w.reshape(-1, ins, outs))
+    assert a is not None
+    assert b is not None
+    a, b = a.reshape(a.shape[0], -1, ins), b.reshape(b.shape[0], -1, outs)
+    return (a, b) if a.shape[0] <= min(ins, outs) else identity_rows(dense_product(a, b))
+
+
+def update(site: Site, w: Array, leaves: LoKrLeaves, scale: Any) -> Update:
+    """Rows a1_p kron a2_q and b1_p kron b2_q."""
+    at, stack = sizes(site), site.stack_shape
+    a1, b1 = _rows(leaves.w1, leaves.a1, leaves.b1, at.ins[0], at.outs[0])
+    a2, b2 = _rows(leaves.w2, leaves.a2, leaves.b2, at.ins[1], at.outs[1])
+    count = a1.shape[0] * a2.shape[0]
+    a, b = ((x[:, None, :, :, None] * y[None, :, :, None, :]) for x, y in ((a1, a2), (b1, b2)))
+    b = b.reshape(count, *stack, *site.out_shape)
+    if at.channels is None:
+        return Update(a.reshape(count, *stack, *site.in_shape), b)
+    window = [size for i, size in enumerate(site.in_shape) if i != at.channels]
+    a = a.reshape(count, *stack, site.in_shape[at.channels], *window)
+    return Update(jnp.moveaxis(a, 1 + len(stack), 1 + len(stack) + at.channels), b)
+
+
+LOKR = Method(
+    setting=LoKr,
+    leaves=LoKrLeaves,
+    init=init,
+    update=update,
+    rows=frozenset({"a1", "b1", "a2", "b2"}),
+    outputs=frozenset({"b1", "b2"}),
+    max_rank=lambda site: site.rank,
+)
