@@ -36,7 +36,7 @@ from lorax_kit.core.leaves import site_key
 from lorax_kit.methods import DoRA, Factors, LoHa, LoKr, LoRA, LoRAXS, VeRA
 from lorax_kit.parallel import device_mesh, pmap_step, sharded_step
 from lorax_kit.study import Problem, Results, Study, run
-from lorax_kit.training import Score, fit, make_step, partition
+from lorax_kit.training import Score, fit, lora_plus, make_step, partition, riemannian
 from lorax_kit.transform import adapt, explain, resolve
 from lorax_kit.version import __version__
 
@@ -78,6 +78,7 @@ __all__ = [
     "fit",
     "load_adapter",
     "load_peft",
+    "lora_plus",
     "make_step",
     "merge",
     "partition",
@@ -87,6 +88,7 @@ __all__ = [
     "quantise",
     "register",
     "resolve",
+    "riemannian",
     "run",
     "save_adapter",
     "save_peft",

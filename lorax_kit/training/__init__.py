@@ -2,7 +2,21 @@
 
 from lorax_kit.training.evaluate import Score, SharedPrefix
 from lorax_kit.training.fit import Fitted, fit
+from lorax_kit.training.lora_plus import lora_plus
 from lorax_kit.training.optim import labels, partition
+from lorax_kit.training.riemannian import riemannian
 from lorax_kit.training.step import Info, State, make_step
 
-__all__ = ["Fitted", "Info", "Score", "SharedPrefix", "State", "fit", "labels", "make_step", "partition"]
+__all__ = [
+    "Fitted",
+    "Info",
+    "Score",
+    "SharedPrefix",
+    "State",
+    "fit",
+    "labels",
+    "lora_plus",
+    "make_step",
+    "partition",
+    "riemannian",
+]
