@@ -17,7 +17,7 @@ from lorax_kit.core.method import Hints, Method, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import ScaledSetting
 from lorax_kit.dtypes import wide
-from lorax_kit.methods.lora import first_factors, rows_of
+from lorax_kit.methods.lora import factors_of, first_factors, rows_of
 from lorax_kit.methods.peft_lora import form
 from lorax_kit.starts import start_of
 
@@ -107,5 +107,6 @@ DORA = Method(
     rows=frozenset({"a", "b", "a0", "b0"}),
     frozen=frozenset({"a0", "b0"}),
     gains=frozenset({"magnitude"}),
+    factors=factors_of,
     peft=form(dora=True),
 )

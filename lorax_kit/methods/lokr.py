@@ -184,10 +184,10 @@ def _halves(m: TorchModule) -> tuple[tuple[int, int], tuple[int, int], bool, boo
 
 
 def _shapes(m: TorchModule, tensors: Any) -> dict[str, tuple[int, ...]]:
-    (m_, n), (l, k), first, second = _halves(m)
+    (m_, n), (one, k), first, second = _halves(m)
     rank, window = m.config["r"], m.inputs[1:]
     out: dict[str, tuple[int, ...]] = (
-        {"lokr_w1_a": (l, rank), "lokr_w1_b": (rank, m_)} if first else {"lokr_w1": (l, m_)}
+        {"lokr_w1_a": (one, rank), "lokr_w1_b": (rank, m_)} if first else {"lokr_w1": (one, m_)}
     )
     if not second:
         return out | {"lokr_w2": (k, n, *window)}

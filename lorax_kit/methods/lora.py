@@ -112,6 +112,11 @@ def rows_of(leaves: Any) -> tuple[Array, Array]:
     return jnp.concatenate([leaves.a, leaves.a0 + leaves.a]), jnp.concatenate([leaves.b0, leaves.b])
 
 
+def factors_of(leaves: Any) -> tuple[Array, Array]:
+    """A and B, wherever they started."""
+    return (leaves.a, leaves.b) if leaves.a0 is None else (leaves.a0 + leaves.a, leaves.b0 + leaves.b)
+
+
 def update(site: Site, w: Array, leaves: Factors, scale: Any) -> Update:
     """A and B as they are; `w` plays no part."""
     return Update(*rows_of(leaves))
@@ -129,5 +134,6 @@ LORA = Method(
     update=update,
     rows=frozenset({"a", "b", "a0", "b0"}),
     frozen=frozen,
+    factors=factors_of,
     peft=form(dora=False),
 )

@@ -18,7 +18,7 @@ from lorax_kit.core.paths import Params
 from lorax_kit.parallel.mesh import TRIAL
 from lorax_kit.study.design import Study
 from lorax_kit.study.groups import available_bytes, grouped
-from lorax_kit.study.packing import kinds, union_plan
+from lorax_kit.study.packing import kinds, stacks
 from lorax_kit.study.problem import Problem, check_base, check_batches, check_score
 from lorax_kit.study.session import Session
 from lorax_kit.study.store import RunStore, environment
@@ -115,7 +115,7 @@ def run(
             f"  mesh=lk.device_mesh({TRIAL!r})"
         )
     devices = 1 if mesh is None else mesh.shape[TRIAL]
-    planned = [(some, union_plan(study, problem, some, params, batch)) for some in kinds(study, trials)]
+    planned = [one for kind in kinds(study, trials) for one in stacks(study, problem, kind, params, batch)]
     specs = [study.spec(trial, problem.head) for trial in trials]
     head = {leaf.path for _, plan in planned for leaf in plan.full}
     check_base(problem, params, head, jax.random.fold_in(jax.random.key(trials[0].seed), 0))

@@ -49,8 +49,7 @@ def partition(
 
     Args:
       tx: one transformation for everything trained, or one per label: the names of the leaves ("a", "b",
-        "magnitude", ...) and "full". LoRA+ (Hayou et al., arXiv 2402.12354) is `{"a": adamw(lr), "b": adamw(16 * lr),
-        ...}`. Frozen leaves have no label: nothing moves them.
+        "magnitude", ...) and "full". LoRA+ is `lk.lora_plus`. Frozen leaves have no label: nothing moves them.
       plan: from `lk.resolve`.
       clip: clip by the global norm of all trained leaves together, before `tx`.
 
