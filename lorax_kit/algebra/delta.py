@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.algebra.adaptation import AnyAdapter
-from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.method import Update, leaf_shapes, update_of
 from lorax_kit.core.plan import FullSite, Site
 from lorax_kit.dtypes import wide
+from lorax_kit.errors import AdapterError
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from lorax_kit.core.errors import AdapterError
+from lorax_kit.errors import AdapterError
 from lorax_kit.json_text import read_json
 
 SEAL = "digests.json"

@@ -14,7 +14,7 @@ from lorax_kit.cli.root import cli, echo
 
 def _config(path: str) -> dict[str, Any]:
     """A study's JSON file: {"problem": {...}, "study": {...}}."""
-    from lorax_kit.core.errors import StudyError
+    from lorax_kit.errors import StudyError
     from lorax_kit.json_text import read_json
 
     try:
@@ -49,7 +49,7 @@ def study(config: str, out: str, overwrite: bool, devices: int, memory_mib: int 
     """Run a rank ablation, or go on with one, and write its report."""
     import jax
 
-    from lorax_kit.core.errors import StudyError
+    from lorax_kit.errors import StudyError
     from lorax_kit.parallel import device_mesh
     from lorax_kit.report import read_run, summary_table, write_report
     from lorax_kit.study import Study, run

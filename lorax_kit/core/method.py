@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.core.errors import PlanError, SpecError
 from lorax_kit.core.setting import Setting
+from lorax_kit.errors import PlanError, SpecError
 
 if TYPE_CHECKING:
     from lorax_kit.core.plan import Plan, Site

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_kit.core.errors import SpecError
+from lorax_kit.errors import SpecError
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 LARGEST = sys.float_info.max

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from lorax_kit.core.errors import SpecError
 from lorax_kit.core.method import METHODS
 from lorax_kit.core.patterns import compile_pattern, expand_braces
 from lorax_kit.core.setting import Full, Setting, check_float_dtype, need, shown
+from lorax_kit.errors import SpecError
 from lorax_kit.json_text import parse_json
 
 AnySetting = Setting | Full

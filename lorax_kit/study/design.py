@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from typing import Any
 
-from lorax_kit.core.errors import StudyError
 from lorax_kit.core.method import METHODS
 from lorax_kit.core.setting import Full, Setting, is_int, plain, shown
 from lorax_kit.core.spec import Spec
+from lorax_kit.errors import StudyError
 from lorax_kit.starts import start_of
 
 PROBE = "probe"

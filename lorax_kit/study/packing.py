@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.core.errors import StudyError
 from lorax_kit.core.leaves import FullLeaf
 from lorax_kit.core.merge import split
 from lorax_kit.core.method import METHODS, frozen_leaves, leaf_shapes
@@ -24,6 +23,7 @@ from lorax_kit.core.paths import Params
 from lorax_kit.core.plan import Plan, match
 from lorax_kit.core.setting import Full, Setting
 from lorax_kit.core.spec import Spec
+from lorax_kit.errors import StudyError
 from lorax_kit.study.design import Study, Trial
 from lorax_kit.study.problem import Problem
 from lorax_kit.transform.resolve import resolve

@@ -13,8 +13,8 @@ import jax
 from jax.sharding import Mesh
 
 from lorax_kit.checkpoint.fingerprint import digests, fingerprint, whole_fingerprint
-from lorax_kit.core.errors import StudyError
 from lorax_kit.core.paths import Params
+from lorax_kit.errors import StudyError
 from lorax_kit.parallel.mesh import TRIAL
 from lorax_kit.study.design import Study
 from lorax_kit.study.groups import available_bytes, grouped

@@ -29,7 +29,7 @@ import numpy as np
 
 from lorax_kit.checkpoint.fingerprint import differences, first_difference
 from lorax_kit.checkpoint.staging import sole_writer
-from lorax_kit.core.errors import StudyError
+from lorax_kit.errors import StudyError
 from lorax_kit.json_text import parse_json, read_json
 from lorax_kit.study.engine import Progress
 from lorax_kit.version import __version__

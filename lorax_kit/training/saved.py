@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_kit.core.errors import LoraxError
+from lorax_kit.errors import LoraxError
 from lorax_kit.json_text import parse_json
 from lorax_kit.training.step import State
 

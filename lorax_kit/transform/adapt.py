@@ -11,7 +11,6 @@ from typing import Any
 import jax
 from jax import Array
 
-from lorax_kit.core.errors import PlanError
 from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors, check_key, site_key
 from lorax_kit.core.lowrank import LowRank, dense
 from lorax_kit.core.merge import check_params
@@ -19,6 +18,7 @@ from lorax_kit.core.method import update_of
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import Plan, Site
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.errors import PlanError
 from lorax_kit.placement import alike
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import Costs, measured_costs

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorax_kit.core.errors import PlanError
+from lorax_kit.errors import PlanError
 from lorax_kit.json_text import read_json
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax_kit.core.errors import PlanError
 from lorax_kit.core.method import method_of
 from lorax_kit.core.paths import Params, flatten, is_array, paths
 from lorax_kit.core.plan import Axes, Plan, make_plan, match, matched
 from lorax_kit.core.setting import Full, Setting
 from lorax_kit.core.spec import Spec
+from lorax_kit.errors import PlanError
 from lorax_kit.transform.context import Context, Use
 from lorax_kit.transform.trace import run
 from lorax_kit.transform.weight import Weight, whole

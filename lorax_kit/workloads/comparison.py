@@ -16,7 +16,7 @@ from lorax_kit.checkpoint.fingerprint import fingerprint
 from lorax_kit.checkpoint.staging import refuse_existing, sole_writer
 from lorax_kit.compress import ALLOCATIONS
 from lorax_kit.compress.arguments import check_count, check_word
-from lorax_kit.core.errors import CompressError
+from lorax_kit.errors import CompressError
 from lorax_kit.json_text import read_json
 from lorax_kit.report.compression import read_rows
 from lorax_kit.report.run_folder import RunFolderError, replace_file

@@ -17,9 +17,9 @@ from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.checkpoint.adapter import adapter_bytes
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.compress.arguments import check_share
-from lorax_kit.core.errors import ExportError
 from lorax_kit.core.paths import flatten
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.errors import ExportError
 from lorax_kit.json_text import read_json
 from lorax_kit.models import load_bert
 from lorax_kit.serve import load_onnx, load_stablehlo, load_tensors, save_onnx, save_stablehlo, save_tensors

@@ -16,11 +16,11 @@ import optax
 from jax import Array
 from jaxtyping import Float
 
-from lorax_kit.core.errors import PlanError
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.method import method_of
 from lorax_kit.core.plan import Plan, Site
 from lorax_kit.dtypes import wide
+from lorax_kit.errors import PlanError
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

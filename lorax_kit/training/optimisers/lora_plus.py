@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import optax
 
-from lorax_kit.core.errors import PlanError
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.method import method_of, trained_leaves
 from lorax_kit.core.plan import Plan
+from lorax_kit.errors import PlanError
 
 
 def lora_plus(

@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import optax
 
-from lorax_kit.core.errors import PlanError
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.method import frozen_leaves, trained_leaves
 from lorax_kit.core.plan import Plan
-from lorax_kit.training.extra import accepting, completing
-from lorax_kit.training.gains import from_start
+from lorax_kit.errors import PlanError
+from lorax_kit.training.optimisers.extra import accepting, completing
+from lorax_kit.training.optimisers.gains import from_start
 
 
 def labels(plan: Plan) -> Callable[[FactorTree], dict[str, Any]]:
