@@ -8,19 +8,21 @@ Symbols: A is (r, in) and B (r, out) as everywhere here; the two Grams are r x r
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jaxtyping import Float
 
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.method import method_of
 from lorax_kit.core.plan import Plan, Site
 from lorax_kit.dtypes import wide
 from lorax_kit.errors import PlanError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
