@@ -55,7 +55,7 @@ def reshape(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
         return "reshaped in another order than the array's own"
     runs = list(segments(weight.shape, new))
     arrays = [] if weight.probe else [(x, 1) for x in weight.factors()]
-    arrays += [] if weight.column is None else [(weight.column, 0)]
+    arrays += [] if weight.gain is None else [(weight.gain, 0)]
     varied = frozenset().union(*(weight.owned(x, lead) for x, lead in arrays))
     for x, lead in arrays:
         owned = weight.owned(x, lead)
@@ -215,7 +215,7 @@ def pad(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     if weight.probe:
         return [weight.rebased(base)]
     a, b = weight.factors()
-    if weight.column is not None or any(weight.shape[d] == 1 for d in padded):
+    if weight.gain is not None or any(weight.shape[d] == 1 for d in padded):
         return "padded under magnitudes, or along an axis of size 1"
     if not padded <= weight.owned(a) | weight.owned(b):
         return "padded along an axis it was broadcast to"
