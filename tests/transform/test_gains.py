@@ -9,7 +9,7 @@ from jax import lax
 import lorax_kit as lk
 from tests.draws import draw
 
-CONV = dict(window_strides=(1,), padding="SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+CONV = {"window_strides": (1,), "padding": "SAME", "dimension_numbers": ("NWC", "WIO", "NWC")}
 USES = {
     "product": ((6, 5), (4, 6), lambda p, x: x @ p["w"]),
     "transposed": ((6, 5), (4, 5), lambda p, x: x @ p["w"].T),
