@@ -47,10 +47,10 @@ def conv_general_dilated(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] |
         return "magnitudes vary along the inputs of a convolution"
     dtype = ctx.update_dtype(x, weight.w)
     rank, outputs = down.shape[0], weight.shape[out]
-    kernel = jnp.moveaxis(jnp.squeeze(down, 1 + out), 0, out).astype(dtype)
+    kernel = _repeated(jnp.moveaxis(jnp.squeeze(down, 1 + out), 0, out).astype(dtype), groups, out)
     u = lax.conv_general_dilated(
         weight.dropped(x.astype(dtype)),
-        jnp.concatenate([kernel] * groups, out),
+        kernel,
         p["window_strides"],
         p["padding"],
         p["lhs_dilation"],
@@ -77,6 +77,17 @@ def conv_general_dilated(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] |
         whole = jnp.broadcast_to(gain, [n if d == out else 1 for d, n in enumerate(weight.shape)])
         y = multiplied(y, whole.reshape(shape))
     return [y]
+
+
+def _repeated(kernel: Array, groups: int, axis: int) -> Array:
+    """One copy per group along an axis. A concatenation of the copies would have a slice for each in its derivative."""
+    if groups == 1:
+        return kernel
+    shape, size = list(kernel.shape), kernel.shape[axis]
+    spread = lax.broadcast_in_dim(
+        kernel, (*shape[:axis], groups, *shape[axis:]), tuple(d + (d >= axis) for d in range(kernel.ndim))
+    )
+    return spread.reshape(*shape[:axis], groups * size, *shape[axis + 1 :])
 
 
 def _patches(x: Array, shape: tuple[int, ...], own: tuple[int, ...], params: dict[str, Any]) -> Array:

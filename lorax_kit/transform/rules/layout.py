@@ -7,9 +7,11 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jax.tree_util import Partial
 
 from lorax_kit.transform.context import Context
@@ -237,6 +239,15 @@ def _padded(value: Any, config: Any) -> Partial:
         return lax.select(inside, lax.pad(w, jnp.zeros((), w.dtype), config), spread)
 
     return Partial(run, value)
+
+
+@rule("reshard", "mesh_cast")
+def moved(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
+    """To another place of the same mesh, or to another kind of its axes; factors then lie on all devices."""
+    (weight,) = args
+    w = bind(eqn, [weight.w])[0]
+    rest = jax.tree.map(lambda x: jax.sharding.reshard(x, PartitionSpec()), replace(weight, w=None, source=None))
+    return [replace(rest, w=w)]
 
 
 @rule("copy", "copy_p", "sharding_constraint", "optimization_barrier")
