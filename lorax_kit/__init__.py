@@ -34,12 +34,12 @@ from lorax_kit.core import (
     split,
 )
 from lorax_kit.core.leaves import site_key
-from lorax_kit.methods import HRA, IA3, AdaLoRA, DeLoRA, DoRA, Factors, LoRA, MiSS, Rows
+from lorax_kit.methods import HRA, IA3, AdaLoRA, DeLoRA, DoRA, Factors, LoHa, LoKr, LoRA, LoRAXS, MiSS, Rows, VeRA
 from lorax_kit.parallel import device_mesh, pmap_step, sharded_step
 from lorax_kit.peft import load_peft, save_peft
 from lorax_kit.starts import loftq
 from lorax_kit.study import Problem, Results, Study, run
-from lorax_kit.training import Score, Weighted, adalora_budget, fit, make_step, partition
+from lorax_kit.training import Score, Weighted, adalora_budget, fit, lora_plus, make_step, partition, riemannian
 from lorax_kit.transform import adapt, all_linear, explain, resolve
 from lorax_kit.version import __version__
 
@@ -55,7 +55,10 @@ __all__ = [
     "Full",
     "FullLeaf",
     "Hints",
+    "LoHa",
+    "LoKr",
     "LoRA",
+    "LoRAXS",
     "LoraxError",
     "Method",
     "MiSS",
@@ -74,6 +77,7 @@ __all__ = [
     "Study",
     "StudyError",
     "Update",
+    "VeRA",
     "Weighted",
     "__version__",
     "adalora_budget",
@@ -89,6 +93,7 @@ __all__ = [
     "load_adapter",
     "load_peft",
     "loftq",
+    "lora_plus",
     "make_step",
     "merge",
     "partition",
@@ -98,6 +103,7 @@ __all__ = [
     "quantise",
     "register",
     "resolve",
+    "riemannian",
     "run",
     "save_adapter",
     "save_peft",

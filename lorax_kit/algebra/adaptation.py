@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.paths import Params, flatten, is_array
@@ -21,6 +20,7 @@ from lorax_kit.core.plan import FullSite, Plan, Site
 from lorax_kit.core.setting import Full, is_number
 from lorax_kit.core.spec import Spec
 from lorax_kit.dtypes import wide
+from lorax_kit.errors import AdapterError
 from lorax_kit.methods import Factors, LoRA
 
 

@@ -40,11 +40,11 @@ from lorax_kit.algebra.adaptation import (
 from lorax_kit.algebra.delta import Rows, delta_of, full_delta, matrices, restored
 from lorax_kit.algebra.linear import concatenate, moved
 from lorax_kit.algebra.rank import cut, cut_whole
-from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import FullSite, Site
+from lorax_kit.errors import AdapterError
 
 SUMS = ("cat", "linear", "svd")
 WAYS = (*SUMS, "magnitude_prune", "ties", "dare_linear", "dare_ties")

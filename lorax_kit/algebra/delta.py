@@ -10,19 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
 
 from lorax_kit.algebra.adaptation import AnyAdapter
-from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.method import Update, leaf_shapes, update_of
 from lorax_kit.core.plan import FullSite, Site
 from lorax_kit.dtypes import wide
+from lorax_kit.errors import AdapterError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -15,7 +15,6 @@ import numpy as np
 from lorax_kit.algebra.adaptation import Adaptation, check_rank, check_share, plain
 from lorax_kit.algebra.delta import matrices
 from lorax_kit.algebra.rank import cut_whole
-from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.paths import Params, flatten, is_array
@@ -23,6 +22,7 @@ from lorax_kit.core.plan import FullSite, Plan
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.core.spec import Spec
 from lorax_kit.dtypes import wide
+from lorax_kit.errors import AdapterError
 from lorax_kit.transform import resolve
 
 

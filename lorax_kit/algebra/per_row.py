@@ -17,7 +17,6 @@ from jax import Array
 
 from lorax_kit.algebra.adaptation import planned
 from lorax_kit.algebra.stack import Stacked
-from lorax_kit.core.errors import AdapterError, PlanError
 from lorax_kit.core.leaves import FullLeaf
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import check_params
@@ -25,6 +24,7 @@ from lorax_kit.core.method import Update
 from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.errors import AdapterError, PlanError
 from lorax_kit.transform.cost import measured_costs
 from lorax_kit.transform.interpret import Context
 from lorax_kit.transform.trace import run

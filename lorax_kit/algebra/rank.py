@@ -9,12 +9,11 @@ the host. `a` is given orthonormal directions and `b` the singular values: as tr
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
 
 from lorax_kit.algebra.adaptation import (
     Adaptation,
@@ -27,11 +26,14 @@ from lorax_kit.algebra.adaptation import (
     plain,
 )
 from lorax_kit.algebra.delta import Rows, delta_of, normal_form, rows_of, shaped, whole
-from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.method import Hints
 from lorax_kit.core.paths import Params
 from lorax_kit.core.plan import Site
+from lorax_kit.errors import AdapterError
 from lorax_kit.methods.lora import LoRA, first_factors
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def to_lora(

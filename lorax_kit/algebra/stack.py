@@ -17,13 +17,13 @@ from jax import Array
 
 from lorax_kit.algebra.adaptation import AnyAdapter, check_adapter, check_rank, check_same, checked, planned, spec_of
 from lorax_kit.algebra.delta import normal_form
-from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.leaves import FullLeaf
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.method import Update
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.plan import FullSite, Plan, Site
 from lorax_kit.dtypes import wide
+from lorax_kit.errors import AdapterError
 from lorax_kit.methods import LoRA
 
 

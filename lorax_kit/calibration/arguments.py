@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.core.errors import CompressError
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.core.plan import Plan
+from lorax_kit.errors import CompressError
 
 
 def shown(x: Any) -> str:

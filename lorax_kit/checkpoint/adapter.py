@@ -30,13 +30,13 @@ from lorax_kit.checkpoint.fingerprint import (
 )
 from lorax_kit.checkpoint.seal import SEAL, check_seal, damaged, seal
 from lorax_kit.checkpoint.staging import refuse_existing, staged
-from lorax_kit.core.errors import AdapterError, LoraxError
 from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.method import leaf_shapes, method_of
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.plan import Axes, Plan, make_plan
 from lorax_kit.core.spec import Spec
+from lorax_kit.errors import AdapterError, LoraxError
 from lorax_kit.version import __version__
 
 FORMAT = 2

@@ -6,7 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from lorax_kit.core.errors import AdapterError
+from lorax_kit.errors import AdapterError
+from lorax_kit.json_text import read_json
 
 SEAL = "digests.json"
 
@@ -19,7 +20,7 @@ def seal(folder: Path) -> None:
 def check_seal(folder: Path) -> None:
     """Raise `AdapterError` unless every sealed file is there, byte for byte."""
     try:
-        expected = json.loads((folder / SEAL).read_text())
+        expected = read_json(folder / SEAL)
         assert isinstance(expected, dict)
     except (OSError, ValueError, AssertionError):
         raise damaged(folder, f"{SEAL} is missing or not readable") from None

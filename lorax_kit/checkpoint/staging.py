@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from lorax_kit.core.errors import AdapterError
+from lorax_kit.errors import AdapterError
 
 
 def refuse_existing(path: Path, overwrite: bool | None, marker: str | None, kind: str = "adapter") -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lorax_kit.core.errors import AdapterError
+from lorax_kit.errors import AdapterError
 
 
 def read_tensors(file: Path) -> dict[str, np.ndarray]:

@@ -99,7 +99,7 @@ def inspect(
         facts |= {"bytes": adapter_bytes(model), "arrays": document["arrays"]}
         click.echo(json.dumps(facts, indent=2) if as_json else _adapter_text(facts))
         return
-    text = None if spec is None else Path(spec).read_text(encoding="utf-8")
+    text = None if spec is None else Path(spec).read_bytes()
     found, shown = inspect_model(model, text, batch_size, tokens, quantise)
     if html is not None:
         from lorax_kit.report.parameters import write_parameters

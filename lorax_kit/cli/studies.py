@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -15,11 +14,12 @@ from lorax_kit.cli.root import cli, echo
 
 def _config(path: str) -> dict[str, Any]:
     """A study's JSON file: {"problem": {...}, "study": {...}}."""
-    from lorax_kit.core.errors import StudyError
+    from lorax_kit.errors import StudyError
+    from lorax_kit.json_text import read_json
 
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
+        data = read_json(path)
+    except ValueError as e:
         raise StudyError(f"{path!r} is not JSON: {e}.") from None
     if not isinstance(data, dict):
         raise StudyError(f"{path!r} must hold an object with 'problem' and 'study'.")
@@ -49,7 +49,7 @@ def study(config: str, out: str, overwrite: bool, devices: int, memory_mib: int 
     """Run a rank ablation, or go on with one, and write its report."""
     import jax
 
-    from lorax_kit.core.errors import StudyError
+    from lorax_kit.errors import StudyError
     from lorax_kit.parallel import device_mesh
     from lorax_kit.report import read_run, summary_table, write_report
     from lorax_kit.study import Study, run

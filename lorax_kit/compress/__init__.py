@@ -13,8 +13,8 @@ from lorax_kit.compress.objective import Solution, objective, solve, solve_by_gr
 from lorax_kit.compress.prune import PRUNINGS, prune
 from lorax_kit.compress.replace import CompressPlan, compress, plan_ranks, with_residuals
 from lorax_kit.compress.sequential import compress_sequentially
-from lorax_kit.core.errors import CompressError
 from lorax_kit.core.lowrank import LowRank
+from lorax_kit.errors import CompressError
 from lorax_kit.transform.adapt import compressed
 
 __all__ = [

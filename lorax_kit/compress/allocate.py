@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lorax_kit.compress.arguments import check_count, check_share, check_word
-from lorax_kit.core.errors import CompressError
+from lorax_kit.errors import CompressError
 
 ALLOCATIONS = ("loss", "energy", "uniform")
 

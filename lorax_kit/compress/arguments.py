@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.calibration.arguments import shown
-from lorax_kit.core.errors import CompressError
 from lorax_kit.core.paths import is_array
+from lorax_kit.errors import CompressError
 
 
 def check_count(name: str, x: Any, least: int = 1) -> int:

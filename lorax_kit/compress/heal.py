@@ -17,11 +17,11 @@ from lorax_kit.calibration.arguments import batches_of, check_function, check_va
 from lorax_kit.compress.arguments import check_count, check_key, check_positive, patterns_of
 from lorax_kit.compress.distil import trained
 from lorax_kit.compress.replace import low_rank
-from lorax_kit.core.errors import CompressError
 from lorax_kit.core.paths import Params, flatten, paths
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.core.setting import Full
 from lorax_kit.core.spec import Spec
+from lorax_kit.errors import CompressError
 from lorax_kit.methods import LoRA
 from lorax_kit.transform import compressed
 

@@ -17,12 +17,12 @@ from lorax_kit.calibration.calibrate import Moments, Stats, check_finite, moment
 from lorax_kit.compress.allocate import allocate, candidate
 from lorax_kit.compress.arguments import check_count, check_key, check_word
 from lorax_kit.compress.decompose import METHODS, decompose, singular_values, transform
-from lorax_kit.core.errors import CompressError
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.lowrank import LowRank, dense
 from lorax_kit.core.paths import Params, flatten, is_array, unflatten
 from lorax_kit.core.plan import Plan, Site
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.errors import CompressError
 
 
 @dataclass(frozen=True, kw_only=True)

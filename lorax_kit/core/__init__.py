@@ -1,6 +1,5 @@
 """Specs, plans and factor trees: what is adapted, and the exact split and merge of parameters."""
 
-from lorax_kit.core.errors import AdapterError, LoraxError, PlanError, SpecError, StudyError
 from lorax_kit.core.leaves import FactorTree, FullLeaf
 from lorax_kit.core.merge import delta, effective_weight, merge, split
 from lorax_kit.core.method import Hints, Method, Update, penalty, register
@@ -9,6 +8,7 @@ from lorax_kit.core.plan import Plan, Site, match
 from lorax_kit.core.quantised import quantise
 from lorax_kit.core.setting import Full, RankSetting, ScaledSetting, Setting
 from lorax_kit.core.spec import Spec
+from lorax_kit.errors import AdapterError, LoraxError, PlanError, SpecError, StudyError
 
 __all__ = [
     "AdapterError",

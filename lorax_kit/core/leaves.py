@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.core.errors import AdapterError, LoraxError
 from lorax_kit.core.method import frozen_leaves, leaf_shapes, method_of
 from lorax_kit.core.plan import Plan, Site
+from lorax_kit.errors import AdapterError, LoraxError
 
 
 class FullLeaf(NamedTuple):

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.core.errors import AdapterError, PlanError
 from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors, check_key
 from lorax_kit.core.lowrank import dense, outer
 from lorax_kit.core.method import Hints, method_of, update_of
@@ -17,6 +16,7 @@ from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import FullSite, Plan, Site
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.dtypes import wide
+from lorax_kit.errors import AdapterError, PlanError
 
 
 def split(
@@ -45,6 +45,8 @@ def split(
       ((2, 4), (2, 3))
     """
     check_key(key)
+    if hints is not None and not (isinstance(hints, Mapping) and all(isinstance(h, Hints) for h in hints.values())):
+        raise PlanError("hints must map paths to lk.Hints, as lk.calibrate returns them.")
     named, _ = flatten(params)
     check_params(named, plan)
     factors: dict[str, Any] = {}

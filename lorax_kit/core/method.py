@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.core.errors import PlanError, SpecError
 from lorax_kit.core.setting import Setting
+from lorax_kit.errors import PlanError, SpecError
 
 if TYPE_CHECKING:
     from lorax_kit.core.plan import Plan, Site
@@ -193,6 +193,9 @@ class Method:
       frozen: leaves that no optimiser moves and no gradient reaches; or a function of the setting.
       gains: trained leaves that start at a value other than zero, such as magnitudes: weight decay pulls them to
         where they started instead of to zero, and they are kept in at least float32.
+      outputs: trained leaves on the side of the outputs, as LoRA's `b`: LoRA+ gives them a rate of their own.
+      factors: leaves -> (A, B) where the update is s A^T B, but for a constant, and the leaves `a` and `b` move A and
+        B; None for other forms. `lk.riemannian` preconditions by them.
       max_rank: site -> the highest rank that its form can hold there; min(in, out) by default.
       penalty: (site, leaves) -> a term of the loss, or None (`lk.penalty` sums them).
       peft: how PEFT keeps it; None where PEFT has no such method.
@@ -206,6 +209,7 @@ class Method:
     frozen: frozenset[str] | Callable[[Any], frozenset[str]] = frozenset()
     gains: frozenset[str] = frozenset()
     outputs: frozenset[str] = frozenset({"b"})
+    factors: Callable[[Any], tuple[Array, Array]] | None = None
     max_rank: Callable[[Any], int] | None = None
     penalty: Callable[[Any, Any], Array] | None = None
     peft: PeftForm | None = None

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_kit.core.errors import PlanError
+from lorax_kit.errors import PlanError
 
 Params = Any
 """A pytree of arrays as a model library gives it."""

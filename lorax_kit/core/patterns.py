@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from lorax_kit.core.errors import SpecError
+from lorax_kit.errors import SpecError
 
 REGEX_PREFIX = "re:"
 _RANGE = re.compile(r"(\d{1,4})\.\.(\d{1,4})")

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax_kit.core.errors import PlanError
 from lorax_kit.core.method import leaf_shapes, max_rank
 from lorax_kit.core.paths import Params, closest, paths
 from lorax_kit.core.patterns import expand_braces, matches
 from lorax_kit.core.setting import Full, Setting
 from lorax_kit.core.spec import AnySetting, Spec
+from lorax_kit.errors import PlanError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.core.errors import PlanError
 from lorax_kit.core.paths import Packed, flatten, is_array, unflatten
 from lorax_kit.core.plan import matched
+from lorax_kit.errors import PlanError
 
 # Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (appendix E of the paper).
 NF4 = np.array(

@@ -5,13 +5,17 @@ A setting is a frozen dataclass of plain values, so that it hashes, compares, an
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_kit.core.errors import SpecError
+from lorax_kit.errors import SpecError
+
+FLOATS = ("bfloat16", "float16", "float32", "float64")
+LARGEST = sys.float_info.max
 
 
 def need(ok: bool, message: str) -> None:
@@ -21,13 +25,22 @@ def need(ok: bool, message: str) -> None:
 
 
 def is_int(x: Any) -> bool:
-    """Whether `x` is an integer, which a bool is not."""
-    return isinstance(x, int) and not isinstance(x, bool)
+    """Whether `x` is an integer of 32 bits, which a bool is not."""
+    return isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2**31
 
 
 def is_number(x: Any) -> bool:
-    """Whether `x` is a number, which a bool is not."""
-    return isinstance(x, int | float) and not isinstance(x, bool)
+    """Whether `x` is a finite number that a float holds, which a bool is not."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= LARGEST
+
+
+def shown(x: Any) -> str:
+    """A value within a line of a message."""
+    try:
+        text = repr(x)
+    except (ValueError, RecursionError):  # Python writes no integers of thousands of digits
+        text = f"a {type(x).__name__} too large to write"
+    return text if len(text) <= 100 else f"{text[:50]}... ({len(text):,} characters)"
 
 
 def plain(x: Any) -> Any:
@@ -38,10 +51,10 @@ def plain(x: Any) -> Any:
 def check_float_dtype(name: Any, where: str) -> None:
     """Raise `SpecError` unless `name` names a float dtype."""
     try:
-        ok = isinstance(name, str) and jnp.issubdtype(jnp.dtype(name), jnp.floating)
-    except TypeError:
+        ok = isinstance(name, str) and str(jnp.dtype(name)) in FLOATS
+    except (TypeError, ValueError, SyntaxError):  # numpy also reads lists of dtypes
         ok = False
-    need(ok, f"{where} is {name!r}; it must name a float dtype such as 'float32' or 'bfloat16'.")
+    need(ok, f"{where} is {shown(name)}; it must name a float dtype such as 'float32' or 'bfloat16'.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +78,7 @@ class Setting:
         if self.inputs is not None:
             axes = self.inputs if isinstance(self.inputs, list | tuple) else (None,)
             ok = bool(axes) and all(is_int(i) and i >= 0 for i in axes) and len(set(axes)) == len(axes)
-            need(ok, f"inputs is {self.inputs!r}; it must list axes of the parameter, such as (0,).")
+            need(ok, f"inputs is {shown(self.inputs)}; it must list axes of the parameter, such as (0,).")
             object.__setattr__(self, "inputs", tuple(sorted(axes)))
 
     @property
@@ -92,11 +105,11 @@ class RankSetting(Setting):
         super().__post_init__()
         need(
             is_int(self.rank) and self.rank >= 1,
-            f"rank is {self.rank!r}; it must be an integer of at least 1.\n"
+            f"rank is {shown(self.rank)}; it must be an integer of at least 1.\n"
             "  to train no low-rank factors at all, leave the rule out",
         )
         ok = is_number(self.dropout) and 0 <= self.dropout < 1
-        need(ok, f"dropout is {self.dropout!r}; it must lie in [0, 1).")
+        need(ok, f"dropout is {shown(self.dropout)}; it must lie in [0, 1).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +128,8 @@ class ScaledSetting(RankSetting):
         object.__setattr__(self, "alpha", plain(self.alpha))
         super().__post_init__()
         ok = self.alpha is None or (is_number(self.alpha) and 0 < self.alpha < float("inf"))
-        need(ok, f"alpha is {self.alpha!r}; it must be a positive number.")
-        need(isinstance(self.rslora, bool), f"rslora is {self.rslora!r}; it must be true or false.")
+        need(ok, f"alpha is {shown(self.alpha)}; it must be a positive number.")
+        need(isinstance(self.rslora, bool), f"rslora is {shown(self.rslora)}; it must be true or false.")
 
     @property
     def scale(self) -> float:

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from lorax_kit.core.errors import SpecError
 from lorax_kit.core.method import METHODS
 from lorax_kit.core.patterns import compile_pattern, expand_braces
-from lorax_kit.core.setting import Full, Setting, check_float_dtype, need
+from lorax_kit.core.setting import Full, Setting, check_float_dtype, need, shown
+from lorax_kit.errors import SpecError
+from lorax_kit.json_text import parse_json
 
 AnySetting = Setting | Full
 KEYS = ("rules", "exclude", "compute_dtype", "cap_ranks")
@@ -30,7 +31,7 @@ def setting_class(kind: Any) -> type[Any] | None:
 
 
 def _from_dict(cls: type[Any], data: Any, where: str) -> Any:
-    need(isinstance(data, Mapping), f"{where} is {data!r}; it must be an object of settings.")
+    need(isinstance(data, Mapping), f"{where} is {shown(data)}; it must be an object of settings.")
     known = [f.name for f in fields(cls)]
     unknown = sorted(set(data) - {*known, *cls.older})
     need(not unknown, f"{where} has the unknown key {', '.join(map(repr, unknown))}; known: kind, {', '.join(known)}.")
@@ -84,13 +85,16 @@ class Spec:
         for pattern, setting in pairs:
             need(isinstance(pattern, str) and pattern != "", f"rule pattern {pattern!r} must be a string.")
             ok = isinstance(setting, Setting | Full)
-            need(ok, f"rule {pattern!r} maps to {setting!r}; it must map to LoRA(...), another method, or Full(...).")
+            need(
+                ok,
+                f"rule {pattern!r} maps to {shown(setting)}; it must map to LoRA(...), another method, or Full(...).",
+            )
         for pattern in (*(str(p) for p, _ in pairs), *exclude):
             for alternative in expand_braces(pattern):
                 compile_pattern(alternative)
         if compute_dtype is not None:
             check_float_dtype(compute_dtype, "compute_dtype")
-        need(isinstance(cap_ranks, bool), f"cap_ranks is {cap_ranks!r}; it must be true or false.")
+        need(isinstance(cap_ranks, bool), f"cap_ranks is {shown(cap_ranks)}; it must be true or false.")
         object.__setattr__(self, "rules", pairs)
         object.__setattr__(self, "exclude", tuple(exclude))
         object.__setattr__(self, "compute_dtype", compute_dtype)
@@ -124,7 +128,7 @@ class Spec:
             cls_of = setting_class(kind)
             known = ", ".join((*METHODS, Full.kind))
             if cls_of is None:
-                raise SpecError(f"rule {i} {pattern!r} has kind {kind!r}; choose from {known}.")
+                raise SpecError(f"rule {i} {pattern!r} has kind {shown(kind)}; choose from {known}.")
             rest = {k: v for k, v in settings.items() if k != "kind"}
             pairs.append((pattern, _from_dict(cls_of, rest, f"rule {i} {pattern!r}")))
         exclude = data.get("exclude", [])
@@ -142,10 +146,10 @@ class Spec:
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> Spec:
-        """Inverse of `to_json`."""
+    def from_json(cls, text: str | bytes) -> Spec:
+        """Inverse of `to_json`; whatever is wrong with the text raises `SpecError`."""
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as e:
+            data = parse_json(text)
+        except ValueError as e:
             raise SpecError(f"the spec is not JSON: {e}.") from None
         return cls.from_dict(data)

@@ -22,7 +22,7 @@ from jax import Array
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
-from lorax_kit.core.setting import RankSetting, is_number, need, plain
+from lorax_kit.core.setting import RankSetting, is_number, need, plain, shown
 from lorax_kit.dtypes import wide
 from lorax_kit.starts.draws import draw_rows
 
@@ -50,9 +50,9 @@ class AdaLoRA(RankSetting):
             object.__setattr__(self, name, plain(getattr(self, name)))
         super().__post_init__()
         ok = self.alpha is None or (is_number(self.alpha) and 0 < self.alpha < float("inf"))
-        need(ok, f"alpha is {self.alpha!r}; it must be a positive number.")
+        need(ok, f"alpha is {shown(self.alpha)}; it must be a positive number.")
         ok = is_number(self.orthogonal) and 0 <= self.orthogonal < float("inf")
-        need(ok, f"orthogonal is {self.orthogonal!r}; it must be a number of at least 0.")
+        need(ok, f"orthogonal is {shown(self.orthogonal)}; it must be a number of at least 0.")
 
     @property
     def scale(self) -> float:

@@ -21,7 +21,7 @@ from jax import Array
 
 from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
-from lorax_kit.core.setting import RankSetting, is_number, need, plain
+from lorax_kit.core.setting import RankSetting, is_number, need, plain, shown
 from lorax_kit.dtypes import wide
 from lorax_kit.methods.lora import first_factors
 from lorax_kit.starts import start_of
@@ -53,7 +53,7 @@ class DeLoRA(RankSetting):
         object.__setattr__(self, "bound", plain(self.bound))
         super().__post_init__()
         ok = is_number(self.bound) and 0 < self.bound < float("inf")
-        need(ok, f"bound is {self.bound!r}; it must be a positive number.")
+        need(ok, f"bound is {shown(self.bound)}; it must be a positive number.")
         object.__setattr__(self, "start", start_of(self.start))
 
     @property

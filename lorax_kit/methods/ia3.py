@@ -15,11 +15,11 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
-from lorax_kit.core.setting import Setting, need
+from lorax_kit.core.setting import Setting, need, shown
 from lorax_kit.dtypes import wide
+from lorax_kit.errors import AdapterError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class IA3(Setting):
 
     def __post_init__(self, *_: Any) -> None:
         super().__post_init__()
-        need(isinstance(self.feedforward, bool), f"feedforward is {self.feedforward!r}; it must be true or false.")
+        need(isinstance(self.feedforward, bool), f"feedforward is {shown(self.feedforward)}; it must be true or false.")
 
 
 class IA3Leaves(NamedTuple):

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
 
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import ScaledSetting
 from lorax_kit.starts.draws import draw_rows
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -20,11 +20,11 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import ScaledSetting, is_int, need, plain
+from lorax_kit.errors import AdapterError
 from lorax_kit.methods.loha import alpha_of, dense_product, identity_rows, is_tucker, tucker
 from lorax_kit.starts.draws import draw_rows
 
@@ -184,10 +184,10 @@ def _halves(m: TorchModule) -> tuple[tuple[int, int], tuple[int, int], bool, boo
 
 
 def _shapes(m: TorchModule, tensors: Any) -> dict[str, tuple[int, ...]]:
-    (m_, n), (l, k), first, second = _halves(m)
+    (m_, n), (one, k), first, second = _halves(m)
     rank, window = m.config["r"], m.inputs[1:]
     out: dict[str, tuple[int, ...]] = (
-        {"lokr_w1_a": (l, rank), "lokr_w1_b": (rank, m_)} if first else {"lokr_w1": (l, m_)}
+        {"lokr_w1_a": (one, rank), "lokr_w1_b": (rank, m_)} if first else {"lokr_w1": (one, m_)}
     )
     if not second:
         return out | {"lokr_w2": (k, n, *window)}

@@ -19,11 +19,11 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.core.errors import SpecError
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.method import METHODS, Hints, Method, Update
 from lorax_kit.core.plan import Site
-from lorax_kit.core.setting import ScaledSetting, need
+from lorax_kit.core.setting import ScaledSetting, need, shown
+from lorax_kit.errors import SpecError
 from lorax_kit.methods.peft_lora import form
 from lorax_kit.starts import STARTS, start_of
 from lorax_kit.starts.draws import draw_rows
@@ -59,7 +59,7 @@ class LoRA(ScaledSetting):
         """A setting of the method that the older `variant` names."""
         if cls is LoRA and variant != "lora":
             if not isinstance(variant, str) or variant not in METHODS:
-                raise SpecError(f"variant {variant!r} is unknown; choose from {', '.join(sorted(METHODS))}.")
+                raise SpecError(f"variant {shown(variant)} is unknown; choose from {', '.join(sorted(METHODS))}.")
             if "init" in settings:
                 settings["start"] = settings.pop("init")
             return METHODS[variant].setting(**settings)
@@ -68,7 +68,7 @@ class LoRA(ScaledSetting):
     def __post_init__(self, variant: str, init: str | None) -> None:  # type: ignore[override]
         super().__post_init__()
         object.__setattr__(self, "start", start_of(self.start if init is None else init))
-        need(isinstance(self.freeze_a, bool), f"freeze_a is {self.freeze_a!r}; it must be true or false.")
+        need(isinstance(self.freeze_a, bool), f"freeze_a is {shown(self.freeze_a)}; it must be true or false.")
 
 
 class Factors(NamedTuple):
@@ -112,6 +112,11 @@ def rows_of(leaves: Any) -> tuple[Array, Array]:
     return jnp.concatenate([leaves.a, leaves.a0 + leaves.a]), jnp.concatenate([leaves.b0, leaves.b])
 
 
+def factors_of(leaves: Any) -> tuple[Array, Array]:
+    """A and B, wherever they started."""
+    return (leaves.a, leaves.b) if leaves.a0 is None else (leaves.a0 + leaves.a, leaves.b0 + leaves.b)
+
+
 def update(site: Site, w: Array, leaves: Factors, scale: Any) -> Update:
     """A and B as they are; `w` plays no part."""
     return Update(*rows_of(leaves))
@@ -129,5 +134,6 @@ LORA = Method(
     update=update,
     rows=frozenset({"a", "b", "a0", "b0"}),
     frozen=frozen,
+    factors=factors_of,
     peft=form(dora=False),
 )

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.method import FromPeft, PeftForm, TorchModule
+from lorax_kit.errors import AdapterError
 from lorax_kit.starts import STARTS
 
 A, B, BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.core.errors import PlanError
 from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
-from lorax_kit.core.setting import Setting, is_int, need, plain
+from lorax_kit.core.setting import Setting, is_int, need, plain, shown
+from lorax_kit.errors import PlanError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Rows(Setting):
         super().__post_init__()
         given = [plain(i) for i in self.rows] if isinstance(self.rows, list | tuple | range) else [None]
         ok = len(given) > 0 and all(is_int(i) and i >= 0 for i in given) and len(set(given)) == len(given)
-        need(ok, f"rows is {self.rows!r}; it must list different rows of the table, such as (5, 7).")
+        need(ok, f"rows is {shown(self.rows)}; it must list different rows of the table, such as (5, 7).")
         object.__setattr__(self, "rows", tuple(given))
 
 

@@ -13,19 +13,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
 
-from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import RankSetting, is_number, need, plain
+from lorax_kit.errors import AdapterError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 BLOCK = 128
 """Columns that are drawn from one key."""
@@ -140,8 +142,8 @@ def _shared(config: Any, modules: list[TorchModule], tensors: Any) -> dict[str, 
     half = next((m for m in modules if m.dtype != "float32"), None)
     if half is not None:
         raise AdapterError(
-            f"VeRA's projections were not saved, and {half.name!r} is {half.dtype}: PEFT rounds what it draws to the base's "
-            "dtype.\n  save them in PEFT (save_projection=True), or load over a float32 base"
+            f"VeRA's projections were not saved, and {half.name!r} is {half.dtype}: PEFT rounds its draws to that.\n"
+            "  save them in PEFT (save_projection=True), or load over a float32 base"
         )
     return dict(tensors) | projections(config["projection_prng_key"], config["r"], ins, outs)
 
@@ -158,7 +160,7 @@ def _read(m: TorchModule, tensors: Any) -> FromPeft:
 
 
 def _share(modules: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One A and one B for all modules: the largest, of which the others are parts, times a number that goes into d or v."""
+    """One A and one B for all modules: the largest, of which the others are parts, times a number that d takes on."""
     draws: dict[str, Any] = {}
     for name, leaf, vector in (("vera_A", "a", "vera_lambda_d"), ("vera_B", "b", "vera_lambda_d")):
         whole = max((leaves[leaf] for _, _, leaves, _ in modules.values()), key=lambda x: x.shape[1])

@@ -1,6 +1,6 @@
 """Reference models in Flax that read top to bottom, and loaders of their real weights."""
 
-from lorax_kit.models.assets import MissingPackageError, locate
+from lorax_kit.assets import MissingPackageError, locate
 from lorax_kit.models.bert import BertClassifier, BertConfig, BertEncoder
 from lorax_kit.models.llama import LlamaConfig, LlamaModel
 from lorax_kit.models.lstm import LstmClassifier, LstmConfig

@@ -81,6 +81,7 @@ class Attention(nn.Module):
 
     config: BertConfig
     dtype: Any = None
+    plain: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], seen: Bool[Array, "B 1 1 T"]) -> Float[Array, "B T D"]:
@@ -94,7 +95,7 @@ class Attention(nn.Module):
             return y.reshape(batch, tokens, heads, size).transpose(0, 2, 1, 3)
 
         q, k, v = project("query"), project("key"), project("value")
-        y = attention(q, k, v, seen).transpose(0, 2, 1, 3).reshape(batch, tokens, hidden)  # (B, T, D)
+        y = attention(q, k, v, seen, self.plain).transpose(0, 2, 1, 3).reshape(batch, tokens, hidden)  # (B, T, D)
         y = nn.Dense(hidden, dtype=self.dtype, name="output")(y)
         return nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name="norm")(x + y)
 
@@ -118,10 +119,11 @@ class Layer(nn.Module):
 
     config: BertConfig
     dtype: Any = None
+    plain: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], seen: Bool[Array, "B 1 1 T"]) -> Float[Array, "B T D"]:
-        x = Attention(self.config, self.dtype, name="attention")(x, seen)
+        x = Attention(self.config, self.dtype, self.plain, name="attention")(x, seen)
         return Mlp(self.config, self.dtype, name="mlp")(x)
 
 
@@ -134,11 +136,13 @@ class BertEncoder(nn.Module):
       types: int32 (B, T) segment ids; None for all zero.
 
     Returns:
-      Hidden states (B, T, D) in `dtype` (None: that of the params).
+      Hidden states (B, T, D) in `dtype` (None: that of the params). `plain` leaves all derivatives to autodiff: slower,
+      but also in forward mode.
     """
 
     config: BertConfig
     dtype: Any = None
+    plain: bool = False
 
     @nn.compact
     def __call__(self, ids: Array, mask: Array, types: Array | None = None) -> Float[Array, "B T D"]:
@@ -146,7 +150,7 @@ class BertEncoder(nn.Module):
         x = Embeddings(self.config, self.dtype, name="embeddings")(ids, types)
         seen = mask[:, None, None, :] != 0  # (B, 1, 1, T)
         for i in range(self.config.num_hidden_layers):
-            x = Layer(self.config, self.dtype, name=f"layer_{i}")(x, seen)
+            x = Layer(self.config, self.dtype, self.plain, name=f"layer_{i}")(x, seen)
         return x
 
 
@@ -156,10 +160,11 @@ class BertClassifier(nn.Module):
     config: BertConfig
     num_classes: int
     dtype: Any = None
+    plain: bool = False
 
     @nn.compact
     def __call__(self, ids: Array, mask: Array, types: Array | None = None) -> Float[Array, "B C"]:
-        x = BertEncoder(self.config, self.dtype, name="encoder")(ids, mask, types)  # (B, T, D)
+        x = BertEncoder(self.config, self.dtype, self.plain, name="encoder")(ids, mask, types)  # (B, T, D)
         kept = (mask != 0).astype(jnp.float32)[..., None]  # (B, T, 1)
         pooled = jnp.sum(x.astype(jnp.float32) * kept, axis=1) / jnp.maximum(jnp.sum(kept, axis=1), 1.0)
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="classifier")(pooled)

@@ -41,9 +41,12 @@ def _heads(x: Array, y: Array, axes: tuple[int, int]) -> Array:
     return lax.dot_general(x, y, (((axes[0],), (axes[1],)), ((0, 1), (0, 1))))
 
 
-@jax.custom_vjp
 def attention(
-    q: Float[Array, "B H T K"], k: Float[Array, "B H S K"], v: Float[Array, "B H S K"], seen: Bool[Array, "B 1 #T S"]
+    q: Float[Array, "B H T K"],
+    k: Float[Array, "B H S K"],
+    v: Float[Array, "B H S K"],
+    seen: Bool[Array, "B 1 #T S"],
+    plain: bool = False,
 ) -> Float[Array, "B H T K"]:
     """softmax(q k^T / sqrt(K)) v over the places `seen`, the softmax in fp32; where none is seen, the mean of v.
 
@@ -51,8 +54,23 @@ def attention(
     the thin operand first, which XLA's CPU backend runs up to 1.6x faster than what autodiff asks for, and the
     denominator of the softmax divides (T, K) outputs instead of (T, S) weights. The weights are not kept, but formed
     again from q and k. Forward and backward take 0.7x of the time of autodiff (8 x 128 tokens, 12 heads of 32).
-    Reverse mode only.
+    It is a derivative of reverse mode only; `plain` leaves it to autodiff, which has both.
     """
+    if plain:
+        return _attention_fwd(q, k, v, seen)[0]
+    try:
+        return _attention(q, k, v, seen)
+    except TypeError as e:
+        if "forward-mode" not in str(e):
+            raise
+        raise TypeError(
+            "attention has a derivative of reverse mode only, and this is forward mode (jvp).\n"
+            "  build the model with plain=True, or model.clone(plain=True): autodiff throughout, slower"
+        ) from e
+
+
+@jax.custom_vjp
+def _attention(q: Array, k: Array, v: Array, seen: Array) -> Array:
     return _attention_fwd(q, k, v, seen)[0]
 
 
@@ -84,4 +102,4 @@ def _attention_bwd(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array
     return dq, dk, dv, None
 
 
-attention.defvjp(_attention_fwd, _attention_bwd)
+_attention.defvjp(_attention_fwd, _attention_bwd)

@@ -138,6 +138,7 @@ class Attention(nn.Module):
 
     config: LlamaConfig
     dtype: Any = None
+    plain: bool = False
 
     @nn.compact
     def __call__(
@@ -156,7 +157,9 @@ class Attention(nn.Module):
         q, k = rotate(q, places), rotate(k, places)
         # The query heads of a group stand as further rows of one head: keys and values are never repeated.
         rows = heads // shared * tokens
-        y = attention(q.reshape(batch, shared, rows, size), k, v, jnp.tile(seen, (1, 1, heads // shared, 1)))
+        y = attention(
+            q.reshape(batch, shared, rows, size), k, v, jnp.tile(seen, (1, 1, heads // shared, 1)), self.plain
+        )
         y = y.reshape(batch, heads, tokens, size).transpose(0, 2, 1, 3).reshape(batch, tokens, hidden)
         return x + nn.Dense(hidden, use_bias=False, dtype=self.dtype, name="output")(y)
 
@@ -181,12 +184,13 @@ class Layer(nn.Module):
 
     config: LlamaConfig
     dtype: Any = None
+    plain: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], places: tuple[Array, Array], seen: Bool[Array, "B 1 T T"]
     ) -> Float[Array, "B T D"]:
-        x = Attention(self.config, self.dtype, name="attention")(x, places, seen)
+        x = Attention(self.config, self.dtype, self.plain, name="attention")(x, places, seen)
         return Mlp(self.config, self.dtype, name="mlp")(x)
 
 
@@ -200,6 +204,7 @@ class LlamaModel(nn.Module):
 
     Returns:
       Logits fp32 (B, T, V). The layers compute in `dtype` (None: that of the params), norms and softmax in fp32.
+      `plain` leaves all derivatives to autodiff: slower, but also in forward mode.
 
     Raises:
       ValueError: more tokens than the config has positions.
@@ -207,6 +212,7 @@ class LlamaModel(nn.Module):
 
     config: LlamaConfig
     dtype: Any = None
+    plain: bool = False
 
     @nn.compact
     def __call__(self, ids: Int[Array, "B T"], mask: Array) -> Float[Array, "B T V"]:
@@ -219,7 +225,7 @@ class LlamaModel(nn.Module):
         places = angles(tokens, c.head_size, c.rope_theta)
         seen = jnp.tri(tokens, dtype=bool)[None, None] & mask.astype(bool)[:, None, None, :]  # (B, 1, T, T)
         for i in range(c.num_hidden_layers):
-            x = Layer(c, self.dtype, name=f"layer_{i}")(x, places, seen)
+            x = Layer(c, self.dtype, self.plain, name=f"layer_{i}")(x, places, seen)
         x = RMSNorm(c.rms_norm_eps, self.dtype, name="norm")(x)
         # Rounding logits of 50,000 words to bf16 would tie the best of them: products are summed and kept in fp32.
         product = partial(lax.dot_general, preferred_element_type=jnp.float32)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lorax_kit.assets import locate
 from lorax_kit.core.paths import TorchName
-from lorax_kit.models.assets import locate
 from lorax_kit.models.bert import BertConfig
 from lorax_kit.models.weights import open_folder, read_config
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorax_kit.assets import locate
 from lorax_kit.core.paths import TorchName
-from lorax_kit.models.assets import locate
 from lorax_kit.models.gguf import gguf_names, read_gguf
 from lorax_kit.models.llama import LlamaConfig
 from lorax_kit.models.tokenizer import Tokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from lorax_kit.json_text import read_json as json_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -127,6 +128,6 @@ def _open(file: Path) -> Any:
 def read_json(file: Path) -> Any:
     """The content of a JSON file; `ValueError` where it is none."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:  # also bytes that are not UTF-8
+        return json_of(file)
+    except ValueError as e:
         raise ValueError(f"{str(file)!r} is not JSON: {e}.") from None

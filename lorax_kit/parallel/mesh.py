@@ -11,8 +11,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
-from lorax_kit.core.errors import LoraxError
 from lorax_kit.core.paths import is_array
+from lorax_kit.errors import LoraxError
 from lorax_kit.training.step import Init, Loss, Step, make_step
 
 DATA = "data"

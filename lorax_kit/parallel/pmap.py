@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax_kit.core.errors import LoraxError
+from lorax_kit.errors import LoraxError
 from lorax_kit.parallel.mesh import device_mesh, replicate
 from lorax_kit.training.objective import folded, is_key, rows
 from lorax_kit.training.step import Init, Loss, Step, make_step

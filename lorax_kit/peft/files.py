@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from lorax_kit.checkpoint.tensors import read_tensors
-from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.method import Method, PeftForm
+from lorax_kit.errors import AdapterError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROOT, PREFIX = "base_model.", "base_model.model."
@@ -177,6 +178,7 @@ def sort_out(tensors: Mapping[str, np.ndarray], form: PeftForm, besides: Mapping
         else:
             ends_here = ends
         if end is None:
+            _refuse_named_adapter(full, ends)
             out.rest[name] = x
             continue
         found = held.setdefault(name.removesuffix(f".{end}"), {})
@@ -188,3 +190,14 @@ def sort_out(tensors: Mapping[str, np.ndarray], form: PeftForm, besides: Mapping
 
 def _end_of(name: str, ends: Iterable[str]) -> str | None:
     return max((e for e in ends if name.endswith(f".{e}")), key=len, default=None)
+
+
+def _refuse_named_adapter(full: str, ends: Iterable[str]) -> None:
+    """Raise `AdapterError` for a tensor of a model in memory, whose name holds the adapter's behind the factor's."""
+    factors = "|".join(sorted({re.escape(e.removesuffix(".weight")) for e in ends}, key=len, reverse=True))
+    own = re.search(rf"\.({factors})\.(?!weight$)(.+?)(\.weight)?$", full)
+    if own:
+        raise AdapterError(
+            f"the tensor {full!r} names its adapter, {own[2]!r}, which the files of save_pretrained leave out.\n"
+            f"  rename it: {full.replace(f'.{own[1]}.{own[2]}', f'.{own[1]}')!r}, or write it by save_pretrained"
+        )

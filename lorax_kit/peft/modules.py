@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorax_kit.core.errors import AdapterError, LoraxError
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.method import FromPeft, Method, PeftForm, TorchModule
 from lorax_kit.core.paths import closest
 from lorax_kit.core.plan import Axes, Plan
+from lorax_kit.errors import AdapterError, LoraxError
 from lorax_kit.peft.config import Config, ends, moves_ties, short, targeted, targeted_parameters, unmatched_parameters
 from lorax_kit.peft.files import CONFIG, WEIGHTS, Sorted
 from lorax_kit.peft.layout import Way, matrix_of, ways
@@ -220,7 +220,8 @@ class Reader:
             if place.outputs and not form.product:
                 return f"{path!r} is a part of {name!r}, and {method.setting.kind} cannot be split by outputs."
             layer = "Linear" if way.layer == "Parameter" else way.layer
-            m = TorchModule(module, layer, total, way.inputs, config, self._weight(name, place, way), {}, str(self.named[path].dtype))
+            dtype, weight = str(self.named[path].dtype), self._weight(name, place, way)
+            m = TorchModule(module, layer, total, way.inputs, config, weight, {}, dtype)
             want = form.shapes(m, tensors)
             have = {end: x.shape for end, x in tensors.items()}
             if want == have:

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Any, NamedTuple
 
-from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.paths import TorchName, closest
 from lorax_kit.core.plan import Plan
+from lorax_kit.errors import AdapterError
 
 _SLICE = re.compile(r"(.*)\[(\d{1,9}):(\d{1,9})\]")
 _NAME = re.compile(r"[^\s/\\{}\[\]]+")

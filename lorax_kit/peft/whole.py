@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_kit.core.errors import AdapterError
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.paths import closest
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.errors import AdapterError
 from lorax_kit.peft.config import Config, check_kept, kept_whole, moves_ties
 from lorax_kit.peft.files import CONFIG, WEIGHTS
 from lorax_kit.peft.layout import from_torch, in_torch

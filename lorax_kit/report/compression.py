@@ -11,6 +11,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from lorax_kit.json_text import parse_json, read_json
 from lorax_kit.report.page import inline_svg, render
 from lorax_kit.report.plots import FAINT, INK, MARKERS, OKABE_ITO, QUIET, Figure, Plot, canvas, legend_below, log_values
 from lorax_kit.report.plots import render as render_plot
@@ -142,9 +143,9 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     try:
         text, about = (
             (path / "rows.jsonl").read_text("utf-8"),
-            json.loads((path / "comparison.json").read_text("utf-8")),
+            read_json(path / "comparison.json"),
         )
-        rows = [json.loads(line) for line in text.split("\n")[:-1]]  # a kill can cut the last
+        rows = [parse_json(line) for line in text.split("\n")[:-1]]  # a kill can cut the last
         if not isinstance(about, dict) or not all(map(_whole, rows)):
             raise ValueError("rows or settings lack what this version writes")
     except (OSError, ValueError) as e:

@@ -7,12 +7,13 @@ be absent. A run that was killed may leave half a line at the end of a file: it 
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lorax_kit.json_text import parse_json, read_json
 
 Record = dict[str, Any]
 
@@ -151,7 +152,7 @@ def _study(file: Path) -> Record:
             "  next: pass the folder a study wrote (its --out)."
         )
     try:
-        study = json.loads(file.read_bytes())
+        study = read_json(file)
     except ValueError as error:
         raise RunFolderError(f"'{file}' is not valid JSON: {error}.") from None
     if not isinstance(study, dict):
@@ -182,7 +183,7 @@ def _lines(file: Path, notes: list[str]) -> list[Record]:
 
 def _record(name: str, line: bytes) -> Record:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise ValueError(f"not valid JSON ({error}).") from None
     if not isinstance(record, dict):

@@ -4,7 +4,7 @@
 its params inside, to be run by jax alone, or by ONNX Runtime alone. Each writes one file, whole or not at all.
 """
 
-from lorax_kit.core.errors import ExportError
+from lorax_kit.errors import ExportError
 from lorax_kit.serve.onnx import load_onnx, save_onnx
 from lorax_kit.serve.stablehlo import load_stablehlo, save_stablehlo
 from lorax_kit.serve.tensors import load_tensors, save_tensors

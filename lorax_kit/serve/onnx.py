@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from lorax_kit.checkpoint.staging import refuse_existing, staged
-from lorax_kit.core.errors import ExportError
 from lorax_kit.core.paths import Params
+from lorax_kit.errors import ExportError
 from lorax_kit.serve.program import first_line, program
 
 

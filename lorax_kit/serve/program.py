@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 
-from lorax_kit.core.errors import ExportError
 from lorax_kit.core.paths import Params, is_array
+from lorax_kit.errors import ExportError
 
 HOST = frozenset(("pure_callback", "io_callback", "debug_callback", "debug_print"))
 """Operations that call back into this process: no file holds what they call."""

@@ -20,11 +20,12 @@ import numpy as np
 
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.checkpoint.tensors import read_metadata, read_tensors, write_tensors
-from lorax_kit.core.errors import ExportError
 from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.paths import Params, closest, flatten, is_array, unflatten
 from lorax_kit.core.quantised import METHODS as QUANTISATIONS
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.errors import ExportError
+from lorax_kit.json_text import parse_json
 
 COMPACT = "lorax_kit.compact"
 """Key of the metadata."""
@@ -122,7 +123,7 @@ def load_tensors(file: str | Path, like: Params = None) -> Params:
     path = Path(file)
     tensors: dict[str, Any] = dict(read_tensors(path))
     try:
-        compact = json.loads(read_metadata(path).get(COMPACT, "{}"))
+        compact = parse_json(read_metadata(path).get(COMPACT, "{}"))
         # The innermost first: the arrays of a product may be in few bits.
         for name in sorted(compact, key=len, reverse=True):
             if name in tensors:

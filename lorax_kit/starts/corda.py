@@ -16,7 +16,7 @@ from jax import Array
 
 from lorax_kit.core.method import Hints
 from lorax_kit.core.plan import Site
-from lorax_kit.starts.matrices import balanced, by_matrix, matrix_of, needed
+from lorax_kit.starts.matrices import balanced, by_matrix, needed
 from lorax_kit.starts.start import Start
 from lorax_kit.svd import leading
 
@@ -51,4 +51,4 @@ def _corda(site: Site, w: Array, hints: Hints, name: str) -> Start:
             u, s, vt = u[:, -site.rank :], s[-site.rank :], vt[-site.rank :]
         return balanced(np.linalg.solve(c, u), s, vt, site.scale)
 
-    return by_matrix(directions, site, matrix_of(site, w), gram)
+    return by_matrix(directions, site, site.matrices(w), gram)

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from jax import Array
 
-from lorax_kit.core.errors import PlanError
 from lorax_kit.core.method import Hints, max_rank
 from lorax_kit.core.patterns import literal
 from lorax_kit.core.plan import Plan, Site
 from lorax_kit.core.setting import Full, is_int, is_number
 from lorax_kit.core.spec import AnySetting, Spec
+from lorax_kit.errors import PlanError
 from lorax_kit.starts.matrices import by_matrix, needed, signs
 from lorax_kit.starts.start import Start
 

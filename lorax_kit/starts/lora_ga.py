@@ -13,7 +13,6 @@ paper by multiplying B0 by its singular values, and A0 not by c; here it is the 
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 from jax import Array
 
@@ -36,4 +35,4 @@ def lora_ga(site: Site, w: Array, key: Array, hints: Hints, *, gamma: float = 16
         b[: len(vt) - rank] = vt[rank:]
         return c * signs(a) * a, c * signs(b) * b
 
-    return by_matrix(split, site, site.matrices(jax.lax.stop_gradient(gradient)))
+    return by_matrix(split, site, site.matrices(gradient))

@@ -12,11 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from lorax_kit.core.errors import PlanError
 from lorax_kit.core.method import Hints
 from lorax_kit.core.plan import Site
+from lorax_kit.errors import PlanError
 from lorax_kit.starts.start import Start
 
 
@@ -41,7 +40,8 @@ def by_matrix(fn: Callable[..., tuple[np.ndarray, np.ndarray]], site: Site, *sta
         return [x.reshape(shape.shape).astype(shape.dtype) for x, shape in zip(rows, shapes, strict=True)]
 
     if any(isinstance(x, jax.core.Tracer) for x in stacked):
-        return Start(*jax.pure_callback(host, shapes, *stacked, vmap_method="sequential"))
+        constant = jax.lax.stop_gradient(stacked)  # where factors begin is not differentiated
+        return Start(*jax.pure_callback(host, shapes, *constant, vmap_method="sequential"))
     return Start(*(jnp.asarray(x) for x in host(*stacked)))
 
 
@@ -91,8 +91,3 @@ def needed(site: Site, hints: Hints, name: str, start: str) -> Any:
 
 
 WORDS = {"gram": "inputs of the data", "gradient": "gradient of a loss"}
-
-
-def matrix_of(site: Site, w: Array) -> Any:
-    """W as (S, K, N); it has no gradient: where factors begin is not differentiated."""
-    return site.matrices(jax.lax.stop_gradient(w))

@@ -15,7 +15,7 @@ from jax import Array
 
 from lorax_kit.core.method import Hints
 from lorax_kit.core.plan import Site
-from lorax_kit.starts.matrices import by_matrix, matrix_of, signs
+from lorax_kit.starts.matrices import by_matrix, signs
 from lorax_kit.starts.start import Start
 
 
@@ -29,4 +29,4 @@ def first_rows(w: np.ndarray, *, rank: int) -> tuple[np.ndarray, np.ndarray]:
 
 def olora(site: Site, w: Array, key: Array, hints: Hints) -> Start:
     """`a` = R[:r] and `b` = Q[:, :r]^T of W^T = Q R."""
-    return by_matrix(partial(first_rows, rank=site.rank), site, matrix_of(site, w))
+    return by_matrix(partial(first_rows, rank=site.rank), site, site.matrices(w))

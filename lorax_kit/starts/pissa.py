@@ -16,7 +16,7 @@ from jax import Array
 
 from lorax_kit.core.method import Hints
 from lorax_kit.core.plan import Site
-from lorax_kit.starts.matrices import balanced, by_matrix, matrix_of
+from lorax_kit.starts.matrices import balanced, by_matrix
 from lorax_kit.starts.start import Start
 from lorax_kit.svd import OVERSAMPLING, leading, projected
 
@@ -28,12 +28,12 @@ def principal(w: np.ndarray, draws: np.ndarray | None = None, *, site: Site) -> 
 
 def pissa(site: Site, w: Array, key: Array, hints: Hints) -> Start:
     """`a` = sqrt(S_r / s) U_r^T and `b` = sqrt(S_r / s) V_r^T, of W = U S V^T."""
-    return by_matrix(partial(principal, site=site), site, matrix_of(site, w))
+    return by_matrix(partial(principal, site=site), site, site.matrices(w))
 
 
 def pissa_fast(site: Site, w: Array, key: Array, hints: Hints) -> Start:
-    """`pissa` by a random projection: seconds instead of minutes for matrices of thousands, within 1 % for most."""
-    matrices = matrix_of(site, w)
+    """`pissa` by a random projection, within about 1 %: a fourth of the time at 2048 x 2048, less for larger ones."""
+    matrices = site.matrices(w)
     s, k, n = matrices.shape
     draws = jax.random.normal(key, (s, n, min(site.rank + OVERSAMPLING, k, n)))
     return by_matrix(partial(principal, site=site), site, matrices, draws)

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from jax import Array
 
-from lorax_kit.core.errors import SpecError
 from lorax_kit.core.method import Hints
 from lorax_kit.core.plan import Site
+from lorax_kit.core.setting import shown
+from lorax_kit.errors import SpecError
 
 
 class Start(NamedTuple):
@@ -34,6 +35,6 @@ OLDER = {"kaiming_uniform": "kaiming"}
 def start_of(name: object) -> str:
     """The name of a start as this version has it; unknown ones raise `SpecError`."""
     known = OLDER.get(name, name) if isinstance(name, str) else name
-    if known not in STARTS:
-        raise SpecError(f"start is {name!r}; choose from {', '.join(STARTS)}.")
-    return str(known)
+    if not isinstance(known, str) or known not in STARTS:
+        raise SpecError(f"start is {shown(name)}; choose from {', '.join(STARTS)}.")
+    return known

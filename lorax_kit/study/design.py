@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from typing import Any
 
-from lorax_kit.core.errors import StudyError
 from lorax_kit.core.method import METHODS
-from lorax_kit.core.setting import Full, Setting, plain
+from lorax_kit.core.setting import Full, Setting, is_int, plain, shown
 from lorax_kit.core.spec import Spec
+from lorax_kit.errors import StudyError
 from lorax_kit.starts import start_of
 
 PROBE = "probe"
@@ -50,8 +50,8 @@ def _values(name: str, given: Any, kind: type | tuple[type, ...], word: str) -> 
     values = tuple(plain(x) for x in given)
     for x in values:
         ok = isinstance(x, kind) and not isinstance(x, bool)
-        _check(ok, f"study {name} holds {x!r}; it must be {word}.")
-    _check(len(set(values)) == len(values), f"study {name} repeats a value: {list(values)}.")
+        _check(ok, f"study {name} holds {shown(x)}; it must be {word}.")
+    _check(len(set(values)) == len(values), f"study {name} repeats a value: {shown(list(values))}.")
     return values
 
 
@@ -121,28 +121,36 @@ class Study:
             value = getattr(self, name)
             _check(value is None or len(value) > 0, f"study {name} is empty; give at least one value.")
         for r in self.rank:  # type: ignore[union-attr]
-            _check(r >= 1, f"study rank holds {r}; it must be at least 1.\n  for the frozen probe give probe_lr")
+            _check(
+                is_int(r) and r >= 1,
+                f"study rank holds {shown(r)}; it must be at least 1.\n  for the frozen probe give probe_lr",
+            )
         for name in ("lr", "probe_lr", "alpha"):
             for x in getattr(self, name) or ():
                 _check(
-                    0 < x < FLOAT32_MAX, f"study {name} holds {x!r}; it must be a positive number of float32's range."
+                    0 < x < FLOAT32_MAX,
+                    f"study {name} holds {shown(x)}; it must be a positive number of float32's range.",
                 )
         for s in self.seed:  # type: ignore[union-attr]
-            _check(0 <= s < 2**31, f"study seed holds {s}; it must lie in [0, 2^31).")
+            _check(0 <= s < 2**31, f"study seed holds {shown(s)}; it must lie in [0, 2^31).")
         _check(isinstance(self.targets, Mapping) and len(self.targets) > 0, "study targets must map names to patterns.")
         for name, patterns in self.targets.items():
-            bare = isinstance(patterns, str) or not isinstance(patterns, Sequence)
-            _check(not bare and len(patterns) > 0, f"study targets {name!r} must be a list of patterns.")
+            listed = isinstance(patterns, Sequence) and not isinstance(patterns, str) and len(patterns) > 0
+            _check(
+                listed and all(isinstance(pattern, str) for pattern in patterns),
+                f"study targets {shown(name)} must be a list of patterns.",
+            )
             ok = isinstance(name, str) and name.replace("-", "").replace("_", "").isalnum()
-            _check(ok, f"study targets name {name!r} goes into file names: use letters, digits, '-' and '_'.")
+            _check(ok, f"study targets name {shown(name)} goes into file names: use letters, digits, '-' and '_'.")
         put("targets", {name: tuple(patterns) for name, patterns in self.targets.items()})
         for name, low in (("steps", 1), ("warmup", 0), ("eval_every", 0)):
             x = getattr(self, name)
-            ok = isinstance(x, int) and not isinstance(x, bool) and x >= low
-            _check(ok, f"study {name} is {x!r}; it must be an integer of at least {low}.")
-        _check(self.warmup < self.steps, f"study warmup {self.warmup} leaves none of {self.steps} steps.")
-        _check(self.schedule in SCHEDULES, f"study schedule is {self.schedule!r}; choose from {', '.join(SCHEDULES)}.")
-        _check(self.stream in STREAMS, f"study stream is {self.stream!r}; choose from {', '.join(STREAMS)}.")
+            ok = is_int(x) and x >= low
+            _check(ok, f"study {name} is {shown(x)}; it must be an integer of at least {low}.")
+        _check(self.warmup < self.steps, f"study warmup {shown(self.warmup)} leaves none of {shown(self.steps)} steps.")
+        for name, words in (("schedule", SCHEDULES), ("stream", STREAMS)):
+            word = getattr(self, name)
+            _check(word in words, f"study {name} is {shown(word)}; choose from {', '.join(words)}.")
         ok = isinstance(self.weight_decay, number) and 0 <= self.weight_decay < FLOAT32_MAX
         _check(ok, "study weight_decay must be a number of at least 0.")
         _check(
@@ -160,7 +168,7 @@ class Study:
 
     def _check_methods(self) -> None:
         for kind in self.variant:
-            _check(kind in METHODS, f"variant {kind!r} is unknown; choose from {', '.join(sorted(METHODS))}.")
+            _check(kind in METHODS, f"variant {shown(kind)} is unknown; choose from {', '.join(sorted(METHODS))}.")
             has = {f.name for f in fields(METHODS[kind].setting)}
             for name, given, way in (
                 ("alpha", self.alpha is not None, "alpha=None"),
@@ -168,7 +176,7 @@ class Study:
                 ("rslora", self.rslora, "rslora=False"),
                 ("start", self.start != "kaiming", "no start"),
             ):
-                _check(name in has or not given, f"study variant {kind!r} has no {name}; give {way}.")
+                _check(name in has or not given, f"study variant {shown(kind)} has no {name}; give {way}.")
         unused = sorted(set(self.settings) - set(self.variant))
         _check(not unused, f"study settings are for {', '.join(unused)}, which is no variant of the study.")
 

@@ -18,16 +18,16 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lorax_kit.core.errors import StudyError
 from lorax_kit.core.method import penalty
 from lorax_kit.core.paths import Params, arrays_only
 from lorax_kit.core.plan import Plan
+from lorax_kit.errors import StudyError
 from lorax_kit.parallel.mesh import TRIAL
 from lorax_kit.study.design import Study
 from lorax_kit.study.packing import Pack, Scalars
 from lorax_kit.study.problem import Problem
 from lorax_kit.training.evaluate import Score, mean_scores
-from lorax_kit.training.optim import partition
+from lorax_kit.training.optimisers.partition import partition
 from lorax_kit.training.step import Info, State, make_step
 from lorax_kit.transform.adapt import adapt
 

@@ -10,9 +10,9 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from lorax_kit.core.errors import StudyError
 from lorax_kit.core.paths import Params, nbytes
 from lorax_kit.core.plan import Plan
+from lorax_kit.errors import StudyError
 from lorax_kit.study.design import Study, Trial
 from lorax_kit.study.packing import pack
 from lorax_kit.study.problem import Problem

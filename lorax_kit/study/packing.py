@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.core.errors import StudyError
 from lorax_kit.core.leaves import FullLeaf
 from lorax_kit.core.merge import split
 from lorax_kit.core.method import METHODS, frozen_leaves, leaf_shapes
@@ -24,6 +23,7 @@ from lorax_kit.core.paths import Params
 from lorax_kit.core.plan import Plan, match
 from lorax_kit.core.setting import Full, Setting
 from lorax_kit.core.spec import Spec
+from lorax_kit.errors import StudyError
 from lorax_kit.study.design import Study, Trial
 from lorax_kit.study.problem import Problem
 from lorax_kit.transform.resolve import resolve
@@ -75,6 +75,34 @@ def kinds(study: Study, trials: Sequence[Trial]) -> list[list[Trial]]:
     elif probes:
         grouped["probe"] = probes
     return list(grouped.values())
+
+
+def stacks(
+    study: Study, problem: Problem, trials: Sequence[Trial], params: Params, batch: Any
+) -> list[tuple[list[Trial], Plan]]:
+    """The stacks of one kind of trials, each with its `union_plan`: those whose leaves differ in rows only share one.
+
+    At another rank a method may hold other leaves, such as a dense matrix for factors. The probe joins the first.
+    """
+    plan = union_plan(study, problem, trials, params, batch)
+    apart: dict[Any, list[Trial]] = {}
+    for trial in sorted(trials, key=lambda trial: trial.rank == 0):
+        form = _form(study, plan, trial) if trial.rank > 0 else next(iter(apart), None)
+        apart.setdefault(form, []).append(trial)
+    if len(apart) == 1:
+        return [(list(trials), plan)]
+    return [(some, union_plan(study, problem, some, params, batch)) for some in apart.values()]
+
+
+def _form(study: Study, plan: Plan, trial: Trial) -> Any:
+    """Which leaves a trial has at the sites of a plan, and the shapes of those that no zero rows extend."""
+    setting = study.setting(trial)
+    rows = METHODS[setting.kind].rows
+    found = []
+    for site in plan.sites:
+        leaves = leaf_shapes(replace(site, setting=setting))._asdict()
+        found.append(tuple(None if x is None else name in rows or (x.shape, x.dtype) for name, x in leaves.items()))
+    return tuple(found)
 
 
 def _rows_only(setting: Setting) -> bool:
@@ -143,6 +171,15 @@ def _padded(plan: Plan, path: str, leaves: Any) -> Any:
     shapes = leaf_shapes(plan.site(path))
     if leaves is None:
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    rows = METHODS[plan.site(path).setting.kind].rows
+    for name, x in leaves._asdict().items():
+        s = getattr(shapes, name)
+        if (x is None) != (s is None) or (x is not None and name not in rows and x.shape != s.shape):
+            have, want = ("none" if v is None else v.shape for v in (x, s))
+            raise StudyError(
+                f"trials of these ranks do not fit one stack: {name} at {path!r} is {have} in one, {want} in another.\n"
+                "  pack those apart that `lorax_kit.study.packing.stacks` keeps apart"
+            )
     return jax.tree.map(
         lambda x, s: jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, s.shape, strict=True)]) if x.ndim else x,
         leaves,

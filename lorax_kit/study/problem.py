@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax import Array
 
-from lorax_kit.core.errors import StudyError
 from lorax_kit.core.method import Hints
 from lorax_kit.core.paths import Params, arrays_only, flatten, is_array, is_state
+from lorax_kit.errors import StudyError
 from lorax_kit.training.evaluate import Score
 
 

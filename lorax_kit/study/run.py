@@ -13,12 +13,12 @@ import jax
 from jax.sharding import Mesh
 
 from lorax_kit.checkpoint.fingerprint import digests, fingerprint, whole_fingerprint
-from lorax_kit.core.errors import StudyError
 from lorax_kit.core.paths import Params
+from lorax_kit.errors import StudyError
 from lorax_kit.parallel.mesh import TRIAL
 from lorax_kit.study.design import Study
 from lorax_kit.study.groups import available_bytes, grouped
-from lorax_kit.study.packing import kinds, union_plan
+from lorax_kit.study.packing import kinds, stacks
 from lorax_kit.study.problem import Problem, check_base, check_batches, check_score
 from lorax_kit.study.session import Session
 from lorax_kit.study.store import RunStore, environment
@@ -87,7 +87,7 @@ def run(
     Args:
       study, problem: what to train.
       out: the run folder.
-      mesh: with an axis "trial", trials are spread over its devices (`lk.parallel.device_mesh("trial")`).
+      mesh: with an axis "trial", trials are spread over its devices (`lk.device_mesh("trial")`).
       memory_bytes: budget per device; None: what is free.
       overwrite: discard what the folder holds.
       command: the command line, for the report.
@@ -97,7 +97,8 @@ def run(
       `Results`.
 
     Raises:
-      StudyError: a folder that holds something else, an empty data set, a trial that cannot fit the memory.
+      StudyError: a mesh without that axis, a folder that holds something else, an empty data set, a problem that breaks
+        its contract, a trial that cannot fit the memory.
       PlanError: targets that do not fit the model, before anything is written.
     """
     check_batches(problem)
@@ -108,8 +109,13 @@ def run(
         raise StudyError(f"problem {problem.name!r} has no training batches: the data set is empty.")
     # Planned for the whole study first: a bad pattern or rank must not surface after an hour, nor leave a folder.
     budget = available_bytes(jax.local_devices()[0]) if memory_bytes is None else memory_bytes
+    if mesh is not None and TRIAL not in mesh.shape:
+        raise StudyError(
+            f"the mesh has the axes {', '.join(map(repr, mesh.shape))}; a study spreads trials over {TRIAL!r}.\n"
+            f"  mesh=lk.device_mesh({TRIAL!r})"
+        )
     devices = 1 if mesh is None else mesh.shape[TRIAL]
-    planned = [(some, union_plan(study, problem, some, params, batch)) for some in kinds(study, trials)]
+    planned = [one for kind in kinds(study, trials) for one in stacks(study, problem, kind, params, batch)]
     specs = [study.spec(trial, problem.head) for trial in trials]
     head = {leaf.path for _, plan in planned for leaf in plan.full}
     check_base(problem, params, head, jax.random.fold_in(jax.random.key(trials[0].seed), 0))

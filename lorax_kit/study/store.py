@@ -29,7 +29,8 @@ import numpy as np
 
 from lorax_kit.checkpoint.fingerprint import differences, first_difference
 from lorax_kit.checkpoint.staging import sole_writer
-from lorax_kit.core.errors import StudyError
+from lorax_kit.errors import StudyError
+from lorax_kit.json_text import parse_json, read_json
 from lorax_kit.study.engine import Progress
 from lorax_kit.version import __version__
 
@@ -139,8 +140,8 @@ class RunStore:
         if not file.exists():
             return None
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as e:
+            found = read_json(file)
+        except ValueError as e:
             raise StudyError(f"{str(file)!r} is not JSON: {e}.\n  restore it, or discard the folder") from None
         return found if isinstance(found, dict) else {}
 
@@ -153,9 +154,9 @@ class RunStore:
         rows = []
         for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 rows.append(row | {"trial": str(row["trial"])})
-            except (ValueError, TypeError, KeyError, RecursionError) as e:
+            except (ValueError, TypeError, KeyError) as e:
                 raise StudyError(
                     f"{str(file)!r}, line {number} is not the JSON of a trial: {e!r}.\n"
                     "  delete that line: the trial is then run again"
@@ -206,7 +207,7 @@ class RunStore:
             return None
         try:
             with np.load(file, allow_pickle=False) as stored:
-                facts = json.loads(str(stored["facts"]))
+                facts = parse_json(str(stored["facts"]))
                 if facts["trials"] != list(trials) or len(stored["failed"]) != size:
                     return None
                 dtypes = enumerate(facts["dtypes"])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lorax_kit.models.assets import locate
+from lorax_kit.assets import locate
 
 HELD_OUT = 8
 """Every so many plays, in the order of their paths, one is held out: a comedy, a history and two tragedies."""

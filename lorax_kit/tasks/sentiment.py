@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lorax_kit.models.assets import locate
+from lorax_kit.assets import locate
 
 CLASSES = 2
 SOURCES = ("rotten_tomatoes", "imdb", "all")

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
-from lorax_kit.core.errors import LoraxError
 from lorax_kit.core.paths import Params, arrays_only
+from lorax_kit.errors import LoraxError
 from lorax_kit.training.prefix import Parts, split_prefix
 
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from lorax_kit.core.errors import LoraxError
 from lorax_kit.core.paths import Params, flatten, is_array
+from lorax_kit.errors import LoraxError
 from lorax_kit.training.evaluate import direction
 from lorax_kit.training.objective import is_key
 from lorax_kit.training.saved import Saved, load_training, save_training

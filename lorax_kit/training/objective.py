@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.core.errors import LoraxError
 from lorax_kit.core.paths import Params, is_array
+from lorax_kit.errors import LoraxError
 
 
 class Weighted(NamedTuple):

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_kit.core.errors import LoraxError
+from lorax_kit.errors import LoraxError
+from lorax_kit.json_text import parse_json
 from lorax_kit.training.step import State
 
 
@@ -81,7 +82,7 @@ def load_training(file: Path, state: State, settings: Mapping[str, Any]) -> Save
         return None
     try:
         with np.load(file, allow_pickle=False) as stored:
-            facts = json.loads(str(stored["facts"]))
+            facts = parse_json(str(stored["facts"]))
             shapes = [(jnp.dtype(dtype), tuple(shape)) for dtype, shape in facts["leaves"]]
             leaves = [stored[f"leaf_{i}"].view(dtype).reshape(shape) for i, (dtype, shape) in enumerate(shapes)]
         known, history, names = facts["settings"], list(facts["history"]), list(facts["names"])

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from lorax_kit.core.errors import LoraxError
 from lorax_kit.core.leaves import FactorTree, check_key
 from lorax_kit.core.paths import Params
+from lorax_kit.errors import LoraxError
 from lorax_kit.placement import varying
-from lorax_kit.training.extra import extra_arguments, updated
 from lorax_kit.training.objective import Run, accumulated, gradients, losses, means
+from lorax_kit.training.optimisers.extra import extra_arguments, updated
 
 
 class State(NamedTuple):

@@ -5,5 +5,17 @@ from lorax_kit.transform.adapt import Adapted, adapt, compressed
 from lorax_kit.transform.cost import Costs
 from lorax_kit.transform.explain import Explanation, explain
 from lorax_kit.transform.resolve import all_linear, resolve
+from lorax_kit.transform.trace import Given, watch
 
-__all__ = ["Adapted", "Costs", "Explanation", "adapt", "all_linear", "compressed", "explain", "resolve"]
+__all__ = [
+    "Adapted",
+    "Costs",
+    "Explanation",
+    "Given",
+    "adapt",
+    "all_linear",
+    "compressed",
+    "explain",
+    "resolve",
+    "watch",
+]

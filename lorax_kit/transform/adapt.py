@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax import Array
 
-from lorax_kit.core.errors import PlanError
 from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors, check_key, site_key
 from lorax_kit.core.lowrank import LowRank, dense
 from lorax_kit.core.merge import check_params
@@ -18,6 +18,7 @@ from lorax_kit.core.method import update_of
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import Plan, Site
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.errors import PlanError
 from lorax_kit.placement import alike
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import Costs, measured_costs
@@ -46,7 +47,8 @@ class Adapted:
         self, base: Params, factors: FactorTree, *args: Any, dropout_key: Array | None = None, **kwargs: Any
     ) -> Any:
         """`fn` as if its params were `merge(base, factors, plan)`; inputs and outputs are those of `fn`."""
-        return self.traced(base, factors, args, kwargs, dropout_key)[0]
+        with _forward_mode("adapt(fn, plan, kernel='plain')", self.kernel):
+            return self.traced(base, factors, args, kwargs, dropout_key)[0]
 
     def traced(
         self, base: Params, factors: FactorTree, args: tuple[Any, ...], kwargs: dict[str, Any], key: Array | None = None
@@ -99,6 +101,25 @@ def _weight(site: Site, base: Any, leaves: Any, scale: Any, key: Array | None) -
     return make_weight(site, w, source, update, scale, own)
 
 
+@contextmanager
+def _forward_mode(way_out: str, kernel: str) -> Iterator[None]:
+    """Say what is left to do where JAX refuses forward mode."""
+    try:
+        yield
+    except TypeError as e:
+        if "forward-mode" not in str(e):
+            raise
+        if kernel != "plain":
+            raise PlanError(
+                "forward-mode differentiation (jvp) of products whose derivatives are written for reverse mode.\n"
+                f"  {way_out} leaves them to autodiff, which has both, and is slower"
+            ) from e
+        raise PlanError(
+            f"forward-mode differentiation (jvp) of a custom_vjp rule of the function itself: {way_out} has none.\n"
+            "  give the function a custom_jvp rule; a model of lorax_kit: model.clone(plain=True)"
+        ) from e
+
+
 def adapt(
     fn: Callable[..., Any],
     plan: Plan,
@@ -115,7 +136,7 @@ def adapt(
       fn: `fn(params, *inputs, **kwargs)`, traceable by JAX; it is not changed.
       plan: from `lk.resolve`.
       kernel: "auto" (a cost model picks per site), "factored", "merged", or "plain" (autodiff throughout,
-        for forward mode). The choice changes speed and rounding only.
+        for forward mode: jvp, jacfwd, and jit of them). The choice changes speed and rounding only.
       trials: how many stacked trials a surrounding `vmap` runs; steers "auto".
       recompute: the backward pass keeps the results of products and forms the norms, activations and layout changes
         between them again: about half the temporary memory, at the same speed and FLOPs to a few per cent.
@@ -167,7 +188,7 @@ def _keywords(fn: Callable[..., Any]) -> set[str]:
         return set()
 
 
-def compressed(fn: Callable[..., Any]) -> Callable[..., Any]:
+def compressed(fn: Callable[..., Any], *, kernel: str = "factored") -> Callable[..., Any]:
     """Run any JAX function with params of which some are `LowRank` or `Quantised`.
 
     A product with a `LowRank` parameter runs as two, and nothing restores it. The result is a function like any other:
@@ -175,6 +196,7 @@ def compressed(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
       fn: `fn(params, *inputs, **kwargs)`, traceable by JAX; it is not changed.
+      kernel: "factored", or "plain" (autodiff throughout, for forward mode).
 
     Returns:
       `run(params, *inputs, **kwargs)`, which raises a PlanError where it would have to restore a `LowRank` parameter.
@@ -192,7 +214,7 @@ def compressed(fn: Callable[..., Any]) -> Callable[..., Any]:
         weights = {path: lowrank_weight(path, leaf) for path, leaf in named.items() if isinstance(leaf, LowRank)}
         if not weights:
             return fn(params, *args, **kwargs)
-        ctx = Context(kernel="factored")
+        ctx = Context(kernel=kernel)
         out = run(ctx, fn, named, treedef, weights, args, kwargs)
         for use in ctx.uses.values():
             if use.how == "materialised":
@@ -203,11 +225,15 @@ def compressed(fn: Callable[..., Any]) -> Callable[..., Any]:
         return out
 
     def run_compressed(params: Params, *args: Any, **kwargs: Any) -> Any:
+        with _forward_mode("compressed(fn, kernel='plain')", kernel):
+            return run_whole(params, args, kwargs)
+
+    def run_whole(params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         named, treedef = flatten(params)
         # Factors and residuals may be quantised: to the products they are arrays like any other.
         weights = {path: frozen_weight(path, leaf) for path, leaf in named.items() if isinstance(leaf, Quantised)}
         if not weights:
             return products(params, *args, **kwargs)
-        return run(Context(kernel="factored"), products, named, treedef, weights, args, kwargs)
+        return run(Context(kernel=kernel), products, named, treedef, weights, args, kwargs)
 
     return run_compressed

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorax_kit.core.errors import PlanError
+from lorax_kit.errors import PlanError
+from lorax_kit.json_text import read_json
 
 
 class Product(NamedTuple):
@@ -62,10 +63,10 @@ class Costs:
           PlanError: it is not such a file.
         """
         try:
-            data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+            data: Any = read_json(path)
             (a0, a1), (w0, w1) = ((float(x) for x in data[name]) for name in ("activation", "weight"))
             device = str(data["device"])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
+        except (ValueError, KeyError, TypeError, OverflowError) as e:
             raise PlanError(
                 f"{str(path)!r} holds no costs ({type(e).__name__}: {e}).\n"
                 "  measure them: lorax-kit bench calibrate --out FILE"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -14,12 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax_kit.core.errors import PlanError
 from lorax_kit.core.method import method_of
 from lorax_kit.core.paths import Params, flatten, is_array, paths
 from lorax_kit.core.plan import Axes, Plan, make_plan, match, matched
 from lorax_kit.core.setting import Full, Setting
 from lorax_kit.core.spec import Spec
+from lorax_kit.errors import PlanError
 from lorax_kit.transform.context import Context, Use
 from lorax_kit.transform.trace import run
 from lorax_kit.transform.weight import Weight, whole
@@ -40,6 +41,8 @@ def resolve(spec: Spec, params: Params, fn: Callable[..., Any] | None = None, *a
     Returns:
       A static, hashable `Plan`.
 
+    Warns where a matrix that it trains is the same array as another leaf: they would no longer be tied.
+
     Raises:
       PlanError: a rule that matches nothing, an adapted parameter the function never uses or uses in ways that do
         not agree, a rank above min(in, out), a target that is not float, a function that cannot be traced.
@@ -57,6 +60,7 @@ def resolve(spec: Spec, params: Params, fn: Callable[..., Any] | None = None, *a
         if isinstance(setting, Setting):
             method_of(setting)
     settings = match(spec, params)
+    _warn_of_shared(settings, params)
     if fn is None:
         return make_plan(spec, params)
     full = {path for path, setting in settings.items() if isinstance(setting, Full)}
@@ -73,6 +77,27 @@ def resolve(spec: Spec, params: Params, fn: Callable[..., Any] | None = None, *a
         if isinstance(setting, Setting):
             axes[path] = _axes(path, len(shapes[path].shape), setting, uses)
     return make_plan(spec, params, axes)
+
+
+def _warn_of_shared(targets: Collection[str], params: Params) -> None:
+    """Warn where a matrix to be trained is one array in two places: training makes them two.
+
+    A tie between leaves is not seen by JAX, so the function's other use keeps the frozen value. Vectors are not looked
+    at: initialisers share their zeros and ones.
+    """
+    places: dict[int, list[str]] = {}
+    for path, x in flatten(params)[0].items():
+        if is_array(x) and len(x.shape) > 1 and not isinstance(x, jax.ShapeDtypeStruct):
+            places.setdefault(id(x), []).append(path)
+    for path in targets:
+        if other := next((p for some in places.values() if path in some for p in some if p != path), None):
+            warnings.warn(
+                f"{path!r} and {other!r} are one array: trained, {path!r} becomes another one, and {other!r} "
+                f"{'is trained by itself' if other in targets else 'stays as it is'}. "
+                "If the model ties them, keep it in one place of the params",
+                stacklevel=3,
+            )
+            return
 
 
 def uses_of(

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.core.errors import PlanError
 from lorax_kit.core.lowrank import LowRank, dense
 from lorax_kit.core.paths import Params, flatten, is_array, unflatten
 from lorax_kit.core.plan import Plan, Site
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.errors import PlanError
 from lorax_kit.transform import rules
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.interpret import evaluate_arrays

@@ -61,12 +61,21 @@ def restored_product(fn: Partial, source: Source, x: Array) -> Array:
 
     The quantised base has none; what scaled or changed it since, and `x`, have theirs.
     """
+    return _restored(fn, source, x)
+
+
+def _restored(fn: Partial, source: Source, x: Array) -> Array:
     later: Source = after(x, source)
-    return fn(later.restore(), x)
+    product: Array = fn(later.restore(), x)
+    return product
 
 
 def _restored_fwd(fn: Partial, source: Source, x: Array) -> tuple[Array, tuple[Partial, Source, Array]]:
-    return restored_product(fn, source, x), (fn, source, x)
+    return _restored(fn, source, x), (
+        fn,
+        source,
+        x,
+    )  # not by the rule itself: gradients are differentiated forward, too
 
 
 def _restored_bwd(residuals: tuple[Partial, Source, Array], g: Array) -> tuple[Partial, Any, Array]:

@@ -16,7 +16,8 @@ from lorax_kit.checkpoint.fingerprint import fingerprint
 from lorax_kit.checkpoint.staging import refuse_existing, sole_writer
 from lorax_kit.compress import ALLOCATIONS
 from lorax_kit.compress.arguments import check_count, check_word
-from lorax_kit.core.errors import CompressError
+from lorax_kit.errors import CompressError
+from lorax_kit.json_text import read_json
 from lorax_kit.report.compression import read_rows
 from lorax_kit.report.run_folder import RunFolderError, replace_file
 from lorax_kit.version import __version__
@@ -179,7 +180,7 @@ class _Folder:
             if "\n" in text:
                 self.rows, found = read_rows(self.path)
             else:
-                found = json.loads(self.head.read_text(encoding="utf-8"))
+                found = read_json(self.head)
         except (RunFolderError, ValueError) as e:
             raise CompressError(f"{str(self.path)!r} cannot be gone on with: {e}.\n  choose another folder") from None
         found = found if isinstance(found, dict) else {}

@@ -20,10 +20,11 @@ from lorax_kit.checkpoint.fingerprint import differences, digests, fingerprint, 
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.compress import Moments, compressed, distil, distillation, heal
 from lorax_kit.compress.arguments import check_count, check_number, check_positive, check_share
-from lorax_kit.core.errors import CompressError
 from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.errors import CompressError
+from lorax_kit.json_text import read_json
 from lorax_kit.serve import load_tensors, save_tensors
 from lorax_kit.workloads.methods import (
     Method,
@@ -182,7 +183,7 @@ def load_small(folder: str | Path, subject: Subject) -> tuple[dict[str, Any], Sm
     """
     path = Path(folder)
     try:
-        row = json.loads((path / ROW).read_text(encoding="utf-8"))
+        row = read_json(path / ROW)
         way, keep = Method.parse(row["method"].removesuffix(IN_TURN)), float(row["keep"])
         original, leaves, _ = row["original"], row.get("leaves"), row["metric_healed"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:

@@ -17,9 +17,10 @@ from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.checkpoint.adapter import adapter_bytes
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.compress.arguments import check_share
-from lorax_kit.core.errors import ExportError
 from lorax_kit.core.paths import flatten
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.errors import ExportError
+from lorax_kit.json_text import read_json
 from lorax_kit.models import load_bert
 from lorax_kit.serve import load_onnx, load_stablehlo, load_tensors, save_onnx, save_stablehlo, save_tensors
 from lorax_kit.serve.onnx import check_installed
@@ -224,7 +225,7 @@ def _vocabulary(file: Path) -> tuple[list[str], dict[str, Any]]:
     Raises:
       ExportError: another kind of tokenizer, whose words alone would not say how texts are split.
     """
-    data = json.loads(file.read_text(encoding="utf-8"))
+    data = read_json(file)
     kind, normaliser = data["model"].get("type"), data.get("normalizer") or {}
     if kind != "WordPiece" or normaliser.get("type") != "BertNormalizer":
         raise ExportError(

@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from lorax_kit.checkpoint.adapter import load_adapter, read_document, save_adapter
 from lorax_kit.checkpoint.fingerprint import fingerprint
-from lorax_kit.core.errors import AdapterError, PlanError, StudyError
 from lorax_kit.core.merge import merge, split
 from lorax_kit.core.paths import paths
 from lorax_kit.core.quantised import quantise
 from lorax_kit.core.setting import Full
 from lorax_kit.core.spec import Spec
+from lorax_kit.errors import AdapterError, PlanError, StudyError
 from lorax_kit.methods import LoRA
 from lorax_kit.models import BertClassifier, Tokenizer, classifier_params, load_bert
 from lorax_kit.study.problem import Problem
@@ -269,7 +269,7 @@ def train_adapter(
 
 
 def inspect_model(
-    source: str, spec: str | None, batch_size: int, tokens: int, method: str | None = None
+    source: str, spec: str | bytes | None, batch_size: int, tokens: int, method: str | None = None
 ) -> tuple[dict[str, Any], str]:
     """Parameters of a model, or with a spec (JSON text) how each site runs: as data, and as text.
 

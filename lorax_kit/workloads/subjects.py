@@ -14,11 +14,11 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.checkpoint.adapter import load_adapter
-from lorax_kit.core.errors import CompressError
 from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.spec import Spec
+from lorax_kit.errors import CompressError
 from lorax_kit.methods import LoRA
 from lorax_kit.models import BertClassifier, BertConfig, LlamaModel, load_bert, load_llama
 from lorax_kit.tasks import (

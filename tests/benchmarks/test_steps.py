@@ -6,7 +6,7 @@ import pytest
 
 from lorax_kit.benchmarks import bench_forward, bench_grid, calibrate
 from lorax_kit.benchmarks.calibrate import calibration_table
-from lorax_kit.core.errors import PlanError
+from lorax_kit.errors import PlanError
 from lorax_kit.transform import Costs
 from lorax_kit.transform.cost import Product, choose
 

@@ -128,6 +128,16 @@ BAD_FOLDERS = [
     (config(num_attention_heads=0), ValueError, "num_attention_heads 0; it must be an integer of at least 1"),
     (config(hidden_size="6"), ValueError, "hidden_size '6'; it must be an integer of at least 1"),
     (config(layer_norm_eps=-1), ValueError, "layer_norm_eps -1; it must be a number above 0"),
+    (
+        config(num_hidden_layers=1),
+        ValueError,
+        "has tensors that this model does not use: 'encoder.layer.1.attention.output.LayerNorm.bias'",
+    ),
+    (
+        tensors(lambda t: t.update({"embeddings.other.weight": t[UP]})),
+        ValueError,
+        "has tensors that this model does not use: 'embeddings.other.weight'.",
+    ),
     (config(num_hidden_layers=3), ValueError, "has no tensor 'encoder.layer.2.attention.self.query.weight'"),
     (
         config(intermediate_size=9),
@@ -207,3 +217,11 @@ def test_importing_models_reads_no_weights_and_no_data():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_follows_the_encoder_and_its_stored_constants_are_left(tmp_path):
+    drawn = write_folder(tmp_path, "bert.")
+    more = {"bert.embeddings.position_ids": np.arange(5)[None], "bert.pooler.dense.weight": np.ones((6, 6), np.float32)}
+    tensors(lambda t: t.update({**more, "cls.predictions.bias": np.ones(11, np.float32)}))(tmp_path)
+    found, _ = flatten(load_bert(tmp_path).params)
+    assert set(found) == set(drawn)

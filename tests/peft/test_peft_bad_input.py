@@ -124,7 +124,7 @@ FOLDERS = [
     (
         "lora",
         tensor(f"{Q}.lora_A.default.weight", ones(3, 16)),
-        "lora_A.default.weight', which is no parameter of this",
+        "names its adapter, 'default', which the files of save_pretrained leave out",
     ),
     (
         "lora",

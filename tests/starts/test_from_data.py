@@ -134,6 +134,7 @@ def split(start, hints):
         ("lora_ga", {"w": lk.Hints(gradient=np.ones((6, 7)))}, r"has shape \(6, 7\); the parameter needs \(7, 6\)"),
         ("eva", {"w": lk.Hints(gram=np.zeros((1, 7, 7)))}, "the gram of 'w' in hints= is zero: no data reached it"),
         ("eva", {"w": lk.Hints(gram=np.full((1, 7, 7), np.nan))}, "hold values that are not finite"),
+        ("eva", {"w": np.eye(7)}, "hints must map paths to lk.Hints, as lk.calibrate returns them"),
     ],
 )
 def test_data_that_are_missing_or_wrong_are_an_error(start, hints, message):

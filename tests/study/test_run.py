@@ -304,6 +304,12 @@ def test_a_problem_that_breaks_its_contract_is_refused_before_anything_is_writte
     assert not (tmp_path / "run").exists()
 
 
+def test_a_mesh_without_an_axis_of_trials_is_named(tmp_path):
+    with pytest.raises(lk.StudyError, match=r"axes 'data'; .* over 'trial'.\n  mesh=lk.device_mesh\('trial'\)"):
+        run(tmp_path / "run", mesh=lk.device_mesh())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("stream", ["shared", "seed"])
 def test_training_batches_that_end_are_named(tmp_path, stream):
     with pytest.raises(lk.StudyError, match="batches of problem 'points' end before step 13 of 20"):

@@ -8,7 +8,7 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.training import labels
-from lorax_kit.training.gains import FromStart
+from lorax_kit.training.optimisers.gains import FromStart
 from tests.draws import draw
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import lorax_kit as lk
+from tests.draws import draw
 
 PARAMS = {
     "q": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)},
@@ -185,3 +186,24 @@ def test_a_base_of_another_shape_is_named():
     _, factors = lk.split(W, plan, jax.random.key(0))
     with pytest.raises(lk.PlanError, match=r"'w' has shape \(4, 5\), the plan expects \(4, 4\)"):
         lk.adapt(fn, plan)({"w": jnp.ones((4, 5))}, factors, jnp.ones((2, 4)))
+
+
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        ({"inp": lk.LoRA(rank=2)}, "'inp' and 'out' are one array: trained, .* and 'out' stays as it is"),
+        ({"inp": lk.Full(), "out": lk.Full()}, "'inp' and 'out' are one array: .* and 'out' is trained by itself"),
+    ],
+)
+def test_one_array_in_two_leaves_is_said(rules, says):
+    shared, x = draw(0, 6, 6), draw(1, 6, 6)
+    zeros = jnp.zeros(6)
+
+    def fn(p, x):
+        return jnp.tanh(x @ p["inp"] + p["a"][None]) @ p["out"].T + p["b"][None]
+
+    with pytest.warns(UserWarning, match=says) as said:
+        lk.resolve(
+            lk.Spec({**rules, "{a,b}": lk.Full()}), {"inp": shared, "out": shared, "a": zeros, "b": zeros}, fn, x
+        )
+    assert len(said) == 1

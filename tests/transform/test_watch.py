@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lorax_kit as lk
-from lorax_kit.transform.trace import watch
+from lorax_kit.transform import watch
 from tests.draws import draw
 
 

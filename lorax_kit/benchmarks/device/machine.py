@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_kit.benchmarks.timing import alternate, prepared
-from lorax_kit.core.errors import LoraxError
+from lorax_kit.errors import LoraxError
 from lorax_kit.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "peft")

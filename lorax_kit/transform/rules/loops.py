@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lorax_kit.core.errors import PlanError
+from lorax_kit.errors import PlanError
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.interpret import closed, evaluate, evaluate_arrays, materialise, rule
 from lorax_kit.transform.weight import Source, Weight

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import optax
 
-from lorax_kit.core.errors import LoraxError
+from lorax_kit.errors import LoraxError
 
 Measure = Callable[..., Any]
 

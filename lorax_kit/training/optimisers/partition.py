@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import optax
 
-from lorax_kit.core.errors import PlanError
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.method import frozen_leaves, trained_leaves
 from lorax_kit.core.plan import Plan
-from lorax_kit.training.extra import accepting, completing
-from lorax_kit.training.gains import from_start
+from lorax_kit.errors import PlanError
+from lorax_kit.training.optimisers.extra import accepting, completing
+from lorax_kit.training.optimisers.gains import from_start
 
 
 def labels(plan: Plan) -> Callable[[FactorTree], dict[str, Any]]:
@@ -49,8 +49,7 @@ def partition(
 
     Args:
       tx: one transformation for everything trained, or one per label: the names of the leaves ("a", "b",
-        "magnitude", ...) and "full". LoRA+ (Hayou et al., arXiv 2402.12354) is `{"a": adamw(lr), "b": adamw(16 * lr),
-        ...}`. Frozen leaves have no label: nothing moves them.
+        "magnitude", ...) and "full". LoRA+ is `lk.lora_plus`. Frozen leaves have no label: nothing moves them.
       plan: from `lk.resolve`.
       clip: clip by the global norm of all trained leaves together, before `tx`.
 

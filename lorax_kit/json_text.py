@@ -1,0 +1,44 @@
+"""JSON text of any origin: whatever is wrong with it is a `ValueError` of one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+MOST_DIGITS = 300
+"""Of an integer: fewer than floats hold, and than the few thousand that Python itself refuses to read or write.
+
+Hugging Face writes 10^30 for "no limit" into configs of tokenizers."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON text.
+
+    Raises:
+      ValueError: bytes that are not UTF-8, text that is not JSON, nests too deeply, or holds an integer of more than
+        300 digits; in one line, without a full stop.
+
+    Example:
+      >>> parse_json(b'{"rank": 8}')
+      {'rank': 8}
+    """
+    try:
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, parse_int=_integer)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"byte {e.start} is not UTF-8 text") from None
+    except json.JSONDecodeError as e:
+        raise ValueError(str(e)) from None
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+
+
+def read_json(file: str | Path) -> Any:
+    """`parse_json` what a file holds; raises `OSError`, too."""
+    return parse_json(Path(file).read_bytes())
+
+
+def _integer(digits: str) -> int:
+    if len(digits.lstrip("-")) > MOST_DIGITS:
+        raise ValueError(f"it holds a number of {len(digits.lstrip('-')):,} digits")
+    return int(digits)
