@@ -34,6 +34,8 @@ _LISTS: dict[str, tuple[type, ...]] = {
 }
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """What PEFT adds to modules_to_save by itself, whether the model has it or not."""
+TABLES = ("embed_tokens", "lm_head")
+"""Without one of these names among the targets, PEFT does not look for ties."""
 _HANDLED = {*_LISTS, "bias", "ensure_weight_tying", "trainable_token_indices"}
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _NOTHING = (None, False, "none", "None", 0, "")
@@ -171,6 +173,17 @@ def check_task(task_type: str | None, auto_mapping: Mapping[str, str] | None) ->
 def listed(value: str | list[str] | None) -> list[str]:
     """A text or a list of them as a list."""
     return [value] if isinstance(value, str) else list(value or ())
+
+
+def moves_ties(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT moves a tied head with its embedding: where it is asked to, and one of two names is targeted or kept."""
+    if not config.get("ensure_weight_tying"):
+        return False
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and any(compiled(targets).fullmatch(name) for name in TABLES):
+        return True
+    entries = [*(targets if isinstance(targets, list) else ()), *(config.get("modules_to_save") or ())]
+    return any(entry.split(".")[-1] in TABLES for entry in entries)
 
 
 def ends(name: str, entry: str) -> bool:

@@ -12,7 +12,7 @@ from lorax_kit.core.method import FromPeft, Method, PeftForm, TorchModule
 from lorax_kit.core.paths import closest
 from lorax_kit.core.plan import Axes, Plan
 from lorax_kit.errors import AdapterError, LoraxError
-from lorax_kit.peft.config import Config, ends, short, targeted, targeted_parameters, unmatched_parameters
+from lorax_kit.peft.config import Config, ends, moves_ties, short, targeted, targeted_parameters, unmatched_parameters
 from lorax_kit.peft.files import CONFIG, WEIGHTS, Sorted
 from lorax_kit.peft.layout import Way, matrix_of, ways
 from lorax_kit.peft.names import Names, Place
@@ -287,13 +287,15 @@ class Reader:
 
     def _check_ties(self, out: Mapping[str, Pieces], tensors: Sorted, twins: list[tuple[str, str]]) -> None:
         """One parameter that serves two modules must be moved alike in both."""
-        asked = bool(self.config.data.get("ensure_weight_tying"))
+        asked, moved = moves_ties(self.config.data), {path for _, path in twins}
         for path, pieces in out.items():
             if pieces.way.layer != "Embedding":
                 continue
             site = self.sites.get(path)
             others = self.torch.tied(path, None if site is None else site.use)
-            if not others or pieces.form.ties == "always" or (pieces.form.ties == "asked" and asked):
+            if not others or pieces.form.ties == "always" or (
+                pieces.form.ties == "asked" and (asked or path in moved)
+            ):
                 continue
             name = self.torch.templates[path]
             raise AdapterError(
@@ -301,17 +303,20 @@ class Reader:
                 "  load it over params whose head is apart, or train it with ensure_weight_tying=True"
             )
         for module, path in twins:
-            if not self._same(module, out.get(path), tensors.modules[module]):
+            if not self._same(module, out.get(path), tensors.modules):
                 raise AdapterError(
                     f"PEFT moves {module!r} by itself, and here it is one parameter with {path!r}.\n"
                     "  load it over params whose head is apart"
                 )
 
-    def _same(self, module: str, pieces: Pieces | None, own: Tensors) -> bool:
-        """Whether a head's tensors are those of its embedding, inputs and outputs exchanged."""
-        form = self.config.form
-        if pieces is None or pieces.form is not form or not form.product:
+    def _same(self, module: str, pieces: Pieces | None, modules: Mapping[str, Tensors]) -> bool:
+        """Whether a head's tensors are those of its embedding: of factors, inputs and outputs exchanged."""
+        form, own = self.config.form, modules[module]
+        if pieces is None or pieces.form is not form:
             return False
+        if not form.product:
+            table = modules[self.torch.templates[pieces.path].removesuffix(".weight")]
+            return set(own) == set(table) and all(np.array_equal(x, table[end]) for end, x in own.items())
         (main,), way = pieces.parts.values(), pieces.way
         m = TorchModule(module, "Linear", way.inputs[0], (way.outputs,), self.config.of(form, module), lambda: None, {})
         if form.shapes(m, own) != {end: x.shape for end, x in own.items()}:

@@ -91,8 +91,7 @@ def save_peft(
         "auto_mapping": None if auto_mapping is None else dict(auto_mapping),
         "base_model_name_or_path": base_model,
         "inference_mode": True,
-        "fan_in_fan_out": any(m.module.layer == "Conv1D" for m in modules.values()),
-        "modules_to_save": sorted(whole.modules) or None,
+        "modules_to_save": sorted(whole.modules | whole.heads) or None,
         "bias": whole.bias,
     }
     tensors = {f"{PREFIX}{name}": x for name, x in whole.tensors.items()}
@@ -100,6 +99,8 @@ def save_peft(
     extra, shared = _methods_keys(main)
     config |= extra
     tensors |= {f"{ROOT}{name}": x for name, x in shared.items()}
+    if any(m.module.layer == "Conv1D" for m in modules.values()):
+        config["fan_in_fan_out"] = True
     if config["bias"] is None:
         del config["bias"]
     config |= _targets(main, {name.removesuffix(".weight") for name in torch.places if name.endswith(".weight")})
@@ -110,7 +111,7 @@ def save_peft(
             key, value = m.beside
             config[key] = config.get(key) or {}
             config[key][m.module.name] = value
-    if any(m.heads for m in modules.values()) or whole.tied:
+    if whole.heads or any(m.heads for m in modules.values()):
         config["ensure_weight_tying"] = True
     with staged(path, overwrite) as new:
         new.mkdir()
@@ -122,6 +123,7 @@ def _methods_keys(modules: Mapping[str, Written]) -> tuple[dict[str, Any], dict[
     """What the form of the one method has to say, values by module as patterns; and tensors of the whole adapter."""
     form = next(iter(modules.values())).form
     keys = {name: form.config(m.module, m.setting, m.leaves) for name, m in modules.items()}
+    keys |= {head: keys[name] for name, m in modules.items() for head in m.head_modules}
     out: dict[str, Any] = {"peft_type": form.peft_type}
     for key in dict.fromkeys(k for own in keys.values() for k in own):
         values = {name: own[key] for name, own in keys.items()}
@@ -152,5 +154,6 @@ def number(x: Any) -> Any:
 def _targets(modules: Mapping[str, Written], known: set[str]) -> dict[str, Any]:
     experts = sorted({m.parameter for m in modules.values() if m.parameter is not None})
     plain = {m.module.name for m in modules.values() if m.parameter is None}
+    plain |= {head for m in modules.values() for head in m.head_modules}  # or PEFT would not look for ties
     out: dict[str, Any] = {"target_modules": targets_for(plain, known)}
     return out | {"target_parameters": experts} if experts else out

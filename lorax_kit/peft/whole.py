@@ -16,7 +16,7 @@ from lorax_kit.core.paths import closest
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import AdapterError
-from lorax_kit.peft.config import Config, check_kept, kept_whole
+from lorax_kit.peft.config import Config, check_kept, kept_whole, moves_ties
 from lorax_kit.peft.files import CONFIG, WEIGHTS
 from lorax_kit.peft.layout import from_torch, in_torch
 from lorax_kit.peft.modules import Reader
@@ -123,7 +123,7 @@ def _check_copies(
                 "  load it over params whose head is apart"
             )
     for path in values:
-        if np.ndim(named[path]) != 2 or config.data.get("ensure_weight_tying"):
+        if np.ndim(named[path]) != 2 or moves_ties(config.data):
             continue
         site = reader.sites.get(path)
         others = torch.tied(path, None if site is None else site.use)
@@ -165,13 +165,13 @@ class Kept:
       tensors: by their names in torch.
       modules: for modules_to_save.
       bias: of the config; None: the method has none.
-      tied: whether a tied parameter is among them.
+      heads: modules that are tied to one of them.
     """
 
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
     modules: set[str] = field(default_factory=set)
     bias: str | None = "none"
-    tied: bool = False
+    heads: set[str] = field(default_factory=set)
 
 
 def kept(
@@ -223,9 +223,9 @@ def kept(
             for place in torch.places[name]:
                 others = torch.tied(place.path, "lookup") if torch.also[place.path] else ()
                 others = others or _guess_ties(place.path, torch, value)
-                for other in others:
+                for other in others:  # PEFT looks for ties only where a head is named
                     out.tensors[other] = value
-                    out.tied = True
+                    out.heads.add(other.rpartition(".")[0])
     return out
 
 

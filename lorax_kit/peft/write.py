@@ -30,6 +30,7 @@ class Written:
       parameter: name of a parameter that is no module's weight (experts), or None.
       beside: (key of the config, value) of a method that stands beside another.
       heads: tensors of the heads that move with an embedding, by their names in torch.
+      head_modules: their modules.
     """
 
     module: TorchModule
@@ -41,6 +42,7 @@ class Written:
     parameter: str | None = None
     beside: tuple[str, Any] | None = None
     heads: dict[str, np.ndarray] = field(default_factory=dict)
+    head_modules: list[str] = field(default_factory=list)
 
 
 def form_of(site: Site) -> PeftForm:
@@ -250,6 +252,7 @@ def _tie(one: Written, site: Site, torch: Names) -> None:
         leaves = {"a": one.leaves["b"], "b": one.leaves["a"]}
         if one.leaves.get("a0") is not None:
             leaves |= {"a0": one.leaves["b0"], "b0": one.leaves["a0"]}
+        one.head_modules.append(m.name)
         one.heads |= {f"{m.name}.{end}": x for end, x in one.form.write(m, one.setting, leaves).items()}
 
 
