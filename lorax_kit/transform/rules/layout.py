@@ -7,6 +7,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import Array, lax
@@ -242,5 +243,7 @@ def _padded(value: Any, config: Any) -> Partial:
 @rule("copy", "copy_p", "sharding_constraint", "optimization_barrier")
 def passed_on(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     """Operations that change nothing about the values."""
+    if any(isinstance(x, Weight) and isinstance(x.w, jax.ShapeDtypeStruct) for x in args):
+        return args
     out = bind(eqn, [x.w if isinstance(x, Weight) else x for x in args])
     return [replace(x, w=y) if isinstance(x, Weight) else y for x, y in zip(args, out, strict=True)]

@@ -68,7 +68,7 @@ def gather(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
 
     def rows(weight: Weight, indices: Array) -> Array:
         found = _looked_up(eqn, weight, indices, axis)
-        y = found.w + found.update(dtype).astype(found.w.dtype)
+        y = found.base() + found.update(dtype).astype(found.w.dtype)
         return y if found.column is None else y * found.column.astype(y.dtype)
 
     return [ctx.kept(rows, weight, indices)]
