@@ -110,8 +110,9 @@ def _weight(site: Site, base: Any, leaves: Any, scale: Any, key: Array | None) -
     w, scale = dense(base), site.scale if scale is None else scale
     update = update_of(site, w, leaves, scale)
     own = site_key(key, site.path) if key is not None and site.dropout > 0 else None
-    source = Source(base) if isinstance(base, Quantised) else None
-    return make_weight(site, w, source, update, scale, own)
+    if isinstance(base, Quantised):  # restored where it is used: outside jit all sites at once would be held
+        return make_weight(site, jax.ShapeDtypeStruct(w.shape, w.dtype), Source(base), update, scale, own)
+    return make_weight(site, w, None, update, scale, own)
 
 
 @contextmanager

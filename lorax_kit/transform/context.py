@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.tree_util import Partial
@@ -126,7 +127,7 @@ class Context:
                 note="; ".join(filter(None, (undropped, self.note))),
             )
 
-    def update_dtype(self, *operands: Array) -> Any:
+    def update_dtype(self, *operands: Array | jax.ShapeDtypeStruct) -> Any:
         """What a low-rank update is computed in: the plan's dtype, or the one that holds all operands."""
         return jnp.dtype(self.compute_dtype or widest(*(x.dtype for x in operands)))
 

@@ -295,7 +295,7 @@ def _watched(ctx: Context, eqn: Any, operand: int, x: Any) -> Any:
     """A parameter trained in full is an array to every operation; that it is used is noted."""
     if isinstance(x, Weight) and x.trained_in_full:
         ctx.record(x, eqn, operand, how="full")
-        return x.w
+        return x.base()
     return x
 
 

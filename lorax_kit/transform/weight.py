@@ -135,7 +135,7 @@ class Weight:
 
     Attributes:
       parts: whose they are.
-      w: the base in its current layout and dtype.
+      w: the base in its current layout and dtype; of a quantised one only its shape and dtype, and `base` restores it.
       a, b: (r, *d), each d the size of that dimension of `w` or 1; None while a plan is being resolved.
       gain: (*d) multiplier of inputs, outputs or both, in at least fp32, or None.
       scale: scalar.
@@ -149,7 +149,7 @@ class Weight:
     """
 
     parts: tuple[Part, ...]
-    w: Array
+    w: Array | jax.ShapeDtypeStruct
     a: Array | None = None
     b: Array | None = None
     gain: Array | None = None
@@ -164,20 +164,30 @@ class Weight:
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Arrays, and what is static."""
-        arrays = (self.w, self.a, self.b, self.gain, self.scale, self.key, self.source, self.layer, self.adapter)
-        return arrays, (self.parts, self.empty, self.trained_in_full, self.adapters)
+        w, later = (None, self.w) if isinstance(self.w, jax.ShapeDtypeStruct) else (self.w, None)
+        arrays = (w, self.a, self.b, self.gain, self.scale, self.key, self.source, self.layer, self.adapter)
+        return arrays, (later, self.parts, self.empty, self.trained_in_full, self.adapters)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], arrays: tuple[Any, ...]) -> Weight:
         """Inverse of `tree_flatten`."""
         names = ("w", "a", "b", "gain", "scale", "key", "source", "layer", "adapter")
-        fixed = dict(zip(("parts", "empty", "trained_in_full", "adapters"), static, strict=True))
-        return cls(**dict(zip(names, arrays, strict=True)), **fixed)
+        later, *rest = static
+        fixed: dict[str, Any] = dict(zip(("parts", "empty", "trained_in_full", "adapters"), rest, strict=True))
+        named = dict(zip(names, arrays, strict=True))
+        return cls(**(named if later is None else named | {"w": later}), **fixed)
 
     @property
     def probe(self) -> bool:
         """Whether a plan is being resolved, and there are no factors yet."""
         return self.a is None
+
+    def base(self) -> Array:
+        """`w` as an array: restored now, and held by nobody but the caller, where the base is quantised."""
+        if isinstance(self.w, jax.ShapeDtypeStruct):
+            assert self.source is not None
+            return self.source.restore()
+        return self.w
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -215,7 +225,8 @@ class Weight:
     def rebased(self, base: Partial, **changes: Any) -> Weight:
         """The weight with `base` applied to `w`, and other changes. What `base` needs beside `w` it holds as leaves."""
         source = None if self.source is None else replace(self.source, steps=(*self.source.steps, base))
-        return replace(self, w=base(self.w), source=source, **changes)
+        w = jax.eval_shape(base, self.w) if isinstance(self.w, jax.ShapeDtypeStruct) else base(self.w)
+        return replace(self, w=w, source=source, **changes)
 
     def used(self, fn: Partial, x: Array, kernel: str) -> Array:
         """`fn(w, x)`, a product of the base; of a quantised one by `restored_product`, but for the plain kernel."""
@@ -223,7 +234,7 @@ class Weight:
             shape = jax.eval_shape(fn, self.w, x)
             return jnp.zeros(shape.shape, shape.dtype)
         if self.source is None or kernel == "plain":
-            return fn(self.w, x)
+            return fn(self.base(), x)
         return restored_product(fn, self.source, x)
 
     def mapped(
@@ -281,11 +292,11 @@ class Weight:
     def materialise(self) -> Array:
         """The whole sum in the current layout and dtype: what an unknown operation is given."""
         if self.probe:
-            return self.w
+            return self.base()
         if self.adapter is not None:
             return self.chosen().materialise()
         dtype = wide(self.factors()[0].dtype, self.w.dtype)
-        total = self.w.astype(dtype) + self.update(dtype)
+        total = self.base().astype(dtype) + self.update(dtype)
         if self.gain is not None:
             total = self.gain.astype(dtype) * total
         return total.astype(self.w.dtype)
@@ -293,7 +304,7 @@ class Weight:
 
 def make_weight(
     site: Site,
-    w: Array,
+    w: Array | jax.ShapeDtypeStruct,
     source: Source | None,
     update: Update,
     scale: Any,
@@ -302,7 +313,7 @@ def make_weight(
     """The weight of a site, in the parameter's own layout.
 
     Args:
-      w, source: the base, and where it comes from if it is quantised.
+      w, source: the base; or its shape, and where it comes from if it is quantised.
       update: from the site's method; without rows it is a gain alone.
       scale: s.
       key: random key for dropout, or None.
@@ -361,7 +372,7 @@ def frozen_weight(path: str, base: Quantised) -> Weight:
     last, rest = (1,) * (ndim - 1), base.shape[:-1]
     return Weight(
         parts=(whole(path, base.shape),),
-        w=base.restore(),
+        w=jax.ShapeDtypeStruct(base.shape, base.dtype),
         source=Source(base),
         a=jnp.zeros((0, *rest, 1), jnp.float32),
         b=jnp.zeros((0, *last, base.shape[-1]), jnp.float32),

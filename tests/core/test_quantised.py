@@ -261,3 +261,27 @@ def test_what_scales_a_quantised_parameter_has_its_gradient(fn, kernel):
         for b in (quantised, restored)
     )
     chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("adapted_too", [True, False])
+def test_outside_jit_one_restored_matrix_is_held_at_a_time(adapted_too):
+    """Of 12 quantised layers, adapted or not, every other transposed, no more than two are whole at once."""
+    n, k = 12, 64
+    params = {f"l{i}": draw(i, k, k) / 8 for i in range(n)} | {"first": draw(20, k, k) / 8}
+    held = []
+
+    def fn(p, x):
+        x = x @ p["first"]
+        for i in range(n):
+            x = jnp.tanh(x @ (p[f"l{i}"].T if i % 2 else p[f"l{i}"]))
+        jax.debug.callback(lambda _: held.append(sum(a.nbytes for a in jax.live_arrays())), x[0, 0])
+        return x
+
+    small, x = lk.quantise(params, ["l*"]), draw(30, 2, k)
+    plan = lk.resolve(lk.Spec({"*" if adapted_too else "first": lk.LoRA(rank=1)}), small, fn, x)
+    base, factors = lk.split(small, plan, jax.random.key(0))
+    del params
+    before = sum(a.nbytes for a in jax.live_arrays())
+    lk.adapt(fn, plan)(base, factors, x)
+    jax.effects_barrier()
+    assert held[-1] - before < 3 * 4 * k * k

@@ -84,7 +84,7 @@ def shard_map(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
         values = tuple(x.folded(frozenset(split)) if isinstance(x, Weight) else x for x in values)
         return tuple(evaluate_arrays(replace(ctx, recompute=False), jaxpr, consts, values))
 
-    args = [replace(x, source=None) if isinstance(x, Weight) else x for x in args]
+    args = [replace(x, w=x.base(), source=None) if isinstance(x, Weight) else x for x in args]
     mapped = jax.shard_map(
         body,
         mesh=p["mesh"],
@@ -100,5 +100,5 @@ def shard_map(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
 def pvary(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     """Inside shard_map: a parameter that all devices share meets data that they do not."""
     (weight,) = args
-    axes = varies(bind(eqn, [weight.w])[0])  # the factors may have been told before
+    axes = varies(bind(eqn, [weight.base()])[0])  # the factors may have been told before
     return [weight.mapped(Partial(lambda w: bind(eqn, [w])[0]), lambda x, lead: varying(x, axes), lambda dims: dims)]

@@ -47,7 +47,7 @@ def add(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
         return "added to an array"
     one, two = args
     sign = -1 if eqn.primitive.name == "sub" else 1
-    w, parts = one.w + sign * two.w, one.parts + two.parts
+    w, parts = one.base() + sign * two.base(), one.parts + two.parts
     if one.probe:
         return [Weight(parts=parts, w=w)]
     if _unlike(args) or one.gain is not None or two.gain is not None or one.shape != two.shape:
@@ -78,7 +78,7 @@ def join(args: Sequence[Any], d: int) -> Weight | str:
     add up: its entries lie block by block along `d`, and the other factor's rows one below the other.
     """
     weights = [x for x in args if isinstance(x, Weight)]
-    w = jnp.concatenate([x.w if isinstance(x, Weight) else x for x in args], d)
+    w = jnp.concatenate([x.base() if isinstance(x, Weight) else x for x in args], d)
     parts = tuple(p for x in weights for p in x.parts)
     if all(x.probe for x in weights):
         return Weight(parts=parts, w=w)

@@ -253,5 +253,7 @@ def moved(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
 @rule("copy", "copy_p", "sharding_constraint", "optimization_barrier")
 def passed_on(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     """Operations that change nothing about the values."""
+    if any(isinstance(x, Weight) and isinstance(x.w, jax.ShapeDtypeStruct) for x in args):
+        return args
     out = bind(eqn, [x.w if isinstance(x, Weight) else x for x in args])
     return [replace(x, w=y) if isinstance(x, Weight) else y for x, y in zip(args, out, strict=True)]

@@ -105,7 +105,7 @@ def gather(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
 
     def rows(weight: Weight, indices: Array, look: Lookup) -> Array:
         found = _looked_up(eqn, weight, indices, look)
-        y = found.w + found.update(dtype).astype(found.w.dtype)
+        y = found.base() + found.update(dtype).astype(found.w.dtype)
         if found.gain is not None:
             scaled = multiplied(y, found.gain)
             y = jnp.where(_inside(weight, look), scaled, y) if _fills(eqn) else scaled

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from lorax_kit.errors import PlanError
 from lorax_kit.transform.context import Context
@@ -54,14 +54,25 @@ def _whole(carry: Sequence[Any], held: list[bool], moving: Any) -> list[Any]:
 def _per_step(weight: Weight) -> tuple[dict[str, Any], dict[str, Any]]:
     """A weight scanned over its leading dimension: (arrays with that dimension first, arrays without it)."""
     n = weight.shape[0]
-    arrays = {"w": (weight.w, 0), "a": (weight.a, 1), "b": (weight.b, 1), "gain": (weight.gain, 0)}
+    source = weight.source
     scanned: dict[str, Any] = {}
-    fixed: dict[str, Any] = {"scale": weight.scale}
+    fixed: dict[str, Any] = {"scale": weight.scale, "source": None}
+    arrays: dict[str, tuple[Array | None, int]] = {
+        "a": (weight.a, 1),
+        "b": (weight.b, 1),
+        "gain": (weight.gain, 0),
+    }
+    if weight.empty:
+        fixed["w"] = weight.base()[0]  # an array of zeros for all layers would take their memory
+    elif source is not None and not source.steps and source.quantised.ndim > 2:
+        scanned["source"] = source
+        del fixed["source"]
+        fixed["w"] = jax.ShapeDtypeStruct(weight.shape[1:], weight.w.dtype)
+    else:
+        arrays["w"] = (weight.base(), 0)
     for name, (x, lead) in arrays.items():
         if x is None:
             fixed[name] = None
-        elif name == "w" and weight.empty:
-            fixed[name] = x[0]  # an array of zeros for all layers would take their memory
         elif x.shape[lead] == n:
             scanned[name] = jnp.moveaxis(x, lead, 0)
         else:
@@ -71,11 +82,6 @@ def _per_step(weight: Weight) -> tuple[dict[str, Any], dict[str, Any]]:
     if weight.probe:
         steps = jnp.arange(n)
         scanned["layer"] = steps if weight.layer is None else weight.layer * n + steps
-    source = weight.source
-    if source is not None and not source.steps and source.quantised.ndim > 2:
-        scanned["source"] = source
-    else:
-        fixed["source"] = None
     return scanned, fixed
 
 

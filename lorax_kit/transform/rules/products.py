@@ -149,7 +149,8 @@ def _operand(weight: Weight, at: Arrangement) -> Operand | None:
 
     assert weight.scale is not None
     return Operand(
-        _matrix_of(weight.w, weight.shape, at),
+        # No kernel reads the base of a quantised parameter: `Weight.used` does.
+        _matrix_of(weight.base(), weight.shape, at) if weight.source is None else jnp.zeros((0,), weight.w.dtype),
         matrix(down, at.contract, at.free),
         matrix(up, at.free, at.contract),
         weight.scale,
