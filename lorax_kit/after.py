@@ -10,6 +10,8 @@ import jax.extend.core as jex
 import numpy as np
 from jax import Array, lax
 
+from lorax_kit.placement import everywhere, explicit_mesh, partitioned
+
 
 def after(x: Array, values: Any) -> Any:
     """The arrays of a tree, which XLA can compute only once it has `x`; random keys and what is no array as they are.
@@ -20,16 +22,23 @@ def after(x: Array, values: Any) -> Any:
     """
     if 0 in x.shape:  # of a weight that gains alone adapt: there is nothing to wait for
         return values
-    entry = lax.reshape(lax.slice(x, (0,) * x.ndim, (1,) * x.ndim), ())
+    explicit = explicit_mesh(x) is not None
+    entry = partitioned(_first, everywhere(x), x) if explicit else _first(x)
     infinite = lax.eq(lax.abs(entry), np.asarray(np.inf, entry.dtype))  # numpy's numbers are the fastest to trace
     never = lax.bitwise_and(lax.ne(entry, entry), infinite)
 
     def wait(value: Any) -> Any:
         if not isinstance(value, Array) or jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended):
             return value
+        if explicit:
+            return lax.select_n(never, value, lax.full_like(value, 0))
         return lax.select_n(never, value, lax.broadcast_in_dim(np.zeros((), value.dtype), value.shape, ()))
 
     return jax.tree.map(wait, values)
+
+
+def _first(x: Array) -> Array:
+    return lax.reshape(lax.slice(x, (0,) * x.ndim, (1,) * x.ndim), ())
 
 
 def at_once(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,11 +1,13 @@
-"""Where the parts of an array lie, as its type tells: axes of devices along which it varies."""
+"""Where the parts of an array lie, as its type tells: devices along which it varies, meshes with explicit axes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Tree = TypeVar("Tree")
 
@@ -31,3 +33,55 @@ def varying(tree: Tree, axes: frozenset[str]) -> Tree:
 def alike(tree: Tree) -> Tree:
     """Arrays that differ by device, if any of them does."""
     return varying(tree, frozenset().union(*map(varies, jax.tree.leaves(tree))))
+
+
+def explicit_mesh(tree: Any) -> Any:
+    """The mesh with explicit axes (as `jax.make_mesh` has them) that the types of arrays name; None without one."""
+    for x in jax.tree.leaves(tree):
+        mesh = getattr(jax.typeof(x).sharding, "mesh", None) if isinstance(x, jax.Array) else None
+        if mesh is not None and AxisType.Explicit in (mesh.axis_types or ()):
+            return mesh
+    return None
+
+
+def replicated(mesh: Any) -> NamedSharding:
+    """On all devices of a mesh."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def partitioned(fn: Callable[..., Any], placed: Callable[[Any], Any], *args: Any) -> Any:
+    """`placed(fn(*args))`, where `fn` knows nothing of explicit axes: XLA's partitioner places what it forms.
+
+    With explicit axes JAX wants every ambiguous product and reshape told where its result lies. What the library
+    itself computes has one place that matters, that of the result.
+
+    Args:
+      fn: any function of arrays; called as it is where no array lies on a mesh with explicit axes.
+      placed: puts results where they shall lie, by `jax.sharding.reshard`; not called otherwise.
+      *args: pytrees.
+    """
+    mesh = explicit_mesh(args)
+    if mesh is None:
+        return fn(*args)
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    explicit = [name for name, kind in kinds.items() if kind == AxisType.Explicit]
+    automatic = mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))
+    with jax.sharding.use_abstract_mesh(automatic):
+        out = fn(*jax.tree.map(_moved, args))
+    return placed(out)
+
+
+def _moved(x: Any) -> Any:
+    """An array in the mesh that is current."""
+    return jax.sharding.reshard(x, PartitionSpec()) if isinstance(x, jax.Array) else x
+
+
+def like(x: Any) -> Callable[[Any], Any]:
+    """Places results where `x` lies."""
+    return lambda out: jax.tree.map(lambda y: jax.sharding.reshard(y, jax.typeof(x).sharding), out)
+
+
+def everywhere(tree: Any) -> Callable[[Any], Any]:
+    """Places results on all devices of the mesh of a tree."""
+    mesh = explicit_mesh(tree)
+    return lambda out: jax.tree.map(lambda y: jax.sharding.reshard(y, replicated(mesh)), out)

@@ -54,7 +54,7 @@ JOINS = {"__init__", "__main__", "cli", "benchmarks", "workloads"}
 
 # Each dependency beyond jax, numpy and the project's own subject enters through one file.
 ONE_FILE = {
-    "click": {f"cli/{name}" for name in ("adapters", "bench", "compression", "export", "root", "studies")},
+    "click": {f"cli/{name}" for name in ("adapters", "bench", "compression", "exchange", "export", "root", "studies")},
     "jinja2": {"report/page"},
     "matplotlib": {"report/plots"},
     "scipy": {"study/statistics"},

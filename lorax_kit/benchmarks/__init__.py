@@ -6,7 +6,19 @@ Like `workloads`, this folder joins models, tasks and the toolkit; nothing else 
 from lorax_kit.benchmarks.calibrate import calibrate
 from lorax_kit.benchmarks.forward import FORWARD_COLUMNS, bench_forward
 from lorax_kit.benchmarks.grid import GRID, bench_grid
+from lorax_kit.benchmarks.mixed import MIXED_COLUMNS, bench_mixed
 from lorax_kit.benchmarks.step import COLUMNS, bench_step
 from lorax_kit.benchmarks.timing import table
 
-__all__ = ["COLUMNS", "FORWARD_COLUMNS", "GRID", "bench_forward", "bench_grid", "bench_step", "calibrate", "table"]
+__all__ = [
+    "COLUMNS",
+    "FORWARD_COLUMNS",
+    "GRID",
+    "MIXED_COLUMNS",
+    "bench_forward",
+    "bench_grid",
+    "bench_mixed",
+    "bench_step",
+    "calibrate",
+    "table",
+]

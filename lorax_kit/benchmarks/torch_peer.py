@@ -6,7 +6,7 @@ The only file of the package that uses torch, transformers and PEFT (the `intero
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -180,3 +180,44 @@ def _classifier(case: Case, device: str, dtype: Any) -> Any:
     if missing or left_out.unexpected_keys:
         raise ValueError(f"the torch classifier lacks {missing}, and has no place for {left_out.unexpected_keys}.")
     return model.train()
+
+
+def torch_mixed(case: Case, adapters: Sequence[tuple[int, FactorTree]]) -> dict[str, Callable[[], Any]]:
+    """Evaluations by name: "peft_one", all rows with the last adapter, and "peft_mixed", row i with adapter i.
+
+    None without the interop extra. PEFT's `adapter_names` groups the rows of each adapter at every site.
+
+    Args:
+      adapters: (rank, path -> LoRA's factors), one for each row of the case's batch, at the scale of the case.
+    """
+    if not all(find_spec(name) for name in ("torch", "transformers", "peft")):
+        return {}
+    import peft
+    import torch
+
+    names = classifier_names(case.config)
+    modules = {site.path: names[site.path].removesuffix(".weight") for site in case.plan.sites}
+    model: Any = None
+    for i, (rank, factors) in enumerate(adapters):
+        config = peft.LoraConfig(r=rank, lora_alpha=round(case.scale * rank), target_modules=sorted(modules.values()))
+        if model is None:
+            model = peft.get_peft_model(_classifier(case, "cpu", torch.float32), config, adapter_name=f"row_{i}")
+        else:
+            model.add_adapter(f"row_{i}", config)
+        for path, module in modules.items():
+            own: Any = model.get_submodule(f"base_model.model.{module}")
+            for theirs, ours in ((own.lora_A, factors[path].a), (own.lora_B, factors[path].b.T)):
+                theirs[f"row_{i}"].weight.data.copy_(torch.from_numpy(np.array(ours)))
+    model.set_adapter(f"row_{len(adapters) - 1}")
+    model.eval()
+    ids, mask = (torch.from_numpy(np.asarray(x).astype(np.int64)) for x in case.batch[:2])
+
+    def one() -> Any:
+        with torch.inference_mode():
+            return np.asarray(model(ids, mask))
+
+    def mixed() -> Any:
+        with torch.inference_mode():
+            return np.asarray(model(ids, mask, adapter_names=[f"row_{i}" for i in range(len(adapters))]))
+
+    return {"peft_one": one, "peft_mixed": mixed}

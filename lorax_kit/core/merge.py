@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from lorax_kit.core.plan import FullSite, Plan, Site
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.dtypes import wide
 from lorax_kit.errors import AdapterError, PlanError
+from lorax_kit.placement import everywhere, like, partitioned
 
 
 def split(
@@ -52,7 +54,9 @@ def split(
     factors: dict[str, Any] = {}
     for site in plan.sites:
         hint = (hints or {}).get(site.path, Hints())
-        factors[site.path] = method_of(site.setting).init(site, dense(named[site.path]), key, hint)
+        w = dense(named[site.path])
+        init = partial(method_of(site.setting).init, site)
+        factors[site.path] = partitioned(init, everywhere(w), w, key, hint)
     for leaf in plan.full:
         # A copy: the factors may be donated to a step, and the base must outlive them.
         factors[leaf.path] = FullLeaf(jnp.array(named[leaf.path], dtype=leaf.dtype, copy=True))
@@ -99,8 +103,13 @@ def effective_weight(site: Site, w: Array, leaves: Any, scale: Any = None) -> Ar
     Args:
       scale: in place of the plan's; it may be traced.
     """
-    total, unchanged = _effective(site, w, leaves, scale)
-    return _kept(unchanged, w, total.astype(w.dtype))
+
+    def effective(w: Array, leaves: Any, scale: Any) -> Array:
+        total, unchanged = _effective(site, w, leaves, scale)
+        return _kept(unchanged, w, total.astype(w.dtype))
+
+    merged: Array = partitioned(effective, like(w), w, leaves, scale)
+    return merged
 
 
 def _dtype(w: Array, leaves: Any) -> Any:

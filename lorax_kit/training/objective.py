@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from lorax_kit.core.paths import Params, is_array
 from lorax_kit.errors import LoraxError
+from lorax_kit.placement import partitioned
 
 
 class Weighted(NamedTuple):
@@ -94,7 +96,7 @@ def accumulated(run: Run, n: int) -> Run:
         count = rows(batch, "accumulate")
         if count is not None and count % n:
             raise LoraxError(f"a batch of {count} does not divide into accumulate={n} micro-batches.")
-        split = {i: x.reshape(n, count // n, *x.shape[1:]) for i, x in _arrays(leaves).items() if count is not None}
+        split = {i: _parts(x, n) for i, x in _arrays(leaves).items()}
         keys = None if key is None else jax.random.split(key, n)
 
         def part(number: Array, some: dict[int, Any], key: Array | None) -> Sums:
@@ -162,6 +164,16 @@ def folded(x: Any, number: Array | int) -> Any:
 def is_key(x: Any) -> bool:
     """Whether `x` is a typed random key."""
     return is_array(x) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _parts(x: Any, n: int) -> Any:
+    """(n, rows / n, ...), where explicit axes that split the rows split those of each part."""
+
+    def placed(y: Array) -> Array:
+        where = jax.typeof(x).sharding
+        return jax.sharding.reshard(y, where.update(spec=PartitionSpec(None, *where.spec)))
+
+    return partitioned(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), placed, x)
 
 
 def _arrays(leaves: list[Any]) -> dict[int, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import Plan, Site
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import PlanError
-from lorax_kit.placement import alike
+from lorax_kit.placement import alike, everywhere, partitioned
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import Costs, measured_costs
 from lorax_kit.transform.kernels import KERNELS
@@ -68,7 +69,7 @@ class Adapted:
         for site in self.plan.sites:
             # Within shard_map factors may differ by device (their gradients are each device's own), and the base not.
             leaves[site.path], own = alike((leaves[site.path], factors[site.path]))
-            weights[site.path] = _weight(site, leaves[site.path], own, self.scale, key)
+            weights[site.path] = _placed_weight(site, leaves[site.path], own, self.scale, key)
         sites = set(weights)
         for path, leaf in leaves.items():
             if isinstance(leaf, Quantised) and path not in sites:
@@ -91,6 +92,18 @@ class Adapted:
                 "  resolve the spec with the inputs you call it with, or exclude the parameter"
             )
         return out, ctx
+
+
+def _placed_weight(site: Site, base: Any, leaves: Any, scale: Any, key: Array | None) -> Weight:
+    """The weight of a site; on a mesh with explicit axes its factors and gains lie on all devices."""
+
+    def placed(weight: Weight) -> Weight:
+        place = everywhere((base, leaves))
+        rest: Weight = place(replace(weight, w=None))  # type: ignore[arg-type]  # None: no leaf
+        return replace(rest, w=place(weight.w) if isinstance(base, Quantised) else base)
+
+    weight: Weight = partitioned(partial(_weight, site), placed, base, leaves, scale, key)
+    return weight
 
 
 def _weight(site: Site, base: Any, leaves: Any, scale: Any, key: Array | None) -> Weight:
@@ -139,7 +152,8 @@ def adapt(
         for forward mode: jvp, jacfwd, and jit of them). The choice changes speed and rounding only.
       trials: how many stacked trials a surrounding `vmap` runs; steers "auto".
       recompute: the backward pass keeps the results of products and forms the norms, activations and layout changes
-        between them again: about half the temporary memory, at the same speed and FLOPs to a few per cent.
+        between them again: about half the temporary memory, at the same speed and FLOPs to a few per cent. On meshes
+        with explicit axes it keeps them all.
       costs: what "auto" weighs, from `Costs.read(FILE)` (`lorax-kit bench calibrate`); default: those measured for the
         kind of backend, or none in particular.
       scale: s of every site, in place of alpha / rank; it may be traced, so that one program serves many.

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+from jax.sharding import AxisType, reshard
 
-from lorax_kit.placement import varies
+from lorax_kit.placement import explicit_mesh, like, partitioned, replicated, varies
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.recompute import INLINED, Block, Keep, blocks, products, recomputed
 from lorax_kit.transform.weight import Weight
@@ -65,6 +66,10 @@ def rule(*names: str, calls: bool = False, keeps: bool = False) -> Callable[[Rul
     return register
 
 
+MOVED = frozenset(("reshard", "mesh_cast"))
+"""Primitives that move an array to another mesh, or to another kind of its axes."""
+
+
 Joint = Callable[[Context, list[Any], list[list[Any]]], list[Any] | None]
 JOINT: dict[str, Joint] = {}
 """Primitive name -> rule that runs several equations with the same other operand at once, or declines by None."""
@@ -86,7 +91,7 @@ def materialise(ctx: Context, eqn: Any, args: Sequence[Any], reason: str) -> lis
     for i, x in enumerate(args):
         if isinstance(x, Weight):
             ctx.record(x, eqn, i, how="full" if x.trained_in_full else "materialised", reason=reason)
-            x = x.materialise()
+            x = partitioned(Weight.materialise, like(x.w), x)
         out.append(x)
     return out
 
@@ -106,8 +111,16 @@ def bind(eqn: Any, args: Sequence[Any]) -> list[Any]:
         )
         arrays = [x for v, x in zip(eqn.invars, args, strict=True) if not isinstance(v, jex.Literal)]
         return list(jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*arrays))
-    out = eqn.primitive.bind(*args, **eqn.params)
+    params = eqn.params
+    if (current := jax.sharding.get_abstract_mesh()).axis_types and AxisType.Explicit not in current.axis_types:
+        # Traced with explicit axes, and run where the partitioner decides.
+        params = {k: None if k in ("out_sharding", "sharding") and _explicit(x) else x for k, x in params.items()}
+    out = eqn.primitive.bind(*args, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _explicit(sharding: Any) -> bool:
+    return AxisType.Explicit in (getattr(getattr(sharding, "mesh", None), "axis_types", None) or ())
 
 
 NO_DEBUG_INFO = jex.DebugInfo("lorax_kit", "bind", (), ())
@@ -160,6 +173,12 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
     def apply(eqn: Any, values: list[Any]) -> list[Any]:
         if eqn.primitive.name not in CALLS:
             values = [_watched(ctx, eqn, i, x) for i, x in enumerate(_masked(ctx, eqn, values))]
+        weights = [x for x in values if isinstance(x, Weight)]
+        if weights and ctx.explicit and eqn.primitive.name not in CALLS | MOVED and not weights[0].probe:
+            return _partitioned(ctx, [eqn], lambda ctx, values: use(ctx, eqn, values), values)
+        return use(ctx, eqn, values)
+
+    def use(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
         if any(isinstance(x, Weight) for x in values):
             if eqn.primitive.name not in MOVES:
                 values = [x.chosen(*values) if isinstance(x, Weight) else x for x in values]
@@ -196,7 +215,11 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
         ready = [eqn for eqn in eqns if all(_weight_made(v, env, makers, run) for v in eqn.invars)]
         if len(ready) > 1 and all(sum(isinstance(read(v), Weight) for v in e.invars) == 1 for e in ready):
             with _as_traced(ready[0]):
-                found = JOINT[ready[0].primitive.name](ctx, ready, [[read(v) for v in e.invars] for e in ready])
+                joint_rule, operands = JOINT[ready[0].primitive.name], [[read(v) for v in e.invars] for e in ready]
+                if ctx.explicit:
+                    found = _partitioned(ctx, ready, lambda ctx, args: joint_rule(ctx, ready, args), operands)
+                else:
+                    found = joint_rule(ctx, ready, operands)
             if found is not None:
                 env.update(zip((eqn.outvars[0] for eqn in ready), found, strict=True))
 
@@ -206,6 +229,33 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
             run_together(groups.pop(id(eqn)))
         if not eqn.outvars or not all(v in env for v in eqn.outvars):  # without outputs: a print
             run(eqn)
+
+
+def _partitioned(ctx: Context, eqns: list[Any], use: Callable[[Context, Any], Any], values: Any) -> Any:
+    """What a rule gives without regard to explicit axes: results lie where the equations say, factors everywhere."""
+    mesh = explicit_mesh(values)
+    if mesh is None:
+        return use(ctx, values)
+
+    def run(values: Any, narrow: dict[Any, Any]) -> Any:
+        shapes = {v: (ctx.narrow[v][0], x) for v, x in narrow.items()}
+        return use(replace(ctx, narrow=shapes, explicit=False), values)
+
+    def place(x: Any, v: Any) -> Any:
+        where = v.aval.sharding
+        where = replicated(mesh) if where.mesh.empty else where
+        if not isinstance(x, Weight):
+            return reshard(x, where)
+        rest = replace(x, w=None)  # type: ignore[arg-type]  # None: no leaf
+        rest = jax.tree.map(lambda leaf: reshard(leaf, replicated(mesh)), rest)
+        return replace(rest, w=reshard(x.w, where))
+
+    def placed(out: Any) -> Any:
+        variables = [v for eqn in eqns for v in eqn.outvars]
+        return None if out is None else [place(x, v) for x, v in zip(out, variables, strict=True)]
+
+    known = {v for eqn in eqns for v in eqn.invars if not isinstance(v, jex.Literal) and v in ctx.narrow}
+    return partitioned(run, placed, values, {v: ctx.narrow[v][1] for v in known})
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from lorax_kit.core.paths import Params, flatten, is_array, unflatten
 from lorax_kit.core.plan import Plan, Site
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import PlanError
+from lorax_kit.placement import explicit_mesh
 from lorax_kit.transform import rules
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.interpret import evaluate_arrays
@@ -82,6 +84,9 @@ def run(
     except NOT_TRACEABLE as e:
         raise PlanError(_not_traceable(e)) from e
     values = [replaced.get(p, x) for p, x in zip(traced_names, params, strict=True)]
+    if explicit_mesh((values, arrays)) is not None:
+        # What is formed again would have to be told where it lies: activations are kept instead.
+        ctx = replace(ctx, explicit=True, recompute=False)
     out = evaluate_arrays(ctx, closed.jaxpr, closed.consts, [*values, *arrays])
     return jax.tree_util.tree_unflatten(out_tree[-1], out)
 

@@ -3,7 +3,7 @@
 The factors are kept against the dimensions that `w` has *now*: each has a leading rank axis, then one axis per
 dimension of `w`, of the same size where the factor varies with it and 1 where it does not, so that
 
-    W' = column * (w + scale * sum_r a[r] * b[r])        by broadcasting
+    W' = gain * (w + scale * sum_r a[r] * b[r])        by broadcasting
 
 A kernel (in, out) has a (r, in, 1) and b (r, 1, out); stacked axes (layers, experts) are full in both. Transposing,
 slicing, reshaping or joining `w` is then the same operation on the factors.
@@ -137,7 +137,7 @@ class Weight:
       parts: whose they are.
       w: the base in its current layout and dtype.
       a, b: (r, *d), each d the size of that dimension of `w` or 1; None while a plan is being resolved.
-      column: (*d) multiplier, the gains, or None.
+      gain: (*d) multiplier of inputs, outputs or both, in at least fp32, or None.
       scale: scalar.
       key: random key of the site's dropout; None where nothing is dropped.
       source: of a quantised base, from which `used` restores `w` once more in the backward pass.
@@ -152,7 +152,7 @@ class Weight:
     w: Array
     a: Array | None = None
     b: Array | None = None
-    column: Array | None = None
+    gain: Array | None = None
     scale: Array | None = None
     key: Array | None = None
     source: Source | None = None
@@ -164,13 +164,13 @@ class Weight:
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Arrays, and what is static."""
-        arrays = (self.w, self.a, self.b, self.column, self.scale, self.key, self.source, self.layer, self.adapter)
+        arrays = (self.w, self.a, self.b, self.gain, self.scale, self.key, self.source, self.layer, self.adapter)
         return arrays, (self.parts, self.empty, self.trained_in_full, self.adapters)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], arrays: tuple[Any, ...]) -> Weight:
         """Inverse of `tree_flatten`."""
-        names = ("w", "a", "b", "column", "scale", "key", "source", "layer", "adapter")
+        names = ("w", "a", "b", "gain", "scale", "key", "source", "layer", "adapter")
         fixed = dict(zip(("parts", "empty", "trained_in_full", "adapters"), static, strict=True))
         return cls(**dict(zip(names, arrays, strict=True)), **fixed)
 
@@ -236,15 +236,15 @@ class Weight:
 
         Args:
           base: the change of `w`.
-          change: (array, lead) -> the same change of a factor (lead 1: behind its rank axis) or the column (lead 0).
+          change: (array, lead) -> the same change of a factor (lead 1: behind its rank axis) or the gain (lead 0).
           dims: the same change of a tuple that has one entry per dimension.
         """
         parts = tuple(p._replace(dims=dims(p.dims)) for p in self.parts)
         if self.probe:
             return self.rebased(base, parts=parts)
         a, b = (change(x, 1) for x in self.factors())
-        column = None if self.column is None else change(self.column, 0)
-        return self.rebased(base, parts=parts, a=a, b=b, column=column)
+        gain = None if self.gain is None else change(self.gain, 0)
+        return self.rebased(base, parts=parts, a=a, b=b, gain=gain)
 
     def folded(self, axes: frozenset[str]) -> Weight:
         """The weight whose masks differ along axes of devices: those that hold other inputs draw other masks."""
@@ -286,8 +286,8 @@ class Weight:
             return self.chosen().materialise()
         dtype = wide(self.factors()[0].dtype, self.w.dtype)
         total = self.w.astype(dtype) + self.update(dtype)
-        if self.column is not None:
-            total = self.column.astype(dtype) * total
+        if self.gain is not None:
+            total = self.gain.astype(dtype) * total
         return total.astype(self.w.dtype)
 
 
@@ -322,14 +322,20 @@ def make_weight(
         source=source,
         a=_spread(a, inputs, 1, w.ndim),
         b=_spread(b, outputs, 1, w.ndim),
-        column=reduce(jnp.multiply, gains) if gains else None,
+        gain=reduce(jnp.multiply, gains) if gains else None,
         scale=jnp.asarray(scale, jnp.float32),
         key=key,
     )
 
 
+def multiplied(x: Array, gain: Array) -> Array:
+    """`x` times a gain that broadcasts against it: in at least fp32, rounded once into the dtype of `x`."""
+    dtype = wide(x.dtype, gain.dtype)
+    return (x.astype(dtype) * gain.astype(dtype)).astype(x.dtype)
+
+
 def _spread(x: Array, axes: tuple[int, ...], lead: int, ndim: int) -> Array:
-    """A factor or column whose dimensions behind `lead` are these axes, against all axes of the parameter."""
+    """A factor or gain whose dimensions behind `lead` are these axes, against all axes of the parameter."""
     order = sorted(range(len(axes)), key=axes.__getitem__)
     if order != list(range(len(axes))):
         x = jnp.transpose(x, (*range(lead), *(lead + i for i in order)))

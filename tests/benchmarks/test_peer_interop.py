@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorax_kit.benchmarks import bench_step
+from lorax_kit.benchmarks import bench_mixed, bench_step
 from lorax_kit.benchmarks.case import make_case
 from lorax_kit.benchmarks.device.steps import Shape, Timing, step_row
 from lorax_kit.benchmarks.torch_peer import torch_steps
@@ -21,6 +21,14 @@ def test_a_row_with_the_peer(targets):
     assert row["peft_ms"] > 0
     assert row["torch_full_ms"] > 0
     assert row["spread_peft"][0] <= row["ratio_peft"] <= row["spread_peft"][1]
+
+
+def test_a_mixed_batch_with_the_peer():
+    """Row i with adapter i is the same in both."""
+    row = bench_mixed(width=32, layers=1, rows=3, length=6, targets="qv", rounds=2, ranks=(1, 4), progress=False)
+    assert row["peft_worst"] < 1e-5
+    assert row["worst"] < 1e-5
+    assert row["peft_ratio"] > 0
 
 
 def test_the_peer_trains_what_we_train():

@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import Product
 from lorax_kit.transform.interpret import bind, rule
-from lorax_kit.transform.weight import Weight
+from lorax_kit.transform.weight import Weight, multiplied
 
 
 @rule("conv_general_dilated")
@@ -42,15 +42,15 @@ def conv_general_dilated(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] |
     if sides is None:
         return "a convolution over other axes than the plan's inputs"
     down, up = sides
-    column = weight.column
-    if column is not None and weight.owned(column, 0) - {out}:
+    gain = weight.gain
+    if gain is not None and weight.owned(gain, 0) - {out}:
         return "magnitudes vary along the inputs of a convolution"
     dtype = ctx.update_dtype(x, weight.w)
     rank, outputs = down.shape[0], weight.shape[out]
-    kernel = jnp.moveaxis(jnp.squeeze(down, 1 + out), 0, out).astype(dtype)
+    kernel = _repeated(jnp.moveaxis(jnp.squeeze(down, 1 + out), 0, out).astype(dtype), groups, out)
     u = lax.conv_general_dilated(
         weight.dropped(x.astype(dtype)),
-        jnp.concatenate([kernel] * groups, out),
+        kernel,
         p["window_strides"],
         p["padding"],
         p["lhs_dilation"],
@@ -71,13 +71,23 @@ def conv_general_dilated(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] |
     product = Product(1, places, prod(weight.shape) // outputs, outputs, rank)
     ctx.record(weight, eqn, 1, how="factored", reason=f"a convolution to {rank} channels, then 1x1", product=product)
     y = y + update.astype(y.dtype)
-    if column is not None:
+    if gain is not None:
         shape = [1] * y.ndim
         shape[channel] = outputs
-        y = y * jnp.broadcast_to(column, [n if d == out else 1 for d, n in enumerate(weight.shape)]).reshape(
-            shape
-        ).astype(y.dtype)
+        whole = jnp.broadcast_to(gain, [n if d == out else 1 for d, n in enumerate(weight.shape)])
+        y = multiplied(y, whole.reshape(shape))
     return [y]
+
+
+def _repeated(kernel: Array, groups: int, axis: int) -> Array:
+    """One copy per group along an axis. A concatenation of the copies would have a slice for each in its derivative."""
+    if groups == 1:
+        return kernel
+    shape, size = list(kernel.shape), kernel.shape[axis]
+    spread = lax.broadcast_in_dim(
+        kernel, (*shape[:axis], groups, *shape[axis:]), tuple(d + (d >= axis) for d in range(kernel.ndim))
+    )
+    return spread.reshape(*shape[:axis], groups * size, *shape[axis + 1 :])
 
 
 def _patches(x: Array, shape: tuple[int, ...], own: tuple[int, ...], params: dict[str, Any]) -> Array:

@@ -50,7 +50,7 @@ def add(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     w, parts = one.w + sign * two.w, one.parts + two.parts
     if one.probe:
         return [Weight(parts=parts, w=w)]
-    if _unlike(args) or one.column is not None or two.column is not None or one.shape != two.shape:
+    if _unlike(args) or one.gain is not None or two.gain is not None or one.shape != two.shape:
         return "added to a parameter whose inputs and outputs lie otherwise, or that has magnitudes or dropout"
     (a1, b1), (a2, b2) = _scaled(one), _scaled(two)
     a, b = (_concatenate(pair, 0) for pair in ((a1, a2 if sign > 0 else -a2), (b1, b2)))
@@ -97,7 +97,7 @@ def join(args: Sequence[Any], d: int) -> Weight | str:
         w=w,
         a=pairs[0],
         b=pairs[1],
-        column=_columns(args, d),
+        gain=_gains(args, d),
         scale=jnp.ones((), jnp.float32),
         empty=all(isinstance(x, Weight) and x.empty for x in args),
     )
@@ -152,11 +152,11 @@ def _blocks(args: Sequence[Any], d: int, side: int) -> tuple[Array, Array] | str
     return pair if side == 0 else pair[::-1]
 
 
-def _columns(args: Sequence[Any], d: int) -> Array | None:
+def _gains(args: Sequence[Any], d: int) -> Array | None:
     """Magnitudes joined; 1 for what has none."""
-    if not any(isinstance(x, Weight) and x.column is not None for x in args):
+    if not any(isinstance(x, Weight) and x.gain is not None for x in args):
         return None
     sizes = [x.shape[d] for x in args]
     ndim = max(x.w.ndim for x in args if isinstance(x, Weight))
-    columns = [x.column if isinstance(x, Weight) and x.column is not None else jnp.ones((1,) * ndim) for x in args]
-    return _concatenated(columns, sizes, d)
+    gains = [x.gain if isinstance(x, Weight) and x.gain is not None else jnp.ones((1,) * ndim) for x in args]
+    return _concatenated(gains, sizes, d)

@@ -7,9 +7,11 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jax.tree_util import Partial
 
 from lorax_kit.transform.context import Context
@@ -55,7 +57,7 @@ def reshape(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
         return "reshaped in another order than the array's own"
     runs = list(segments(weight.shape, new))
     arrays = [] if weight.probe else [(x, 1) for x in weight.factors()]
-    arrays += [] if weight.column is None else [(weight.column, 0)]
+    arrays += [] if weight.gain is None else [(weight.gain, 0)]
     varied = frozenset().union(*(weight.owned(x, lead) for x, lead in arrays))
     for x, lead in arrays:
         owned = weight.owned(x, lead)
@@ -215,7 +217,7 @@ def pad(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     if weight.probe:
         return [weight.rebased(base)]
     a, b = weight.factors()
-    if weight.column is not None or any(weight.shape[d] == 1 for d in padded):
+    if weight.gain is not None or any(weight.shape[d] == 1 for d in padded):
         return "padded under magnitudes, or along an axis of size 1"
     if not padded <= weight.owned(a) | weight.owned(b):
         return "padded along an axis it was broadcast to"
@@ -237,6 +239,15 @@ def _padded(value: Any, config: Any) -> Partial:
         return lax.select(inside, lax.pad(w, jnp.zeros((), w.dtype), config), spread)
 
     return Partial(run, value)
+
+
+@rule("reshard", "mesh_cast")
+def moved(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
+    """To another place of the same mesh, or to another kind of its axes; factors then lie on all devices."""
+    (weight,) = args
+    w = bind(eqn, [weight.w])[0]
+    rest = jax.tree.map(lambda x: jax.sharding.reshard(x, PartitionSpec()), replace(weight, w=None, source=None))
+    return [replace(rest, w=w)]
 
 
 @rule("copy", "copy_p", "sharding_constraint", "optimization_barrier")

@@ -14,7 +14,7 @@ from lorax_kit.core.quantised import Quantised
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import Product
 from lorax_kit.transform.interpret import bind, rule
-from lorax_kit.transform.weight import Weight
+from lorax_kit.transform.weight import Weight, multiplied
 
 
 class Lookup(NamedTuple):
@@ -87,7 +87,7 @@ def gather(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     a, b = weight.factors()
     along = [axis in weight.owned(f) for f in (a, b)]
     if along == [True, True] or (matrices and weight.shape[axis] == 1):
-        if weight.column is not None and _fills(eqn):
+        if weight.gain is not None and _fills(eqn):
             return "entries out of bounds are filled, and magnitudes must not scale what fills them"
         return [_with_kept(_looked_up(eqn, weight, indices, look), look)]
     if along == [False, False] and weight.shape[axis] > 1:
@@ -106,8 +106,8 @@ def gather(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     def rows(weight: Weight, indices: Array, look: Lookup) -> Array:
         found = _looked_up(eqn, weight, indices, look)
         y = found.w + found.update(dtype).astype(found.w.dtype)
-        if found.column is not None:
-            scaled = y * found.column.astype(y.dtype)
+        if found.gain is not None:
+            scaled = multiplied(y, found.gain)
             y = jnp.where(_inside(weight, look), scaled, y) if _fills(eqn) else scaled
         return y if look.kept is None else jnp.expand_dims(y, look.kept)
 

@@ -54,7 +54,7 @@ def _whole(carry: Sequence[Any], held: list[bool], moving: Any) -> list[Any]:
 def _per_step(weight: Weight) -> tuple[dict[str, Any], dict[str, Any]]:
     """A weight scanned over its leading dimension: (arrays with that dimension first, arrays without it)."""
     n = weight.shape[0]
-    arrays = {"w": (weight.w, 0), "a": (weight.a, 1), "b": (weight.b, 1), "column": (weight.column, 0)}
+    arrays = {"w": (weight.w, 0), "a": (weight.a, 1), "b": (weight.b, 1), "gain": (weight.gain, 0)}
     scanned: dict[str, Any] = {}
     fixed: dict[str, Any] = {"scale": weight.scale}
     for name, (x, lead) in arrays.items():

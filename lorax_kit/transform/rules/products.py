@@ -16,7 +16,7 @@ from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import Product
 from lorax_kit.transform.interpret import bind, joint, rule
 from lorax_kit.transform.kernels import Operand, Operands, lowrank_updates, plain_updates
-from lorax_kit.transform.weight import Weight
+from lorax_kit.transform.weight import Weight, multiplied
 
 Dims = tuple[int, ...]
 
@@ -69,9 +69,9 @@ def dot_general(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     scaled = _scaled(weight, at)
     if scaled == "both":
         return "magnitudes vary along inputs and outputs"
-    if weight.column is not None and scaled == "inputs":
+    if weight.gain is not None and scaled == "inputs":
         places = dict(zip((*at.batch, *at.contract), (*at.x_batch, *at.x_contract), strict=True))
-        x = x * _along(weight.column, places, x.ndim).astype(x.dtype)
+        x = multiplied(x, _along(weight.gain, places, x.ndim))
     operand = _operand(weight, at)
     if operand is None:
         y = ctx.kept(lambda weight, x: _einsum(ctx, eqn, weight, x, at), weight, x)
@@ -95,32 +95,32 @@ def dot_generals(ctx: Context, eqns: list[Any], args: list[list[Any]]) -> list[A
     if alone or any(o is None for o in operands) or not ctx.together(products):
         return None
     ys = _matrices(ctx, eqns, weights, [o for o in operands if o is not None], x, ats)
-    return [y if w.column is None else _outputs_scaled(y, w, at) for y, w, at in zip(ys, weights, ats, strict=True)]
+    return [y if w.gain is None else _outputs_scaled(y, w, at) for y, w, at in zip(ys, weights, ats, strict=True)]
 
 
 def _scaled(weight: Weight, at: Arrangement) -> str:
     """What a weight's magnitudes scale in a product: "nothing", "inputs", "outputs" or "both"."""
-    if weight.column is None:
+    if weight.gain is None:
         return "nothing"
-    varies = weight.owned(weight.column, 0)
+    varies = weight.owned(weight.gain, 0)
     inputs, outputs = bool(varies & set(at.contract)), bool(varies & set(at.free))
     return "both" if inputs and outputs else "inputs" if inputs else "outputs"
 
 
 def _outputs_scaled(y: Array, weight: Weight, at: Arrangement) -> Array:
-    assert weight.column is not None
+    assert weight.gain is not None
     first = len(at.batch) + (0 if at.left else len(at.x_free))
     places = {d: i for i, d in enumerate(at.batch)} | {d: first + i for i, d in enumerate(at.free)}
-    return y * _along(weight.column, places, y.ndim).astype(y.dtype)
+    return multiplied(y, _along(weight.gain, places, y.ndim))
 
 
-def _along(column: Array, places: dict[int, int], ndim: int) -> Array:
-    """A column laid out to multiply another array, whose dimension `places[d]` is the weight's dimension `d`."""
+def _along(gain: Array, places: dict[int, int], ndim: int) -> Array:
+    """A gain laid out to multiply another array, whose dimension `places[d]` is the weight's dimension `d`."""
     order = sorted(places, key=places.__getitem__)
     shape = [1] * ndim
     for d in order:
-        shape[places[d]] = column.shape[d]
-    return jnp.transpose(column, (*order, *(d for d in range(column.ndim) if d not in places))).reshape(shape)
+        shape[places[d]] = gain.shape[d]
+    return jnp.transpose(gain, (*order, *(d for d in range(gain.ndim) if d not in places))).reshape(shape)
 
 
 def _sizes(shape: tuple[int, ...], dims: Dims) -> Dims:
@@ -299,7 +299,7 @@ def ragged_dot(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     sides = weight.sides((1,), (2,), stack=(0,))
     if sides is None:
         return "the plan's inputs and outputs are not those of the ragged product"
-    if weight.column is not None:
+    if weight.gain is not None:
         return "magnitudes of experts in a ragged product"
     dtype = ctx.update_dtype(x, weight.w)
     down, up = sides[0][..., 0], sides[1][:, :, 0]
