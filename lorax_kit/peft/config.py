@@ -176,7 +176,7 @@ def listed(value: str | list[str] | None) -> list[str]:
 
 
 def moves_ties(config: Mapping[str, Any]) -> bool:
-    """Whether PEFT moves a tied head with its embedding: where it is asked to, and one of two names is targeted or kept."""
+    """Whether PEFT moves a tied head with its embedding: where asked to, and if a name that it knows is among them."""
     if not config.get("ensure_weight_tying"):
         return False
     targets = config.get("target_modules")

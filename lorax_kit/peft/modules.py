@@ -293,9 +293,7 @@ class Reader:
                 continue
             site = self.sites.get(path)
             others = self.torch.tied(path, None if site is None else site.use)
-            if not others or pieces.form.ties == "always" or (
-                pieces.form.ties == "asked" and (asked or path in moved)
-            ):
+            if not others or pieces.form.ties == "always" or (pieces.form.ties == "asked" and (asked or path in moved)):
                 continue
             name = self.torch.templates[path]
             raise AdapterError(

@@ -40,7 +40,8 @@ def save_peft(
     """Write an adapter as a PEFT folder, for `peft.PeftModel.from_pretrained(model, path)`.
 
     The folder appears whole or not at all. Ranks, alphas and scales are kept exactly, arrays bit for bit;
-    `start`, `freeze_a` and `compute_dtype` of the spec have no place in the format. Factors that began at a start of
+    `start`, `freeze_a` and `compute_dtype` of the spec have no place in the format, nor has a dropout of the methods
+    that have none in PEFT (HRA, LoHa, LoKr). Factors that began at a start of
     their own (PiSSA and others) are written as the plain LoRA of twice the rank that they are on the unchanged base.
 
     Args:

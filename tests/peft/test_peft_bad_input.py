@@ -1,5 +1,7 @@
 """PEFT folders that cannot be read, and adapters that PEFT cannot hold: input -> what the message says."""
 
+import struct
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,7 +181,50 @@ def cut(path):
     file.write_bytes(file.read_bytes()[:-50])
 
 
+def header(change):
+    """The header of the safetensors file, changed."""
+
+    def apply(path):
+        file = path / "adapter_model.safetensors"
+        data = file.read_bytes()
+        n = struct.unpack("<Q", data[:8])[0]
+        text = change(data[8 : 8 + n].decode())
+        file.write_bytes(struct.pack("<Q", len(text)) + text.encode() + data[8 + n :])
+
+    return apply
+
+
+def raw(name, content):
+    return lambda path: (path / name).write_bytes(content)
+
+
+def more(path):
+    file = path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes() + bytes(8))
+
+
+def huge_header(path):
+    (path / "adapter_model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+
+
+def twice(text):
+    entry = text[1 : text.index("},") + 1]
+    return "{" + entry + "," + text[1:]
+
+
 FILES = [
+    (raw("adapter_config.json", b'{"peft_type": "\xff"}'), "is not JSON: 'utf-8' codec"),
+    (text("adapter_config.json", "[" * 100_000), "is nested too deeply"),
+    (text("adapter_config.json", '{"r": ' + "9" * 5000 + "}"), "is not JSON: the number 999999999999... is too large"),
+    (text("adapter_config.json", '{"r": 1e400}'), "is not JSON: the number 1e400 is not finite, or too large"),
+    (text("adapter_config.json", '{"lora_alpha": NaN}'), "is not JSON: the number NaN is not finite"),
+    (text("adapter_config.json", '{"r": 3, "r": 4}'), "is not JSON: the key 'r' comes twice"),
+    (more, "is damaged: its header tells of"),
+    (huge_header, "is damaged: its header does not fit into it"),
+    (header(twice), "is damaged: the key "),
+    (header(lambda t: t.replace('"F32"', '"F8_E4M3"', 1)), "is float8_e4m3; float32, bfloat16 and float16 can be read"),
+    (header(lambda t: t.replace("[3,16]", "[3,17]", 1)), "has not the bytes of its shape [3, 17]"),
+    (header(lambda t: t.replace("base_model.model.enc", "base_model.model.../../enc", 1)), "is no module of this base"),
     (lambda path: (path / "adapter_config.json").unlink(), "is not a PEFT adapter: it has no adapter_config.json"),
     (lambda path: (path / "adapter_model.safetensors").unlink(), "pickled weights are not read"),
     (text("adapter_config.json", "{"), "is not JSON"),
@@ -196,6 +241,29 @@ def test_damaged_files_say(tmp_path, params, damage, says):
     with pytest.raises(lk.AdapterError) as e:
         lk.load_peft(path, base=params, names=NAMES)
     assert says in str(e.value)
+    assert len(str(e.value).splitlines()) <= 4
+
+
+BAD_NAMES = [
+    ([("a", "b")], "`names` is a list; it must map paths"),
+    ({"q/kernel": 3}, "gives 'q/kernel' 3; it must be a name in torch, or a tuple"),
+    ({"q/kernel": ()}, "gives 'q/kernel' (); it must be a name"),
+    ({"q/kernel": "../../q.weight"}, "the name '../../q.weight', which no parameter of torch can have"),
+    ({"q/kernel": "q..weight"}, "which no parameter of torch can have"),
+    ({"q/kernel": "q.weight[4:2]"}, "a range of outputs is [first:last + 1]"),
+    ({"q/kernel": "q.weight[0:2]", "k/kernel": "q.weight[3:4]"}, "or not all of its outputs: 'q/kernel', 'k/kernel'"),
+    ({"q/bias": "a.{}.{}.bias"}, "gives 'q/bias' 'a.{}.{}.bias': 2 stacked axes, of shape (4,)"),
+    ({"absent": "q.weight"}, "none of the 1 paths in `names` is a parameter of this base"),
+]
+
+
+@pytest.mark.parametrize(("names", "says"), BAD_NAMES)
+def test_bad_names_say(tmp_path, names, says):
+    path = Folder(tmp_path, "lora").write()
+    with pytest.raises(lk.AdapterError) as e:
+        lk.load_peft(path, base=PARAMS, names=names)
+    assert says in str(e.value)
+    assert len(str(e.value).splitlines()) <= 4
 
 
 def test_names_of_another_model_say(tmp_path, params):

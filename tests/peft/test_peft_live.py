@@ -1,4 +1,4 @@
-"""The real PEFT on transformers' own models: what we write it runs to the same logits, what it writes we merge to them."""
+"""The real PEFT on transformers' own models: what we write it runs to equal logits, what it writes we merge to them."""
 
 import json
 import warnings
@@ -104,7 +104,8 @@ def moved(factors, plan):
 
     def move(path, leaves):
         new = {
-            k: x * (1 + 0.1 * jnp.asarray(rng.normal(size=x.shape), x.dtype)) + 0.05 * jnp.asarray(rng.normal(size=x.shape), x.dtype)
+            k: x * (1 + 0.1 * jnp.asarray(rng.normal(size=x.shape), x.dtype))
+            + 0.05 * jnp.asarray(rng.normal(size=x.shape), x.dtype)
             for k, x in leaves._asdict().items()
             if x is not None and k not in held.get(path, ())
         }
@@ -208,7 +209,7 @@ def test_minilm_gives_equal_hidden_states(tmp_path):
         loaded = load_bert("minilm")
     except MissingPackageError as e:
         pytest.skip(str(e))
-    config = transformers.BertConfig(**{k: v for k, v in vars(loaded.config).items()})
+    config = transformers.BertConfig(**vars(loaded.config))
     known = torch_names(loaded.config)
 
     def model():
@@ -261,7 +262,10 @@ WRITTEN = {
         {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True},
         None,
     ),
-    "exact_names": ({"target_modules": ["model.layers.0.self_attn.q_proj", "down_proj"], "layers_to_transform": [1]}, None),
+    "exact_names": (
+        {"target_modules": ["model.layers.0.self_attn.q_proj", "down_proj"], "layers_to_transform": [1]},
+        None,
+    ),
     "pattern": ({"target_modules": r".*\.1\..*(q|v)_proj", "exclude_modules": r".*v_proj"}, None),
     "velora": ({"target_modules": ["q_proj"], "init_lora_weights": "orthogonal", "r": 2}, None),
 }
@@ -321,4 +325,3 @@ def test_the_config_is_one_that_peft_accepts_in_full(tmp_path):
             warnings.simplefilter("error")
             peft.PeftConfig.from_pretrained(str(tmp_path / method))
         assert json.loads((tmp_path / method / "adapter_config.json").read_text())["inference_mode"]
-
