@@ -6,6 +6,7 @@ Like `workloads`, this folder joins models, tasks and the toolkit; nothing else 
 from lorax_kit.benchmarks.calibrate import calibrate
 from lorax_kit.benchmarks.forward import FORWARD_COLUMNS, bench_forward
 from lorax_kit.benchmarks.grid import GRID, bench_grid
+from lorax_kit.benchmarks.methods import METHOD_COLUMNS, bench_methods
 from lorax_kit.benchmarks.mixed import MIXED_COLUMNS, bench_mixed
 from lorax_kit.benchmarks.step import COLUMNS, bench_step
 from lorax_kit.benchmarks.timing import table
@@ -14,9 +15,11 @@ __all__ = [
     "COLUMNS",
     "FORWARD_COLUMNS",
     "GRID",
+    "METHOD_COLUMNS",
     "MIXED_COLUMNS",
     "bench_forward",
     "bench_grid",
+    "bench_methods",
     "bench_mixed",
     "bench_step",
     "calibrate",

@@ -102,6 +102,27 @@ def calibrate(rounds: int, out: str | None, as_json: bool) -> None:
 
 
 @bench.command()
+@click.option("--method", "names", multiple=True, help="Only this one beside LoRA, may be repeated; default: all.")
+@click.option("--width", type=click.IntRange(8), default=384, show_default=True)
+@click.option("--layers", type=click.IntRange(1), default=6, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--length", type=click.IntRange(2), default=128, show_default=True)
+@click.option("--rank", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--targets", type=click.Choice(["all-linear", "qv"]), default="all-linear", show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Alternating rounds.")
+@click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
+def methods(as_json: bool, **options: Any) -> None:
+    """One training step of every method beside LoRA's of the same rank."""
+    from lorax_kit.benchmarks import METHOD_COLUMNS, bench_methods, table
+
+    rows = bench_methods(**options)
+    if as_json:
+        echo(rows)
+    else:
+        click.echo(table(rows, METHOD_COLUMNS))
+
+
+@bench.command()
 @click.option("--seconds", type=click.FloatRange(0), default=480, show_default=True, help="Begin no row beyond these.")
 @click.option("--small", is_flag=True, help="Tiny shapes: whether it runs, on any processor.")
 @click.option("--no-peer", is_flag=True, help="Leave out torch and PEFT even where they are installed.")

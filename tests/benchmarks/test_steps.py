@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from lorax_kit.benchmarks import bench_forward, bench_grid, calibrate
+from lorax_kit.benchmarks import bench_forward, bench_grid, bench_methods, calibrate
 from lorax_kit.benchmarks.calibrate import calibration_table
-from lorax_kit.errors import PlanError
+from lorax_kit.errors import PlanError, SpecError
 from lorax_kit.transform import Costs
 from lorax_kit.transform.cost import Product, choose
 
@@ -65,3 +65,15 @@ def test_costs_that_cannot_be(tmp_path, value):
     (tmp_path / "costs.json").write_text(f'{{"activation": [1, {value}], "weight": [1, 2], "device": ""}}')
     with pytest.raises(PlanError, match="at least 0"):
         Costs.read(tmp_path / "costs.json")
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_methods_are_timed_beside_lora():
+    sizes = {"width": 32, "layers": 1, "batch_size": 2, "length": 8, "rank": 2, "targets": "qv", "rounds": 2}
+    rows = bench_methods(**sizes, names=["ia3", "miss"], progress=False)
+    assert [row["method"] for row in rows] == ["lora", "miss", "ia3"]
+    head = 2 * 32 + 2
+    assert [row["trained"] - head for row in rows] == [2 * 2 * (32 + 32), 2 * 2 * 32, 2 * 32]
+    assert rows[0]["ratio"] == rows[0]["flops_ratio"] == rows[0]["temp_ratio"] == 1
+    with pytest.raises(SpecError, match="method 'lorra' is not timed; choose from lora, lora_fa"):
+        bench_methods(**sizes, names=["lorra"])
