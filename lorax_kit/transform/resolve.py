@@ -205,7 +205,7 @@ def all_linear(
     Example:
       >>> import lorax_kit as lk
       >>> params = {"table": jnp.ones((9, 4)), "up": jnp.ones((4, 8)), "bias": jnp.ones(8)}
-      >>> fn = lambda p, ids: p["table"][ids] @ p["up"] + p["bias"]
+      >>> fn = lambda p, ids: p["table"][ids] @ p["up"] + p["bias"][None]
       >>> [pattern for pattern, _ in lk.all_linear(lk.LoRA(rank=2), params, fn, jnp.arange(3), quiet=True).rules]
       ['up']
     """

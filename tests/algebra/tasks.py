@@ -66,6 +66,9 @@ def settings():
     """One setting of each registered method."""
     out = {}
     for kind, method in METHODS.items():
+        if kind == "rows":  # no rank, and rows that must be named
+            out[kind] = method.setting(rows=(0, 1))
+            continue
         ranked = "rank" in method.setting.__dataclass_fields__
         out[kind] = method.setting(rank=2) if ranked else method.setting()
     return out

@@ -31,7 +31,7 @@ WAYS = {
     "loha": lk.LoHa(rank=2, alpha=3),
     "lokr": lk.LoKr(rank=2, alpha=3),
     "miss": lk.MiSS(rank=2),
-    "delora": lk.DeLoRA(rank=2),
+    "delora": lk.DeLoRA(rank=2, bound=1.0),
     "hra": lk.HRA(rank=2),
     "ia3": lk.IA3(),
     "ia3, inputs": lk.IA3(feedforward=True),

@@ -9,6 +9,7 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.training import labels
 from lorax_kit.training.optimisers.gains import FromStart
+from lorax_kit.training.optimisers.gains import from_start as from_start_of
 from tests.draws import draw
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -99,7 +100,7 @@ def test_functions_among_extra_arguments_see_the_factors_as_they_are():
         return grads, state
 
     inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-    from_start = lk.training.gains.from_start(inner, plan)
+    from_start = from_start_of(inner, plan)
     state = from_start.init(factors)
     from_start.update(factors, state, factors, value_fn=lambda f: jnp.sum(f["v"].gain))
     np.testing.assert_array_equal(seen["params"], np.zeros(3))
