@@ -145,7 +145,12 @@ def test_a_failing_row_says_why_and_others_follow():
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nmany lines")
 
     rows = []
-    run_rows([Row("a", {"n": 2}, 0, fails), Row("b", {}, 0, lambda: [{"n": 3}])], seconds=1, write=rows.append)
+    run_rows(
+        [Row("a", {"n": 2}, 0, fails), Row("b", {}, 0, lambda: [{"n": 3}])],
+        seconds=1,
+        write=rows.append,
+        clock=lambda: 0.0,
+    )
     assert [row.get("n") for row in rows] == [1, 2, 3, None]
     assert rows[1]["skipped"] == "RuntimeError: RESOURCE_EXHAUSTED: out of memory"
     assert rows[3] == rows[3] | {"measured": 2, "skipped_rows": 1}
@@ -158,7 +163,9 @@ def test_a_cut_run_has_written_its_rows():
 
     rows = []
     with pytest.raises(KeyboardInterrupt):
-        run_rows([Row("a", {}, 0, lambda: [{"n": 0}]), Row("b", {}, 0, cut)], seconds=1, write=rows.append)
+        run_rows(
+            [Row("a", {}, 0, lambda: [{"n": 0}]), Row("b", {}, 0, cut)], seconds=1, write=rows.append, clock=lambda: 0.0
+        )
     assert [row["n"] for row in rows] == [0, 1]
 
 
