@@ -197,12 +197,12 @@ def merged(x: Array, sites: Operands, precision: Precision = None) -> Outputs:
 def _merged_fwd(x: Array, sites: Operands, precision: Precision) -> tuple[Outputs, tuple]:
     # No waiting: early sums are gone when the activations of all layers are there, and what reads an entry of x
     # keeps XLA from fusing what makes it (5 % of a step at 384 wide).
-    return _merged_product(x, sites, precision), (x, sites, ())
+    # u is kept, r numbers a token: where no gradient of A is asked for, nothing in the backward pass reads x.
+    return _merged_product(x, sites, precision), (x, sites, _downs(x, sites, precision))
 
 
 def _merged_bwd(precision: Precision, residuals: tuple, gs: Outputs) -> tuple:
-    x, sites, _ = residuals
-    us = _downs(x, sites, precision)
+    x, sites, us = residuals
     hs = [_down(g, site.b, precision) for site, g in zip(sites, gs, strict=True)]
     dx = _matmul_back(_joined(gs, -1), _summed(_waiting(sites, hs[0]), precision), precision)
     found = _factor_cotangents(x, sites, us, hs, gs, precision)

@@ -260,6 +260,11 @@ def _recomputed_bwd(fn: Any, residuals: tuple[Any, Any, list[Any], list[Any]], g
     if floats:  # All that is formed again waits for the cotangent: XLA would form it early, and keep it.
         latest = max(floats, key=lambda x: x.size)
         made, kept = after(latest, (made, kept))
+        # Frozen vectors too: XLA would spread the scale of a norm over the tokens once for both passes, and keep that
+        # (a tenth of the temporaries of a step at 384 wide).
+        flat, tree = jax.tree.flatten(held)
+        still = [m is None and jnp.ndim(x) < 2 for x, m in zip(flat, moving[len(moving) - len(flat) :], strict=True)]
+        held = jax.tree.unflatten(tree, [after(latest, x) if s else x for x, s in zip(flat, still, strict=True)])
     found = iter(kept)
 
     keep = Keep(
