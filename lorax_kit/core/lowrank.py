@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lorax_kit.dtypes import wide
+
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ class LowRank:
 
     def restore(self) -> Array:
         """The parameter, (*shape) in `dtype`, summed in at least fp32."""
-        dtype = jnp.promote_types(self.a.dtype, jnp.float32)
+        dtype = wide(self.a.dtype)
         total = outer(dense(self.a), dense(self.b), self.inputs, self.outputs, self.stack, dtype)
         if self.residual is not None:
             total = total + dense(self.residual).astype(dtype)
