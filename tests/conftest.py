@@ -34,7 +34,7 @@ def pytest_terminal_summary(terminalreporter):
     proved, cells = {}, {}
     for outcome in ("passed", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
-            for name, value in report.user_properties:
+            for name, value in getattr(report, "user_properties", ()):  # a file skipped as a whole has none
                 if name == "coverage" and outcome == "passed":
                     proved.setdefault(tuple(value[:2]), set()).add(value[2])
                 if name == "contract":
