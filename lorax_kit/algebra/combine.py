@@ -37,7 +37,7 @@ from lorax_kit.algebra.adaptation import (
     plain,
     planned,
 )
-from lorax_kit.algebra.delta import Rows, delta_of, full_delta, matrices, restored
+from lorax_kit.algebra.delta import Rows, delta_of, full_delta
 from lorax_kit.algebra.linear import concatenate, moved
 from lorax_kit.algebra.rank import cut, cut_whole
 from lorax_kit.core.leaves import site_key
@@ -154,8 +154,8 @@ def combine_into(
     plan = tasks.adapters[0].plan
     for site in plan.sites:
         w = dense(named[site.path])
-        merged = moved(matrices(site, w), [jnp.asarray(tasks.combined(site))])
-        out[site.path] = restored(site, merged).astype(w.dtype)
+        merged = moved(site.matrices(w), [jnp.asarray(tasks.combined(site))])
+        out[site.path] = site.from_matrices(merged).astype(w.dtype)
     for leaf in plan.full:
         out[leaf.path] = tasks.moved(leaf).astype(named[leaf.path].dtype)
     return unflatten(out, treedef)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.algebra.adaptation import AnyAdapter
-from lorax_kit.core.lowrank import dense
+from lorax_kit.core.lowrank import dense, identity_rows
 from lorax_kit.core.method import Update, leaf_shapes, update_of
 from lorax_kit.core.plan import FullSite, Site
 from lorax_kit.dtypes import wide
@@ -46,19 +46,6 @@ def _sizes(site: Site) -> tuple[int, int, int]:
     return prod(site.stack_shape), prod(site.in_shape), prod(site.out_shape)
 
 
-def matrices(site: Site, w: Array) -> Float[Array, "S K N"]:
-    """A parameter as its stacked matrices."""
-    axes = site.axes
-    return jnp.transpose(w, (*axes.stack, *axes.inputs, *axes.outputs)).reshape(_sizes(site))
-
-
-def restored(site: Site, x: Float[Array, "S K N"]) -> Array:
-    """Inverse of `matrices`."""
-    order = (*site.axes.stack, *site.axes.inputs, *site.axes.outputs)
-    x = x.reshape(*site.stack_shape, *site.in_shape, *site.out_shape)
-    return jnp.transpose(x, tuple(order.index(i) for i in range(len(order))))
-
-
 def product(site: Site, rows: Rows) -> Float[Array, "S K N"]:
     """sum_r a[r] b[r]."""
     s, k, n = _sizes(site)
@@ -67,11 +54,7 @@ def product(site: Site, rows: Rows) -> Float[Array, "S K N"]:
 
 def whole(site: Site, delta: Float[Array, "S K N"]) -> Rows:
     """Any delta as min(K, N) rows, without rounding: one of the factors is the identity."""
-    s, k, n = _sizes(site)
-    eye = jnp.eye(min(k, n), dtype=delta.dtype)[:, None]
-    a = jnp.broadcast_to(eye, (k, s, k)) if k <= n else jnp.transpose(delta, (2, 0, 1))
-    b = jnp.transpose(delta, (1, 0, 2)) if k <= n else jnp.broadcast_to(eye, (n, s, n))
-    return shaped(site, a, b)
+    return shaped(site, *identity_rows(delta))
 
 
 def shaped(site: Site, a: Float[Array, "R S K"], b: Float[Array, "R S N"]) -> Rows:
@@ -140,7 +123,7 @@ def rows_of(site: Site, base: Any, leaves: Any) -> Rows:
 def _gained(site: Site, base: Any, update: Update) -> Float[Array, "S K N"]:
     """(c - 1) W + c sum_r a[r] b[r]."""
     s, k, n = _sizes(site)
-    w = matrices(site, dense(base))
+    w = site.matrices(dense(base))
     dtype = wide(w.dtype, *(x.dtype for x in update if x is not None))
     c = jnp.ones((1, 1, 1), dtype)
     if update.out_gain is not None:

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.algebra.adaptation import Adaptation, check_rank, check_share, plain
-from lorax_kit.algebra.delta import matrices
 from lorax_kit.algebra.rank import cut_whole
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import check_params
@@ -75,7 +74,7 @@ def extract(
         most = site.rank if rank is None and energy is None else rank
         if most == 0:
             raise AdapterError(f"the plan has no rank at {site.path!r} ({site.setting.kind}).\n  give rank= or energy=")
-        w, other = (matrices(site, dense(x[site.path])) for x in (named, others))
+        w, other = (site.matrices(dense(x[site.path])) for x in (named, others))
         change = np.asarray(other).astype(np.float64) - np.asarray(w).astype(np.float64)
         rows[site.path], errors[site.path] = cut_whole(site, change, most, energy, wide(w.dtype, other.dtype))
     differ = [p for p in named if p not in plan.trained and _differ(p, named[p], others[p])]

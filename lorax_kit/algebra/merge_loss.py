@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.algebra.adaptation import AnyAdapter, bases, check_adapter
-from lorax_kit.algebra.delta import delta_of, full_delta, restored
+from lorax_kit.algebra.delta import delta_of, full_delta
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.paths import Params
 from lorax_kit.core.quantised import Quantised
@@ -155,7 +155,7 @@ def merge_loss(
         if isinstance(held, Quantised) and dtype is None and quantise is None:
             method, own_block, own_double = held.method, held.block, held.log_step is not None
         w = dense(held)
-        delta = restored(site, delta_of(site, held, adapter.factors[site.path]))
+        delta = site.from_matrices(delta_of(site, held, adapter.factors[site.path]))
         if method is None:
             stored, rounded = _cast(dtype or site.dtype)
         else:

@@ -90,10 +90,8 @@ def site_spectrum(site: Site, w: Array, leaves: Any) -> np.ndarray:
     update = update_of(site, w, leaves, site.scale)
     if update.a is not None and update.b is not None and update.out_gain is None and update.in_gain is None:
         return np.asarray(delta_spectrum(update.a, update.b, site.scale, batch_axes=len(site.axes.stack)))
-    axes = site.axes
-    whole = jnp.transpose(delta(site, w, leaves), (*axes.stack, *axes.inputs, *axes.outputs))
-    matrices = np.asarray(whole).reshape(*site.stack_shape, math.prod(site.in_shape), math.prod(site.out_shape))
-    return np.linalg.svd(matrices, compute_uv=False)
+    values = np.linalg.svd(np.asarray(site.matrices(delta(site, w, leaves))), compute_uv=False)
+    return values.reshape(*site.stack_shape, -1)
 
 
 def effective_rank(singular_values: Float[Array, "*batch k"]) -> Float[Array, "*batch"]:

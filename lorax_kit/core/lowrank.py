@@ -81,6 +81,20 @@ def outer(
     return jnp.einsum(f"Z{one},Z{two}->{layout}", *factors, precision=jax.lax.Precision.HIGHEST)
 
 
+def identity_rows(whole: Array) -> tuple[Array, Array]:
+    """Rows a (r, S, K) and b (r, S, N) of any matrices (S, K, N), exactly: r = min(K, N), an identity on that side.
+
+    Example:
+      >>> a, b = identity_rows(jnp.ones((4, 3, 2)))
+      >>> a.shape, b.shape
+      ((2, 4, 3), (2, 4, 2))
+    """
+    stack, ins, outs = whole.shape
+    n = min(ins, outs)
+    eye = jnp.broadcast_to(jnp.eye(n, dtype=whole.dtype)[:, None], (n, stack, n))
+    return (eye, jnp.moveaxis(whole, 1, 0)) if ins <= outs else (jnp.moveaxis(whole, 2, 0), eye)
+
+
 def dense(x: Any) -> Array:
     """Restore a leaf that is quantised or a product; an array is returned as it is."""
     return x.restore() if hasattr(x, "restore") else jnp.asarray(x)

@@ -83,9 +83,8 @@ def init(site: Site, w: Array, key: Array, hints: Hints) -> DeLoRALeaves:
     factors = first_factors(site, w, key, hints)
     need(factors.a0 is None, f"start {site.setting.start!r} gives both factors; delora starts from one.")  # type: ignore[attr-defined]
     dtype = wide(site.setting.dtype)
-    order = (*site.axes.stack, *site.axes.inputs, *site.axes.outputs)
-    square = jnp.square(jnp.transpose(w, order).astype(dtype))
-    norm = jnp.sqrt(jnp.sum(square, axis=tuple(range(-len(site.axes.outputs), 0))))
+    square = jnp.sum(jnp.square(site.matrices(w).astype(dtype)), axis=-1)
+    norm = jnp.sqrt(square).reshape(*site.stack_shape, *site.in_shape)
     bound = jnp.full(site.stack_shape, site.setting.bound, dtype)  # type: ignore[attr-defined]
     return DeLoRALeaves(factors.a, factors.b, bound, norm)
 

@@ -6,7 +6,6 @@ Symbols: m is `magnitude` (*stack, *out), A is `a` (r, *stack, *in), B is `b` (r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
@@ -59,12 +58,6 @@ class DoRALeaves(NamedTuple):
     b0: Array | None = None
 
 
-def matrices(site: Site, w: Array) -> Float[Array, " stack in out"]:
-    """W as a stack of (in, out) matrices."""
-    order = (*site.axes.stack, *site.axes.inputs, *site.axes.outputs)
-    return jnp.transpose(w, order).reshape(prod(site.stack_shape), prod(site.in_shape), -1)
-
-
 def norm(site: Site, w: Array, a: Array, b: Array, scale: Any) -> Float[Array, ...]:
     """|W + s A^T B| per output, shape (*stack, *out), without forming the sum.
 
@@ -73,7 +66,7 @@ def norm(site: Site, w: Array, a: Array, b: Array, scale: Any) -> Float[Array, .
     """
     with jax.default_matmul_precision("highest"):
         dtype = wide(a.dtype, w.dtype)
-        w3 = matrices(site, w).astype(dtype)
+        w3 = site.matrices(w).astype(dtype)
         a3 = a.astype(dtype).reshape(a.shape[0], w3.shape[0], w3.shape[1])
         b3 = b.astype(dtype).reshape(b.shape[0], w3.shape[0], w3.shape[2])
         scale = jnp.asarray(scale, dtype)

@@ -31,7 +31,6 @@ from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import RankSetting, need
 from lorax_kit.dtypes import wide
-from lorax_kit.methods.dora import matrices
 from lorax_kit.starts.draws import draw_rows
 
 
@@ -104,7 +103,7 @@ def pairs(u: Array, v: Array) -> tuple[Array, Array]:
 def update(site: Site, w: Array, leaves: HRALeaves, scale: Any) -> Update:
     """Rows x over the inputs, and b over the outputs."""
     dtype = wide(leaves.u.dtype)
-    w3 = matrices(site, w).astype(dtype)
+    w3 = site.matrices(w).astype(dtype)
     rows = leaves.u.astype(dtype).reshape(-1, *w3.shape[:2])
     x, y = (z.reshape(rows.shape) for z in pairs(rows[1::2], rows[::2]))
     pair = jnp.arange(len(rows)) // 2

@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.core.leaves import site_key
+from lorax_kit.core.lowrank import identity_rows
 from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import ScaledSetting
@@ -80,20 +81,6 @@ def init(site: Site, w: Array, key: Array, hints: Hints) -> LoHaLeaves:
 def dense_product(a: Float[Array, " r stack in"], b: Float[Array, " r stack out"]) -> Float[Array, " stack in out"]:
     """a^T b of each stacked matrix."""
     return jnp.einsum("rsi,rso->sio", a, b, precision=HIGHEST)
-
-
-def identity_rows(dense: Float[Array, " stack in out"]) -> tuple[Array, Array]:
-    """a (r, stack, in) and b (r, stack, out) with dense = a^T b, r = min(in, out): an identity on the shorter side.
-
-    Example:
-      >>> a, b = identity_rows(jnp.ones((4, 3, 2)))
-      >>> a.shape, b.shape
-      ((2, 4, 3), (2, 4, 2))
-    """
-    stack, ins, outs = dense.shape
-    n = min(ins, outs)
-    eye = jnp.broadcast_to(jnp.eye(n, dtype=dense.dtype)[:, None], (n, stack, n))
-    return (eye, jnp.moveaxis(dense, 1, 0)) if ins <= outs else (jnp.moveaxis(dense, 2, 0), eye)
 
 
 def update(site: Site, w: Array, leaves: LoHaLeaves, scale: Any) -> Update:

@@ -10,7 +10,6 @@ gradient, A0 (dL/dW) B0^T, does not need that.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -59,14 +58,12 @@ class LoRAXSLeaves(NamedTuple):
 
 def init(site: Site, w: Array, key: Array, hints: Hints) -> LoRAXSLeaves:
     """The leading singular vectors of each stacked matrix, computed in at least fp32; R = 0."""
-    order = (*site.axes.stack, *site.axes.inputs, *site.axes.outputs)
-    dtype, rank, stack = jnp.dtype(site.setting.dtype), site.rank, site.stack_shape
-    matrices = jnp.transpose(w, order).reshape(*stack, prod(site.in_shape), prod(site.out_shape))
-    u, s, vt = jnp.linalg.svd(matrices.astype(wide(w.dtype)), full_matrices=False)
+    dtype, rank = jnp.dtype(site.setting.dtype), site.rank
+    u, s, vt = jnp.linalg.svd(site.matrices(w).astype(wide(w.dtype)), full_matrices=False)
     a0 = jnp.moveaxis(u[..., :rank] * s[..., None, :rank], -1, 0)
     b0 = jnp.moveaxis(vt[..., :rank, :], -2, 0)
     return LoRAXSLeaves(
-        r=jnp.zeros((rank, rank, *stack), dtype),
+        r=jnp.zeros((rank, rank, *site.stack_shape), dtype),
         a0=a0.reshape(site.a_shape).astype(dtype),
         b0=b0.reshape(site.b_shape).astype(dtype),
     )
