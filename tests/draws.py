@@ -1,8 +1,10 @@
-"""Random arrays for tests, by numpy: `jax.random.normal` compiles for each shape anew, half a second each time."""
+"""Random arrays for tests, by numpy: `jax.random.normal` compiles for each shape anew, half a second each."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from lorax_kit.core.method import frozen_leaves
 
 
 def draw(seed, *shape):
@@ -15,3 +17,12 @@ def moved(tree):
     leaves, treedef = jax.tree.flatten(tree)
     rng = np.random.default_rng(7)
     return treedef.unflatten([x + 0.3 * rng.normal(size=x.shape).astype(x.dtype) for x in leaves])
+
+
+def moved_leaves(plan, factors):
+    """Factors whose trained leaves are moved at random; frozen ones are as they were."""
+    other = moved(factors)
+    for site in plan.sites:
+        held = {name: getattr(factors[site.path], name) for name in frozen_leaves(site.setting)}
+        other[site.path] = other[site.path]._replace(**held)
+    return other

@@ -98,6 +98,10 @@ def test_inspect_lists_parameters_sites_and_adapters(finished, tmp_path, capsys)
     call("inspect", "minilm", "--spec", spec, "--html", tmp_path / "tree.html")
     assert (tmp_path / "tree.html").read_text().count('class="bar low-rank"') == 12
     capsys.readouterr()
+    call("inspect", "minilm", "--spec", "all-linear", "--variant", "vera", "--set", "d_initial=0.2", "--json")
+    shown = capsys.readouterr()
+    assert len(json.loads(shown.out)["sites"]) == 36
+    assert "all-linear adapts 36 parameters" in shown.err
     out, printed, _ = finished
     call("inspect", out / printed["rows"][0]["adapter"])
     assert "layer_5/attention/query/kernel:a  1x384  float32" in capsys.readouterr().out
@@ -183,7 +187,7 @@ def test_inspect_shows_the_bytes_of_a_quantised_base(method, most, tmp_path, cap
 
 def test_train_logs_epochs_and_its_adapter_evaluates_the_same(tmp_path, capsys, standard_promotion):
     call("train", "--out", tmp_path / "t", "--epochs", 2, "--steps-per-epoch", 2, "--target",
-         "encoder/layer_5/attention/query/kernel", "--json")  # fmt: skip
+         "encoder/layer_5/attention/query/kernel", "--variant", "vera", "--json")  # fmt: skip
     captured = capsys.readouterr()
     result = json.loads(captured.out[captured.out.index("{\n") :])
     log = [json.loads(line) for line in (tmp_path / "t" / "metrics.jsonl").read_text().splitlines()]
@@ -235,6 +239,13 @@ BAD = [
     (["inspect", "minilm", "--tokens", "1"], "is not in the range"),
     (["inspect", "minilm", "--quantise", "nf4"], "give --spec"),
     (["inspect", "minilm", "--quantise", "int3"], "'int3' is not one of"),
+    (["inspect", "minilm", "--spec", "{tmp}/none"], "is neither a file nor all-linear"),
+    (["inspect", "minilm", "--rank", "4"], "--rank goes with --spec all-linear"),
+    (["inspect", "minilm", "--spec", "all-linear", "--variant", "ia3", "--rank", "4"], "has the unknown key 'rank'"),
+    (["train", "--out", "{tmp}/t", "--variant", "lorra"], "has kind 'lorra'; choose from lora, "),
+    (["train", "--out", "{tmp}/t", "--set", "start"], "--set 'start' is not KEY=VALUE"),
+    (["train", "--out", "{tmp}/t", "--set", "rank=3"], "rank has an option of its own, --rank"),
+    (["train", "--out", "{tmp}/t", "--set", "start=svd"], "start is 'svd'; choose from kaiming, "),
     (["train", "--out", "{tmp}/t", "--rank", "0"], "rank is 0"),
     (["train", "--out", "{tmp}/t", "--rank", "-3"], "rank is -3"),
     (["train", "--out", "{tmp}/t", "--lr", "nan"], "lr is nan"),

@@ -9,12 +9,12 @@ from typing import Any
 
 import click
 
-from lorax_kit.cli.root import cli, echo
+from lorax_kit.cli.root import cli, echo, refuse_given
+from lorax_kit.cli.settings import FLAGS, setting_of, setting_options
 
 
 @cli.command()
-@click.option("--rank", type=int, default=8, show_default=True, help="Rows of the factors.")
-@click.option("--alpha", type=float, default=16.0, show_default=True, help="The update is scaled by alpha / rank.")
+@setting_options
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak rate of AdamW, decaying linearly.")
 @click.option(
     "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of factors, head and data order."
@@ -25,9 +25,8 @@ from lorax_kit.cli.root import cli, echo
     multiple=True,
     default=("encoder/layer_*/**/kernel",),
     show_default=True,
-    help="Pattern of parameters to adapt, may be repeated: * within a name, ** over names, {a,b} either.",
+    help="Parameters to adapt, may be repeated: * within a name, ** over names, {a,b} either; or all-linear.",
 )
-@click.option("--variant", default="lora", show_default=True, help="lora or dora.")
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--length", type=click.IntRange(2), default=48, show_default=True, help="Tokens per training example.")
 @click.option("--epochs", type=click.IntRange(1), default=3, show_default=True)
@@ -36,12 +35,15 @@ from lorax_kit.cli.root import cli, echo
 @click.option("--source", default="rotten_tomatoes", show_default=True, help="rotten_tomatoes, imdb or all.")
 @click.option("--out", type=click.Path(file_okay=False), required=True, help="Folder for the adapter and metrics.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def train(out: str, as_json: bool, **options: Any) -> None:
+def train(
+    out: str, as_json: bool, variant: str, rank: int, alpha: float, more: tuple[str, ...], **options: Any
+) -> None:
     """Train one adapter, with a progress bar per epoch."""
+    setting = setting_of(variant, rank, alpha, more)
     from lorax_kit.workloads import Sentiment, train_adapter
 
     workload = Sentiment(**{name: options.pop(name) for name in ("model", "source", "batch_size", "length")})
-    result = train_adapter(workload, out=Path(out), **options)
+    result = train_adapter(workload, setting, out=Path(out), **options)
     if as_json:
         echo(result)
     else:
@@ -66,7 +68,12 @@ def evaluate(adapter: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("model", default="minilm")
-@click.option("--spec", type=click.Path(exists=True, dir_okay=False), help="JSON of a Spec: show how each site runs.")
+@click.option(
+    "--spec",
+    metavar="FILE|all-linear",
+    help="JSON of a Spec, or all-linear for every parameter that is multiplied: show how each site runs.",
+)
+@setting_options
 @click.option(
     "--quantise",
     type=click.Choice(["int8", "int4", "nf4"]),
@@ -84,11 +91,20 @@ def inspect(
     batch_size: int,
     html: str | None,
     as_json: bool,
+    **setting: Any,
 ) -> None:
-    """List a model's parameters; with --spec, the sites it adapts, how each runs and why. MODEL may be an adapter."""
+    """List a model's parameters; with --spec, the sites it adapts, how each runs and why. MODEL may be an adapter.
+
+    With --spec all-linear the setting is that of --variant, --rank, --alpha and --set.
+    """
     from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
+    from lorax_kit.core.spec import Spec
     from lorax_kit.workloads import inspect_model
 
+    if spec not in (None, "all-linear") and not Path(str(spec)).is_file():
+        raise click.UsageError(f"--spec {spec!r} is neither a file nor all-linear.")
+    if spec != "all-linear":
+        refuse_given(FLAGS, "--spec all-linear; a file has settings of its own")
     if quantise is not None and spec is None:
         raise click.UsageError("--quantise keeps the parameters that a spec adapts in few bits: give --spec, too.")
     if (Path(model) / "spec").is_dir():
@@ -99,8 +115,10 @@ def inspect(
         facts |= {"bytes": adapter_bytes(model), "arrays": document["arrays"]}
         click.echo(json.dumps(facts, indent=2) if as_json else _adapter_text(facts))
         return
-    text = None if spec is None else Path(spec).read_bytes()
-    found, shown = inspect_model(model, text, batch_size, tokens, quantise)
+    what = None
+    if spec is not None:
+        what = setting_of(**setting) if spec == "all-linear" else Spec.from_json(Path(spec).read_bytes())
+    found, shown = inspect_model(model, what, batch_size, tokens, quantise)
     if html is not None:
         from lorax_kit.report.parameters import write_parameters
 

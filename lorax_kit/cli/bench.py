@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,32 @@ import click
 from lorax_kit.cli.root import as_line, cli, echo
 
 
+def size_options(*, width: int, batch_size: int, length: int) -> Callable[[Any], Any]:
+    """What is measured: --width, --layers, --batch-size and --length, with these defaults."""
+    options = (
+        click.option("--width", type=click.IntRange(8), default=width, show_default=True),
+        click.option("--layers", type=click.IntRange(1), default=6, show_default=True),
+        click.option("--batch-size", type=click.IntRange(1), default=batch_size, show_default=True),
+        click.option("--length", type=click.IntRange(2), default=length, show_default=True),
+    )
+    return lambda command: reduce(lambda f, option: option(f), reversed(options), command)
+
+
+def adapter_options(command: Any) -> Any:
+    """What is adapted: --rank and --targets."""
+    targets = click.Choice(["all-linear", "qv"])
+    command = click.option("--targets", type=targets, default="all-linear", show_default=True)(command)
+    return click.option("--rank", type=click.IntRange(1), default=8, show_default=True)(command)
+
+
 @cli.group()
 def bench() -> None:
     """Measure on this machine, side by side in one run."""
 
 
 @bench.command()
-@click.option("--width", type=click.IntRange(8), default=384, show_default=True)
-@click.option("--layers", type=click.IntRange(1), default=6, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--length", type=click.IntRange(2), default=128, show_default=True)
-@click.option("--rank", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--targets", type=click.Choice(["all-linear", "qv"]), default="all-linear", show_default=True)
+@size_options(width=384, batch_size=8, length=128)
+@adapter_options
 @click.option(
     "--rounds", type=click.IntRange(1), default=15, show_default=True, help="Alternating rounds; medians are printed."
 )
@@ -62,10 +78,7 @@ def step(as_json: bool, grid: bool, no_peer: bool, out: str | None, costs: str |
 
 
 @bench.command()
-@click.option("--width", type=click.IntRange(8), default=768, show_default=True)
-@click.option("--layers", type=click.IntRange(1), default=6, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--length", type=click.IntRange(2), default=256, show_default=True)
+@size_options(width=768, batch_size=4, length=256)
 @click.option("--keep", type=float, default=0.5, show_default=True, help="Share of the linear parameters to keep.")
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Alternating rounds.")
 @click.option("--json", "as_json", is_flag=True, help="Print the row as JSON.")
@@ -103,12 +116,8 @@ def calibrate(rounds: int, out: str | None, as_json: bool) -> None:
 
 @bench.command()
 @click.option("--method", "names", multiple=True, help="Only this one beside LoRA, may be repeated; default: all.")
-@click.option("--width", type=click.IntRange(8), default=384, show_default=True)
-@click.option("--layers", type=click.IntRange(1), default=6, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--length", type=click.IntRange(2), default=128, show_default=True)
-@click.option("--rank", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--targets", type=click.Choice(["all-linear", "qv"]), default="all-linear", show_default=True)
+@size_options(width=384, batch_size=8, length=128)
+@adapter_options
 @click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Alternating rounds.")
 @click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
 def methods(as_json: bool, **options: Any) -> None:

@@ -35,11 +35,15 @@ def as_line(data: Any) -> str:
     return json.dumps(plain(data))
 
 
+def given(name: str) -> bool:
+    """Whether the option of this parameter stands on the command line."""
+    return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
 def refuse_given(options: dict[str, str], needed: str) -> None:
     """Raise for options on the command line that would do nothing."""
-    context = click.get_current_context()
     for name, flag in options.items():
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+        if given(name):
             raise click.UsageError(f"{flag} goes with {needed}.")
 
 

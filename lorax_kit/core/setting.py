@@ -113,29 +113,46 @@ class RankSetting(Setting):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaledSetting(RankSetting):
+class AlphaSetting(RankSetting):
     """What the settings of a method with a rank and an alpha have.
 
     Args:
-      alpha: the scale is alpha / rank (or alpha / sqrt(rank)); None means alpha = rank, a scale of 1.
-      rslora: scale by alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732).
+      alpha: numerator of the scale; None means alpha = rank.
     """
 
     alpha: float | None = None
-    rslora: bool = False
 
     def __post_init__(self, *_: Any) -> None:
         object.__setattr__(self, "alpha", plain(self.alpha))
         super().__post_init__()
         ok = self.alpha is None or (is_number(self.alpha) and 0 < self.alpha < float("inf"))
         need(ok, f"alpha is {shown(self.alpha)}; it must be a positive number.")
+
+    @property
+    def effective_alpha(self) -> float:
+        """Alpha, or the rank where none was given."""
+        return self.rank if self.alpha is None else self.alpha
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledSetting(AlphaSetting):
+    """What the settings of the methods that scale as LoRA does have.
+
+    Args:
+      alpha: the scale is alpha / rank (or alpha / sqrt(rank)); None means alpha = rank, a scale of 1.
+      rslora: scale by alpha / sqrt(rank) (Kalajdzievski, arXiv 2312.03732).
+    """
+
+    rslora: bool = False
+
+    def __post_init__(self, *_: Any) -> None:
+        super().__post_init__()
         need(isinstance(self.rslora, bool), f"rslora is {shown(self.rslora)}; it must be true or false.")
 
     @property
     def scale(self) -> float:
         """s in W + s * sum_r a[r] b[r]."""
-        alpha = self.rank if self.alpha is None else self.alpha
-        return float(alpha / (self.rank**0.5 if self.rslora else self.rank))
+        return float(self.effective_alpha / (self.rank**0.5 if self.rslora else self.rank))
 
 
 @dataclass(frozen=True, kw_only=True)

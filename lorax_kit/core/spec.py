@@ -30,13 +30,22 @@ def setting_class(kind: Any) -> type[Any] | None:
     return None if method is None else method.setting
 
 
-def _from_dict(cls: type[Any], data: Any, where: str) -> Any:
-    need(isinstance(data, Mapping), f"{where} is {shown(data)}; it must be an object of settings.")
+def setting_from(data: Mapping[str, Any], where: str) -> AnySetting:
+    """The setting that plain data describe: its `kind` ("lora" where it has none), and the keywords of its class.
+
+    Raises:
+      SpecError: an unknown kind or key, a wrong type or value; `where` begins the message.
+    """
+    kind = data.get("kind", "lora")
+    cls = setting_class(kind)
+    if cls is None:
+        raise SpecError(f"{where} has kind {shown(kind)}; choose from {', '.join((*METHODS, Full.kind))}.")
+    data = {k: v for k, v in data.items() if k != "kind"}
     known = [f.name for f in fields(cls)]
     unknown = sorted(set(data) - {*known, *cls.older})
     need(not unknown, f"{where} has the unknown key {', '.join(map(repr, unknown))}; known: kind, {', '.join(known)}.")
     try:
-        return cls(**data)
+        return cls(**data)  # type: ignore[no-any-return]
     except TypeError as e:
         raise SpecError(f"{where}: {e}.") from None
 
@@ -124,13 +133,7 @@ class Spec:
             need(isinstance(pair, list | tuple) and len(pair) == 2, f"rule {i} must be a [pattern, settings] pair.")
             pattern, settings = pair
             need(isinstance(settings, Mapping), f"rule {i} {pattern!r}: settings must be an object.")
-            kind = settings.get("kind", "lora")
-            cls_of = setting_class(kind)
-            known = ", ".join((*METHODS, Full.kind))
-            if cls_of is None:
-                raise SpecError(f"rule {i} {pattern!r} has kind {shown(kind)}; choose from {known}.")
-            rest = {k: v for k, v in settings.items() if k != "kind"}
-            pairs.append((pattern, _from_dict(cls_of, rest, f"rule {i} {pattern!r}")))
+            pairs.append((pattern, setting_from(settings, f"rule {i} {pattern!r}")))
         exclude = data.get("exclude", [])
         ok = isinstance(exclude, list) and all(isinstance(x, str) for x in exclude)
         need(ok, "spec 'exclude' must be a list of patterns.")

@@ -20,15 +20,16 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.core.leaves import site_key
-from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
+from lorax_kit.core.method import Hints, Method, Update
 from lorax_kit.core.plan import Site
-from lorax_kit.core.setting import RankSetting, is_number, need, plain, shown
+from lorax_kit.core.setting import AlphaSetting, is_number, need, plain, shown
 from lorax_kit.dtypes import wide
+from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
 from lorax_kit.starts.draws import draw_rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLoRA(RankSetting):
+class AdaLoRA(AlphaSetting):
     """Adapt by triplets of a singular value and its vectors (Zhang et al., arXiv 2303.10512).
 
     Args:
@@ -41,23 +42,19 @@ class AdaLoRA(RankSetting):
       dtype, inputs: as in `LoRA`.
     """
 
-    alpha: float | None = None
     orthogonal: float = 0.5
     kind: ClassVar[str] = "adalora"
 
     def __post_init__(self, *_: Any) -> None:
-        for name in ("alpha", "orthogonal"):
-            object.__setattr__(self, name, plain(getattr(self, name)))
+        object.__setattr__(self, "orthogonal", plain(self.orthogonal))
         super().__post_init__()
-        ok = self.alpha is None or (is_number(self.alpha) and 0 < self.alpha < float("inf"))
-        need(ok, f"alpha is {shown(self.alpha)}; it must be a positive number.")
         ok = is_number(self.orthogonal) and 0 <= self.orthogonal < float("inf")
         need(ok, f"orthogonal is {shown(self.orthogonal)}; it must be a number of at least 0.")
 
     @property
     def scale(self) -> float:
         """alpha / (rank + 1e-5)."""
-        return float((self.rank if self.alpha is None else self.alpha) / (self.rank + 1e-5))
+        return float(self.effective_alpha / (self.rank + 1e-5))
 
 
 class AdaLoRALeaves(NamedTuple):
@@ -153,7 +150,7 @@ def _config(m: TorchModule, setting: Any, leaves: Any) -> dict[str, Any]:
     return {
         "init_r": setting.rank,
         "target_r": max(1, setting.rank * 2 // 3),
-        "lora_alpha": setting.rank if setting.alpha is None else setting.alpha,
+        "lora_alpha": setting.effective_alpha,
         "lora_dropout": setting.dropout,
         "orth_reg_weight": setting.orthogonal,
         **{"tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 1},

@@ -15,11 +15,12 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
+from lorax_kit.core.method import Hints, Method, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import Setting, need, shown
 from lorax_kit.dtypes import wide
 from lorax_kit.errors import AdapterError
+from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
 
 
 @dataclass(frozen=True, kw_only=True)

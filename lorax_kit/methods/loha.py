@@ -19,9 +19,10 @@ from jax import Array
 
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.lowrank import identity_rows
-from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
+from lorax_kit.core.method import Hints, Method, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import ScaledSetting
+from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
 from lorax_kit.starts.draws import draw_rows
 
 if TYPE_CHECKING:
@@ -108,9 +109,7 @@ def is_tucker(m: TorchModule) -> bool:
 
 def alpha_of(setting: Any) -> float:
     """The alpha whose quotient with the rank is the scale."""
-    if setting.rslora:
-        return float(setting.scale * setting.rank)
-    return float(setting.rank if setting.alpha is None else setting.alpha)
+    return float(setting.scale * setting.rank if setting.rslora else setting.effective_alpha)
 
 
 def _shapes(m: TorchModule, tensors: Any) -> dict[str, tuple[int, ...]]:

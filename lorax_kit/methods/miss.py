@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
+from lorax_kit.core.method import Hints, Method, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import RankSetting, need
+from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lorax_kit.core.method import FromPeft, PeftForm, TorchModule
 from lorax_kit.errors import AdapterError
+from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
 from lorax_kit.starts import STARTS
 
 A, B, BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
@@ -121,8 +121,7 @@ def _write(m: TorchModule, setting: Any, leaves: Mapping[str, Any]) -> dict[str,
 
 
 def _config(m: TorchModule, setting: Any, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    alpha = setting.rank if setting.alpha is None else setting.alpha
-    rows = {"rank": setting.rank, "alpha": alpha, "rslora": setting.rslora}
+    rows = {"rank": setting.rank, "alpha": setting.effective_alpha, "rslora": setting.rslora}
     if leaves.get("a0") is not None:
         rows |= _more_rows(rows, 2)
     return {

@@ -21,10 +21,11 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.core.leaves import site_key
-from lorax_kit.core.method import FromPeft, Hints, Method, PeftForm, TorchModule, Update
+from lorax_kit.core.method import Hints, Method, Update
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import RankSetting, is_number, need, plain
 from lorax_kit.errors import AdapterError
+from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
 
 if TYPE_CHECKING:
     from jaxtyping import Float

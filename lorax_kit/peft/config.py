@@ -13,10 +13,11 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorax_kit.core.method import METHODS, Method, PeftForm
+from lorax_kit.core.method import METHODS, Method
 from lorax_kit.core.paths import closest
 from lorax_kit.errors import AdapterError
 from lorax_kit.peft.files import CONFIG, read_json
+from lorax_kit.peft_form import PeftForm
 
 # These say where an adapter came from or how to run it, never what it computes.
 _INERT = {

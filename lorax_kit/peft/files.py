@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from lorax_kit.checkpoint.tensors import read_tensors
-from lorax_kit.core.method import Method, PeftForm
+from lorax_kit.core.method import Method
 from lorax_kit.errors import AdapterError
+from lorax_kit.peft_form import PeftForm
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROOT, PREFIX = "base_model.", "base_model.model."

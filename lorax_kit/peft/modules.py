@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorax_kit.core.lowrank import dense
-from lorax_kit.core.method import FromPeft, Method, PeftForm, TorchModule
+from lorax_kit.core.method import Method
 from lorax_kit.core.paths import closest
 from lorax_kit.core.plan import Axes, Plan
 from lorax_kit.errors import AdapterError, LoraxError
@@ -17,6 +17,7 @@ from lorax_kit.peft.files import CONFIG, WEIGHTS, Sorted
 from lorax_kit.peft.layout import Way, matrix_of, ways
 from lorax_kit.peft.names import Names, Place
 from lorax_kit.peft.sites import Pieces
+from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
 
 Tensors = Mapping[str, np.ndarray]
 

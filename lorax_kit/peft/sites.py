@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_kit.core.method import FromPeft, Method, PeftForm, leaf_shapes
+from lorax_kit.core.method import Method, leaf_shapes
 from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import Setting
 from lorax_kit.errors import AdapterError, SpecError
 from lorax_kit.peft.layout import Way, to_site
+from lorax_kit.peft_form import FromPeft, PeftForm
 
 
 @dataclass

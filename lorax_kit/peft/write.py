@@ -10,11 +10,12 @@ import numpy as np
 
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.lowrank import dense
-from lorax_kit.core.method import PeftForm, TorchModule, method_of
+from lorax_kit.core.method import method_of
 from lorax_kit.core.plan import Plan, Site
 from lorax_kit.errors import AdapterError, LoraxError
 from lorax_kit.peft.layout import Way, from_site, matrix_of, ways
 from lorax_kit.peft.names import Names, Place
+from lorax_kit.peft_form import PeftForm, TorchModule
 
 
 @dataclass
@@ -228,7 +229,7 @@ def _joined(
     alpha = first.scale * (rank**0.5 if first.rslora else rank)  # type: ignore[attr-defined]
     same = len({(s.rank, s.alpha, s.rslora) for s in settings}) == 1  # type: ignore[attr-defined]
     if same and not first.rslora:  # type: ignore[attr-defined]
-        alpha = (first.rank if first.alpha is None else first.alpha) * len(settings)  # type: ignore[attr-defined]
+        alpha = first.effective_alpha * len(settings)  # type: ignore[attr-defined]
     setting = replace(first, rank=rank, alpha=alpha)  # type: ignore[call-arg]
     return setting, {"a": np.concatenate(rows_a), "b": np.concatenate(rows_b)}
 

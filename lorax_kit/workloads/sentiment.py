@@ -20,9 +20,8 @@ from lorax_kit.core.merge import merge, split
 from lorax_kit.core.paths import paths
 from lorax_kit.core.quantised import quantise
 from lorax_kit.core.setting import Full
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.spec import AnySetting, Spec
 from lorax_kit.errors import AdapterError, PlanError, StudyError
-from lorax_kit.methods import LoRA
 from lorax_kit.models import BertClassifier, Tokenizer, classifier_params, load_bert
 from lorax_kit.study.problem import Problem
 from lorax_kit.study.session import evaluator
@@ -40,7 +39,9 @@ from lorax_kit.tasks import (
 )
 from lorax_kit.training import fit, make_step, partition
 from lorax_kit.training.evaluate import Score
-from lorax_kit.transform import adapt, explain, resolve
+from lorax_kit.transform import adapt, all_linear, explain, resolve
+
+HEAD = ("classifier/{kernel,bias}",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ class Sentiment:
             apply=lambda params, batch: model.apply({"params": params}, batch.ids, batch.mask),
             loss=lambda logits, batch: cross_entropy(logits, batch.label, batch.weight),
             score=score,
-            head=("classifier/{kernel,bias}",),
+            head=HEAD,
             train=batches,
             val=eval_batches(val, batch_size=64, buckets=self.buckets),
             test=eval_batches(test, batch_size=64, buckets=self.buckets),
@@ -188,19 +189,19 @@ def evaluate_adapter(path: str | Path) -> dict[str, Any]:
 
 def train_adapter(
     workload: Sentiment,
+    setting: AnySetting,
     *,
     out: Path,
-    rank: int,
-    alpha: float,
     lr: float,
     seed: int,
     targets: Sequence[str],
-    variant: str,
     epochs: int,
     steps_per_epoch: int | None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train one adapter by `lk.fit` and save it under `out`; the best epoch by validation loss is kept.
+
+    `targets` are patterns, or "all-linear" alone.
 
     Interrupted, the same call goes on, to the same bits: `out/training.npz` holds the training until the adapter is
     saved. Each epoch is once in `out/metrics.jsonl`.
@@ -208,16 +209,18 @@ def train_adapter(
     Raises:
       LoraxError: `out` holds an interrupted training of other settings.
     """
-    setting = LoRA(rank=rank, alpha=alpha, variant=variant)
     if not 0 < lr < float("inf"):
         raise StudyError(f"lr is {lr}; it must be a positive number.")
     if (out / "adapter").exists():
         raise AdapterError(f"{str(out / 'adapter')!r} exists.\n  choose another folder")
     problem = workload.build()
     params = problem.params(jax.random.fold_in(jax.random.key(seed), 0))
-    spec = Spec([*((p, Full()) for p in problem.head), *((p, setting) for p in targets)])
-    stream = problem.train(seed, 0)
-    plan = resolve(spec, params, problem.apply, next(problem.train(seed, 0)))
+    stream, example = problem.train(seed, 0), next(problem.train(seed, 0))
+    rules = [(p, setting) for p in targets]
+    if tuple(targets) == ("all-linear",):
+        rules = list(all_linear(setting, params, problem.apply, example, exclude=problem.head).rules)  # type: ignore[arg-type]
+    spec = Spec([*((p, Full()) for p in problem.head), *rules])
+    plan = resolve(spec, params, problem.apply, example)
     base, factors = split(params, plan, jax.random.fold_in(jax.random.key(seed), 1))
     adapted = adapt(problem.apply, plan)
     per_epoch = steps_per_epoch or problem.facts["train"] // workload.batch_size
@@ -269,11 +272,12 @@ def train_adapter(
 
 
 def inspect_model(
-    source: str, spec: str | bytes | None, batch_size: int, tokens: int, method: str | None = None
+    source: str, spec: Spec | AnySetting | None, batch_size: int, tokens: int, method: str | None = None
 ) -> tuple[dict[str, Any], str]:
-    """Parameters of a model, or with a spec (JSON text) how each site runs: as data, and as text.
+    """Parameters of a model, or with a spec how each site runs: as data, and as text.
 
-    With a `method` of `lk.quantise` the sites' own parameters are kept in few bits.
+    A setting is that of `lk.all_linear`, which says on stderr what it took; the head is left out. With a `method` of
+    `lk.quantise` the sites' own parameters are kept in few bits.
     """
     pretrained = load_bert(source)
     model = BertClassifier(pretrained.config, num_classes=2)
@@ -292,7 +296,9 @@ def inspect_model(
     def apply(params: Any, ids: Any, mask: Any) -> Any:
         return model.apply({"params": params}, ids, mask)
 
-    plan = resolve(Spec.from_json(spec), params, apply, shape, shape)
+    if not isinstance(spec, Spec):
+        spec = all_linear(spec, params, apply, shape, shape, exclude=HEAD)  # type: ignore[arg-type]
+    plan = resolve(spec, params, apply, shape, shape)
     base, factors = split(params, plan, jax.random.key(0))
     if method is not None:
         if not plan.sites:

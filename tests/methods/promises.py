@@ -1,147 +1,175 @@
-"""What every method promises, as functions that the tests of each method call with its setting."""
+"""What the tests of a method check beside the contract table: its formula, dtypes, and trials that share a stack.
+
+At five ways to use a parameter: a matrix, heads, experts, a table, a convolution. A method's test brings its own
+formula of one matrix in float64 numpy; nothing here knows a method.
+"""
+
+from __future__ import annotations
 
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import lorax_kit as lk
-from lorax_kit.core.method import frozen_leaves
-from lorax_kit.study.engine import Engine
-from lorax_kit.study.packing import kinds, pack, start, trial_plan, union_plan, unpack
+from lorax_kit.study.packing import kinds, stacks, trial_plan, unpack
 from tests import tiny
-from tests.draws import draw, moved
+from tests.draws import draw, moved, moved_leaves
+from tests.study.test_engine import TOLERANCE, solo, trained
 
-PARAMS = {
-    "table": draw(0, 9, 6),
-    "heads": 0.4 * draw(1, 6, 2, 4),
-    "layers": 0.4 * draw(2, 3, 8, 8),
-    "experts": 0.4 * draw(3, 2, 8, 5),
-    "window": 0.3 * draw(4, 2, 5, 4),
-}
-IDS = jnp.arange(8).reshape(2, 4)
+SHAPES = {"matrix": (6, 8), "heads": (6, 2, 4), "experts": (3, 4, 6), "table": (12, 4), "window": (3, 4, 6)}
+RANK = "it must be an integer of at least 1.\n  to train no low-rank factors at all, leave the rule out"
 
 
-def model(p, ids):
-    """A looked-up table, an N-D kernel, scanned layers, experts, a convolution: every kind of site in one function."""
-    x = jnp.einsum("btc,chd->bthd", p["table"][ids], p["heads"]).reshape(*ids.shape, 8)
-    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["layers"])
-    x = jnp.einsum("etc,ecd->etd", x, p["experts"])
-    return jax.lax.conv_general_dilated(x, p["window"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+def params(dtype="float32"):
+    return {name: draw(i, *shape).astype(dtype) for i, (name, shape) in enumerate(SHAPES.items())}
 
 
-def arrays(tree):
-    return [np.asarray(x) for x in jax.tree.leaves(tree) if hasattr(x, "dtype")]
+def inputs(dtype="float32"):
+    x = {"matrix": draw(10, 5, 6), "experts": draw(11, 3, 5, 4), "window": draw(12, 2, 5, 4)}
+    return {name: v.astype(dtype) for name, v in x.items()} | {"table": jnp.asarray([[0, 3, 11], [3, 3, 1]])}
 
 
-def assert_same_bits(ours, theirs):
-    for x, y in zip(arrays(ours), arrays(theirs), strict=True):
-        assert x.dtype == y.dtype
-        assert x.tobytes() == y.tobytes()
+def fn(p, x):
+    numbers = ("NWC", "WIO", "NWC")
+    return {
+        "matrix": x["matrix"] @ p["matrix"],
+        "heads": jnp.einsum("ti,ihd->thd", x["matrix"], p["heads"]),
+        "experts": jnp.einsum("end,edh->enh", x["experts"], p["experts"]),
+        "table": p["table"][x["table"]],
+        "window": jax.lax.conv_general_dilated(x["window"], p["window"], (1,), "SAME", dimension_numbers=numbers),
+    }
 
 
-def on_every_kind_of_site(setting):
-    """`merge(*split())` is the params bit for bit.
+def loss(out):
+    return sum(jnp.sum(jnp.sin(y)) for y in out.values())
 
-    With leaves moved, `adapt` computes what the merged params do, and its gradients are autodiff's through them.
+
+def prepared(setting, dtype="float32"):
+    """(plan, base, factors) of a setting everywhere."""
+    p, x = params(dtype), inputs(dtype)
+    plan = lk.resolve(lk.Spec({"*": setting}), p, fn, x)
+    return plan, p, jax.jit(lambda p: lk.split(p, plan, jax.random.key(0))[1])(p)
+
+
+def of_one_matrix(leaves, s, stack_axes):
+    """The leaves of stacked matrix `s` in float64, rows flat: a (r, in), b (r, out)."""
+    out = {}
+    for name, x in leaves.items():
+        one = x if s is None or name not in stack_axes else x.take(s, stack_axes[name])
+        out[name] = one.reshape(len(one), -1) if one.ndim > 2 else one
+    return out
+
+
+def check_formula(setting, formula, stack_axes, change=lambda leaves: leaves):
+    """The merged parameters are `formula(w (in, out), leaves of one matrix, scale)`, to fp32's and float64's rounding.
+
+    Convolutions have their window first in `in`. Trained leaves are moved, then changed by `change`.
+    stack_axes: leaf -> the axis along which it holds one entry per stacked matrix; the others are shared.
     """
-    plan = lk.resolve(lk.Spec({"*": setting}), PARAMS, model, IDS)
-    assert len(plan.sites) == 5
-    _, factors = jax.jit(lambda params: lk.split(params, plan, jax.random.key(1)))(PARAMS)
-    other = moved(factors)
-    adapted = lk.adapt(model, plan)
-
-    def loss(fn):
-        return lambda base, f: jnp.sum(jnp.sin(fn(base, f))) / 8
-
-    @jax.jit
-    def run(base, factors, other):
-        start = lk.merge(base, factors, plan), model(base, IDS), adapted(base, factors, IDS)
-        fns = (lambda b, f: adapted(b, f, IDS)), (lambda b, f: model(lk.merge(b, f, plan), IDS))
-        return start, *(jax.value_and_grad(loss(fn), argnums=(0, 1))(base, other) for fn in fns)
-
-    (merged, plain, first), ours, theirs = run(PARAMS, factors, other)
-    assert_same_bits(merged, PARAMS)
-    np.testing.assert_allclose(first, plain, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
-    for path, leaves in theirs[1][1].items():
-        for name, x in leaves._asdict().items():
-            atol = 2e-5 * float(jnp.abs(x).max()) + 1e-6
-            np.testing.assert_allclose(
-                getattr(ours[1][1][path], name), x, rtol=1e-4, atol=atol, err_msg=f"{path}:{name}"
-            )
-    for x, y in zip(arrays(ours[1][0]), arrays(theirs[1][0]), strict=True):  # of the base
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5 * np.abs(y).max())
-
-
-def stacked_site(setting, dtype="float32", change=lambda leaves: leaves):
-    """(plan, params, factors) of experts (3, 5, 2, 4) with inputs (5, 2) and outputs (4,); trained leaves moved."""
-    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 5, 2, 4)), dtype)}
-    x = jax.ShapeDtypeStruct((3, 6, 5, 2), dtype)
-    plan = lk.resolve(lk.Spec({"w": setting}), params, lambda p, x: jnp.einsum("enhk,ehkd->end", x, p["w"]), x)
-    (site,) = plan.sites
-    assert (site.stack_shape, site.in_shape, site.out_shape) == ((3,), (5, 2), (4,))
-    assert site.rank != 3
-    factors = jax.jit(lambda params: lk.split(params, plan, jax.random.key(3))[1])(params)
-    other, held = moved(factors)["w"], frozen_leaves(setting)
-    return plan, params, {"w": change(other._replace(**{k: getattr(factors["w"], k) for k in held}))}
-
-
-def equals_the_formula(setting, formula, change=lambda leaves: leaves):
-    """The merged parameter against `formula(w (in, out), leaves of one matrix, scale)` in float64 numpy.
-
-    To 1e-12 for a float64 base with float64 leaves, to 1e-5 in float32.
-    """
-    for dtype, tolerance in (("float64", 1e-12), ("float32", 1e-5)):
-        one = replace(setting, dtype=dtype)
+    for dtype, tolerance in (("float32", 1e-5), ("float64", 1e-12)):
         with jax.enable_x64(dtype == "float64"):
-            plan, params, factors = stacked_site(one, dtype, change)
-            got = jax.jit(lambda b, f, p=plan: lk.merge(b, f, p)["w"])(params, factors)
-        assert got.dtype == dtype
-        assert all(x.dtype == dtype for x in jax.tree.leaves(factors))
-        w = np.asarray(params["w"], np.float64).reshape(3, 10, 4)
-        for e in range(3):
-            named = {k: np.asarray(x, np.float64) for k, x in factors["w"]._asdict().items()}
-            leaves = {k: x[e] if x.shape[0] == 3 else x[:, e].reshape(len(x), -1) for k, x in named.items()}
-            want = formula(w[e], leaves, one.scale)
-            assert np.abs(want - w[e]).max() > 0.05
-            np.testing.assert_allclose(np.asarray(got[e]).reshape(10, 4), want, rtol=tolerance, atol=tolerance)
+            plan, base, factors = prepared(replace(setting, dtype=dtype), dtype)
+            factors = {path: change(leaves) for path, leaves in moved_leaves(plan, factors).items()}
+            found = jax.jit(lambda base, factors: lk.merge(base, factors, plan))(base, factors)  # noqa: B023
+            for site in plan.sites:
+                w, got = (np.asarray(site.matrices(x[site.path]), np.float64) for x in (base, found))
+                assert found[site.path].dtype == dtype
+                leaves = {k: np.asarray(x) for k, x in factors[site.path]._asdict().items() if x is not None}
+                assert {x.dtype for x in leaves.values()} == {np.dtype(dtype)}
+                want = np.empty_like(w)
+                for s in range(len(w)):
+                    one = of_one_matrix(leaves, s if site.stack_shape else None, stack_axes)
+                    want[s] = formula(w[s], {k: x.astype(np.float64) for k, x in one.items()}, setting.scale)
+                assert np.abs(want - w).max() > 1e-2, site.path
+                bound = tolerance * max(1, np.abs(want).max())
+                np.testing.assert_allclose(got, want, rtol=0, atol=bound, err_msg=f"{site.path} {dtype}")
 
 
-def bfloat16(setting):
-    """A bfloat16 base with leaves of both dtypes: the start is exact, outputs are the function's, gradients finite."""
-    params, x = {"w": draw(0, 8, 6).astype(jnp.bfloat16)}, draw(1, 4, 8).astype(jnp.bfloat16)
-    plain = x @ params["w"]
+def check_gradients(setting):
+    """Outputs and gradients are those of the merged parameters under autodiff: for settings the table has no way of."""
+    plan, base, factors = prepared(setting)
+    factors, x, adapted = moved(factors), inputs(), lk.adapt(fn, plan)
+
+    def both(run):
+        return jax.value_and_grad(lambda f: loss(run(f)))(factors)
+
+    ours, theirs = jax.jit(
+        lambda x: (both(lambda f: adapted(base, f, x)), both(lambda f: fn(lk.merge(base, f, plan), x)))
+    )(x)
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
+    for path, leaves in ours[1].items():
+        for name, got in leaves._asdict().items():
+            if got is not None:
+                want = np.asarray(getattr(theirs[1][path], name))
+                largest = np.abs(want).max()
+                assert largest > 0, (path, name)
+                np.testing.assert_allclose(got, want, atol=2e-5 * largest, rtol=1e-4, err_msg=f"{path} {name}")
+
+
+def check_start(setting):
+    """The start changes no bit of the parameters, and none of what the function computes."""
+    plan, base, factors = prepared(setting)
+    merged = jax.jit(lambda base, factors: lk.merge(base, factors, plan))(base, factors)
+    for path, w in merged.items():
+        assert np.asarray(w).tobytes() == np.asarray(base[path]).tobytes(), path
+    adapted = jax.jit(lk.adapt(fn, plan))(base, factors, inputs())
+    for path, y in jax.jit(fn)(base, inputs()).items():
+        np.testing.assert_array_equal(adapted[path], y, err_msg=path)
+
+
+def check_bfloat16(setting, wide=()):
+    """A bf16 model stays bf16, starts as it was, and has finite gradients, whatever the leaves are stored in.
+
+    wide: leaves of at least float32.
+    """
+    base, x = params("bfloat16"), inputs("bfloat16")
+    plain = fn(base, x)
     for dtype in ("float32", "bfloat16"):
-        plan = lk.resolve(lk.Spec({"w": replace(setting, dtype=dtype)}), params, lambda p, x: x @ p["w"], x)
-        base, factors = lk.split(params, plan, jax.random.key(0))
-        assert_same_bits(lk.merge(base, factors, plan), params)
-        adapted = lk.adapt(lambda p, x: x @ p["w"], plan)
+        plan, _, factors = prepared(replace(setting, dtype=dtype), "bfloat16")
+        for path, w in lk.merge(base, factors, plan).items():
+            assert np.asarray(w).tobytes() == np.asarray(base[path]).tobytes(), path
+        for leaves in factors.values():
+            for name, leaf in leaves._asdict().items():
+                assert leaf is None or leaf.dtype == ("float32" if name in wide else dtype), name
+        adapted = lk.adapt(fn, plan)
 
-        def loss(f):
-            y = adapted(base, f, x)  # noqa: B023
-            return jnp.sum(y.astype(jnp.float32)), y
+        def total(f):
+            out = adapted(base, f, x)  # noqa: B023
+            return loss(out).astype(jnp.float32), out
 
-        (_, y), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(factors)
-        assert y.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(y, plain)
+        (_, out), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(factors)
+        for path, y in out.items():
+            assert y.dtype == jnp.bfloat16
+            np.testing.assert_array_equal(y, plain[path], err_msg=path)
         assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in jax.tree.leaves(grads))
 
 
-def saved_and_loaded(setting, folder):
-    """The leaves come back bit for bit, and the plan; the spec goes through JSON."""
-    plan, params, factors = stacked_site(setting)
-    lk.save_adapter(folder, plan, factors, base=params)
-    back = lk.load_adapter(folder, base=params)
-    assert back.plan == plan
-    assert_same_bits(back.factors, factors)
-    assert lk.Spec.from_json(plan.spec.to_json()) == plan.spec
+def check_stacking(together=True, **changes):
+    """Trials equal their solo runs after 20 steps of AdamW; `together` says whether all share one stack."""
+    study, problem = tiny.study(**{"rank": [1, 3], "seed": [0], "probe_lr": ()} | changes), tiny.problem()
+    (kind,) = kinds(study, study.trials())
+    start = problem.params(jax.random.key(0))
+    found = stacks(study, problem, kind, start, next(problem.train(0, 0)))
+    assert [len(some) for some, _ in found] == ([len(kind)] if together else [1] * len(kind))
+    for some, _ in found:
+        result, trials, plan, base, _ = trained(study, problem, some)
+        assert not result.failed.any()
+        for i, trial in enumerate(trials):
+            own = trial_plan(study, problem, plan, trial, base)
+            alone, losses = solo(study, problem, plan, trial, base, 0)
+            np.testing.assert_allclose(result.losses[:, i], losses, atol=TOLERANCE, err_msg=trial.name)
+            assert max(abs(losses[0] - x) for x in losses) > 1e-3
+            mine = unpack(own, result.factors, i)
+            assert set(mine) == set(alone)
+            for path in alone:
+                for x, y in zip(jax.tree.leaves(mine[path]), jax.tree.leaves(alone[path]), strict=True):
+                    np.testing.assert_allclose(x, y, atol=TOLERANCE, err_msg=f"{trial.name} {path}")
 
 
-def refused(cls, table):
-    """Bad settings: keywords -> exact message."""
+def check_refused(cls, table):
+    """Bad settings: (keywords, exact message) each."""
     for settings, says in table:
         try:
             cls(**settings)
@@ -151,32 +179,7 @@ def refused(cls, table):
             raise AssertionError(f"{settings} is taken")
 
 
-def stacked_equals_solo(study):
-    """Trials of different rank in one program, against each alone by the public functions, after 20 steps of AdamW."""
-    problem = tiny.problem()
-    trials = kinds(study, study.trials())[0]
-    params = problem.params(jax.random.key(0))
-    plan = union_plan(study, problem, trials, params, next(problem.train(0, 0)))
-    stacked = pack(study, problem, trials, plan, params)
-    result = Engine(study, problem, plan, params, len(trials)).train(stacked, lambda _: problem.train(0, 0))
-    assert not result.failed.any()
-    for i, trial in enumerate(trials):
-        own = trial_plan(study, problem, plan, trial, params)
-        alone, losses = solo(study, problem, own, trial)
-        np.testing.assert_allclose(result.losses[:, i], losses, atol=1e-5, err_msg=trial.name)
-        for path, leaves in unpack(own, result.factors, i).items():
-            for x, y in zip(jax.tree.leaves(leaves), jax.tree.leaves(alone[path]), strict=True):
-                np.testing.assert_allclose(x, y, atol=1e-5, err_msg=f"{trial.name} {path}")
-
-
-def solo(study, problem, plan, trial):
-    base, factors = start(problem, plan, trial.seed)
-    adapted = lk.adapt(problem.apply, plan)
-    rate = optax.linear_schedule(trial.lr, 0.0, study.steps)
-    tx = lk.partition(optax.adamw(rate, weight_decay=study.weight_decay), plan, clip=study.clip)
-    init, step = lk.make_step(lambda b, f, x: problem.loss(adapted(b, f, x), x) + lk.penalty(plan, f), tx)
-    state, losses, batches = init(factors), [], problem.train(0, 0)
-    for _ in range(study.steps):
-        state, info = step(state, base, next(batches))
-        losses.append(float(info.loss))
-    return state.factors, losses
+def leaves_of(setting, w):
+    """The leaves of one setting at the only parameter, an (in, out) matrix."""
+    plan = lk.resolve(lk.Spec({"w": setting}), {"w": w})
+    return lk.split({"w": w}, plan, jax.random.key(3))[1]["w"]

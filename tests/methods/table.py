@@ -17,9 +17,10 @@ import lorax_kit as lk
 from lorax_kit.core.leaves import FullLeaf
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import effective_weight
-from lorax_kit.core.method import frozen_leaves, update_of
+from lorax_kit.core.method import update_of
 from lorax_kit.core.paths import flatten
 from tests.cases import CASES, Case
+from tests.draws import moved_leaves
 
 WAYS = {
     "lora": lk.LoRA(rank=2, alpha=3),
@@ -117,24 +118,7 @@ def cell(way: str, model: str) -> Cell | str:
     except lk.LoraxError as e:
         return str(e)
     base, factors = lk.split(case.params, plan, jax.random.key(1), hints=hints(model))
-    return Cell(case, plan, base, factors, moved(plan, factors))
-
-
-def moved(plan: Any, factors: Any) -> Any:
-    """Trained leaves moved at random by 0.3; frozen ones as they are."""
-    rng = np.random.default_rng(7)
-    frozen = {site.path: frozen_leaves(site.setting) for site in plan.sites}
-
-    def move(path: str, leaves: Any) -> Any:
-        held = frozen.get(path, ())
-        changed = {
-            name: x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype)
-            for name, x in leaves._asdict().items()
-            if x is not None and name not in held
-        }
-        return leaves._replace(**changed)
-
-    return {path: move(path, leaves) for path, leaves in factors.items()}
+    return Cell(case, plan, base, factors, moved_leaves(plan, factors))
 
 
 def loss(out: Any) -> Any:

@@ -9,9 +9,10 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.starts import STARTS
 from lorax_kit.starts.start import Start
-from tests import tiny
 from tests.draws import draw
 from tests.methods import promises
+
+STACKED = {"a": 1, "b": 1, "bound": 0, "norm": 0}
 
 
 def formula(w, leaves, scale):
@@ -23,18 +24,14 @@ def formula(w, leaves, scale):
 
 def test_the_update_is_pefts():
     assert lk.DeLoRA(rank=4).scale == 1 / 4
-    promises.equals_the_formula(lk.DeLoRA(rank=4, bound=2.0), formula)
+    promises.check_formula(lk.DeLoRA(rank=4, bound=2.0), formula, STACKED)
 
 
 def test_short_rows_are_not_stretched():
     def short(leaves):
         return leaves._replace(b=leaves.b.at[1].multiply(1e-6), a=leaves.a.at[2].multiply(1e-6))
 
-    promises.equals_the_formula(lk.DeLoRA(rank=4, bound=2.0), formula, short)
-
-
-def test_every_kind_of_site():
-    promises.on_every_kind_of_site(lk.DeLoRA(rank=2, bound=0.5))
+    promises.check_formula(lk.DeLoRA(rank=4, bound=2.0), formula, STACKED, short)
 
 
 def test_the_bound_holds_whatever_the_factors():
@@ -75,17 +72,11 @@ def test_zero_rows_have_no_update_and_no_gradient():
 
 
 def test_trials_of_different_rank_stack(standard_promotion):
-    promises.stacked_equals_solo(
-        tiny.study(variant="delora", alpha=None, rank=[1, 3], seed=[0], probe_lr=(), weight_decay=0.1)
-    )
+    promises.check_stacking(variant="delora", alpha=None, weight_decay=0.1)
 
 
 def test_dtypes():
-    promises.bfloat16(lk.DeLoRA(rank=3))
-
-
-def test_saved_and_loaded(tmp_path):
-    promises.saved_and_loaded(lk.DeLoRA(rank=4, bound=3.0), tmp_path / "adapter")
+    promises.check_bfloat16(lk.DeLoRA(rank=3), wide=("bound", "norm"))
 
 
 def test_a_start_of_both_factors_is_refused(monkeypatch):
@@ -98,7 +89,7 @@ def test_a_start_of_both_factors_is_refused(monkeypatch):
 
 
 def test_bad_settings():
-    promises.refused(
+    promises.check_refused(
         lk.DeLoRA,
         [
             ({"rank": 2, "bound": 0}, "bound is 0; it must be a positive number."),

@@ -7,19 +7,16 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.methods import IA3Leaves
-from tests import tiny
 from tests.draws import draw
 from tests.methods import promises
 
 
 def test_the_gain_is_over_outputs_or_inputs():
-    promises.equals_the_formula(lk.IA3(), lambda w, leaves, scale: w * leaves["gain"].ravel())
-    promises.equals_the_formula(lk.IA3(feedforward=True), lambda w, leaves, scale: w * leaves["gain"].reshape(-1, 1))
+    def formula(axis):
+        return lambda w, leaves, scale: w * np.expand_dims(leaves["gain"].ravel(), axis)
 
-
-@pytest.mark.parametrize("feedforward", [False, True])
-def test_every_kind_of_site(feedforward):
-    promises.on_every_kind_of_site(lk.IA3(feedforward=feedforward))
+    promises.check_formula(lk.IA3(), formula(0), {"gain": 0})
+    promises.check_formula(lk.IA3(feedforward=True), formula(1), {"gain": 0})
 
 
 @pytest.mark.parametrize("kernel", ["factored", "merged", "plain"])
@@ -39,26 +36,18 @@ def test_every_kernel(kernel):
 
 
 def test_trials_stack(standard_promotion):
-    promises.stacked_equals_solo(
-        tiny.study(variant="ia3", alpha=None, rank=1, lr=[1e-2, 3e-2], seed=[0], probe_lr=(), weight_decay=0.1)
-    )
+    promises.check_stacking(variant="ia3", alpha=None, rank=1, lr=[1e-2, 3e-2], weight_decay=0.1)
 
 
 def test_gains_are_at_least_float32():
-    promises.bfloat16(lk.IA3())
-    promises.bfloat16(lk.IA3(feedforward=True))
-    plan = lk.resolve(lk.Spec({"w": lk.IA3(dtype="bfloat16")}), {"w": jnp.ones((3, 2), jnp.bfloat16)})
-    gain = lk.split({"w": jnp.ones((3, 2), jnp.bfloat16)}, plan, jax.random.key(0))[1]["w"].gain
-    assert gain.dtype == jnp.float32
-    np.testing.assert_array_equal(gain, np.ones(2))
-
-
-def test_saved_and_loaded(tmp_path):
-    promises.saved_and_loaded(lk.IA3(feedforward=True), tmp_path / "adapter")
+    promises.check_bfloat16(lk.IA3(), wide=("gain",))
+    promises.check_bfloat16(lk.IA3(feedforward=True), wide=("gain",))
+    gain = promises.leaves_of(lk.IA3(dtype="bfloat16"), jnp.ones((3, 2), jnp.bfloat16)).gain
+    np.testing.assert_array_equal(gain, np.ones(2, np.float32))
 
 
 def test_bad_settings():
-    promises.refused(
+    promises.check_refused(
         lk.IA3,
         [
             ({"feedforward": 1}, "feedforward is 1; it must be true or false."),

@@ -8,21 +8,8 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.benchmarks.timing import facts
 from lorax_kit.models.layers import attention, gelu
-from tests.methods import ways as promises
 
 LAYERS, WIDTH, HEADS = 6, 384, 12
-
-
-def setting(dtype):
-    return lk.LoRA(rank=2, alpha=4, freeze_a=True, dtype=dtype)
-
-
-def test_gradients_equal_autodiff_through_the_merged_weights():
-    promises.check_gradients(setting, frozen={"a"})
-
-
-def test_saved_and_loaded_to_the_bit(tmp_path):
-    promises.check_saving(setting, tmp_path)
 
 
 def norm(x):

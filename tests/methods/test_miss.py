@@ -6,40 +6,30 @@ import numpy as np
 import pytest
 
 import lorax_kit as lk
-from tests import tiny
 from tests.methods import promises
 
 
 def test_the_update_is_the_papers():
-    promises.equals_the_formula(lk.MiSS(rank=4), lambda w, leaves, s: w + s * leaves["b"][np.arange(10) % 4])
+    def formula(w, leaves, scale):
+        return w + scale * leaves["b"][np.arange(len(w)) % 4]
 
-
-def test_every_kind_of_site():
-    promises.on_every_kind_of_site(lk.MiSS(rank=3))
+    promises.check_formula(lk.MiSS(rank=4), formula, {"a": 1, "b": 1})
 
 
 def test_input_n_belongs_to_shard_n_mod_r_over_all_input_axes():
-    plan, params, _ = promises.stacked_site(lk.MiSS(rank=4))
-    a = lk.split(params, plan, jax.random.key(0))[1]["w"].a
-    assert a.shape == (4, 3, 5, 2)
-    for e in range(3):
-        np.testing.assert_array_equal(np.asarray(a[:, e]).reshape(4, 10), np.arange(4)[:, None] == np.arange(10) % 4)
+    _, _, factors = promises.prepared(lk.MiSS(rank=4))
+    shards = (np.arange(4)[:, None] == np.arange(12) % 4).astype(np.float32)
+    np.testing.assert_array_equal(factors["window"].a, shards.reshape(4, 3, 4))
+    np.testing.assert_array_equal(factors["experts"].a, np.stack([shards[:, :4]] * 3, axis=1))
 
 
 def test_trials_of_different_rank_stack(standard_promotion):
-    promises.stacked_equals_solo(tiny.study(variant="miss", alpha=None, rank=[3, 8], seed=[0], weight_decay=0.1))
+    promises.check_stacking(variant="miss", alpha=None, rank=[3, 8], weight_decay=0.1)
 
 
 def test_target_sets_stack(standard_promotion):
-    study = tiny.study(
-        variant="miss",
-        alpha=None,
-        rank=[2],
-        seed=[0],
-        targets={"up": ["up/kernel"], "both": ["{up,down}/kernel"]},
-        probe_lr=(),
-    )
-    promises.stacked_equals_solo(study)
+    targets = {"up": ["up/kernel"], "both": ["{up,down}/kernel"]}
+    promises.check_stacking(variant="miss", alpha=None, rank=[2], targets=targets)
 
 
 def test_ranks_up_to_the_inputs():
@@ -54,22 +44,14 @@ def test_ranks_up_to_the_inputs():
 
 
 def test_dtypes():
-    promises.bfloat16(lk.MiSS(rank=3))
-
-
-def test_saved_and_loaded(tmp_path):
-    promises.saved_and_loaded(lk.MiSS(rank=4, dropout=0.1), tmp_path / "adapter")
+    promises.check_bfloat16(lk.MiSS(rank=3))
 
 
 def test_bad_settings():
-    promises.refused(
+    promises.check_refused(
         lk.MiSS,
         [
-            (
-                {"rank": 0},
-                "rank is 0; it must be an integer of at least 1.\n"
-                "  to train no low-rank factors at all, leave the rule out",
-            ),
+            ({"rank": 0}, f"rank is 0; {promises.RANK}"),
             ({"rank": 2, "dropout": 1.0}, "dropout is 1.0; it must lie in [0, 1)."),
         ],
     )

@@ -12,9 +12,9 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.core.method import METHODS
-from lorax_kit.study.packing import trial_plan, union_plan
 from tests import tiny
 from tests.draws import draw
+from tests.methods import promises
 
 FILE = Path(__file__).parents[2] / "experiments" / "own_method.py"
 
@@ -57,30 +57,9 @@ def test_it_is_trained_stacked_merged_saved_and_loaded(own, tmp_path, standard_p
 
 
 def test_its_stacked_trials_equal_their_solo_runs(own, standard_promotion):
-    problem, params = tiny.problem(), tiny.params(jax.random.key(0))
-    study = tiny.study(
-        variant="tinylora", settings={"tinylora": {"u": 5}}, rank=2, alpha=None, lr=[0.1], seed=[0, 1], probe_lr=()
+    promises.check_stacking(
+        variant="tinylora", settings={"tinylora": {"u": 5}}, rank=2, alpha=None, lr=[0.1], seed=[0, 1]
     )
-    from lorax_kit.study.engine import Engine, optimizer
-    from lorax_kit.study.packing import pack, start, unpack
-
-    trials = study.trials()
-    plan = union_plan(study, problem, trials, params, problem.val[0])
-    trained = Engine(study, problem, plan, params, 2).train(
-        pack(study, problem, trials, plan, params), lambda at: tiny.stream(0, at)
-    )
-    for i, trial in enumerate(trials):
-        alone = trial_plan(study, problem, plan, trial, params)
-        base, factors = start(problem, alone, trial.seed)
-        adapted = lk.adapt(problem.apply, alone)
-        loss = lambda b, f, batch: problem.loss(adapted(b, f, batch), batch)  # noqa: B023, E731
-        init, step = lk.make_step(loss, optimizer(study, alone, trial.lr))
-        state, stream = init(factors), tiny.stream(0, 0)
-        for _ in range(study.steps):
-            state, _ = step(state, base, next(stream))
-        for path, leaves in unpack(alone, trained.factors, i).items():
-            for x, y in zip(leaves, state.factors[path], strict=True):
-                np.testing.assert_allclose(x, y, atol=1e-5)
 
 
 class One(NamedTuple):

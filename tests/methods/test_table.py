@@ -98,6 +98,7 @@ def test_an_adapter_on_disk_comes_back(way, model, record_property, tmp_path):
     lk.save_adapter(tmp_path / "a", c.plan, c.moved, base=c.base)
     again = lk.load_adapter(tmp_path / "a", base=c.base)
     assert again.plan == c.plan
+    assert lk.Spec.from_json(c.plan.spec.to_json()) == c.plan.spec
     assert jax.tree.structure(again.factors) == jax.tree.structure(dict(c.moved))
     for x, y in zip(arrays(again.factors), arrays(dict(c.moved)), strict=True):
         assert x.dtype == y.dtype

@@ -30,8 +30,8 @@ def adapter(tmp_path_factory):
     """Of two steps, on a problem with 20 test reviews."""
     workload = Sentiment(batch_size=4, length=8, val=20, test=20, buckets=(16,))
     with jax.numpy_dtype_promotion("standard"):
-        done = train_adapter(workload, out=tmp_path_factory.mktemp("export"), rank=2, alpha=4, lr=1e-3, seed=0,
-                             targets=[SITE], variant="lora", epochs=1, steps_per_epoch=2, progress=False)  # fmt: skip
+        done = train_adapter(workload, lk.LoRA(rank=2, alpha=4), out=tmp_path_factory.mktemp("export"), lr=1e-3,
+                             seed=0, targets=[SITE], epochs=1, steps_per_epoch=2, progress=False)  # fmt: skip
     return done["adapter"]
 
 

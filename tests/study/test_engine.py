@@ -39,7 +39,11 @@ def solo(study, problem, plan, trial, params, seed):
     adapted = lk.adapt(problem.apply, own)
     schedule = optax.linear_schedule(trial.lr, 0.0, study.steps)
     tx = lk.partition(optax.adamw(schedule, weight_decay=study.weight_decay), own, clip=study.clip)
-    init, step = lk.make_step(lambda base, f, batch: problem.loss(adapted(base, f, batch), batch), tx)
+
+    def loss(base, f, batch):
+        return problem.loss(adapted(base, f, batch), batch) + lk.penalty(own, f)
+
+    init, step = lk.make_step(loss, tx)
     state, losses, batches = init(factors), [], problem.train(seed, 0)
     for _ in range(study.steps):
         state, info = step(state, base, next(batches))

@@ -24,7 +24,7 @@ class Workload:
 
 
 def train(out, **changes):
-    settings = {"rank": 2, "alpha": 4, "lr": 1e-2, "seed": 0, "targets": ["up/kernel"], "variant": "lora", "epochs": 2}
+    settings = {"setting": lk.LoRA(rank=2, alpha=4), "lr": 1e-2, "seed": 0, "targets": ["up/kernel"], "epochs": 2}
     return train_adapter(Workload(), out=out, steps_per_epoch=2, progress=False, **{**settings, **changes})
 
 
