@@ -17,7 +17,9 @@ from lorax_kit.report import read_run
 from lorax_kit.serve import load_tensors
 
 ROOT = Path(__file__).parent.parent
-ENV = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+# One device, as users have it.
+FLAGS = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
+ENV = {**os.environ, "XLA_FLAGS": FLAGS, "PYTHONPATH": str(ROOT)}
 SMALL = {"batch_size": 4, "length": 8, "val": 20, "test": 20, "buckets": [8]}
 SITE = "encoder/layer_5/attention/query/kernel"
 STUDY = {"rank": [1, 2], "lr": 0.01, "seed": [0], "targets": {"q": [SITE]}, "steps": 3}

@@ -37,7 +37,8 @@ def setting_of(variant: str, rank: int, alpha: float, more: tuple[str, ...]) -> 
 
     cls = setting_class(variant)
     known = {f.name for f in fields(cls)} if cls is not None else set()
-    own = {k: v for k, v in {"rank": rank, "alpha": alpha}.items() if k in known or given(k)}
+    own: dict[str, Any] = {"rank": rank, "alpha": alpha}
+    own = {k: v for k, v in own.items() if k in known or given(k)}
     for pair in more:
         key, equals, value = pair.partition("=")
         if not equals or not key:

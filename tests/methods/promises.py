@@ -125,21 +125,29 @@ def check_bfloat16(setting, wide=()):
     wide: leaves of at least float32.
     """
     base, x = params("bfloat16"), inputs("bfloat16")
-    plain = fn(base, x)
-    for dtype in ("float32", "bfloat16"):
-        plan, _, factors = prepared(replace(setting, dtype=dtype), "bfloat16")
-        for path, w in lk.merge(base, factors, plan).items():
+
+    def started(plan):
+        _, factors = lk.split(base, plan, jax.random.key(0))
+        adapted = lk.adapt(fn, plan)
+
+        def total(f):
+            out = adapted(base, f, x)
+            return loss(out).astype(jnp.float32), out
+
+        return factors, lk.merge(base, factors, plan), *jax.value_and_grad(total, has_aux=True)(factors)
+
+    def everything():
+        plans = {dtype: lk.resolve(lk.Spec({"*": replace(setting, dtype=dtype)}), base, fn, x) for dtype in dtypes}
+        return fn(base, x), {dtype: started(plan) for dtype, plan in plans.items()}
+
+    dtypes = ("float32", "bfloat16")
+    plain, found = jax.jit(everything)()
+    for dtype, (factors, merged, (_, out), grads) in found.items():
+        for path, w in merged.items():
             assert np.asarray(w).tobytes() == np.asarray(base[path]).tobytes(), path
         for leaves in factors.values():
             for name, leaf in leaves._asdict().items():
                 assert leaf is None or leaf.dtype == ("float32" if name in wide else dtype), name
-        adapted = lk.adapt(fn, plan)
-
-        def total(f):
-            out = adapted(base, f, x)  # noqa: B023
-            return loss(out).astype(jnp.float32), out
-
-        (_, out), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(factors)
         for path, y in out.items():
             assert y.dtype == jnp.bfloat16
             np.testing.assert_array_equal(y, plain[path], err_msg=path)

@@ -135,16 +135,19 @@ def numbers(model: str) -> dict[str, Numbers]:
         c = cells[way]
         adapted = lk.adapt(c.case.fn, c.plan)
 
-        def through_merge(f: Any) -> Any:
-            return c.case.fn(with_sites(c, f), *c.case.inputs)
+        def measured(run: Any) -> Any:
+            """Outputs at the moved leaves, and gradients there."""
 
-        return Numbers(
-            adapted(c.base, start, *c.case.inputs),
-            adapted(c.base, factors, *c.case.inputs),
-            through_merge(factors),
-            jax.grad(lambda f: loss(adapted(c.base, f, *c.case.inputs)))(factors),
-            jax.grad(lambda f: loss(through_merge(f)))(factors),
-        )
+            def scalar(f: Any) -> Any:
+                out = run(f)
+                return loss(out), out
+
+            (_, out), gradient = jax.value_and_grad(scalar, has_aux=True)(factors)
+            return out, gradient
+
+        ours = measured(lambda f: adapted(c.base, f, *c.case.inputs))
+        theirs = measured(lambda f: c.case.fn(with_sites(c, f), *c.case.inputs))
+        return Numbers(adapted(c.base, start, *c.case.inputs), ours[0], theirs[0], ours[1], theirs[1])
 
     @jax.jit
     def program(starts: Any, factors: Any) -> Any:
