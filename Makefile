@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-TESTS  := $(BIN)/python -m pytest -n 2 --dist loadfile -m "not interop"
+TESTS  := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not interop"
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help install llama demo test coverage test-interop lint types format bench bench-device clean

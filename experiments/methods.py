@@ -23,7 +23,7 @@ from lorax_kit.study.statistics import holm, interval, paired_test
 from lorax_kit.workloads import Sentiment
 
 OUT = Path("runs/methods")
-SEEDS, STEPS, RATES = range(6), 100, (5e-4, 2e-3, 8e-3, 3e-2)
+SEEDS, STEPS, RATES = range(6), 100, (1e-3, 5e-3, 2.5e-2)
 TARGETS = {"upper-linear": ["encoder/layer_{3..5}/**/kernel"]}
 HIGHEST = 384  # of MiniLM's smallest matrix
 # Method -> further settings, and what its ranks are multiples of.

@@ -35,6 +35,14 @@ def standard_promotion():
         yield
 
 
+SLOW = ("test_cli.py", "test_table.py", "test_device.py", "test_deployment.py", "test_docs.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Files of long tests first, so that no worker is left with them at the end (with --no-loadscope-reorder)."""
+    items.sort(key=lambda item: item.path.name not in SLOW)
+
+
 def pytest_terminal_summary(terminalreporter):
     """What the coverage tests and the contract table proved."""
     proved, cells = {}, {}
