@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -16,9 +15,9 @@ from jax import Array
 from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.paths import Params, flatten, is_array
-from lorax_kit.core.plan import FullSite, Plan, Site
-from lorax_kit.core.setting import Full, is_number
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.plan import Plan, plan_of_sites
+from lorax_kit.core.setting import is_number
+from lorax_kit.core.site import FullSite, Site
 from lorax_kit.dtypes import wide
 from lorax_kit.errors import AdapterError
 from lorax_kit.methods import Factors, LoRA
@@ -231,7 +230,7 @@ def plain(
         setting = LoRA(rank=a.shape[0], dtype=str(wide(a.dtype, b.dtype)), inputs=site.setting.inputs)
         sites.append(replace(site, setting=setting))
     wholes = [replace(leaf, dtype=str(full[leaf.path].dtype)) for leaf in plans[0].full]
-    plan = Plan(sites=tuple(sites), full=tuple(wholes), spec=spec_of(sites, wholes, plans))
+    plan = plan_of_sites(sites, wholes, common_dtype(plans))
     factors: dict[str, Any] = {
         site.path: Factors(*(x.astype(site.setting.dtype) for x in rows[site.path])) for site in sites
     }
@@ -239,14 +238,7 @@ def plain(
     return Adaptation(plan, factors, dict.fromkeys(plan.trained, 0.0) | dict(errors or {}))
 
 
-def spec_of(sites: Sequence[Site], full: Sequence[FullSite], plans: Sequence[Plan]) -> Spec:
-    """A spec with a rule for each parameter; its `compute_dtype` is that of the plans where they agree."""
-    rules: list[tuple[str, Any]] = [(_literal(site.path), site.setting) for site in sites]
-    rules += [(_literal(leaf.path), Full(dtype=leaf.dtype)) for leaf in full]
+def common_dtype(plans: Sequence[Plan]) -> str | None:
+    """The `compute_dtype` of the plans where they agree, else None."""
     computed = {plan.compute_dtype for plan in plans}
-    return Spec(rules, compute_dtype=computed.pop() if len(computed) == 1 else None)
-
-
-def _literal(path: str) -> str:
-    """A pattern that matches this path alone."""
-    return f"re:{re.escape(path)}" if set(path) & set("*?{}") or path.startswith("re:") else path
+    return computed.pop() if len(computed) == 1 else None

@@ -43,7 +43,7 @@ from lorax_kit.algebra.rank import cut, cut_whole
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.paths import Params, flatten, unflatten
-from lorax_kit.core.plan import FullSite, Site
+from lorax_kit.core.site import FullSite, Site
 from lorax_kit.errors import AdapterError
 
 SUMS = ("cat", "linear", "svd")

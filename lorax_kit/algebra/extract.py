@@ -17,8 +17,9 @@ from lorax_kit.algebra.rank import cut_whole
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.paths import Params, flatten, is_array
-from lorax_kit.core.plan import FullSite, Plan
+from lorax_kit.core.plan import Plan
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.core.site import FullSite
 from lorax_kit.core.spec import Spec
 from lorax_kit.dtypes import wide
 from lorax_kit.errors import AdapterError

@@ -28,7 +28,7 @@ from lorax_kit.algebra.adaptation import (
 from lorax_kit.algebra.delta import Rows, delta_of, normal_form, rows_of, shaped, whole
 from lorax_kit.core.method import Hints
 from lorax_kit.core.paths import Params
-from lorax_kit.core.plan import Site
+from lorax_kit.core.site import Site
 from lorax_kit.errors import AdapterError
 from lorax_kit.methods.lora import LoRA, first_factors
 

@@ -15,13 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.algebra.adaptation import AnyAdapter, check_adapter, check_rank, check_same, checked, planned, spec_of
+from lorax_kit.algebra.adaptation import (
+    AnyAdapter,
+    check_adapter,
+    check_rank,
+    check_same,
+    checked,
+    common_dtype,
+    planned,
+)
 from lorax_kit.algebra.delta import normal_form
 from lorax_kit.core.leaves import FullLeaf
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.method import Update
 from lorax_kit.core.paths import Params, flatten
-from lorax_kit.core.plan import FullSite, Plan, Site
+from lorax_kit.core.plan import Plan, plan_of_sites
+from lorax_kit.core.site import FullSite, Site
 from lorax_kit.dtypes import wide
 from lorax_kit.errors import AdapterError
 from lorax_kit.methods import LoRA
@@ -92,8 +101,8 @@ def stack(adapters: Iterable[AnyAdapter | None], *, base: Params, rank: int | No
             padded = [_padded(where, x, rows, gains) for x in forms]
             factors[where.path] = jax.tree.map(lambda *x: jnp.stack(_alike(x)), *padded)
             sites.append(replace(where, setting=LoRA(rank=max(rows, 1), inputs=where.setting.inputs)))
-    spec = spec_of(sites, full, [adapter.plan for adapter in present])
-    return Stacked(Plan(sites=tuple(sites), full=tuple(full), spec=spec), factors, len(listed))
+    plan = plan_of_sites(sites, full, common_dtype([adapter.plan for adapter in present]))
+    return Stacked(plan, factors, len(listed))
 
 
 def swap(stacked: Stacked, index: int, adapter: AnyAdapter | None, *, base: Params) -> Stacked:

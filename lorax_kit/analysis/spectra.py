@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from lorax_kit.core.merge import delta
 from lorax_kit.core.method import update_of
-from lorax_kit.core.plan import Site
+from lorax_kit.core.site import Site
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

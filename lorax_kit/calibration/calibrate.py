@@ -26,7 +26,8 @@ from lorax_kit.calibration.arguments import batches_of, check_function, mask_of,
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.method import Hints
 from lorax_kit.core.paths import Params, is_array, unflatten
-from lorax_kit.core.plan import Plan, Site
+from lorax_kit.core.plan import Plan
+from lorax_kit.core.site import Site
 from lorax_kit.dtypes import wide
 from lorax_kit.errors import CompressError
 from lorax_kit.transform.trace import Given, watch

@@ -34,7 +34,8 @@ from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.method import leaf_shapes, method_of
 from lorax_kit.core.paths import Params, flatten
-from lorax_kit.core.plan import Axes, Plan, make_plan
+from lorax_kit.core.plan import Plan, make_plan
+from lorax_kit.core.site import Axes
 from lorax_kit.core.spec import Spec
 from lorax_kit.errors import AdapterError, LoraxError
 from lorax_kit.version import __version__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from lorax_kit.calibration.arguments import batches_of, check_function, scalar_o
 from lorax_kit.compress.arguments import check_count, check_number, check_positive
 from lorax_kit.core.merge import merge, split
 from lorax_kit.core.paths import Params, arrays_only, flatten, is_array, unflatten
+from lorax_kit.core.patterns import literal
 from lorax_kit.core.setting import Full
 from lorax_kit.core.spec import Spec
 from lorax_kit.errors import CompressError
@@ -105,7 +105,7 @@ def distil(
     first = next(stream, None)
     if first is None:
         raise CompressError("there are no batches.")
-    spec = Spec({f"re:{re.escape(path)}": Full() for path in _used(fn, params, first)})
+    spec = Spec({literal(path): Full() for path in _used(fn, params, first)})
     stream = itertools.chain([first], stream)
     with tqdm(total=steps, desc="distilling", unit="step", disable=not progress) as bar:
         return trained(fn, params, spec, loss, stream, jax.random.key(0), steps, lr, bar)

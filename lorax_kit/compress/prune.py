@@ -17,7 +17,8 @@ from lorax_kit.calibration.calibrate import Stats, check_finite, moments_of
 from lorax_kit.compress.arguments import check_share, check_word
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.paths import Params, unflatten
-from lorax_kit.core.plan import Plan, Site
+from lorax_kit.core.plan import Plan
+from lorax_kit.core.site import Site
 from lorax_kit.errors import CompressError
 
 PRUNINGS = ("magnitude", "wanda")

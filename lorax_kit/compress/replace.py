@@ -20,8 +20,9 @@ from lorax_kit.compress.decompose import METHODS, decompose, singular_values, tr
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.lowrank import LowRank, dense
 from lorax_kit.core.paths import Params, flatten, is_array, unflatten
-from lorax_kit.core.plan import Plan, Site
+from lorax_kit.core.plan import Plan
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.core.site import Site
 from lorax_kit.errors import CompressError
 
 

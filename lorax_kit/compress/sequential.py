@@ -13,7 +13,7 @@ from lorax_kit.calibration.calibrate import calibrate
 from lorax_kit.compress.replace import CompressPlan, check_plan, compress
 from lorax_kit.core.paths import Params
 from lorax_kit.core.patterns import expand_braces, matches
-from lorax_kit.core.plan import Site
+from lorax_kit.core.site import Site
 from lorax_kit.errors import CompressError
 from lorax_kit.transform.adapt import compressed
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.core.method import frozen_leaves, leaf_shapes, method_of
-from lorax_kit.core.plan import Plan, Site
+from lorax_kit.core.plan import Plan
+from lorax_kit.core.site import Site
 from lorax_kit.errors import AdapterError, LoraxError
 
 
@@ -48,6 +49,28 @@ def trained_only(plan: Plan, factors: FactorTree) -> dict[str, Any]:
     """The factors without their frozen leaves: what counts as trained."""
     frozen = {site.path: dict.fromkeys(frozen_leaves(site.setting)) for site in plan.sites}
     return {path: leaves._replace(**frozen.get(path, {})) for path, leaves in factors.items()}
+
+
+def penalty(plan: Plan, factors: Any) -> Array:
+    """The sum of the methods' own terms of the loss (AdaLoRA's orthogonality), fp32 (); zero where none has one.
+
+    Args:
+      plan: from `lk.resolve`.
+      factors: the tree that `lk.split` returns.
+
+    Example:
+      >>> import lorax_kit as lk
+      >>> params = {"w": jnp.ones((4, 3))}
+      >>> plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=2)}), params, lambda p, x: x @ p["w"], jnp.ones((5, 4)))
+      >>> float(lk.penalty(plan, lk.split(params, plan, jax.random.key(0))[1]))
+      0.0
+    """
+    total = jnp.zeros((), jnp.float32)
+    for site in plan.sites:
+        term = method_of(site.setting).penalty
+        if term is not None:
+            total = total + term(site, factors[site.path]).astype(jnp.float32)
+    return total
 
 
 def check_factors(plan: Plan, factors: FactorTree) -> None:

@@ -12,18 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.core.setting import Setting
+from lorax_kit.core.site import Site
 from lorax_kit.errors import PlanError, SpecError
 from lorax_kit.peft_form import PeftForm
-
-if TYPE_CHECKING:
-    from lorax_kit.core.plan import Plan, Site
 
 
 class Update(NamedTuple):
@@ -243,25 +241,3 @@ def max_rank(site: Site) -> int:
     """The highest rank that the site's method can hold there."""
     limit = method_of(site.setting).max_rank
     return site.max_rank if limit is None else limit(site)
-
-
-def penalty(plan: Plan, factors: Any) -> Array:
-    """The sum of the methods' own terms of the loss (AdaLoRA's orthogonality), fp32 (); zero where none has one.
-
-    Args:
-      plan: from `lk.resolve`.
-      factors: the tree that `lk.split` returns.
-
-    Example:
-      >>> import lorax_kit as lk
-      >>> params = {"w": jnp.ones((4, 3))}
-      >>> plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=2)}), params, lambda p, x: x @ p["w"], jnp.ones((5, 4)))
-      >>> float(lk.penalty(plan, lk.split(params, plan, jax.random.key(0))[1]))
-      0.0
-    """
-    total = jnp.zeros((), jnp.float32)
-    for site in plan.sites:
-        term = method_of(site.setting).penalty
-        if term is not None:
-            total = total + term(site, factors[site.path]).astype(jnp.float32)
-    return total

@@ -2,130 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lorax_kit.core.method import leaf_shapes, max_rank
 from lorax_kit.core.paths import Params, closest, paths
-from lorax_kit.core.patterns import expand_braces, matches
+from lorax_kit.core.patterns import expand_braces, literal, matches
 from lorax_kit.core.setting import Full, Setting
+from lorax_kit.core.site import Axes, FullSite, Site
 from lorax_kit.core.spec import AnySetting, Spec
 from lorax_kit.errors import PlanError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Axes:
-    """Which axes of a parameter are contracted with its input, which make its output, which are stacked.
-
-    `stack` axes (scanned layers, experts) hold independent matrices: both factors carry them.
-    """
-
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    stack: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """One adapted parameter.
-
-    Attributes:
-      path: name of the leaf in the params.
-      shape, dtype: of the parameter.
-      axes: how the function contracts it.
-      use: what the function does: "product", "lookup" (an embedding, so `b` is drawn and `a` starts at zero), "tied" (a
-        lookup, and a product elsewhere), "other" (a convolution; or what is materialised, whose last axis is then taken
-        for the output).
-      setting: the method and its settings, from the rule that matched.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    axes: Axes
-    use: str
-    setting: Setting
-
-    def _sizes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(self.shape[i] for i in axes)
-
-    @property
-    def in_shape(self) -> tuple[int, ...]:
-        """Sizes of the contracted axes."""
-        return self._sizes(self.axes.inputs)
-
-    @property
-    def out_shape(self) -> tuple[int, ...]:
-        """Sizes of the output axes."""
-        return self._sizes(self.axes.outputs)
-
-    @property
-    def stack_shape(self) -> tuple[int, ...]:
-        """Sizes of the stacked axes."""
-        return self._sizes(self.axes.stack)
-
-    @property
-    def a_shape(self) -> tuple[int, ...]:
-        """Shape of `rank` rows over the inputs: (rank, *stack, *in)."""
-        return (self.rank, *self.stack_shape, *self.in_shape)
-
-    @property
-    def b_shape(self) -> tuple[int, ...]:
-        """Shape of `rank` rows over the outputs: (rank, *stack, *out)."""
-        return (self.rank, *self.stack_shape, *self.out_shape)
-
-    @property
-    def rank(self) -> int:
-        """Of the setting; 0 for a method without one."""
-        return int(getattr(self.setting, "rank", 0))
-
-    @property
-    def dropout(self) -> float:
-        """Of the setting; 0 for a method without one."""
-        return float(getattr(self.setting, "dropout", 0.0))
-
-    @property
-    def lookup(self) -> bool:
-        """Whether rows are looked up."""
-        return self.use in ("lookup", "tied")
-
-    @property
-    def scale(self) -> float:
-        """s in W + s * sum_r a[r] b[r]."""
-        return self.setting.scale
-
-    @property
-    def max_rank(self) -> int:
-        """min(in, out): the rank above which factors hold nothing new."""
-        return min(prod(self.in_shape), prod(self.out_shape))
-
-    def matrices(self, x: Any) -> Any:
-        """An array of the parameter's shape, of jax or numpy, as (S, K, N): stacked matrices of inputs and outputs."""
-        x = x.transpose((*self.axes.stack, *self.axes.inputs, *self.axes.outputs))
-        return x.reshape(prod(self.stack_shape), prod(self.in_shape), prod(self.out_shape))
-
-    def from_matrices(self, x: Any) -> Any:
-        """(S, K, N) in the parameter's shape: the inverse of `matrices`."""
-        order = (*self.axes.stack, *self.axes.inputs, *self.axes.outputs)
-        x = x.reshape(*self.stack_shape, *self.in_shape, *self.out_shape)
-        return x.transpose([order.index(i) for i in range(len(order))])
-
-    def unnamed(self) -> Site:
-        """The same site without its path: sites alike have leaves alike."""
-        return replace(self, path="")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FullSite:
-    """One parameter trained in full."""
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +57,13 @@ class Plan:
     def trained(self) -> tuple[str, ...]:
         """Paths of all trained parameters, low-rank and full."""
         return (*(s.path for s in self.sites), *(f.path for f in self.full))
+
+
+def plan_of_sites(sites: Sequence[Site], full: Sequence[FullSite], compute_dtype: str | None) -> Plan:
+    """A plan of these sites, whose spec has a rule for each."""
+    rules: list[tuple[str, AnySetting]] = [(literal(site.path), site.setting) for site in sites]
+    rules += [(literal(leaf.path), Full(dtype=leaf.dtype)) for leaf in full]
+    return Plan(sites=tuple(sites), full=tuple(full), spec=Spec(rules, compute_dtype=compute_dtype))
 
 
 def match(spec: Spec, params: Params) -> dict[str, AnySetting]:

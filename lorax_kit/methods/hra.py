@@ -28,8 +28,8 @@ from jax.scipy.linalg import solve_triangular
 
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.method import Hints, Method, Update
-from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import RankSetting, need
+from lorax_kit.core.site import Site
 from lorax_kit.dtypes import wide
 from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
 from lorax_kit.starts.draws import draw_rows

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.core.method import Hints, Method, Update
-from lorax_kit.core.plan import Site
 from lorax_kit.core.setting import ScaledSetting
+from lorax_kit.core.site import Site
 from lorax_kit.dtypes import wide
 
 

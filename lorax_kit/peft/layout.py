@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorax_kit.core.plan import Axes, Site
+from lorax_kit.core.site import Axes, Site
 from lorax_kit.errors import AdapterError
 
 CONVOLUTIONS = {1: "Conv1d", 2: "Conv2d", 3: "Conv3d"}

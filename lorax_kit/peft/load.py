@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ import jax.numpy as jnp
 from lorax_kit.checkpoint.adapter import Adapter
 from lorax_kit.core.leaves import FullLeaf, check_factors
 from lorax_kit.core.paths import Params, flatten, is_array
-from lorax_kit.core.plan import Axes, Plan, make_plan
+from lorax_kit.core.patterns import literal
+from lorax_kit.core.plan import Plan, make_plan
 from lorax_kit.core.setting import Full, check_float_dtype
+from lorax_kit.core.site import Axes
 from lorax_kit.core.spec import AnySetting, Spec
 from lorax_kit.dtypes import wide
 from lorax_kit.errors import AdapterError, LoraxError
@@ -95,8 +96,3 @@ def load_peft(
         raise AdapterError(f"the adapter at {str(path)!r} does not fit: {e}") from None
     meta = dict(config.data)
     return Adapter(made, factors, meta | {"notes": config.notes} if config.notes else meta)
-
-
-def literal(path: str) -> str:
-    """A spec's pattern for this path alone."""
-    return f"re:{re.escape(path)}" if set(path) & set("*?{}") or path.startswith("re:") else path

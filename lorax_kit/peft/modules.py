@@ -10,7 +10,8 @@ import numpy as np
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.method import Method
 from lorax_kit.core.paths import closest
-from lorax_kit.core.plan import Axes, Plan
+from lorax_kit.core.plan import Plan
+from lorax_kit.core.site import Axes
 from lorax_kit.errors import AdapterError, LoraxError
 from lorax_kit.peft.config import Config, ends, moves_ties, short, targeted, targeted_parameters, unmatched_parameters
 from lorax_kit.peft.files import CONFIG, WEIGHTS, Sorted

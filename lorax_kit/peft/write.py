@@ -11,7 +11,8 @@ import numpy as np
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.method import method_of
-from lorax_kit.core.plan import Plan, Site
+from lorax_kit.core.plan import Plan
+from lorax_kit.core.site import Site
 from lorax_kit.errors import AdapterError, LoraxError
 from lorax_kit.peft.layout import Way, from_site, matrix_of, ways
 from lorax_kit.peft.names import Names, Place

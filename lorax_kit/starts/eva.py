@@ -18,10 +18,9 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.core.method import Hints, max_rank
-from lorax_kit.core.patterns import literal
-from lorax_kit.core.plan import Plan, Site
-from lorax_kit.core.setting import Full, is_int, is_number
-from lorax_kit.core.spec import AnySetting, Spec
+from lorax_kit.core.plan import Plan, plan_of_sites
+from lorax_kit.core.setting import is_int, is_number
+from lorax_kit.core.site import Site
 from lorax_kit.errors import PlanError
 from lorax_kit.starts.matrices import by_matrix, needed, signs
 from lorax_kit.starts.start import Start
@@ -89,9 +88,7 @@ def eva_ranks(plan: Plan, stats: Mapping[str, Hints], *, budget: int | None = No
         for site in plan.sites
         if ranks.get(site.path) != 0
     )
-    rules: list[tuple[str, AnySetting]] = [(literal(site.path), site.setting) for site in sites]
-    rules += [(literal(full.path), Full(dtype=full.dtype)) for full in plan.full]
-    return Plan(sites=sites, full=plan.full, spec=Spec(rules, compute_dtype=plan.compute_dtype))
+    return plan_of_sites(sites, plan.full, plan.compute_dtype)
 
 
 def explained(site: Site, stats: Mapping[str, Hints]) -> np.ndarray:

@@ -19,7 +19,8 @@ from jax import Array
 
 from lorax_kit.core import quantise, split
 from lorax_kit.core.paths import Params, flatten, unflatten
-from lorax_kit.core.plan import Plan, Site
+from lorax_kit.core.plan import Plan
+from lorax_kit.core.site import Site
 from lorax_kit.errors import PlanError
 from lorax_kit.starts.matrices import by_matrix
 from lorax_kit.starts.pissa import principal

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.core.method import Hints
-from lorax_kit.core.plan import Site
+from lorax_kit.core.site import Site
 from lorax_kit.errors import PlanError
 from lorax_kit.starts.start import Start
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.core.method import Hints
-from lorax_kit.core.plan import Site
+from lorax_kit.core.site import Site
 from lorax_kit.starts.matrices import by_matrix, signs
 from lorax_kit.starts.start import Start
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.core.method import Hints
-from lorax_kit.core.plan import Site
+from lorax_kit.core.site import Site
 from lorax_kit.starts.matrices import balanced, by_matrix
 from lorax_kit.starts.start import Start
 from lorax_kit.svd import OVERSAMPLING, leading, projected

@@ -17,8 +17,9 @@ from lorax_kit.core.lowrank import LowRank, dense
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.method import update_of
 from lorax_kit.core.paths import Params, flatten, unflatten
-from lorax_kit.core.plan import Plan, Site
+from lorax_kit.core.plan import Plan
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.core.site import Site
 from lorax_kit.errors import PlanError
 from lorax_kit.placement import alike, everywhere, partitioned
 from lorax_kit.transform.context import Context

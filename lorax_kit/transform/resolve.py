@@ -17,8 +17,10 @@ import jax.numpy as jnp
 
 from lorax_kit.core.method import method_of
 from lorax_kit.core.paths import Params, flatten, is_array, paths
-from lorax_kit.core.plan import Axes, Plan, make_plan, match, matched
+from lorax_kit.core.patterns import literal
+from lorax_kit.core.plan import Plan, make_plan, match, matched
 from lorax_kit.core.setting import Full, Setting
+from lorax_kit.core.site import Axes
 from lorax_kit.core.spec import Spec
 from lorax_kit.errors import PlanError
 from lorax_kit.transform.context import Context, Use
@@ -228,7 +230,7 @@ def all_linear(
         raise PlanError("the function multiplies no parameter with its inputs: there is nothing linear to adapt.")
     if not quiet:
         print(_told(taken, left), file=sys.stderr)
-    return Spec([(f"re:{re.escape(path)}" if set(path) & set("*?{}") else path, setting) for path in taken])
+    return Spec([(literal(path), setting) for path in taken])
 
 
 def _told(taken: Sequence[str], left: dict[str, str]) -> str:

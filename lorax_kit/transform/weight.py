@@ -24,8 +24,8 @@ from jax.tree_util import Partial
 from lorax_kit.after import after
 from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.method import Update
-from lorax_kit.core.plan import Axes, Site
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.core.site import Axes, Site
 from lorax_kit.dtypes import wide
 from lorax_kit.placement import varies
 

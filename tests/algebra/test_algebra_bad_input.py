@@ -9,7 +9,7 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit import algebra
-from lorax_kit.core.plan import Axes
+from lorax_kit.core.site import Axes
 from tests.algebra.tasks import adapter, params
 
 BASE = params()

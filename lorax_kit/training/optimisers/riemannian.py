@@ -17,7 +17,8 @@ from jax import Array
 
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.method import method_of
-from lorax_kit.core.plan import Plan, Site
+from lorax_kit.core.plan import Plan
+from lorax_kit.core.site import Site
 from lorax_kit.dtypes import wide
 from lorax_kit.errors import PlanError
 
