@@ -25,8 +25,9 @@ from lorax_kit.placement import alike, everywhere, partitioned
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import Costs, measured_costs
 from lorax_kit.transform.kernels import KERNELS
+from lorax_kit.transform.source import Source
 from lorax_kit.transform.trace import run
-from lorax_kit.transform.weight import Source, Weight, frozen_weight, lowrank_weight, make_weight
+from lorax_kit.transform.weight import Weight, frozen_weight, lowrank_weight, make_weight
 
 
 @dataclass(frozen=True)

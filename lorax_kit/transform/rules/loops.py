@@ -13,7 +13,8 @@ from jax import Array, lax
 from lorax_kit.errors import PlanError
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.interpret import closed, evaluate, evaluate_arrays, materialise, rule
-from lorax_kit.transform.weight import Source, Weight
+from lorax_kit.transform.source import Source
+from lorax_kit.transform.weight import Weight
 
 
 def _carried(args: Sequence[Any], jaxpr: Any, first: int, loop: str) -> list[bool]:
