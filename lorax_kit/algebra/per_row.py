@@ -73,10 +73,11 @@ class PerRow:
     ) -> Any:
         """`fn` with the adapter at `index`, () int."""
         # An index out of range that only a compiled program sees makes its row NaN; another's adapter it never gets.
-        scale = jnp.where((index >= 0) & (index < count), jnp.float32(1), jnp.float32(jnp.nan))
+        inside = (index >= 0) & (index < count)
+        scale = jnp.where(inside, jnp.float32(1), jnp.float32(jnp.nan))
 
         def own(x: Array) -> Array:
-            return jnp.take(x, index, axis=0, mode="fill", fill_value=jnp.nan)
+            return jnp.where(inside, jnp.take(x, index, axis=0, mode="clip"), jnp.asarray(jnp.nan, x.dtype))
 
         params = dict(named)
         for leaf in self.plan.full:

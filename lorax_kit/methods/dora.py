@@ -6,6 +6,7 @@ Symbols: m is `magnitude` (*stack, *out), A is `a` (r, *stack, *in), B is `b` (r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
@@ -22,6 +23,9 @@ from lorax_kit.starts import start_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+BLOCK, TABLE = 2**20, 2**15
+"""Entries of W + s A^T B that are formed at a time; of a table, of which a program may read a few rows, fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,22 +63,38 @@ class DoRALeaves(NamedTuple):
 
 
 def norm(site: Site, w: Array, a: Array, b: Array, scale: Any) -> Float[Array, ...]:
-    """|W + s A^T B| per output, shape (*stack, *out), without forming the sum.
+    """|W + s A^T B| per output, shape (*stack, *out), formed for some inputs at a time.
 
-    |W + sAB|^2 = |W|^2 + 2s <B, AW> + s^2 <B, (A A^T) B>: r x out products only. At B = 0 it is |W| to the bit,
-    which is what `init` stores, so the multiplier starts at exactly 1.
+    The squares of the sum, and not |W|^2 + 2s <B, AW> + s^2 <B, (A A^T) B>, whose digits cancel where an update takes
+    most of a column away.
     """
-    with jax.default_matmul_precision("highest"):
-        dtype = wide(a.dtype, w.dtype)
-        w3 = site.matrices(w).astype(dtype)
-        a3 = a.astype(dtype).reshape(a.shape[0], w3.shape[0], w3.shape[1])
-        b3 = b.astype(dtype).reshape(b.shape[0], w3.shape[0], w3.shape[2])
-        scale = jnp.asarray(scale, dtype)
-        # XLA's CPU backend copies W for a product with a batch axis, even of size 1: 65 MB for a table of 32,000 rows.
-        down = (a3[:, 0] @ w3[0])[:, None] if len(w3) == 1 else jnp.einsum("rsi,sio->rso", a3, w3)
-        cross = jnp.sum(b3 * down, axis=0)
-        gram = jnp.einsum("rsi,qsi->srq", a3, a3)
-        square = jnp.sum(w3 * w3, axis=1) + 2 * scale * cross + scale**2 * jnp.einsum("rso,srq,qso->so", b3, gram, b3)
+    dtype = wide(a.dtype, w.dtype)
+    w3 = site.matrices(w).astype(dtype)
+    stack, ins, outs = w3.shape
+    a3 = jnp.asarray(scale, dtype) * a.astype(dtype).reshape(a.shape[0], stack, ins)
+    b3 = b.astype(dtype).reshape(b.shape[0], stack, outs)
+
+    def squares(w: Array, a: Array, b: Array) -> Array:
+        """(k, N), (r, k), (r, N) -> (N,)."""
+        return jnp.sum(jnp.square(w + jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST)), axis=0)
+
+    def matrix(w: Array, a: Array, b: Array) -> Array:
+        """One of the stacked matrices."""
+        many = max(1, (TABLE if site.lookup else BLOCK) // outs)
+        if ins <= many:
+            return squares(w, a, b)
+
+        def add(i: Array, total: Array) -> Array:
+            rows = (jax.lax.dynamic_slice_in_dim(x, i * many, many, axis) for x, axis in ((w, 0), (a, 1)))
+            return total + squares(next(rows), next(rows), b)
+
+        first = jax.lax.fori_loop(0, ins // many, add, jnp.zeros((outs,), dtype))
+        return first + squares(w[ins - ins % many :], a[:, ins - ins % many :], b)
+
+    if stack == 1:
+        square = matrix(w3[0], a3[:, 0], b3[:, 0])
+    else:
+        square = jax.lax.map(lambda one: matrix(*one), (w3, jnp.moveaxis(a3, 1, 0), jnp.moveaxis(b3, 1, 0)))
     return jnp.sqrt(jnp.maximum(square, jnp.finfo(dtype).tiny)).reshape(*site.stack_shape, *site.out_shape)
 
 
@@ -88,8 +108,13 @@ def init(site: Site, w: Array, key: Array, hints: Hints) -> DoRALeaves:
 def update(site: Site, w: Array, leaves: DoRALeaves, scale: Any) -> Update:
     """The gain is m / |W + s A^T B|, the norm detached from the gradient (section 4.3 of the paper)."""
     a, b = rows_of(leaves)
-    size = norm(site, w, a, b, scale)
-    return Update(a, b, out_gain=leaves.magnitude.astype(size.dtype) / jax.lax.stop_gradient(size))
+    size = norm(site, *jax.lax.stop_gradient((w, a, b, scale)))
+    magnitude = leaves.magnitude.astype(size.dtype)
+    # Programs sum the squares in orders of their own: a norm that is the magnitude but for that is taken to be it, so
+    # that the start changes nothing, to the bit.
+    rounding = (8 + prod(site.in_shape) ** 0.5) * jnp.finfo(size.dtype).eps
+    near = jnp.abs(size - magnitude) <= rounding * size
+    return Update(a, b, out_gain=magnitude / jax.lax.stop_gradient(jnp.where(near, magnitude, size)))
 
 
 DORA = Method(

@@ -9,8 +9,8 @@ from typing import Any
 
 from lorax_kit.core.method import METHODS
 from lorax_kit.core.setting import Full, Setting, is_int, plain, shown
-from lorax_kit.core.spec import Spec
-from lorax_kit.errors import StudyError
+from lorax_kit.core.spec import Spec, setting_from
+from lorax_kit.errors import SpecError, StudyError
 from lorax_kit.starts import start_of
 
 PROBE = "probe"
@@ -170,6 +170,15 @@ class Study:
         for kind in self.variant:
             _check(kind in METHODS, f"variant {shown(kind)} is unknown; choose from {', '.join(sorted(METHODS))}.")
             has = {f.name for f in fields(METHODS[kind].setting)}
+            more = self.settings.get(kind, {})
+            _check(isinstance(more, Mapping), f"study settings of {kind!r} are {shown(more)}; they must be an object.")
+            taken = sorted({"rank", "alpha", "rslora", "start", "variant", "init"} & set(more))
+            _check(
+                not taken, f"study settings of {kind!r} hold {', '.join(taken)}, for which the study has its own key."
+            )
+            _check(
+                not more.get("dropout"), f"study settings of {kind!r} ask for dropout, which studies do not draw yet."
+            )
             for name, given, way in (
                 ("alpha", self.alpha is not None, "alpha=None"),
                 ("rank", tuple(self.rank) != (1,), "rank=1"),  # type: ignore[arg-type]
@@ -179,16 +188,20 @@ class Study:
                 _check(name in has or not given, f"study variant {shown(kind)} has no {name}; give {way}.")
         unused = sorted(set(self.settings) - set(self.variant))
         _check(not unused, f"study settings are for {', '.join(unused)}, which is no variant of the study.")
+        for trial in self.trials():
+            if trial.rank > 0:
+                self.setting(trial)  # raises where a method does not take it
 
     def setting(self, trial: Trial) -> Setting:
         """The setting of the sites of a trial."""
         cls: Any = METHODS[trial.variant].setting
         own = {"rank": trial.rank, "alpha": trial.alpha, "rslora": self.rslora, "start": self.start}
         has = {f.name for f in fields(cls)}
+        more = {k: v for k, v in own.items() if k in has} | dict(self.settings.get(trial.variant, {}))
         try:
-            return cls(**{k: v for k, v in own.items() if k in has}, **self.settings.get(trial.variant, {}))
-        except TypeError as e:
-            raise StudyError(f"study settings of {trial.variant!r}: {e}.") from None
+            return setting_from({"kind": trial.variant, **more}, f"study settings of {trial.variant!r}")  # type: ignore[return-value]
+        except SpecError as e:
+            raise StudyError(str(e)) from None
 
     @property
     def streams(self) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from lorax_kit.core.quantised import Quantised
 from lorax_kit.core.site import Site
 from lorax_kit.errors import PlanError
 from lorax_kit.placement import alike, everywhere, partitioned
-from lorax_kit.transform.context import Context
+from lorax_kit.transform.context import NO_INPUT, Context
 from lorax_kit.transform.cost import Costs, measured_costs
 from lorax_kit.transform.kernels import KERNELS
 from lorax_kit.transform.source import Source
@@ -51,7 +52,16 @@ class Adapted:
     ) -> Any:
         """`fn` as if its params were `merge(base, factors, plan)`; inputs and outputs are those of `fn`."""
         with _forward_mode("adapt(fn, plan, kernel='plain')", self.kernel):
-            return self.traced(base, factors, args, kwargs, dropout_key)[0]
+            out, ctx = self.traced(base, factors, args, kwargs, dropout_key)
+        if undropped := sorted({use.path for use in ctx.uses.values() if NO_INPUT in use.note}):
+            warnings.warn(
+                f"dropout does nothing at {undropped[0]!r}"
+                + (f" and {len(undropped) - 1} more" if len(undropped) > 1 else "")
+                + ": no input meets it where it is used. lk.explain(adapted, ..., dropout_key=key) says how; "
+                "give such parameters dropout=0",
+                stacklevel=2,
+            )
+        return out
 
     def traced(
         self, base: Params, factors: FactorTree, args: tuple[Any, ...], kwargs: dict[str, Any], key: Array | None = None
@@ -165,7 +175,8 @@ def adapt(
       `adapted(base, factors, *inputs, **kwargs)`, to be used under `jit`, `grad`, `vmap` like any function.
       With the keyword `dropout_key` the sites with dropout drop inputs of their low-rank path; without it
       the call is an evaluation. A site has one mask per call: where every step of a loop reads it, each drops the
-      same places. Devices of a `shard_map` that hold other parts of the input draw other masks; in a `pmap` of your
+      same places; where no input meets a parameter (a lookup, a sum or join of several), a warning says that none is
+      dropped. Devices of a `shard_map` that hold other parts of the input draw other masks; in a `pmap` of your
       own, fold the key: `jax.random.fold_in(key, jax.lax.axis_index(name))`.
 
     Raises:

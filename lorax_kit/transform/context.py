@@ -22,6 +22,8 @@ from lorax_kit.transform.weight import Weight
 UNDROPPED = frozenset(("lookup", "materialised"))
 """How a parameter is used where no input meets it, so that its site's dropout has nothing to drop."""
 
+NO_INPUT = "dropout has no input to act on here"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Use:
@@ -108,7 +110,7 @@ class Context:
         """
         name = eqn if isinstance(eqn, str) else eqn.primitive.name
         total = sum(prod(part.shape) for part in weight.parts)
-        undropped = "dropout has no input to act on here" if weight.key is not None and how in UNDROPPED else ""
+        undropped = NO_INPUT if weight.key is not None and how in UNDROPPED else ""
         for part in weight.parts:
             share = None
             if product is not None:

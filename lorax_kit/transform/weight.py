@@ -273,7 +273,7 @@ def make_weight(
         a=_spread(a, inputs, 1, w.ndim),
         b=_spread(b, outputs, 1, w.ndim),
         gain=reduce(jnp.multiply, gains) if gains else None,
-        scale=jnp.asarray(scale, jnp.float32),
+        scale=jnp.asarray(scale, wide(a.dtype)),
         key=key,
     )
 

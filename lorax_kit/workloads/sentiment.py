@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lorax_kit.checkpoint.adapter import load_adapter, read_document, save_adapter
 from lorax_kit.checkpoint.fingerprint import fingerprint
+from lorax_kit.core.leaves import penalty
 from lorax_kit.core.merge import merge, split
 from lorax_kit.core.paths import paths
 from lorax_kit.core.quantised import quantise
@@ -226,10 +227,10 @@ def train_adapter(
     per_epoch = steps_per_epoch or problem.facts["train"] // workload.batch_size
     schedule = optax.linear_schedule(lr, 0.0, per_epoch * epochs)
 
-    def loss(base: Any, factors: Any, batch: Any) -> Any:
-        logits = adapted(base, factors, batch)
+    def loss(base: Any, factors: Any, batch: Any, key: Any = None) -> Any:
+        logits = adapted(base, factors, batch, dropout_key=key)
         score = problem.score(logits, batch)
-        return problem.loss(logits, batch), {"accuracy": score.correct / score.weight}
+        return problem.loss(logits, batch) + penalty(plan, factors), {"accuracy": score.correct / score.weight}
 
     init, step = make_step(loss, partition(optax.adamw(schedule), plan, clip=1.0))
     validate, test = (evaluator(problem, base, plan, part) for part in (problem.val, problem.test))
@@ -252,8 +253,11 @@ def train_adapter(
         **{"lr": lr, "seed": seed, "steps per epoch": per_epoch},
     }
     rounds = [list(itertools.islice(stream, per_epoch)) for _ in range(epochs)]
+    # Without dropout no key is drawn for a step.
+    masks = jax.random.fold_in(jax.random.key(seed), 2) if any(site.dropout > 0 for site in plan.sites) else None
+    state = init(factors, masks)
     fitted = fit(
-        step, init(factors), base, rounds, evaluate=measure, log=log, progress=progress, saved=saved, settings=settings
+        step, state, base, rounds, evaluate=measure, log=log, progress=progress, saved=saved, settings=settings
     )
     if not fitted.history:
         saved.unlink(missing_ok=True)

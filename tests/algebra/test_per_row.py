@@ -87,6 +87,19 @@ def test_an_index_out_of_range_inside_jit_is_nan_and_no_other_row_is():
     assert not np.isnan(np.asarray(found)[[0, 2, 4, 5]]).any()
 
 
+def test_an_index_out_of_range_is_nan_where_adapters_have_gains_alone():
+    params, x = {"w": draw(0, 4, 3), "bias": draw(1, 3)}, draw(2, 4, 4)
+
+    def fn(p, x):
+        return x @ p["w"] + p["bias"][None]
+
+    plan = lk.resolve(lk.Spec({"w": lk.IA3(), "bias": lk.Full()}), params, fn, x)
+    two = [algebra.Adaptation(plan, moved(lk.split(params, plan, jax.random.key(i))[1])) for i in range(2)]
+    stacked = algebra.stack(two, base=params)
+    run = jax.jit(lambda which: algebra.per_row(fn, stacked)(params, stacked.factors, x, which=which))
+    assert np.isnan(run(jnp.array([0, -1, -2, 2]))).tolist() == [[False] * 3, *([[True] * 3] * 3)]
+
+
 def zero(one):
     """The same adapter with a delta of zero: the base as it is, restored where it is quantised."""
     return one._replace(factors={path: x._replace(a=0 * x.a) for path, x in one.factors.items()})

@@ -176,11 +176,26 @@ def test_training_with_a_budget_ends_within_it_and_merges_what_is_left():
         assert np.linalg.matrix_rank(delta, tol=1e-4) == left
 
 
+WANTED = "it must be a positive number, at most the rank 4 of the sites."
+
+
+def test_a_budget_within_a_partition_says_where_it_goes():
+    params = {"w": draw(0, 6, 5)}
+    plan = lk.resolve(lk.Spec({"w": lk.AdaLoRA(rank=4)}), params)
+    _, factors = lk.split(params, plan, jax.random.key(0))
+    tx = lk.partition(lk.adalora_budget(optax.sgd(0.1), plan, 2, 1, 1, 9), plan)
+    with pytest.raises(lk.PlanError, match="a partition hides factors from adalora_budget, which goes around it"):
+        tx.init(factors)
+
+
 def test_bad_arguments():
     plan, _ = plan_of()
     tx = optax.sgd(0.1)
     table = [
-        ((plan, 0, 1, 1, 9), {}, "target_rank is 0; it must be a positive number."),
+        ((plan, 0, 1, 1, 9), {}, f"target_rank is 0; {WANTED}"),
+        ((plan, 5, 1, 1, 9), {}, f"target_rank is 5; {WANTED}"),
+        ((plan, float("nan"), 1, 1, 9), {}, f"target_rank is nan; {WANTED}"),
+        ((plan, "x", 1, 1, 9), {}, f"target_rank is 'x'; {WANTED}"),
         ((plan, 2, -1, 1, 9), {}, "warmup is -1; it must be an integer of at least 0."),
         ((plan, 2, 1, 1.5, 9), {}, "final is 1.5; it must be an integer of at least 0."),
         (

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import lorax_kit as lk
-from tests.draws import draw
+from tests.draws import draw, moved
 
 CONV = {"window_strides": (1,), "padding": "SAME", "dimension_numbers": ("NWC", "WIO", "NWC")}
 USES = {
@@ -34,3 +34,20 @@ def test_a_gain_is_not_rounded_before_it_multiplies(use):
     assert factors["w"].gain.dtype == jnp.float32
     rounded = np.asarray(gain.astype(jnp.bfloat16), np.float64)
     assert np.abs(rounded - np.asarray(gain, np.float64)).max() > 1e-3  # what rounding the gain first would lose
+
+
+@pytest.mark.parametrize("kernel", ["factored", "merged", "plain"])
+@pytest.mark.parametrize("setting", [lk.LoRA, lk.DoRA, lk.LoHa, lk.AdaLoRA])
+def test_a_scale_keeps_the_digits_of_float64(setting, kernel):
+    """alpha / rank = 7 / 9 has no float32."""
+    with jax.enable_x64(True):
+        params, x = {"w": np.asarray(draw(0, 6, 5), np.float64)}, np.asarray(draw(1, 4, 6), np.float64)
+
+        def fn(p, x):
+            return x @ p["w"]
+
+        plan = lk.resolve(lk.Spec({"w": setting(rank=3, alpha=7 / 3, dtype="float64")}), params, fn, x)
+        base, factors = lk.split(params, plan, jax.random.key(0))
+        factors = moved(factors)
+        got = lk.adapt(fn, plan, kernel=kernel)(base, factors, x)
+        np.testing.assert_allclose(got, fn(lk.merge(base, factors, plan), x), rtol=1e-13, atol=1e-13)

@@ -28,6 +28,15 @@ def train(out, **changes):
     return train_adapter(Workload(), out=out, steps_per_epoch=2, progress=False, **{**settings, **changes})
 
 
+def test_dropout_and_the_penalty_of_the_method_act(tmp_path):
+    def loss(name, setting):
+        return train(tmp_path / name, setting=setting)["test_loss"]
+
+    assert loss("wet", lk.LoRA(rank=2, alpha=4, dropout=0.5)) != loss("dry", lk.LoRA(rank=2, alpha=4))
+    assert loss("again", lk.LoRA(rank=2, alpha=4, dropout=0.5)) == loss("once", lk.LoRA(rank=2, alpha=4, dropout=0.5))
+    assert loss("weak", lk.AdaLoRA(rank=2, orthogonal=0.0)) != loss("strong", lk.AdaLoRA(rank=2, orthogonal=50.0))
+
+
 def test_an_interrupted_training_goes_on_and_each_epoch_is_logged_once(tmp_path, monkeypatch, capsys):
     fit, calls = module.fit, []
 

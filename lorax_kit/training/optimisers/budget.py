@@ -88,10 +88,16 @@ def adalora_budget(
     if not sites:
         kinds = ", ".join(sorted({site.setting.kind for site in plan.sites})) or "none"
         raise PlanError(f"the plan has no site of lk.AdaLoRA for a budget; its methods: {kinds}.")
-    _check(target_rank, warmup, final, total, interval, (beta1, beta2))
+    _check(target_rank, max(site.rank for site in sites), warmup, final, total, interval, (beta1, beta2))
     inner, hold = optax.with_extra_args_support(tx), total - final
 
     def init(factors: FactorTree) -> BudgetState:
+        if any(isinstance(getattr(factors[s.path], k), optax.MaskedNode) for s in sites for k in (*TRIPLET, "mask")):
+            raise PlanError(
+                "a partition hides factors from adalora_budget, which goes around it.\n"
+                "  lk.adalora_budget(lk.partition(tx, plan), plan, ...)"
+            )
+
         def zeros() -> dict[str, dict[str, Array]]:
             leaves = {s.path: {k: getattr(factors[s.path], k) for k in TRIPLET} for s in sites}
             return jax.tree.map(lambda x: jnp.zeros_like(x, wide(x.dtype)), leaves)
@@ -126,9 +132,14 @@ def adalora_budget(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check(target_rank: Any, warmup: Any, final: Any, total: Any, interval: Any, betas: tuple[Any, Any]) -> None:
+def _check(
+    target_rank: Any, rank: int, warmup: Any, final: Any, total: Any, interval: Any, betas: tuple[Any, Any]
+) -> None:
+    traced = isinstance(target_rank, Array)
     problems = {
-        f"target_rank is {target_rank!r}; it must be a positive number.": is_number(target_rank) and target_rank <= 0,
+        f"target_rank is {target_rank!r}; it must be a positive number, at most the rank {rank} of the sites.": not (
+            traced or (is_number(target_rank) and 0 < target_rank <= rank)
+        ),
         f"interval is {interval!r}; it must be an integer of at least 1.": not (is_int(interval) and interval >= 1),
     }
     for name, x in (("warmup", warmup), ("final", final), ("total", total)):
