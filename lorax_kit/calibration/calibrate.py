@@ -145,14 +145,16 @@ def calibrate(
     """Sum what the sites of `plan` are given over calibration batches: what starts and compression read.
 
     Args:
-      fn: `fn(params, batch)`, traceable by JAX.
+      fn: `fn(params, batch)`, traceable by JAX: of a function of several inputs make
+        `lambda params, batch: fn(params, *batch)`.
       params: dense, or compressed in other places (`fn` is then `lk.compress.compressed(fn)`).
       plan: from `lk.resolve`; which parameters, and what their inputs are. Ranks do not matter.
       batches: each of one shape, or of few: a program is compiled for each shape.
       loss: `loss(fn(params, batch), batch)`, a scalar, for what is made of its gradients.
       weight: how much each input counts: batch -> numbers, (rows, tokens) for texts, whose axes lead those of what the
-        sites are given; or the name of a batch's own ("mask"). 0 leaves padding out; default: all count alike, with a
-        warning where a batch has a mask with zeros. What gradients are of, the loss says.
+        sites are given, in that order where a site has them flattened into one; or the name of a batch's own ("mask").
+        0 leaves padding out; default: all count alike, with a warning where a batch has a mask with zeros. What
+        gradients are of, the loss says.
       collect: what to sum, of "inputs" (tokens, gram, absolute, counts), "fisher" (squared gradients) and "gradient"
         (their mean, as large as the parameters). None: the inputs, and with a loss "fisher", too.
       progress: show a bar.

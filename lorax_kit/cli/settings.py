@@ -20,7 +20,7 @@ OPTIONS = (
         "more",
         metavar="KEY=VALUE",
         multiple=True,
-        help="A further setting of the method, may be repeated: start=pissa, rslora=true, factor=8.",
+        help="A further setting of the method, may be repeated: start=pissa (none that needs data), factor=8.",
     ),
 )
 FLAGS = {"rank": "--rank", "alpha": "--alpha", "variant": "--variant", "more": "--set"}

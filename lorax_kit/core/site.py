@@ -33,6 +33,9 @@ class Site:
         lookup, and a product elsewhere), "other" (a convolution; or what is materialised, whose last axis is then taken
         for the output).
       setting: the method and its settings, from the rule that matched.
+
+    What a method's `init` and `update` read of it besides: `rank`, `scale`, `in_shape`, `out_shape`, `stack_shape`,
+    `a_shape` (rank, *stack, *in), `b_shape` (rank, *stack, *out), `lookup`, and `matrices` and `from_matrices`.
     """
 
     path: str

@@ -72,9 +72,8 @@ def loftq(
         leaves = factors[site.path]
         if not hasattr(site.setting, "start") or leaves.a0 is not None:
             what = getattr(site.setting, "start", site.setting.kind)
-            raise PlanError(
-                f"LoftQ gives the factors of {site.path!r}, and so does {what!r}.\n  use lk.LoRA or lk.DoRA"
-            )
+            way_out = "a drawn start, such as 'kaiming'" if hasattr(site.setting, "start") else "lk.LoRA or lk.DoRA"
+            raise PlanError(f"LoftQ gives the factors of {site.path!r}, and so does {what!r}.\n  give it {way_out}")
         w = named[site.path]
         if not isinstance(w, jax.Array | np.ndarray) or isinstance(w, jax.core.Tracer):
             raise PlanError(f"{site.path!r} is a {type(w).__name__}; LoftQ starts from the values before rounding.")

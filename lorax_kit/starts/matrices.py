@@ -76,7 +76,8 @@ def needed(site: Site, hints: Hints, name: str, start: str) -> Any:
     if x is None:
         how = "loss=loss, collect=['gradient']" if name == "gradient" else "collect=['inputs']"
         raise PlanError(
-            f"start {start!r} at {site.path!r} needs the {WORDS[name]} there: give lk.split(..., hints=stats).\n"
+            f"start {start!r} at {site.path!r} needs the {WORDS[name]} there: give lk.split(..., hints=stats), "
+            "or a study's problem those hints.\n"
             f"  stats = lk.calibrate(fn, params, plan, batches, {how})"
         )
     wanted = site.shape if name == "gradient" else (prod(site.stack_shape), *2 * (prod(site.in_shape),))

@@ -66,8 +66,9 @@ class Study:
       seed: seeds, one or a sequence (`seed=2` is seed number 2). A seed fixes factors, head and (with
         `stream="seed"`) the order of the data, so trials of one seed are paired.
       targets: name -> patterns of the parameters to adapt, one or several sets.
-      variant: methods by the kind of their settings: "lora", "dora", ...; one without a rank takes rank 1, one
-        without an alpha alpha=None.
+      variant: methods by the kind of their settings: "lora", "dora", ... All share the ranks and alphas of the study: a
+        method without a rank (IA3) needs rank=1, and one without an alpha (VeRA) alpha=None. Methods that need other
+        ranks than LoRA's are studies of their own.
       settings: method -> further settings of it, such as {"lokr": {"factor": 8}}.
       probe_lr: learning rates of the frozen-encoder probe; empty for none.
       rslora, start: as in `lk.LoRA`.
