@@ -23,6 +23,7 @@ from lorax_kit.core.quantised import quantise
 from lorax_kit.core.setting import Full
 from lorax_kit.core.spec import AnySetting, Spec
 from lorax_kit.errors import AdapterError, PlanError, StudyError
+from lorax_kit.methods import LoRA
 from lorax_kit.models import BertClassifier, Tokenizer, classifier_params, load_bert
 from lorax_kit.study.problem import Problem
 from lorax_kit.study.session import evaluator
@@ -190,9 +191,12 @@ def evaluate_adapter(path: str | Path) -> dict[str, Any]:
 
 def train_adapter(
     workload: Sentiment,
-    setting: AnySetting,
+    setting: AnySetting | None = None,
     *,
     out: Path,
+    rank: int = 8,
+    alpha: float = 16.0,
+    variant: str = "lora",
     lr: float,
     seed: int,
     targets: Sequence[str],
@@ -202,7 +206,7 @@ def train_adapter(
 ) -> dict[str, Any]:
     """Train one adapter by `lk.fit` and save it under `out`; the best epoch by validation loss is kept.
 
-    `targets` are patterns, or "all-linear" alone.
+    `targets` are patterns, or "all-linear" alone; without a setting it is `LoRA(rank=, alpha=, variant=)`.
 
     Interrupted, the same call goes on, to the same bits: `out/training.npz` holds the training until the adapter is
     saved. Each epoch is once in `out/metrics.jsonl`.
@@ -210,6 +214,7 @@ def train_adapter(
     Raises:
       LoraxError: `out` holds an interrupted training of other settings.
     """
+    setting = LoRA(rank=rank, alpha=alpha, variant=variant) if setting is None else setting
     if not 0 < lr < float("inf"):
         raise StudyError(f"lr is {lr}; it must be a positive number.")
     if (out / "adapter").exists():
