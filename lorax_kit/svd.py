@@ -1,6 +1,11 @@
-"""Truncated singular value decompositions of one matrix, in float64 on the host: exact, and by a random projection."""
+"""Decompositions: truncated singular values of one matrix in float64 on the host, exact or by a random projection; and
+those of jax, of one matrix of a stack after another.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -57,3 +62,25 @@ def projected(matrix: np.ndarray, rank: int, draws: np.ndarray) -> tuple[np.ndar
     q, _ = np.linalg.qr(q)
     u, s, vt = np.linalg.svd(q.T @ matrix, full_matrices=False)
     return (q @ u)[:, :rank], s[:rank], vt[:rank]
+
+
+def one_by_one(decompose: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A function of one matrix as a function of a stack (*S, m, n), which takes one after another, under `vmap`, too.
+
+    LAPACK's functions of a stack, in jaxlib 0.10, leave its parts to the threads of the program and wait for them: two
+    at once, on two cores, wait forever. Those of one matrix do not.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> one_by_one(jnp.linalg.eigh)(jnp.ones((3, 2, 2)))[0].shape
+      (3, 2)
+    """
+    each = jax.custom_batching.sequential_vmap(lambda matrix: decompose(matrix))
+
+    def run(stacked: Any) -> Any:
+        mapped = each
+        for _ in range(stacked.ndim - 2):
+            mapped = jax.vmap(mapped)
+        return mapped(stacked)
+
+    return run

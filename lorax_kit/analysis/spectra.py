@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from lorax_kit.core.merge import delta
 from lorax_kit.core.method import update_of
 from lorax_kit.core.site import Site
+from lorax_kit.svd import one_by_one
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -68,10 +69,10 @@ def delta_spectrum(
 
     def triangle(factor: Array) -> Array:
         thin = factor.astype(wide).reshape(*factor.shape[:lead], math.prod(factor.shape[lead:]))
-        return jnp.linalg.qr(jnp.moveaxis(thin, 0, -1), mode="r")
+        return one_by_one(lambda x: jnp.linalg.qr(x, mode="r"))(jnp.moveaxis(thin, 0, -1))
 
     core = jnp.matmul(triangle(a), jnp.swapaxes(triangle(b), -1, -2), precision="highest")
-    values = jnp.linalg.svd(core, compute_uv=False)
+    values = one_by_one(lambda x: jnp.linalg.svd(x, compute_uv=False))(core)
     factor = jnp.broadcast_to(jnp.abs(jnp.asarray(scale)).astype(wide), batch)
     return values * factor[..., None]
 

@@ -11,7 +11,7 @@ b_k = y_k^T (W + sum_j x_j b_j), j over the earlier pairs, that is
 
     b = (I - M)^-1 Y^T W,    M[k, j] = y_k^T x_j
 
-with M strictly lower in blocks of two: one triangular solve.
+with M strictly lower in blocks of two.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.scipy.linalg import solve_triangular
 
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.method import Hints, Method, Update
@@ -101,6 +100,27 @@ def pairs(u: Array, v: Array) -> tuple[Array, Array]:
     return jnp.stack([unit_u, v_less_gu], axis=1), -2 * jnp.stack([u_less_gv, unit_v], axis=1)
 
 
+def inverse(m: Array) -> Array:
+    """(I - M)^-1 of M (*S, r, r), strictly lower in blocks of two, by blocks of double size until there is one.
+
+    The inverse of [[A, 0], [-M, D]] is [[A^-1, 0], [D^-1 M A^-1, D^-1]]. No triangular solve: LAPACK's, of a stack,
+    waits in jaxlib 0.10 for threads that others hold, and two of them for each other.
+    """
+    *stack, r, _ = m.shape
+    size, n = 2, 1 << (r - 1).bit_length()
+    m = jnp.pad(m, [(0, 0)] * len(stack) + [(0, n - r)] * 2)
+    done = jnp.broadcast_to(jnp.eye(2, dtype=m.dtype), (*stack, n // 2, 2, 2))
+    while size < n:
+        count = n // (2 * size)
+        blocks = m.reshape(*stack, count, 2, size, count, 2, size)[..., :, 1, :, :, 0, :]  # (*S, i, size, j, size)
+        own = jnp.stack([blocks[..., i, :, i, :] for i in range(count)], axis=len(stack))
+        first, second = done[..., 0::2, :, :], done[..., 1::2, :, :]
+        upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        lower = jnp.concatenate([second @ own @ first, second], axis=-1)
+        done, size = jnp.concatenate([upper, lower], axis=-2), 2 * size
+    return done[..., 0, :r, :r]
+
+
 def update(site: Site, w: Array, leaves: HRALeaves, scale: Any) -> Update:
     """Rows x over the inputs, and b over the outputs."""
     dtype = wide(leaves.u.dtype)
@@ -112,7 +132,7 @@ def update(site: Site, w: Array, leaves: HRALeaves, scale: Any) -> Update:
     with jax.default_matmul_precision("highest"):
         m = jnp.where(earlier, jnp.einsum("ksi,jsi->skj", y, x), 0)
         products = jnp.einsum("ksi,sio->sko", y, w3)
-        b = solve_triangular(jnp.eye(len(rows), dtype=dtype)[None] - m, products, lower=True, unit_diagonal=True)
+        b = jnp.einsum("skj,sjo->sko", inverse(m), products)
     return Update(x.reshape(-1, *site.a_shape[1:]), jnp.moveaxis(b, 1, 0).reshape(-1, *site.b_shape[1:]))
 
 

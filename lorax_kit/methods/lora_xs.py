@@ -14,12 +14,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from lorax_kit.core.method import Hints, Method, Update
 from lorax_kit.core.setting import ScaledSetting
 from lorax_kit.core.site import Site
-from lorax_kit.dtypes import wide
+from lorax_kit.starts.matrices import by_matrix
+from lorax_kit.svd import leading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +59,20 @@ class LoRAXSLeaves(NamedTuple):
 
 
 def init(site: Site, w: Array, key: Array, hints: Hints) -> LoRAXSLeaves:
-    """The leading singular vectors of each stacked matrix, computed in at least fp32; R = 0."""
+    """The leading singular vectors of each stacked matrix; R = 0."""
     dtype, rank = jnp.dtype(site.setting.dtype), site.rank
-    u, s, vt = jnp.linalg.svd(site.matrices(w).astype(wide(w.dtype)), full_matrices=False)
-    a0 = jnp.moveaxis(u[..., :rank] * s[..., None, :rank], -1, 0)
-    b0 = jnp.moveaxis(vt[..., :rank, :], -2, 0)
+
+    def triples(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        u, s, vt = leading(matrix, rank)
+        return s[:, None] * u.T, vt
+
+    a0, b0 = by_matrix(triples, site, site.matrices(w))
+    assert a0 is not None
+    assert b0 is not None
     return LoRAXSLeaves(
         r=jnp.zeros((rank, rank, *site.stack_shape), dtype),
-        a0=a0.reshape(site.a_shape).astype(dtype),
-        b0=b0.reshape(site.b_shape).astype(dtype),
+        a0=a0.astype(dtype),
+        b0=b0.astype(dtype),
     )
 
 

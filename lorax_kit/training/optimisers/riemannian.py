@@ -21,6 +21,7 @@ from lorax_kit.core.plan import Plan
 from lorax_kit.core.site import Site
 from lorax_kit.dtypes import wide
 from lorax_kit.errors import PlanError
+from lorax_kit.svd import one_by_one
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -86,7 +87,7 @@ def _preconditioned(site: Site, grads: Any, leaves: Any, delta: float) -> Any:
 
     def solved(grad: Array, other: Float[Array, "s r n"]) -> Array:
         g = _matrices(site, grad.astype(other.dtype))
-        values, vectors = jnp.linalg.eigh(jnp.einsum("srn,sqn->srq", other, other, precision=HIGHEST))
+        values, vectors = one_by_one(jnp.linalg.eigh)(jnp.einsum("srn,sqn->srq", other, other, precision=HIGHEST))
         # Rounding makes small eigenvalues negative: a Cholesky factor of the damped Gram need not exist.
         damped = 1 / (jnp.maximum(values, 0) + delta)
         inverse = jnp.einsum("srk,sk,sqk->srq", vectors, damped, vectors, precision=HIGHEST)
