@@ -86,7 +86,7 @@ def combine(adapters: tuple[str, ...], weights: tuple[float, ...], as_json: bool
 @JSON
 def merge(adapter: str, as_json: bool, **options: Any) -> None:
     """Fold ADAPTER, of either format, into its model, and write a Hugging Face folder."""
-    from lorax_kit.workloads.exchange import merge_adapter
+    from lorax_kit.workloads.merging import merge_adapter
 
     found = merge_adapter(adapter, **options)
     table = found.pop("table")
