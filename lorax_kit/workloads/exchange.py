@@ -13,6 +13,7 @@ import numpy as np
 from lorax_kit.algebra import combine, to_lora
 from lorax_kit.checkpoint import load_adapter, save_adapter
 from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
+from lorax_kit.checkpoint.staging import refuse_near
 from lorax_kit.checkpoint.tensors import read_tensors
 from lorax_kit.core.paths import Params
 from lorax_kit.errors import AdapterError
@@ -26,6 +27,7 @@ from lorax_kit.models import (
     torch_names,
 )
 from lorax_kit.models.pretrained import MINILM
+from lorax_kit.models.pretrained_llama import SMOLLM2
 from lorax_kit.models.weights import Stored, open_folder, read_json
 from lorax_kit.peft import load_peft, save_peft
 
@@ -106,6 +108,12 @@ def load_model(source: str, adapters: Sequence[str | Path]) -> Model:
     return Model(params, names, own, folder, stored)
 
 
+def read_from(source: str, adapters: Sequence[str | Path]) -> list[Path]:
+    """The files and folders that a command reads, in whose place nothing may be written."""
+    base = {"minilm": MINILM, "smollm2": SMOLLM2}.get(source)
+    return [Path(source) if base is None else locate(*base), *map(Path, adapters)]
+
+
 def _kind(folder: Path) -> Any:
     """The model_type of a folder's config.json; None where there is none."""
     file = folder / "config.json"
@@ -179,6 +187,7 @@ def convert_adapter(
         raise AdapterError("a rank or an energy is for the plain LoRA of --lora.")
     if format_of(source[1]) != source[0]:
         raise AdapterError(f"{source[1]!r} is an adapter of {format_of(source[1])}, not of {source[0]}.")
+    refuse_near(Path(target[1]).absolute(), read_from(base, [source[1]]))
     model = load_model(base, [source[1]])
     adapter = read_adapter(source[1], model, source[0])
     meta, errors = getattr(adapter, "meta", {}), {}
@@ -230,6 +239,7 @@ def combine_adapters(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Combine adapters of one base into one LoRA, as `lk.algebra.combine`; what was written, as plain data."""
+    refuse_near(Path(out).absolute(), read_from(base, sources))
     model = load_model(base, sources)
     adapters = [read_adapter(folder, model) for folder in sources]
     key = jax.random.key(seed) if how.startswith("dare") else None

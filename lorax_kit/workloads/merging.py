@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.algebra import merge_loss
-from lorax_kit.checkpoint.staging import refuse_existing, staged
+from lorax_kit.checkpoint.staging import refuse_existing, refuse_near, staged
 from lorax_kit.checkpoint.tensors import write_tensors
 from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import flatten
 from lorax_kit.errors import AdapterError
-from lorax_kit.workloads.exchange import Model, load_model, read_adapter
+from lorax_kit.models.weights import SINGLE
+from lorax_kit.workloads.exchange import Model, load_model, read_adapter, read_from
 
 HEAD = {"classifier.weight", "classifier.bias"}
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
@@ -30,18 +31,20 @@ def merge_adapter(
     and what came with the base (config.json, tokenizer.json). Nothing is there that neither base nor adapter has.
 
     Raises:
-      AdapterError: the adapter changes what the base does not have, or brings a head of another shape.
+      AdapterError: `out` is what is read, or lies within or around it, or holds other files; the adapter changes
+        what the base does not have, or brings a head of another shape.
     """
-    model = load_model(base, [source])
     path = Path(out).absolute()
-    refuse_existing(path, overwrite, "model.safetensors", "model")
+    refuse_near(path, read_from(base, [source]))
+    refuse_existing(path, overwrite, SINGLE, "model", {SINGLE, *FILES})
+    model = load_model(base, [source])
     adapter = read_adapter(source, model)
     loss = merge_loss(model.base, adapter, dtype=dtype)
     merged = flatten(merge(model.base, adapter.factors, adapter.plan))[0]
     tensors = {name: _cast(x, dtype) for name, x in _tensors(model, adapter, merged).items()}
     with staged(path, overwrite) as new:
         new.mkdir()
-        write_tensors(new / "model.safetensors", tensors)
+        write_tensors(new / SINGLE, tensors)
         for name in FILES:
             if model.folder is not None and (model.folder / name).is_file():
                 shutil.copyfile(model.folder / name, new / name)

@@ -159,3 +159,40 @@ def test_a_config_that_is_no_object_says_so(tmp_path, content, says):
     lk.save_adapter(tmp_path / "a", plan, factors, base=base)
     (tmp_path / "m" / "config.json").write_text(content)
     assert says in merged(tmp_path, code=2)
+
+
+def files(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("place", ["m", "a", "m/inside", "a/inside", ".", "link"])
+@pytest.mark.parametrize("command", ["merge", "convert", "combine"])
+def test_what_is_read_is_not_written_over(tmp_path, command, place):
+    model_of(tmp_path / "m", "classifier")
+    plan, base, factors = trained(load_bert(tmp_path / "m").params, {QUERY: lk.LoRA(rank=2)})
+    lk.save_adapter(tmp_path / "a", plan, factors, base=base)
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    before, a, out = files(tmp_path), str(tmp_path / "a"), str(tmp_path / place)
+    ways = {
+        "merge": [a, "--out", out],
+        "combine": [a, a, "--out", out],
+        "convert": ["--from", "orbax", a, "--to", "orbax", out],
+    }
+    found = CliRunner().invoke(cli, [command, *ways[command], "--base", str(tmp_path / "m"), "--overwrite"])
+    assert "which is read: nothing was written" in str(found.exception)
+    assert files(tmp_path) == before
+
+
+def test_only_what_the_command_writes_is_replaced(tmp_path):
+    model_of(tmp_path / "m", "classifier")
+    plan, base, factors = trained(load_bert(tmp_path / "m").params, {QUERY: lk.LoRA(rank=2)})
+    lk.save_adapter(tmp_path / "a", plan, factors, base=base)
+    first = merged(tmp_path)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    options = ["--base", str(tmp_path / "m"), "--overwrite"]
+    command = ["merge", str(tmp_path / "a"), "--out", str(tmp_path / "out"), *options]
+    found = CliRunner().invoke(cli, command)
+    assert "holds 'notes.txt', too, which is not written with such models" in str(found.exception)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    (tmp_path / "out" / "notes.txt").unlink()
+    assert merged(tmp_path, "--overwrite").keys() == first.keys()
