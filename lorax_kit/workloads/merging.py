@@ -12,7 +12,7 @@ import numpy as np
 from lorax_kit.algebra import merge_loss
 from lorax_kit.checkpoint.staging import refuse_existing, refuse_near, staged
 from lorax_kit.checkpoint.tensors import write_tensors
-from lorax_kit.core.merge import merge
+from lorax_kit.core.merge import beyond, merge
 from lorax_kit.core.paths import flatten
 from lorax_kit.errors import AdapterError
 from lorax_kit.models.weights import SINGLE
@@ -41,7 +41,7 @@ def merge_adapter(
     adapter = read_adapter(source, model)
     loss = merge_loss(model.base, adapter, dtype=dtype)
     merged = flatten(merge(model.base, adapter.factors, adapter.plan))[0]
-    tensors = {name: _cast(x, dtype) for name, x in _tensors(model, adapter, merged).items()}
+    tensors = {name: _cast(name, x, dtype) for name, x in _tensors(model, adapter, merged).items()}
     with staged(path, overwrite) as new:
         new.mkdir()
         write_tensors(new / SINGLE, tensors)
@@ -92,6 +92,18 @@ def _in_torch(path: str, x: Any) -> np.ndarray:
     return np.asarray(x).T if path.endswith("/kernel") else np.asarray(x)
 
 
-def _cast(x: np.ndarray, dtype: str) -> np.ndarray:
-    """Floats in another dtype; what counts or indexes stays."""
-    return x.astype(jnp.dtype(dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+def _cast(name: str, x: np.ndarray, dtype: str) -> np.ndarray:
+    """Floats in another dtype; what counts or indexes stays.
+
+    Raises:
+      AdapterError: the dtype does not hold them.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    with np.errstate(over="ignore"):
+        made = x.astype(jnp.dtype(dtype))
+    if x.size and not np.isfinite(made).all():
+        largest = np.max(np.abs(x[np.isfinite(x)].astype(np.float64)), initial=0)
+        if largest > float(jnp.finfo(dtype).max):
+            raise beyond(name, largest, dtype)
+    return made

@@ -196,3 +196,16 @@ def test_only_what_the_command_writes_is_replaced(tmp_path):
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     (tmp_path / "out" / "notes.txt").unlink()
     assert merged(tmp_path, "--overwrite").keys() == first.keys()
+
+
+@pytest.mark.parametrize("name", ["classifier.weight", "bert.encoder.layer.0.attention.self.query.weight"])
+def test_a_dtype_that_cannot_hold_a_parameter_says_so(tmp_path, name):
+    held = model_of(tmp_path / "m", "classifier")
+    held[name][0, 0] = -1e6
+    save_file(held, tmp_path / "m" / "model.safetensors")
+    plan, base, factors = trained(load_bert(tmp_path / "m").params, {QUERY: lk.LoRA(rank=2)})
+    lk.save_adapter(tmp_path / "a", plan, factors, base=base)
+    says = merged(tmp_path, "--dtype", "float16", code=2)
+    assert "has values up to 1e+06 once merged, which float16 cannot hold" in says
+    assert name in says or "'layer_0/attention/query/kernel'" in says
+    assert np.isfinite(merged(tmp_path, "--dtype", "bfloat16")[name].astype(np.float32)).all()
