@@ -145,7 +145,14 @@ def _read(m: TorchModule, tensors: Any) -> FromPeft:
 
 
 def _write(m: TorchModule, setting: Any, leaves: Any) -> dict[str, Any]:
-    left = leaves["mask"] != 0
+    mask = np.asarray(leaves["mask"], np.float64)
+    odd = mask[(mask != 0) & (mask != 1)]
+    need(
+        not odd.size,
+        f"its mask holds {odd[0] if odd.size else 0:.4g}; in PEFT a triplet is there (1) or not (0).\n"
+        "  multiply e by the mask and let that be 1, or use lk.save_adapter",
+    )
+    left = mask == 1
     return {"lora_A": leaves["a"][left], "lora_E": leaves["e"][left, None], "lora_B": leaves["b"][left].T}
 
 
