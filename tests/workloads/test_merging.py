@@ -12,9 +12,11 @@ from safetensors.numpy import load_file, save_file
 import lorax_kit as lk
 from lorax_kit.cli import cli
 from lorax_kit.core.paths import flatten
-from lorax_kit.models import classifier_names, classifier_params, load_bert, torch_names
+from lorax_kit.models import classifier_names, classifier_params, load_bert, load_llama, torch_names
 from tests.draws import moved
+from tests.models import llama_files as tiny
 from tests.models.test_pretrained import write_folder
+from tests.models.test_pretrained_llama import split_in_two
 
 QUERY = "layer_*/attention/query/kernel"
 HEADS = {
@@ -88,6 +90,17 @@ def test_what_the_model_has_beside_its_encoder_stays(tmp_path, head, form):
     np.testing.assert_array_equal(got[f"{prefix}encoder.layer.1.attention.self.query.weight"], np.asarray(wanted).T)
 
 
+@pytest.mark.parametrize(("head", "prefix"), [("pooler", "bert."), ("words", ""), ("classifier", "")])
+def test_a_peft_adapter_may_call_the_encoder_otherwise_than_the_folder(tmp_path, head, prefix):
+    held = model_of(tmp_path / "m", head)
+    pretrained = load_bert(tmp_path / "m")
+    plan, base, factors = trained(pretrained.params, {QUERY: lk.LoRA(rank=2)})
+    names = {path: prefix + name for path, name in torch_names(pretrained.config).items()}
+    lk.save_peft(tmp_path / "a", plan, factors, base=base, names=names)
+    own = "" if head == "pooler" else "bert."
+    assert_carried(merged(tmp_path), held, {f"{own}encoder.layer.{i}.attention.self.query.weight" for i in (0, 1)})
+
+
 def test_tensors_are_cast_and_counts_are_not(tmp_path):
     held = model_of(tmp_path / "m", "classifier")
     plan, base, factors = trained(load_bert(tmp_path / "m").params, {QUERY: lk.LoRA(rank=2)})
@@ -159,6 +172,19 @@ def test_a_config_that_is_no_object_says_so(tmp_path, content, says):
     lk.save_adapter(tmp_path / "a", plan, factors, base=base)
     (tmp_path / "m" / "config.json").write_text(content)
     assert says in merged(tmp_path, code=2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_decoder_keeps_its_old_frequencies(tmp_path, tied):
+    held = {name: x for name, x in tiny.weights().items() if not tied or name != "lm_head.weight"}
+    held |= {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    (tmp_path / "m").mkdir()
+    tiny.write_folder(tmp_path / "m", held, tie_word_embeddings=tied)
+    split_in_two(tmp_path / "m")
+    plan, base, factors = trained(load_llama(tmp_path / "m").params, {QUERY: lk.LoRA(rank=2)})
+    lk.save_adapter(tmp_path / "a", plan, factors, base=base)
+    names = [name for name in held if name.endswith("q_proj.weight")]
+    assert_carried(merged(tmp_path), held, set(names))
 
 
 def files(folder):
