@@ -117,6 +117,36 @@ def test_overwrite_replaces_adapters_only(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("other", ["README.md", "factors/mine.txt", "more/mine.txt"])
+@pytest.mark.parametrize("form", ["ours", "peft"])
+def test_overwrite_deletes_no_files_of_others(tmp_path, form, other):
+    def save(**options):
+        if form == "ours":
+            lk.save_adapter(tmp_path / "a", PLAN, FACTORS, base=BASE, **options)
+        else:
+            lk.save_peft(tmp_path / "a", PLAN, FACTORS, base=BASE, names={"w": "w.weight"}, **options)
+
+    save()
+    file = tmp_path / "a" / other
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    with pytest.raises(lk.AdapterError, match=f"holds '{other}', too, .* is not replaced"):
+        save(overwrite=True)
+    assert file.read_text() == "mine"
+    file.unlink()
+    save(overwrite=True)
+
+
+def test_an_adapter_whose_digests_were_torn_is_replaced(tmp_path):
+    lk.save_adapter(tmp_path / "a", PLAN, FACTORS, base=BASE)
+    (tmp_path / "a" / "digests.json").write_text("")
+    lk.save_adapter(tmp_path / "a", PLAN, FACTORS, base=BASE, overwrite=True)
+    (tmp_path / "a" / "digests.json").write_text("")
+    (tmp_path / "a" / "mine.txt").write_text("mine")
+    with pytest.raises(lk.AdapterError, match=r"holds 'mine\.txt', too"):
+        lk.save_adapter(tmp_path / "a", PLAN, FACTORS, base=BASE, overwrite=True)
+
+
 def test_a_path_written_meanwhile_is_not_replaced(tmp_path, monkeypatch):
     from lorax_kit.checkpoint import adapter
 

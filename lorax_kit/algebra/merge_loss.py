@@ -9,6 +9,7 @@ out of the merge as they went in.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from jax import Array
 from lorax_kit.algebra.adaptation import AnyAdapter, bases, check_adapter
 from lorax_kit.algebra.delta import delta_of, full_delta
 from lorax_kit.core.lowrank import dense
+from lorax_kit.core.merge import beyond
 from lorax_kit.core.paths import Params
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.core.quantised import quantise as quantised
@@ -70,7 +72,7 @@ class MergeLoss:
     def total(self) -> Loss:
         """Of all parameters together."""
         stored = {row.stored for row in self.rows}
-        norms = [float(np.sqrt(sum(getattr(row, name) ** 2 for row in self.rows))) for name in ("update", "error")]
+        norms = [math.hypot(*(getattr(row, name) for row in self.rows)) for name in ("update", "error")]
         return Loss(
             path="all",
             shape=(sum(int(np.prod(row.shape)) for row in self.rows),),
@@ -82,15 +84,15 @@ class MergeLoss:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: `sites` and `total`."""
+        """Plain data: `sites` and `total`. A number beyond what floats hold is None: JSON has no infinity."""
         sites, total = [
-            [asdict(x) | {"ratio": x.ratio, "share": x.share} for x in y] for y in (self.rows, [self.total])
+            [_finite(asdict(x) | {"ratio": x.ratio, "share": x.share}) for x in y] for y in (self.rows, [self.total])
         ]
         return {"sites": sites, "total": total[0]}
 
     def to_json(self) -> str:
         """`to_dict` as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
         head = ("parameter", "shape", "stored as", "|update|", "|error|", "error/update", "entries lost")
@@ -104,6 +106,10 @@ class MergeLoss:
             cells = [c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
             lines.append("  ".join(cells).rstrip())
         return "\n".join(lines)
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(x, float) and not np.isfinite(x) else x for k, x in row.items()}
 
 
 def merge_loss(
@@ -129,7 +135,8 @@ def merge_loss(
       A `MergeLoss`: print it, or read `.rows`, `.total`, `.to_dict()`, `.to_json()`.
 
     Raises:
-      AdapterError: both a dtype and a quantisation, factors that do not fit their plan or are not finite.
+      AdapterError: both a dtype and a quantisation, factors that do not fit their plan or are not finite; a
+        merged parameter that is not finite, or leaves the range of what it is stored as.
       SpecError: a dtype that is none. PlanError: a base that does not fit, an unknown quantisation.
 
     Example:
@@ -179,7 +186,12 @@ def _quantised(method: str, block: int, double: bool) -> Callable[[Array], Array
 def _loss(path: str, w: Array, delta: Array, stored: str, rounded: Callable[[Array], Array]) -> Loss:
     """Of one parameter. W' is summed and rounded as `lk.merge` does it, and judged in float64."""
     dtype = wide(w.dtype, delta.dtype)
-    merged = rounded(w.astype(dtype) + delta.astype(dtype)).astype(dtype)
+    summed = w.astype(dtype) + delta.astype(dtype)
+    if not np.isfinite(np.asarray(summed, np.float64)).all():
+        raise AdapterError(f"{path!r} holds values that are not finite once merged, before it is rounded.")
+    merged = rounded(summed).astype(dtype)
+    if not np.isfinite(np.asarray(merged, np.float64)).all():
+        raise beyond(path, np.max(np.abs(np.asarray(summed, np.float64))), stored)
     change = np.asarray(delta, np.float64)
     error = np.abs(np.asarray(merged, np.float64) - (np.asarray(w.astype(dtype), np.float64) + change))
     changed = change != 0

@@ -28,7 +28,7 @@ from lorax_kit.checkpoint.fingerprint import (
     statistics,
     whole_fingerprint,
 )
-from lorax_kit.checkpoint.seal import SEAL, check_seal, damaged, seal
+from lorax_kit.checkpoint.seal import SEAL, check_seal, damaged, seal, sealed_files
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors
 from lorax_kit.core.merge import check_params
@@ -102,7 +102,7 @@ def save_adapter(
       factors: the trained tree.
       base: the frozen params; only a fingerprint is stored.
       meta: JSON data to keep with the adapter.
-      overwrite: replace an existing directory; otherwise it is an error.
+      overwrite: replace an existing adapter, if nothing else lies in its directory; otherwise it is an error.
 
     Raises:
       AdapterError: the path exists, the factors do not fit the plan, or are not finite.
@@ -121,7 +121,7 @@ def save_adapter(
       True
     """
     path = Path(path).absolute()
-    refuse_existing(path, overwrite, SEAL)
+    refuse_existing(path, overwrite, SEAL, own=sealed_files(path))
     plan = plan_of(plan, base, older, "save_adapter")
     check_params(flatten(base)[0], plan)
     check_factors(plan, factors)

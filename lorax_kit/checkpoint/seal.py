@@ -32,6 +32,14 @@ def check_seal(folder: Path) -> None:
             raise damaged(folder, f"the file {name} is not as it was written")
 
 
+def sealed_files(folder: Path) -> set[str]:
+    """What an adapter's folder may hold, for `refuse_existing`: what it was sealed with, or any of its parts."""
+    try:
+        return {SEAL, *map(str, read_json(folder / SEAL))}
+    except (OSError, ValueError, TypeError):
+        return {SEAL, "_CHECKPOINT_METADATA", "commit_success.txt", "factors/", "spec/"}
+
+
 def damaged(folder: Path, reason: str) -> AdapterError:
     """The error for an adapter that cannot be used as it is."""
     return AdapterError(f"the adapter at {str(folder)!r} is damaged: {reason}.\n  restore it from a copy")

@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -15,11 +15,18 @@ from typing import IO
 from lorax_kit.errors import AdapterError
 
 
-def refuse_existing(path: Path, overwrite: bool | None, marker: str | None, kind: str = "adapter") -> None:
+def refuse_existing(
+    path: Path,
+    overwrite: bool | None,
+    marker: str | None,
+    kind: str = "adapter",
+    own: Collection[str] = (),
+) -> None:
     """Raise `AdapterError` if `path` exists and may not be replaced, or cannot be made.
 
     Only a folder that holds `marker` ever is, or without a marker a file; `kind` says what such a path is. `overwrite`
-    is None where the caller cannot ask for it.
+    is None where the caller cannot ask for it. `own` are the files that such a folder may hold, relative to it, a
+    folder of them ending in "/": one with another file is not replaced. Empty, any file may be there.
     """
     if not path.exists() and not path.is_symlink():
         parent = next(p for p in path.absolute().parents if p.exists())
@@ -31,6 +38,24 @@ def refuse_existing(path: Path, overwrite: bool | None, marker: str | None, kind
         raise AdapterError(f"{str(path)!r} exists.\n  {way}")
     if path.is_symlink() or not (path.is_file() if marker is None else (path / marker).exists()):
         raise AdapterError(f"{str(path)!r} exists and is no such {kind}: it is not replaced.\n  choose another path")
+    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_symlink() or p.is_file())
+    other = [name for name in names if name not in own and f"{name.split('/')[0]}/" not in own]
+    if own and other:
+        raise AdapterError(
+            f"{str(path)!r} holds {other[0]!r}, too, which is not written with such {kind}s: it is not replaced.\n"
+            "  move that file away, or choose another path"
+        )
+
+
+def refuse_near(path: Path, sources: Collection[Path]) -> None:
+    """Raise `AdapterError` if `path` is one of the sources, or lies within or around one: writing would change it."""
+    for source in sources:
+        one, two = path.resolve(), source.resolve()
+        if one == two or one in two.parents or two in one.parents:
+            how = "is" if one == two else "lies around" if one in two.parents else "lies within"
+            raise AdapterError(
+                f"{str(path)!r} {how} {str(source)!r}, which is read: nothing was written.\n  choose another path"
+            )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ FOLDER = click.Path(exists=True, file_okay=False)
 BASE = click.option(
     "--base", required=True, help="The model: minilm, smollm2, a Hugging Face BERT or LLaMA folder, or a GGUF file."
 )
-OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace what is there, if it is of the same kind.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace what is there, if of that kind and nothing else.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 FORMAT = click.Choice(["orbax", "peft"])
 
@@ -86,7 +86,7 @@ def combine(adapters: tuple[str, ...], weights: tuple[float, ...], as_json: bool
 @JSON
 def merge(adapter: str, as_json: bool, **options: Any) -> None:
     """Fold ADAPTER, of either format, into its model, and write a Hugging Face folder."""
-    from lorax_kit.workloads.exchange import merge_adapter
+    from lorax_kit.workloads.merging import merge_adapter
 
     found = merge_adapter(adapter, **options)
     table = found.pop("table")

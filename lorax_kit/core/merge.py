@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -113,6 +113,23 @@ def effective_weight(site: Site, w: Array, leaves: Any, scale: Any = None) -> Ar
     return merged
 
 
+def beyond(path: str, largest: Any, stored: str) -> AdapterError:
+    """The error for a parameter that is finite, and no more so as it is stored."""
+    return AdapterError(
+        f"{path!r} has values up to {float(largest):.4g} once merged, which {stored} cannot hold.\n"
+        "  store it in a dtype of a wider range: bfloat16 or float32"
+    )
+
+
+def _check_held(path: str, merged: Array, before: Array, summed: Callable[[], Array]) -> None:
+    """Raise `AdapterError` where a parameter was finite and its sum left the range of a narrow dtype (outside jit)."""
+    if isinstance(merged, jax.core.Tracer) or float(jnp.finfo(merged.dtype).max) > 1e30:
+        return
+    if bool(jnp.isfinite(merged).all()) or not bool(jnp.isfinite(before).all()):
+        return
+    raise beyond(path, jnp.max(jnp.abs(summed())), str(merged.dtype))
+
+
 def _dtype(w: Array, leaves: Any) -> Any:
     """What a site is summed in."""
     return wide(w.dtype, *(x.dtype for x in leaves if x is not None and jnp.issubdtype(x.dtype, jnp.floating)))
@@ -131,6 +148,10 @@ def _effective(site: Site, w: Array, leaves: Any, scale: Any) -> tuple[Array, Ar
             c = spread(site, gain.astype(dtype), own)
             total, unchanged = c * total, unchanged & (c == 1)
     return total, unchanged
+
+
+def _summed(site: Site, w: Array, leaves: Any) -> Array:
+    return _effective(site, w, leaves, None)[0]
 
 
 @jax.custom_jvp
@@ -157,7 +178,8 @@ def merge(base: Params, factors: FactorTree, plan: Plan) -> Params:
     Quantised parameters come out restored. The base is not changed, so "unmerging" is keeping it.
 
     Raises:
-      AdapterError: factors that do not fit the plan, or that are not finite (checked outside jit).
+      AdapterError: factors that do not fit the plan, or that are not finite; a sum that leaves the range of its
+        parameter's float16 or narrower dtype (both checked outside jit).
       PlanError: a base that does not fit the plan.
     """
     check_factors(plan, factors)
@@ -175,9 +197,12 @@ def merge(base: Params, factors: FactorTree, plan: Plan) -> Params:
     check_params(named, plan)
     merged = {path: x.restore() if isinstance(x, Quantised) else x for path, x in named.items()}
     for site in plan.sites:
-        merged[site.path] = effective_weight(site, jnp.asarray(merged[site.path]), factors[site.path])
+        w, leaves = jnp.asarray(merged[site.path]), factors[site.path]
+        merged[site.path] = effective_weight(site, w, leaves)
+        _check_held(site.path, merged[site.path], w, partial(_summed, site, w, leaves))
     for full in plan.full:
         leaf = factors[full.path]
         assert isinstance(leaf, FullLeaf)
         merged[full.path] = leaf.value.astype(named[full.path].dtype)
+        _check_held(full.path, merged[full.path], leaf.value, partial(jnp.asarray, leaf.value))
     return unflatten(merged, treedef)

@@ -103,24 +103,28 @@ def penalty(site: Site, leaves: AdaLoRALeaves) -> Array:
     return site.setting.orthogonal * total  # type: ignore[attr-defined]
 
 
-def _mask(m: TorchModule) -> Any:
-    """Which of the first triplets are left: PEFT stores the others no more."""
+def _pattern(m: TorchModule) -> Any:
+    """Which of the first triplets are left, where the config says so: PEFT stores the others no more."""
     patterns = m.config["rank_pattern"] or {}
     found = next((x for name, x in patterns.items() if name.split(".lora_E")[0] == m.name), None)
-    mask = np.ones(m.config["init_r"], bool) if found is None else np.asarray(found, bool)
+    if found is None:
+        return None
+    mask = np.asarray(found, bool)
     need(mask.shape == (m.config["init_r"],), f"rank_pattern has {mask.size} triplets at {m.name!r}, not init_r.")
     return mask
 
 
 def _shapes(m: TorchModule, tensors: Any) -> dict[str, tuple[int, ...]]:
-    left = int(_mask(m).sum())
+    mask = _pattern(m)
+    left = m.config["init_r"] if mask is None else int(mask.sum())
     return {"lora_A": (left, m.size), "lora_E": (left, 1), "lora_B": (m.outputs, left)}
 
 
 def _read(m: TorchModule, tensors: Any) -> FromPeft:
-    mask, c = _mask(m), m.config
+    mask, c = _pattern(m), m.config
+    mask = np.ones(c["init_r"], bool) if mask is None else mask
     need(
-        c["lora_alpha"] > 0 or mask.all(),
+        c["lora_alpha"] > 0 or bool(mask.all()),
         f"lora_alpha {c['lora_alpha']} with masked triplets: PEFT's scale is then another at every load.",
     )
 
@@ -141,7 +145,14 @@ def _read(m: TorchModule, tensors: Any) -> FromPeft:
 
 
 def _write(m: TorchModule, setting: Any, leaves: Any) -> dict[str, Any]:
-    left = leaves["mask"] != 0
+    mask = np.asarray(leaves["mask"], np.float64)
+    odd = mask[(mask != 0) & (mask != 1)]
+    need(
+        not odd.size,
+        f"its mask holds {odd[0] if odd.size else 0:.4g}; in PEFT a triplet is there (1) or not (0).\n"
+        "  multiply e by the mask and let that be 1, or use lk.save_adapter",
+    )
+    left = mask == 1
     return {"lora_A": leaves["a"][left], "lora_E": leaves["e"][left, None], "lora_B": leaves["b"][left].T}
 
 

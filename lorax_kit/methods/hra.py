@@ -157,14 +157,22 @@ def _read(m: TorchModule, tensors: Any) -> FromPeft:
     return FromPeft({"rank": rows}, {"u": np.pad(u, ((0, rows - len(u)), (0, 0)))})
 
 
-def _there(leaves: Any) -> Any:
-    """The rows that are not zero: PEFT divides by their lengths."""
-    return leaves["u"][np.any(leaves["u"] != 0, axis=1)]
+def _written(leaves: Any) -> Any:
+    """The rows without the zero ones, which PEFT would divide by; pairs of equal rows, which cancel, in their place.
+
+    An odd number of reflections stays odd. The pairs come first: so each is a pair to `update`, too, and the identity
+    to the bit.
+    """
+    u = leaves["u"]
+    there = u[np.sum(np.square(u.astype(wide(u.dtype))), axis=1) > 0]  # as `_length` sees them
+    equal = np.zeros(((len(u) - len(there)) // 2 * 2, u.shape[1]), u.dtype)
+    equal[:, :1] = 1
+    return np.concatenate([equal, there])
 
 
 def _write(m: TorchModule, setting: Any, leaves: Any) -> dict[str, Any]:
     _check_window(m)
-    return {"hra_u": _there(leaves).T}
+    return {"hra_u": _written(leaves).T}
 
 
 def _check_window(m: TorchModule) -> None:
@@ -189,6 +197,6 @@ HRA_METHOD = Method(
         shapes=lambda m, tensors: {"hra_u": (m.size, m.config["r"])},
         read=_read,
         write=_write,
-        config=lambda m, setting, leaves: {"r": len(_there(leaves)), "apply_GS": False},
+        config=lambda m, setting, leaves: {"r": len(_written(leaves)), "apply_GS": False},
     ),
 )

@@ -73,7 +73,9 @@ def _feedforward(m: TorchModule) -> bool:
             return re.fullmatch(given, m.name) is not None
         except re.error as e:
             raise AdapterError(f"feedforward_modules is {given!r}, not a regular expression: {e}.") from None
-    return any(m.name.endswith(str(entry)) for entry in given or ())
+    ok = given is None or (isinstance(given, list | tuple) and all(isinstance(x, str) for x in given))
+    need(ok, f"feedforward_modules is {given!r}; it must be a pattern, or a list of names of modules.")
+    return any(m.name.endswith(entry) for entry in given or ())
 
 
 def _shape(m: TorchModule, feedforward: bool) -> tuple[int, ...]:

@@ -60,12 +60,16 @@ class LoKr(ScaledSetting):
     def __post_init__(self, *_: Any) -> None:
         object.__setattr__(self, "factor", plain(self.factor))
         super().__post_init__()
-        ok = is_int(self.factor) and (self.factor == -1 or self.factor >= 1)
-        need(ok, f"factor is {self.factor!r}; it must be -1, for the most square factors, or an integer of at least 1.")
+        _check_factor("factor", self.factor)
         need(
             isinstance(self.decompose_both, bool),
             f"decompose_both is {self.decompose_both!r}; it must be true or false.",
         )
+
+
+def _check_factor(name: str, value: Any) -> None:
+    ok = is_int(value) and (value == -1 or value >= 1)
+    need(ok, f"{name} is {value!r}; it must be -1, for the most square factors, or an integer of at least 1.")
 
 
 class LoKrLeaves(NamedTuple):
@@ -180,6 +184,7 @@ def update(site: Site, w: Array, leaves: LoKrLeaves, scale: Any) -> Update:
 def _halves(m: TorchModule) -> tuple[tuple[int, int], tuple[int, int], bool, bool]:
     """(m, n), (l, k) of the channels and outputs, and whether W1 and W2 are decomposed, by PEFT's rule."""
     c = m.config
+    _check_factor("decompose_factor", c["decompose_factor"])
     ins, outs = factorization(m.inputs[0], c["decompose_factor"]), factorization(m.outputs, c["decompose_factor"])
     first, second = (c["r"] < max(ins[i], outs[i]) / 2 for i in (0, 1))
     return ins, outs, bool(first and c["decompose_both"]), second

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.core.method import Hints, Method, Update
-from lorax_kit.core.setting import RankSetting, need
+from lorax_kit.core.setting import RankSetting, is_int, need
 from lorax_kit.core.site import Site
 from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
 
@@ -72,6 +72,7 @@ def _mini(m: TorchModule) -> int:
     start = m.config["init_weights"]
     need(start != "bat", "MiSS with init_weights 'bat' moves the base by its own blocks: no product of factors.")
     mini = m.config["mini_r"] if start == "mini" else m.outputs
+    need(is_int(mini) and mini > 0, f"mini_r is {mini!r}; it must be an integer of at least 1.")
     need(m.outputs % mini == 0, f"mini_r {mini} does not divide the {m.outputs} outputs.")
     return mini
 

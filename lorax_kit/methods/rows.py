@@ -88,6 +88,7 @@ def _read(m: TorchModule, tensors: Any) -> FromPeft:
 
 def _shapes(m: TorchModule, tensors: Any) -> dict[str, tuple[int, ...]]:
     rows = m.config["token_indices"]
+    need(isinstance(rows, list | tuple), f"token_indices is {rows!r}; it must be a list of rows, such as [5, 7].")
     need(max(rows, default=0) < m.size, f"row {max(rows, default=0)} does not exist: there are {m.size}.")
     return {_DELTA: (len(rows), m.outputs)}
 

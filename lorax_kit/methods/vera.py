@@ -146,7 +146,9 @@ def _shared(config: Any, modules: list[TorchModule], tensors: Any) -> dict[str, 
             f"VeRA's projections were not saved, and {half.name!r} is {half.dtype}: PEFT rounds its draws to that.\n"
             "  save them in PEFT (save_projection=True), or load over a float32 base"
         )
-    return dict(tensors) | projections(config["projection_prng_key"], config["r"], ins, outs)
+    seed = config["projection_prng_key"]
+    need(type(seed) is int, f"projection_prng_key is {seed!r}; it must be an integer.")
+    return dict(tensors) | projections(seed, config["r"], ins, outs)
 
 
 def _read(m: TorchModule, tensors: Any) -> FromPeft:

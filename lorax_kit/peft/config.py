@@ -154,9 +154,9 @@ def _check_types(file: Path, data: Mapping[str, Any]) -> None:
             raise AdapterError(f"{str(file)!r} has {key} {short(value)}, which is malformed.")
     for key in ("rank_pattern", "alpha_pattern", "lambda_pattern"):
         for name, value in (data.get(key) or {}).items():
-            if not (isinstance(value, int | float) and not isinstance(value, bool)) and not (
-                isinstance(value, list) and all(type(x) is bool for x in value)
-            ):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            mask = key == "rank_pattern" and isinstance(value, list) and all(type(x) is bool for x in value)
+            if not number and not mask:
                 raise AdapterError(f"{str(file)!r} has {key} {name!r}: {short(value)}, which is malformed.")
 
 

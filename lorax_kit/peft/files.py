@@ -111,6 +111,12 @@ def _check_header(file: Path) -> None:
             "  restore it from a copy"
         )
     for name, (dtype, shape, offsets) in entries.items():
+        sizes = shape if isinstance(shape, list) else [None]
+        if not isinstance(dtype, str) or not all(type(x) is int and x >= 0 for x in sizes):
+            raise AdapterError(
+                f"{str(file)!r} is damaged: the tensor {name!r} has dtype {str(dtype)[:40]} and shape "
+                f"{str(shape)[:40]}.\n  restore it from a copy"
+            )
         if dtype not in READ:
             raise AdapterError(
                 f"the tensor {name!r} is {_word(dtype)}; float32, bfloat16 and float16 can be read.\n"

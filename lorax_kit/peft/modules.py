@@ -246,6 +246,9 @@ class Reader:
             value = self.config.data.get(key)
             if isinstance(value, dict):
                 value = next((x for k, x in value.items() if ends(module, k)), None)
+            if not value:
+                given = short(self.config.data.get(key))
+                return f"{WEIGHTS} has tensors of {module!r} for {key}, which is {given} in {CONFIG}."
             config |= dict.fromkeys(form.keys, value or [])
         for rank in ("r", "init_r"):
             if rank in config and (type(config[rank]) is not int or config[rank] < 1):

@@ -56,7 +56,8 @@ def save_peft(
       base_model: name or path of the torch model, for PEFT's AutoPeftModel, which needs one of the next two as well.
       task_type: "CAUSAL_LM", "SEQ_CLS", ...: PEFT's class for it.
       auto_mapping: {"base_model_class": ..., "parent_library": ...} where the model has no task.
-      overwrite: replace an existing folder; otherwise it is an error.
+      overwrite: replace an existing folder, if nothing else lies in it (as PEFT's README.md does); otherwise it is
+        an error.
 
     Raises:
       AdapterError: the path exists; a parameter without a name; factors that do not fit or are not finite; what PEFT
@@ -76,7 +77,7 @@ def save_peft(
       2.0
     """
     path = Path(path).absolute()
-    refuse_existing(path, overwrite, CONFIG)
+    refuse_existing(path, overwrite, CONFIG, own={CONFIG, WEIGHTS})
     check_task(task_type, auto_mapping)
     plan = plan_of(plan, base, older, "save_peft")
     check_factors(plan, factors)

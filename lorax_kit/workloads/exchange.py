@@ -1,23 +1,21 @@
-"""Adapters between formats, methods and models: what `lorax-kit convert`, `combine` and `merge` do."""
+"""Adapters between formats, methods and models: what `lorax-kit convert` and `combine` do."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lorax_kit.algebra import combine, merge_loss, to_lora
+from lorax_kit.algebra import combine, to_lora
 from lorax_kit.checkpoint import load_adapter, save_adapter
 from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
-from lorax_kit.checkpoint.staging import refuse_existing, staged
-from lorax_kit.checkpoint.tensors import read_tensors, write_tensors
-from lorax_kit.core.merge import merge
-from lorax_kit.core.paths import Params, flatten
+from lorax_kit.checkpoint.staging import refuse_near
+from lorax_kit.checkpoint.tensors import read_tensors
+from lorax_kit.core.paths import Params
 from lorax_kit.errors import AdapterError
 from lorax_kit.models import (
     classifier_names,
@@ -29,6 +27,8 @@ from lorax_kit.models import (
     torch_names,
 )
 from lorax_kit.models.pretrained import MINILM
+from lorax_kit.models.pretrained_llama import SMOLLM2
+from lorax_kit.models.weights import Stored, open_folder, read_json
 from lorax_kit.peft import load_peft, save_peft
 
 FORMATS = ("orbax", "peft")
@@ -40,13 +40,17 @@ class Model(NamedTuple):
 
     Attributes:
       base: its params.
-      names: path of a parameter -> its name in torch.
+      names: path of a parameter -> its name in torch, as adapters call it.
+      own: path -> the name that the model's own files have for it.
       folder: of the files that came with it, or None (a GGUF file).
+      stored: the tensors of that folder, or None.
     """
 
     base: Params
     names: dict[str, Any]
+    own: dict[str, str]
     folder: Path | None
+    stored: Stored | None
 
 
 def format_of(folder: str | Path) -> str:
@@ -70,41 +74,84 @@ def load_model(source: str, adapters: Sequence[str | Path]) -> Model:
 
     Args:
       source: as in `lorax-kit inspect` and `compress`: minilm or smollm2, a Hugging Face folder, a GGUF file.
-      adapters: folders; where one of them knows a classifier, the model is one, with a head of zeros.
+      adapters: folders; where one of them knows a classifier, the model is one, with the head of the folder. A folder
+        without a head of as many classes lends a random one, in whose place an adapter is to bring its own.
     """
     path = Path(source)
-    kind = (
-        json.loads((path / "config.json").read_text()).get("model_type") if (path / "config.json").is_file() else None
-    )
-    if source == "smollm2" or path.suffix == ".gguf" or kind == "llama":
-        decoder = load_llama(source)
-        return Model(decoder.params, llama_names(decoder.config), path if path.is_dir() else None)
+    if source == "smollm2" or path.suffix == ".gguf" or _kind(path) == "llama":
+        decoder, folder = load_llama(source), path if path.is_dir() else None
+        names = llama_names(decoder.config)
+        own = {p: str(name) for p, name in names.items()}
+        return Model(decoder.params, names, own, folder, None if folder is None else open_folder(folder))
     encoder = load_bert(source)
     folder = locate(*MINILM) if source == "minilm" else path
-    classes = {n for adapter in adapters if (n := _classes(adapter)) is not None}
-    if not classes:
-        return Model(encoder.params, torch_names(encoder.config), folder)
+    stored, names = open_folder(folder), torch_names(encoder.config)
+    prefix = "bert." if any(name.startswith("bert.") for name in stored.names) else ""
+    own = {p: prefix + name for p, name in names.items()}
+    known = [_head_of(adapter) for adapter in adapters]
+    classes = {n for n, _ in known if n is not None}
     if len(classes) > 1:
         raise AdapterError(
             f"the adapters have heads of {', '.join(map(str, sorted(classes)))} classes: one model has one."
         )
-    params = classifier_params(encoder, classes.pop(), jax.random.key(0))
-    return Model(params, classifier_names(encoder.config), folder)
+    head = _stored_head(stored, encoder.config.hidden_size)
+    if not any(inside for _, inside in known):
+        return Model(encoder.params, names, own, folder, stored)
+    if not classes and head is None:
+        return Model(encoder.params, {p: f"bert.{name}" for p, name in names.items()}, own, folder, stored)
+    count = classes.pop() if classes else len(head["bias"])  # type: ignore[index]
+    params = classifier_params(encoder, count, jax.random.key(0))
+    if head is not None and len(head["bias"]) == count:
+        params["classifier"] = head
+    names = classifier_names(encoder.config)
+    own = {p: own.get(p.removeprefix("encoder/"), str(name)) for p, name in names.items()}
+    return Model(params, names, own, folder, stored)
 
 
-def _classes(adapter: str | Path) -> int | None:
-    """How many classes the head of an adapter's model has; None for an adapter of an encoder alone."""
+def read_from(source: str, adapters: Sequence[str | Path]) -> list[Path]:
+    """The files and folders that a command reads, in whose place nothing may be written."""
+    base = {"minilm": MINILM, "smollm2": SMOLLM2}.get(source)
+    return [Path(source) if base is None else locate(*base), *map(Path, adapters)]
+
+
+def _kind(folder: Path) -> Any:
+    """The model_type of a folder's config.json; None where there is none."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    data = read_json(file)
+    if not isinstance(data, dict):
+        raise AdapterError(f"{str(file)!r} must hold an object, not {type(data).__name__}.")
+    return data.get("model_type")
+
+
+def _stored_head(stored: Stored, width: int) -> dict[str, Any] | None:
+    """The linear classifier among the tensors of a folder, as params."""
+    if not {"classifier.weight", "classifier.bias"} <= set(stored.names):
+        return None
+    weight, bias = (np.asarray(stored.read(f"classifier.{x}")) for x in ("weight", "bias"))
+    if bias.ndim != 1 or weight.shape != (len(bias), width):
+        return None
+    return {"kernel": jnp.asarray(weight.T, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}
+
+
+def _head_of(adapter: str | Path) -> tuple[int | None, bool]:
+    """How many classes the head of an adapter's model has, if it says, and whether its encoder lies in a classifier."""
     folder = Path(adapter)
     if format_of(folder) == "orbax":
         document = read_document(folder)
-        head = document["arrays"].get("classifier/bias:value")
+        leaves = document.get("leaves") or {}
+        if head := document["arrays"].get("classifier/bias:value"):
+            return int(head["shape"][0]), True
+        if "classifier/bias" in leaves:
+            return int(leaves["classifier/bias"][1][0]), True
         inside = any(name.startswith("encoder/") for name in document["arrays"])
-        return int(head["shape"][0]) if head else 2 if inside else None
+        return (2 if inside and not leaves else None), inside
     tensors = read_tensors(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else {}
     for name, x in tensors.items():
-        if name.endswith("classifier.bias"):
-            return int(x.shape[0])
-    return 2 if any(".bert." in name for name in tensors) else None
+        if name.endswith(".classifier.bias") and x.ndim == 1:
+            return len(x), True
+    return None, any(".bert." in name for name in tensors)
 
 
 def read_adapter(folder: str | Path, model: Model, form: str | None = None) -> Any:
@@ -140,6 +187,7 @@ def convert_adapter(
         raise AdapterError("a rank or an energy is for the plain LoRA of --lora.")
     if format_of(source[1]) != source[0]:
         raise AdapterError(f"{source[1]!r} is an adapter of {format_of(source[1])}, not of {source[0]}.")
+    refuse_near(Path(target[1]).absolute(), read_from(base, [source[1]]))
     model = load_model(base, [source[1]])
     adapter = read_adapter(source[1], model, source[0])
     meta, errors = getattr(adapter, "meta", {}), {}
@@ -191,6 +239,7 @@ def combine_adapters(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Combine adapters of one base into one LoRA, as `lk.algebra.combine`; what was written, as plain data."""
+    refuse_near(Path(out).absolute(), read_from(base, sources))
     model = load_model(base, sources)
     adapters = [read_adapter(folder, model) for folder in sources]
     key = jax.random.key(seed) if how.startswith("dare") else None
@@ -199,31 +248,3 @@ def combine_adapters(
     save_adapter(out, made.plan, made.factors, base=model.base, meta=meta, overwrite=overwrite)
     sites = [{"path": s.path, "rank": s.rank, "error": made.errors.get(s.path, 0.0)} for s in made.plan.sites]
     return {"adapter": out, "how": how, "sites": sites, "bytes": adapter_bytes(out)}
-
-
-def merge_adapter(
-    source: str, out: str, base: str, *, dtype: str = "float32", overwrite: bool = False
-) -> dict[str, Any]:
-    """Write the model with an adapter folded in, as a Hugging Face folder; what the merge loses, as plain data.
-
-    The folder holds model.safetensors with the torch names and layout, and what came with the base (config.json,
-    tokenizer.json).
-    """
-    model = load_model(base, [source])
-    path = Path(out).absolute()
-    refuse_existing(path, overwrite, "model.safetensors", "model")
-    adapter = read_adapter(source, model)
-    loss = merge_loss(model.base, adapter, dtype=dtype)
-    merged = flatten(merge(model.base, adapter.factors, adapter.plan))[0]
-    tensors = {}
-    for name, x in merged.items():
-        value = np.asarray(x).astype(np.dtype(dtype) if dtype != "bfloat16" else jax.numpy.bfloat16)
-        tensors[str(model.names[name])] = value.T if name.endswith("/kernel") else value
-    with staged(path, overwrite) as new:
-        new.mkdir()
-        write_tensors(new / "model.safetensors", tensors)
-        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
-            if model.folder is not None and (model.folder / name).is_file():
-                shutil.copyfile(model.folder / name, new / name)
-    rows = [{"path": row.path, "error": row.ratio, "lost": row.share} for row in loss.rows]
-    return {"model": out, "dtype": dtype, "tensors": len(tensors), "sites": rows, "table": str(loss)}

@@ -1,5 +1,9 @@
 """What a merge loses: counted by hand, in float64 numpy, and printed as a table."""
 
+import json
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -97,3 +101,46 @@ def test_bad_input_says(more, error, says):
     with pytest.raises(error) as e:
         algebra.merge_loss(BASE, ONE, **more)
     assert says in str(e.value)
+
+
+def large(value, dtype=jnp.float32):
+    one = adapter(1, sites=("flat",))
+    return {name: x.astype(dtype) for name, x in (BASE | {"flat": BASE["flat"].at[0].set(value)}).items()}, one
+
+
+def test_what_a_narrow_dtype_cannot_hold_is_no_small_loss():
+    base, one = large(-1e6)
+    with pytest.raises(lk.AdapterError, match=r"'flat' has values up to 1e\+06 once merged, which float16 cannot"):
+        algebra.merge_loss(base, one, dtype="float16")
+    assert np.isfinite(algebra.merge_loss(base, one, dtype="bfloat16").total.error)
+
+
+def test_a_merge_into_a_narrow_base_says_where_it_leaves_its_range():
+    base, _ = large(65500, jnp.float16)
+    plan = lk.resolve(lk.Spec({"flat": lk.LoRA(rank=1), "bias": lk.Full(dtype="float32")}), base)
+    _, factors = lk.split(base, plan, jax.random.key(0))
+    lk.merge(base, factors, plan)
+    a, b, *_ = factors["flat"]
+    moved = factors | {"flat": factors["flat"]._replace(a=jnp.ones_like(a), b=jnp.full_like(b, 9e4))}
+    for call in (lk.merge, lambda *x: algebra.merge_loss(x[0], algebra.Adaptation(x[2], x[1]))):
+        with pytest.raises(lk.AdapterError, match=r"'flat' has values up to .* once merged, which float16 cannot"):
+            call(base, moved, plan)
+    moved = factors | {"bias": lk.FullLeaf(factors["bias"].value + 1e5)}
+    with pytest.raises(lk.AdapterError, match=r"'bias' has values up to 1e.05 once merged, which float16 cannot"):
+        lk.merge(base, moved, plan)
+    assert jnp.isinf(jax.jit(lambda f: lk.merge(base, f, plan))(moved)["bias"]).all()
+
+
+def test_an_update_that_is_not_finite_says_so():
+    base, one = large(1.0)
+    huge = one.factors["flat"]._replace(a=jnp.full_like(one.factors["flat"].a, 1e30))
+    huge = huge._replace(b=jnp.full_like(huge.b, 1e30))
+    with pytest.raises(lk.AdapterError, match="'flat' holds values that are not finite once merged"):
+        algebra.merge_loss(base, algebra.Adaptation(one.plan, {"flat": huge}))
+
+
+def test_json_holds_no_infinity():
+    row = algebra.merge_loss(BASE, ONE).rows[0]
+    found = algebra.MergeLoss((replace(row, error=1e300, update=1e-300), replace(row, error=np.nan, update=np.inf)))
+    data = json.loads(found.to_json(), parse_constant=lambda x: pytest.fail(x))
+    assert [site["ratio"] for site in data["sites"]] == [None, None]

@@ -223,6 +223,11 @@ FILES = [
     (huge_header, "is damaged: its header does not fit into it"),
     (header(twice), "is damaged: the key "),
     (header(lambda t: t.replace('"F32"', '"F8_E4M3"', 1)), "is float8_e4m3; float32, bfloat16 and float16 can be read"),
+    *(
+        (header(lambda t, x=x: t.replace("[3,16]", x, 1)), "and shape ")
+        for x in ("null", '"ab"', "true", "[null]", "[3.0,16]")
+    ),
+    *((header(lambda t, x=x: t.replace('"F32"', x, 1)), f"has dtype {x} and shape") for x in ("[]", "{}")),
     (header(lambda t: t.replace("[3,16]", "[3,17]", 1)), "has not the bytes of its shape [3, 17]"),
     (header(lambda t: t.replace("base_model.model.enc", "base_model.model.../../enc", 1)), "is no module of this base"),
     (lambda path: (path / "adapter_config.json").unlink(), "is not a PEFT adapter: it has no adapter_config.json"),

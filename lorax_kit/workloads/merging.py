@@ -1,0 +1,109 @@
+"""An adapter folded into its model: what `lorax-kit merge` does."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_kit.algebra import merge_loss
+from lorax_kit.checkpoint.staging import refuse_existing, refuse_near, staged
+from lorax_kit.checkpoint.tensors import write_tensors
+from lorax_kit.core.merge import beyond, merge
+from lorax_kit.core.paths import flatten
+from lorax_kit.errors import AdapterError
+from lorax_kit.models.weights import SINGLE
+from lorax_kit.workloads.exchange import Model, load_model, read_adapter, read_from
+
+HEAD = {"classifier.weight", "classifier.bias"}
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+
+
+def merge_adapter(
+    source: str, out: str, base: str, *, dtype: str = "float32", overwrite: bool = False
+) -> dict[str, Any]:
+    """Write the model with an adapter folded in, as a Hugging Face folder; what the merge loses, as plain data.
+
+    The folder holds model.safetensors with every tensor of the base under its own name, the adapter's changes in it,
+    and what came with the base (config.json, tokenizer.json). Nothing is there that neither base nor adapter has.
+
+    Raises:
+      AdapterError: `out` is what is read, or lies within or around it, or holds other files; the adapter changes
+        what the base does not have, or brings a head of another shape.
+    """
+    path = Path(out).absolute()
+    refuse_near(path, read_from(base, [source]))
+    refuse_existing(path, overwrite, SINGLE, "model", {SINGLE, *FILES})
+    model = load_model(base, [source])
+    adapter = read_adapter(source, model)
+    loss = merge_loss(model.base, adapter, dtype=dtype)
+    merged = flatten(merge(model.base, adapter.factors, adapter.plan))[0]
+    tensors = {name: _cast(name, x, dtype) for name, x in _tensors(model, adapter, merged).items()}
+    with staged(path, overwrite) as new:
+        new.mkdir()
+        write_tensors(new / SINGLE, tensors)
+        for name in FILES:
+            if model.folder is not None and (model.folder / name).is_file():
+                shutil.copyfile(model.folder / name, new / name)
+    rows = [{"path": row.path, "error": row.ratio, "lost": row.share} for row in loss.rows]
+    return {"model": out, "dtype": dtype, "tensors": len(tensors), "sites": rows, "table": str(loss)}
+
+
+def _tensors(model: Model, adapter: Any, merged: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Every tensor of the merged model by its name: those of the base, and what the adapter makes of them."""
+    stored = model.stored
+    if stored is None:
+        return {name: _in_torch(path, merged[path]) for path, name in model.own.items()}
+    out = {name: np.asarray(stored.read(name)) for name in sorted(stored.names)}
+    full = {leaf.path for leaf in adapter.plan.full}
+    brought = set()
+    for path in adapter.plan.trained:
+        name, x = model.own[path], _in_torch(path, merged[path])
+        if name not in out and path not in full:
+            raise AdapterError(
+                f"the adapter changes {path!r}, and {str(model.folder)!r} has no {name!r} to change.\n"
+                "  give the model it was trained on as --base"
+            )
+        if name not in out:
+            brought.add(name)
+        elif out[name].shape != x.shape:
+            raise AdapterError(
+                f"the adapter has a {name!r} of shape {x.shape}, {str(model.folder)!r} has one of {out[name].shape}.\n"
+                "  give the model it was trained on as --base"
+            )
+        for other in (name, *(getattr(model.names[path], "also", None) or ())):
+            if other == name or other in out:
+                out[other] = x
+    if brought and not out.keys() >= HEAD:
+        raise AdapterError(
+            f"the adapter brings {', '.join(sorted(brought))!r} alone, and {str(model.folder)!r} has no "
+            f"{', '.join(sorted(HEAD - out.keys()))!r} beside it.\n  give the model it was trained on as --base"
+        )
+    if brought and not any(name.startswith("bert.") for name in out):  # so Hugging Face calls an encoder under a head
+        inner = ("embeddings.", "encoder.", "pooler.")
+        out = {f"bert.{name}" if name.startswith(inner) else name: x for name, x in out.items()}
+    return out
+
+
+def _in_torch(path: str, x: Any) -> np.ndarray:
+    return np.asarray(x).T if path.endswith("/kernel") else np.asarray(x)
+
+
+def _cast(name: str, x: np.ndarray, dtype: str) -> np.ndarray:
+    """Floats in another dtype; what counts or indexes stays.
+
+    Raises:
+      AdapterError: the dtype does not hold them.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    with np.errstate(over="ignore"):
+        made = x.astype(jnp.dtype(dtype))
+    if x.size and not np.isfinite(made).all():
+        largest = np.max(np.abs(x[np.isfinite(x)].astype(np.float64)), initial=0)
+        if largest > float(jnp.finfo(dtype).max):
+            raise beyond(name, largest, dtype)
+    return made
