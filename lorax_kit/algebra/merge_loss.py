@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.algebra.adaptation import AnyAdapter, bases, check_adapter
+from lorax_kit.algebra.adaptation import AnyAdapter, bases, check_adapter, check_result
 from lorax_kit.algebra.delta import delta_of, full_delta
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.paths import Params
@@ -180,6 +180,7 @@ def _loss(path: str, w: Array, delta: Array, stored: str, rounded: Callable[[Arr
     """Of one parameter. W' is summed and rounded as `lk.merge` does it, and judged in float64."""
     dtype = wide(w.dtype, delta.dtype)
     merged = rounded(w.astype(dtype) + delta.astype(dtype)).astype(dtype)
+    check_result(path, delta)
     change = np.asarray(delta, np.float64)
     error = np.abs(np.asarray(merged, np.float64) - (np.asarray(w.astype(dtype), np.float64) + change))
     changed = change != 0
