@@ -125,3 +125,12 @@ def test_bad_specs_say(rules, options, says):
     with pytest.raises(lk.SpecError) as e:
         lk.Spec(rules, **options)
     assert says in str(e.value)
+
+
+def test_the_older_init_beside_an_equal_start_is_taken():
+    for spelt in ({"init": "kaiming_uniform", "start": "kaiming"}, {"init": "pissa", "start": "pissa"}):
+        assert lk.LoRA(rank=1, **spelt) == lk.LoRA(rank=1, start=spelt["start"])
+        assert lk.LoRA(rank=1, variant="dora", **spelt) == lk.DoRA(rank=1, start=spelt["start"])
+    text = '{"rules": {"w": {"rank": 1, "init": "pissa", "start": "eva"}}}'
+    with pytest.raises(lk.SpecError, match="start is 'eva' and init is 'pissa'"):
+        lk.Spec.from_json(text)
