@@ -169,6 +169,78 @@ def test_fingerprint_depends_on_values_names_shapes_and_dtypes():
     assert lk.fingerprint({"w": np.arange(6, dtype=np.float32)}) == lk.fingerprint({"w": w})
 
 
+def edited(path, change):
+    """The JSON of an adapter is changed, and all of it sealed again."""
+    file = path / "spec" / "metadata"
+    text = change(file.read_text())
+    file.write_text(text if isinstance(text, str) else json.dumps(text))
+    seal(path)
+
+
+def put(*keys):
+    """Another value at a place of the JSON; `...` takes the key out."""
+    *where, last, value = keys
+
+    def change(text):
+        inner = document = json.loads(text)
+        for key in where:
+            inner = inner[key]
+        if value is ...:
+            del inner[last]
+        else:
+            inner[last] = value
+        return document
+
+    return change
+
+
+UP = "up/kernel"
+DAMAGES = [
+    (put("axes", {}), "'axes' of its JSON lacks 'down/kernel', which its spec adapts"),
+    (put("axes", UP, "inputs", ...), "'axes' at 'up/kernel' of its JSON is {"),
+    (put("axes", UP, "inputs", [0, 0]), "has inputs [0, 0], outputs [1], stack [], not each of the 2 axes once"),
+    (put("axes", UP, "inputs", [7]), "has inputs [7], outputs [1], stack []"),
+    (put("axes", UP, "inputs", "0"), "inputs of 'axes' at 'up/kernel' of its JSON is '0', not a list of axes"),
+    (put("axes", UP, "inputs", [-2]), "is [-2], not a list of axes"),
+    (put("axes", UP, "use", "nonsense"), "use of 'axes' at 'up/kernel' of its JSON is 'nonsense', not one of product"),
+    (put("axes", "zz", {"inputs": [0], "outputs": [1], "stack": [], "use": "other"}), "has 'zz', which its spec does"),
+    (put("arrays", f"{UP}:a", "x"), "'arrays' at 'up/kernel:a' of its JSON is 'x', not a shape and a dtype"),
+    (put("arrays", f"{UP}:a", "dtype", "zz"), "the dtype in 'arrays' at 'up/kernel:a' of its JSON is 'zz'"),
+    (put("arrays", f"{UP}:a", "dtype", ",float32"), "is ',float32', not the name of a dtype"),
+    (put("arrays", f"{UP}:a", "dtype", "int32"), "a of 'up/kernel' is int32; leaves are real floats"),
+    (put("arrays", f"{UP}:a", "shape", [2.0, 6]), "is [2.0, 6], not a list of sizes"),
+    (put("arrays", f"{UP}:z", {"shape": [1], "dtype": "float32"}), "it has 'up/kernel:z', which its spec has no use"),
+    (put("same", [1]), "'same' of its JSON is [1], not an object"),
+    (put("same", {f"{UP}:z": "gone"}), "'same' at 'up/kernel:z' of its JSON is 'gone', not the name of another array"),
+    (put("base", 5), "'base' of its JSON is 5, not a fingerprint"),
+    (put("leaves", {UP: 5}), "'leaves' at 'up/kernel' of its JSON is 5"),
+    (put("meta", None), "'meta' of its JSON is None, not an object"),
+    (put("meta", ...), "its JSON has no 'meta'"),
+    (put("format", "2"), "'format' of its JSON is '2', not an integer"),
+    (lambda text: [1], "the whole of its JSON is [1], not an object"),
+    (lambda text: text.replace("{", '{"base": "", ', 1), "the key 'base' stands twice in one object"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), DAMAGES)
+def test_an_edited_json_says_at_which_key_it_is_damaged(tmp_path, change, says):
+    base, factors = make()
+    lk.save_adapter(tmp_path / "a", PLAN, factors, base=base)
+    edited(tmp_path / "a", change)
+    with pytest.raises(lk.AdapterError) as e:
+        lk.load_adapter(tmp_path / "a", base=base)
+    assert says in str(e.value)
+    assert str(e.value).count("\n") < 4
+
+
+def test_arrays_that_the_spec_has_no_use_for_are_not_dropped(tmp_path):
+    base, factors = make(spec=lk.Spec({UP: lk.DoRA(rank=2)}))
+    lk.save_adapter(tmp_path / "a", lk.resolve(lk.Spec({UP: lk.DoRA(rank=2)}), PARAMS), factors, base=base)
+    edited(tmp_path / "a", lambda text: text.replace('"dora"', '"lora"'))
+    with pytest.raises(lk.AdapterError, match="'up/kernel:magnitude', which its spec has no use for"):
+        lk.load_adapter(tmp_path / "a", base=base)
+
+
 def test_versions_and_format_are_recorded(tmp_path):
     base, factors = make()
     lk.save_adapter(tmp_path / "a", PLAN, factors, base=base)
