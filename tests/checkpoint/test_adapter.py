@@ -254,3 +254,54 @@ def test_versions_and_format_are_recorded(tmp_path):
     seal(tmp_path / "a")
     with pytest.raises(lk.AdapterError, match="has format 99"):
         lk.load_adapter(tmp_path / "a", base=base)
+
+
+@pytest.mark.parametrize(
+    ("meta", "says"),
+    [
+        ({1: 2}, "meta has the key 1: JSON does not give it back equal"),
+        ({"a": [{"b": (1, 2)}]}, "meta['a'][0]['b'] is the tuple (1, 2): JSON does not give it back equal"),
+        ({"a": {None: 1}}, "meta['a'] has the key None"),
+        ({"a": {1}}, "meta is not JSON data: Object of type set"),
+        ({"a": 10**400}, "meta is not JSON data: it holds a number of 401 digits"),
+        (5, "meta is not JSON data"),
+    ],
+)
+def test_meta_that_json_gives_back_otherwise_is_refused(tmp_path, meta, says):
+    base, factors = make()
+    with pytest.raises(lk.AdapterError) as e:
+        lk.save_adapter(tmp_path / "a", PLAN, factors, base=base, meta=meta)
+    assert says in str(e.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        (None, "the path is None, which names no file"),
+        (b"a", "the path is b'a', which names no file"),
+        ("a\0b", "which names no file"),
+        ("\ud800", "which names no file"),
+        ("x" * 300, "cannot be made: File name too long"),
+        ("/proc/x/y", "cannot be made: "),
+        ("/dev/null/x", "cannot be made: '/dev/null' is no folder"),
+    ],
+)
+def test_a_path_that_cannot_be_made_says_so(tmp_path, monkeypatch, path, says):
+    monkeypatch.chdir(tmp_path)
+    base, factors = make()
+    with pytest.raises(lk.AdapterError) as e:
+        lk.save_adapter(path, PLAN, factors, base=base)
+    assert says in str(e.value)
+    with pytest.raises(lk.AdapterError, match=r"names no file|is not an adapter"):
+        lk.load_adapter(path, base=base)
+    lk.save_adapter("é" * 127, PLAN, factors, base=base)  # as long as names may be
+
+
+@pytest.mark.parametrize("value", [jnp.ones(3, jnp.int32), jnp.ones(3, bool), jnp.ones(3, jnp.complex64), [1.0], None])
+def test_leaves_that_are_no_floats_are_not_saved(tmp_path, value):
+    base, factors = make()
+    up = factors["up/kernel"]
+    for bad in ({"down/bias": lk.FullLeaf(value)}, {"up/kernel": up._replace(a=value)}):
+        with pytest.raises(lk.AdapterError, match=r"leaves are|full leaf of shape|has shape|has no 'a'"):
+            lk.save_adapter(tmp_path / "a", PLAN, factors | bad, base=base)
