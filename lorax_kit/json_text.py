@@ -16,15 +16,16 @@ def parse_json(text: str | bytes) -> Any:
     """Parse JSON text.
 
     Raises:
-      ValueError: bytes that are not UTF-8, text that is not JSON, nests too deeply, or holds an integer of more than
-        300 digits; in one line, without a full stop.
+      ValueError: bytes that are not UTF-8, text that is not JSON, nests too deeply, has a key twice in one object, or
+        holds an integer of more than 300 digits; in one line, without a full stop.
 
     Example:
       >>> parse_json(b'{"rank": 8}')
       {'rank': 8}
     """
     try:
-        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, parse_int=_integer)
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        return json.loads(text, parse_int=_integer, object_pairs_hook=_object)
     except UnicodeDecodeError as e:
         raise ValueError(f"byte {e.start} is not UTF-8 text") from None
     except json.JSONDecodeError as e:
@@ -36,6 +37,16 @@ def parse_json(text: str | bytes) -> Any:
 def read_json(file: str | Path) -> Any:
     """`parse_json` what a file holds; raises `OSError`, too."""
     return parse_json(Path(file).read_bytes())
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON leaves open which of two values counts; taking the last one would drop the other without a word."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:100]!r} stands twice in one object")
+    return made
 
 
 def _integer(digits: str) -> int:

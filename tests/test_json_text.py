@@ -15,6 +15,8 @@ BAD = {
     b"[" * 1000 + b"]" * 1000: "it nests too deeply",
     b'{"a": %s}' % (b"9" * 5000): "it holds a number of 5,000 digits",
     b'{"a": -1%s}' % (b"0" * 400): "it holds a number of 401 digits",
+    b'{"rank": 1, "rank": 1}': "the key 'rank' stands twice in one object",
+    b'{"rules": {"w": {"rank": 1}, "v": {"rank": 3}, "w": {"rank": 2}}}': "the key 'w' stands twice in one object",
     b"{": "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
 }
 
@@ -48,8 +50,14 @@ SETTINGS = [
     ({"rank": 10**400}, "rank is 1000"),
     ({"rank": 2, "alpha": 10**400}, "(401 characters); it must be a positive number"),
     ({"rank": 2, "alpha": float("inf")}, "alpha is inf; it must be a positive number"),
+    ({"rank": 1, "alpha": 1e39}, "alpha is 1e+39; it must be a positive number of float32's range"),
+    ({"rank": 1, "alpha": 1e-300}, "alpha is 1e-300; it must be a positive number of float32's range"),
+    ({"rank": 2**20, "alpha": 1e-43}, "alpha 1e-43 at rank 1048576 is a scale of 9.53674e-50, below float32's range"),
     ({"rank": 2, "dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'; it must name a float dtype such as"),
     ({"rank": 2, "dtype": ",float32"}, "dtype is ',float32'; it must name a float dtype such as"),
+    ({"rank": 1, "init": "pissa", "start": "eva"}, "start is 'eva' and init is 'pissa': they are one setting"),
+    ({"rank": 1, "init": "pissa", "start": "kaiming"}, "start is 'kaiming' and init is 'pissa'"),
+    ({"rank": 1, "init": "pissa", "start": "eva", "variant": "dora"}, "start is 'eva' and init is 'pissa'"),
     ({"rank": 2, "start": ["kaiming"]}, "start is ['kaiming']; choose from kaiming"),
 ]
 

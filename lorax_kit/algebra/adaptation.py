@@ -16,7 +16,7 @@ from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.core.plan import Plan, plan_of_sites
-from lorax_kit.core.setting import is_number
+from lorax_kit.core.setting import LARGEST_FLOAT32, is_number, shown
 from lorax_kit.core.site import FullSite, Site
 from lorax_kit.dtypes import wide
 from lorax_kit.errors import AdapterError
@@ -127,6 +127,15 @@ def check_adapter(adapter: Any) -> None:
                 raise AdapterError(f"{name} of {path!r} holds values that are not finite.")
 
 
+def check_result(path: str, *arrays: Any) -> None:
+    """Raise `AdapterError` unless what an operation made of a parameter is finite (where it is known)."""
+    if not all(_finite(x) for x in arrays if x is not None):
+        raise AdapterError(
+            f"the result at {path!r} is not finite: it is beyond the range of its dtype.\n"
+            "  give smaller weights, or look for large values in the adapters"
+        )
+
+
 def _finite(x: Any) -> bool:
     """Whether all values are finite; true of what is traced."""
     if isinstance(x, jax.core.Tracer):
@@ -165,7 +174,7 @@ def check_weights(weights: Any, count: int) -> list[Any]:
 
 
 def check_number(name: str, x: Any) -> Any:
-    """A finite number as a float; a traced scalar as it is.
+    """A finite number of float32's range as a float; a traced scalar as it is.
 
     Raises:
       AdapterError: anything else.
@@ -173,8 +182,8 @@ def check_number(name: str, x: Any) -> Any:
     if isinstance(x, jax.core.Tracer) and x.shape == ():
         return x
     value = x.item() if is_array(x) and x.shape == () else x
-    if not is_number(value) or not np.isfinite(value):
-        raise AdapterError(f"{name} is {x!r}; it must be a finite number.")
+    if not is_number(value) or not abs(value) <= LARGEST_FLOAT32:
+        raise AdapterError(f"{name} is {shown(x)}; it must be a finite number of float32's range.")
     return float(value)
 
 
@@ -218,12 +227,19 @@ def plain(
 ) -> Adaptation:
     """An adapter of plain LoRA whose delta at a site is sum_r a[r] b[r]: a scale of 1, and the ranks of the rows.
 
+    Every operation that makes an adapter ends here.
+
     Args:
       plans: of the adapters it was made from; the sites and their order are those of the first.
       rows: path -> (a (R, *stack, *in), b (R, *stack, *out)).
       full: path -> value of what is trained in full.
       errors: of `Adaptation`; zeros by default.
+
+    Raises:
+      AdapterError: rows or values that are not finite.
     """
+    for path, made in (*rows.items(), *((path, (value,)) for path, value in full.items())):
+        check_result(path, *made)
     sites = []
     for site in plans[0].sites:
         a, b = rows[site.path]

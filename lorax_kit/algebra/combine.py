@@ -31,6 +31,7 @@ from lorax_kit.algebra.adaptation import (
     bases,
     check_key,
     check_rank,
+    check_result,
     check_share,
     check_weights,
     checked,
@@ -158,6 +159,8 @@ def combine_into(
         out[site.path] = site.from_matrices(merged).astype(w.dtype)
     for leaf in plan.full:
         out[leaf.path] = tasks.moved(leaf).astype(named[leaf.path].dtype)
+    for path in plan.trained:
+        check_result(path, out[path])
     return unflatten(out, treedef)
 
 
@@ -201,10 +204,11 @@ class _Tasks:
 
     def combined(self, where: Site | FullSite) -> np.ndarray:
         """The tasks' deltas at a parameter as one."""
-        pruned = [w * self._pruned(i, where) for i, w in enumerate(self.weights)]
-        if not self.how.endswith("ties"):
-            return np.sum(pruned, axis=0)
-        return elect(np.stack(pruned), self.disjoint)
+        with np.errstate(over="ignore", invalid="ignore"):  # the result is checked
+            pruned = [w * self._pruned(i, where) for i, w in enumerate(self.weights)]
+            if not self.how.endswith("ties"):
+                return np.sum(pruned, axis=0)
+            return elect(np.stack(pruned), self.disjoint)
 
     def moved(self, leaf: FullSite) -> Array:
         """The value of a parameter trained in full."""

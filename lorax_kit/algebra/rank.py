@@ -22,6 +22,7 @@ from lorax_kit.algebra.adaptation import (
     check_adapter,
     check_key,
     check_rank,
+    check_result,
     check_share,
     plain,
 )
@@ -157,7 +158,12 @@ def _check_cut(rank: Any, energy: Any) -> None:
 
 
 def cut(site: Site, rows: Rows, rank: int | None, energy: float | None) -> tuple[Rows, float]:
-    """The leading singular triples of rows, and the relative error: as they are where nothing is to be cut."""
+    """The leading singular triples of rows, and the relative error: as they are where nothing is to be cut.
+
+    Raises:
+      AdapterError: rows that are not finite.
+    """
+    check_result(site.path, *rows)
     have = rows.a.shape[0]
     if energy is None and (rank is None or have <= rank):
         return rows, 0.0
@@ -179,6 +185,7 @@ def cut_whole(
     site: Site, delta: Float[Any, "S K N"], rank: int | None, energy: float | None, dtype: Any
 ) -> tuple[Rows, float]:
     """`cut` of the matrices themselves; min(in, out) rows where nothing is to be cut. The rows are of `dtype`."""
+    check_result(site.path, delta)
     if rank is None and energy is None:
         return whole(site, jnp.asarray(delta, dtype)), 0.0
     found = np.linalg.svd(np.asarray(delta, np.float64), full_matrices=False)
@@ -200,4 +207,5 @@ def _leading(
     error = np.sqrt(np.sum(squares[:, kept:]) / np.sum(squares)) if np.any(squares) else 0.0
     a = np.transpose(u[..., :kept], (2, 0, 1))
     b = np.moveaxis(s[:, :kept, None] * vt[:, :kept], 1, 0)
-    return shaped(site, jnp.asarray(a, dtype), jnp.asarray(b, dtype)), float(error)
+    with np.errstate(over="ignore"):  # singular values beyond the dtype become infinities, which `plain` refuses
+        return shaped(site, jnp.asarray(a, dtype), jnp.asarray(b, dtype)), float(error)

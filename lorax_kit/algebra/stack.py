@@ -19,6 +19,7 @@ from lorax_kit.algebra.adaptation import (
     AnyAdapter,
     check_adapter,
     check_rank,
+    check_result,
     check_same,
     checked,
     common_dtype,
@@ -169,7 +170,9 @@ def _form(site: Site, adapter: AnyAdapter | None, named: Mapping[str, Any]) -> U
     """The normal form of an adapter at a site; without any term where it does not adapt it."""
     if adapter is None or site.path not in adapter.factors:
         return Update()
-    return normal_form(adapter.plan.site(site.path), named[site.path], adapter.factors[site.path])
+    form = normal_form(adapter.plan.site(site.path), named[site.path], adapter.factors[site.path])
+    check_result(site.path, *form)
+    return form
 
 
 def _value(leaf: FullSite, adapter: AnyAdapter | None, named: Mapping[str, Any]) -> Array:

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lorax_kit.checkpoint.document import axes_of, check_arrays, check_document
 from lorax_kit.checkpoint.fingerprint import (
     differences,
     digests,
@@ -29,15 +30,16 @@ from lorax_kit.checkpoint.fingerprint import (
     whole_fingerprint,
 )
 from lorax_kit.checkpoint.seal import SEAL, check_seal, damaged, seal, sealed_files
-from lorax_kit.checkpoint.staging import refuse_existing, staged
+from lorax_kit.checkpoint.staging import place, refuse_existing, staged
 from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.method import leaf_shapes, method_of
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.plan import Plan, make_plan
-from lorax_kit.core.site import Axes
+from lorax_kit.core.setting import is_int, shown
 from lorax_kit.core.spec import Spec
 from lorax_kit.errors import AdapterError, LoraxError
+from lorax_kit.json_text import parse_json, read_json
 from lorax_kit.version import __version__
 
 FORMAT = 2
@@ -101,11 +103,13 @@ def save_adapter(
         `save_adapter(path, spec, factors, base=base, plan=plan)`, still works, with a warning.
       factors: the trained tree.
       base: the frozen params; only a fingerprint is stored.
-      meta: JSON data to keep with the adapter.
+      meta: JSON data to keep with the adapter: what JSON does not give back equal (tuples, keys that are no strings) is
+        refused.
       overwrite: replace an existing adapter, if nothing else lies in its directory; otherwise it is an error.
 
     Raises:
-      AdapterError: the path exists, the factors do not fit the plan, or are not finite.
+      AdapterError: the path exists or cannot be made, the factors do not fit the plan, or are not finite, or `meta` is
+        not JSON data.
       PlanError: the plan does not fit the base.
 
     Example:
@@ -120,17 +124,14 @@ def save_adapter(
       >>> load_adapter(folder, base=base).plan == plan
       True
     """
-    path = Path(path).absolute()
+    path = place(path)
     refuse_existing(path, overwrite, SEAL, own=sealed_files(path))
     plan = plan_of(plan, base, older, "save_adapter")
     check_params(flatten(base)[0], plan)
     check_factors(plan, factors)
     arrays = named_arrays(factors)
     check_finite(arrays)
-    try:
-        json.dumps(dict(meta or {}))
-    except (TypeError, ValueError) as e:
-        raise AdapterError(f"meta is not JSON data: {e}; nothing was saved.") from None
+    meta = _kept(meta)
     stored, same = _apart(arrays)
     document = {
         "format": FORMAT,
@@ -141,10 +142,49 @@ def save_adapter(
         "arrays": {n: {"shape": x.shape, "dtype": str(x.dtype)} for n, x in stored.items()},
         "same": same,
         "versions": {"lorax_kit": __version__, **{name: version(name) for name in ("jax", "orbax-checkpoint")}},
-        "meta": dict(meta or {}),
+        "meta": meta,
     }
     with staged(path, overwrite) as new:
         _write(new, stored, document)
+
+
+def _kept(meta: Any) -> dict[str, Any]:
+    """What a writer adds, which JSON must give back equal.
+
+    Raises:
+      AdapterError: it does not: keys that are no strings, tuples, objects.
+    """
+    try:
+        data = dict(meta or {})
+        text = json.dumps(data)
+        odd = _changed("meta", data, parse_json(text))
+    except (TypeError, ValueError, RecursionError) as e:
+        why = str(e) or type(e).__name__
+        raise AdapterError(f"meta is not JSON data: {why}; nothing was saved.") from None
+    if odd is not None:
+        raise AdapterError(
+            f"{odd}: JSON does not give it back equal; nothing was saved.\n"
+            "  give dicts with string keys, lists, strings, numbers, booleans and None"
+        )
+    return data
+
+
+def _changed(where: str, x: Any, again: Any) -> str | None:
+    """What of `x` JSON gives back as something else, or None."""
+    if isinstance(x, dict):
+        for key, value in x.items():
+            if not isinstance(key, str):
+                return f"{where} has the key {shown(key)}"
+            if (odd := _changed(f"{where}[{key!r}]", value, again[key])) is not None:
+                return odd
+        return None
+    if isinstance(x, list):
+        parts = (_changed(f"{where}[{i}]", *pair) for i, pair in enumerate(zip(x, again, strict=True)))
+        return next((odd for odd in parts if odd is not None), None)
+    if isinstance(x, tuple):
+        return f"{where} is the tuple {shown(x)}"
+    equal = x == again or (x != x and again != again)
+    return None if equal else f"{where} is {shown(x)}"
 
 
 def plan_of(given: Plan | Spec, base: Params, older: Mapping[str, Any], who: str) -> Plan:
@@ -227,8 +267,12 @@ def read_document(path: str | Path) -> dict[str, Any]:
     Raises:
       AdapterError: no adapter there, or its JSON is damaged.
     """
-    path = Path(path).absolute()
-    if not (path / "spec").is_dir():
+    path = place(path)
+    try:
+        there = (path / "spec").is_dir()
+    except OSError as e:  # a name that is too long
+        raise AdapterError(f"{shown(str(path))} is not an adapter: {e.strerror}.") from None
+    if not there:
         raise AdapterError(
             f"{str(path)!r} is not an adapter: it has no 'spec' inside.\n  adapters are made by lk.save_adapter"
         )
@@ -236,10 +280,12 @@ def read_document(path: str | Path) -> dict[str, Any]:
     try:
         with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             document = checkpointer.restore(path, ocp.args.Composite(spec=ocp.args.JsonRestore()))["spec"]
-        if document["format"] not in READ:
-            raise AdapterError(f"{str(path)!r} has format {document['format']!r}; this version reads 1 to {FORMAT}.")
+        if (path / "spec" / "metadata").is_file():  # orbax takes the last of two keys alike
+            read_json(path / "spec" / "metadata")
+        if isinstance(document, dict) and is_int(document.get("format")) and document["format"] not in READ:
+            raise AdapterError(f"{str(path)!r} has format {document['format']}; this version reads 1 to {FORMAT}.")
+        check_document(path, document)
         document["spec"] = Spec.from_dict(document["spec"])
-        _ = document["base"], document["arrays"], document["axes"], document["meta"]
     except LoraxError:
         raise
     except Exception as e:
@@ -261,20 +307,12 @@ def load_adapter(path: str | Path, *, base: Params) -> Adapter:
     Raises:
       AdapterError: nothing there, damaged or truncated files, another base, shapes that do not fit.
     """
-    path = Path(path).absolute()
+    path = place(path)
     document = read_document(path)
-    axes = {
-        p: (Axes(inputs=tuple(x["inputs"]), outputs=tuple(x["outputs"]), stack=tuple(x["stack"])), str(x["use"]))
-        for p, x in document["axes"].items()
-    }
     check_base(path, document, base)
-    plan = make_plan(document["spec"], base, axes)
+    plan = make_plan(document["spec"], base, axes_of(path, document, document["spec"], base))
+    check_arrays(path, document, _shapes(plan))
     stored, same = document["arrays"], document.get("same", {})
-    expected = {name: list(shape) for name, shape in _shapes(plan).items()}
-    for name, shape in expected.items():
-        have = stored.get(same.get(name, name), {}).get("shape")
-        if have != shape:
-            raise AdapterError(f"the adapter at {str(path)!r} has {name!r} of shape {have}, its spec expects {shape}.")
     target = {n: jax.ShapeDtypeStruct(tuple(x["shape"]), np.dtype(x["dtype"])) for n, x in stored.items()}
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for n, x in target.items()}
@@ -291,6 +329,7 @@ def load_adapter(path: str | Path, *, base: Params) -> Adapter:
         factors[site.path] = leaves(*(arrays.get(f"{site.path}:{name}") for name in leaves._fields))
     for leaf in plan.full:
         factors[leaf.path] = FullLeaf(arrays[f"{leaf.path}:value"])
+    check_factors(plan, factors)
     return Adapter(plan, factors, document["meta"])
 
 

@@ -10,9 +10,26 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from lorax_kit.core.setting import shown
 from lorax_kit.errors import AdapterError
+
+
+def place(path: Any) -> Path:
+    """An absolute path.
+
+    Raises:
+      AdapterError: what names no file: another type, or characters that no name may have.
+    """
+    try:
+        made = Path(path).absolute()
+        ok = b"\0" not in os.fsencode(made)
+    except (TypeError, ValueError):  # a ValueError: text that the file system cannot encode
+        ok = False
+    if not ok:
+        raise AdapterError(f"the path is {shown(path)}, which names no file.\n  give a str or a Path")
+    return made
 
 
 def refuse_existing(
@@ -28,7 +45,12 @@ def refuse_existing(
     is None where the caller cannot ask for it. `own` are the files that such a folder may hold, relative to it, a
     folder of them ending in "/": one with another file is not replaced. Empty, any file may be there.
     """
-    if not path.exists() and not path.is_symlink():
+    place(path)
+    try:
+        there = path.exists() or path.is_symlink()
+    except OSError as e:  # a name that is too long
+        raise _cannot(path, e) from None
+    if not there:
         parent = next(p for p in path.absolute().parents if p.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise AdapterError(f"{str(path)!r} cannot be made: {str(parent)!r} is no folder that may be written to.")
@@ -58,14 +80,23 @@ def refuse_near(path: Path, sources: Collection[Path]) -> None:
             )
 
 
+def _cannot(path: Path, e: OSError) -> AdapterError:
+    text = str(path)
+    text = text if len(text) <= 300 else f"{text[:250]}... ({len(text):,} characters)"
+    return AdapterError(f"{text!r} cannot be made: {e.strerror}.\n  choose another path")
+
+
 @contextmanager
 def staged(path: Path, overwrite: bool) -> Iterator[Path]:
     """A path beside `path` to write to; it takes the place of `path` when the block ends without an error.
 
     What stood at `path` is replaced then, and stays as it was if anything fails.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", dir=path.parent))
+    except OSError as e:
+        raise _cannot(path, e) from None
     try:
         yield folder / "written"
         if overwrite and path.exists():

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.core.method import frozen_leaves, leaf_shapes, method_of
+from lorax_kit.core.paths import is_array
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.site import Site
 from lorax_kit.errors import AdapterError, LoraxError
@@ -92,8 +93,9 @@ def check_factors(plan: Plan, factors: FactorTree) -> None:
         _check_leaves(site, factors[site.path])
     for leaf in plan.full:
         value = factors[leaf.path]
-        if not isinstance(value, FullLeaf) or value.value.shape != leaf.shape:
+        if not isinstance(value, FullLeaf) or getattr(value.value, "shape", None) != leaf.shape:
             raise AdapterError(f"the factors at {leaf.path!r} do not hold a full leaf of shape {leaf.shape}.")
+        _check_float("value", leaf.path, value.value)
 
 
 def _check_leaves(site: Site, leaves: Any) -> None:
@@ -113,10 +115,17 @@ def _check_leaves(site: Site, leaves: Any) -> None:
             )
         if x is None:
             continue
+        if not is_array(x):
+            raise AdapterError(f"{name} of {site.path!r} is a {type(x).__name__}; leaves are arrays.")
         if x.shape != want.shape:
             raise AdapterError(
                 f"{name} at {site.path!r} has shape {x.shape}.\n"
                 f"  the plan ({site.setting.kind}, rank {site.rank}) expects {want.shape}"
             )
-        if jnp.issubdtype(want.dtype, jnp.floating) and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise AdapterError(f"{name} of {site.path!r} is {x.dtype}; leaves are real floats.")
+        if jnp.issubdtype(want.dtype, jnp.floating):
+            _check_float(name, site.path, x)
+
+
+def _check_float(name: str, path: str, x: Any) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise AdapterError(f"{name} of {path!r} is {x.dtype}; leaves are real floats.")

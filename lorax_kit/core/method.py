@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from lorax_kit.core.setting import Setting
+from lorax_kit.core.setting import Setting, is_int, plain, shown
 from lorax_kit.core.site import Site
-from lorax_kit.errors import PlanError, SpecError
+from lorax_kit.errors import LoraxError, PlanError, SpecError
 from lorax_kit.peft_form import PeftForm
 
 
@@ -148,16 +149,34 @@ def register(method: Method) -> Method:
     fields = getattr(method.leaves, "_fields", None)
     if not fields:
         raise SpecError(f"the leaves of {kind!r} must be a NamedTuple with a field for each array.")
-    frozen = frozenset() if callable(method.frozen) else method.frozen
-    unknown = (method.rows | frozen | method.gains) - set(fields)
-    if unknown:
-        raise SpecError(f"method {kind!r} names the leaf {min(unknown)!r}; its leaves are {', '.join(fields)}.")
+    for name in ("rows", "frozen", "gains", "outputs"):
+        named = getattr(method, name)
+        if name == "frozen" and callable(named):
+            continue  # `frozen_leaves` looks at what it returns
+        # `outputs` has a default, which a method need not have.
+        _check_names(kind, name, named, fields if name != "outputs" else None, SpecError)
+    for name in ("init", "update", "factors", "max_rank", "penalty"):
+        call = getattr(method, name)
+        if not (callable(call) or (call is None and name not in ("init", "update"))):
+            raise SpecError(f"{name} of method {kind!r} is {shown(call)}; it must be a function.")
     taken = METHODS.get(kind)
     if kind == "full" or (taken is not None and taken is not method and not _again(taken.setting, method.setting)):
         raise SpecError(f"the kind {kind!r} is taken; choose another.")
     METHODS[kind] = method
     _leaf_shapes.cache_clear()
     return method
+
+
+def _check_names(kind: str, name: str, named: Any, fields: Any, error: type[LoraxError]) -> None:
+    """Raise `error` unless it is a set of names, of the leaves `fields` where they are given."""
+    if not isinstance(named, frozenset | set) or not all(isinstance(x, str) for x in named):
+        raise error(
+            f"{name} of method {kind!r} is {shown(named)}; it must be a frozenset of names of leaves.\n"
+            '  such as frozenset({"a"})'
+        )
+    unknown = min(named - set(fields), default=None) if fields is not None else None
+    if unknown is not None:
+        raise error(f"method {kind!r} names the leaf {unknown!r} in {name}; its leaves are {', '.join(fields)}.")
 
 
 def _again(one: type, two: type) -> bool:
@@ -175,9 +194,17 @@ def method_of(setting: Setting) -> Method:
 
 
 def frozen_leaves(setting: Setting) -> frozenset[str]:
-    """Names of the leaves that no optimiser moves."""
-    frozen = method_of(setting).frozen
-    return frozen(setting) if callable(frozen) else frozen
+    """Names of the leaves that no optimiser moves.
+
+    Raises:
+      PlanError: the method's function returns something else.
+    """
+    method = method_of(setting)
+    if not callable(method.frozen):
+        return method.frozen
+    names = method.frozen(setting)
+    _check_names(setting.kind, "frozen", names, method.leaves._fields, PlanError)
+    return frozenset(names)
 
 
 def trained_leaves(site: Site) -> tuple[str, ...]:
@@ -204,15 +231,26 @@ def _leaf_shapes(site: Site) -> Any:
     w = jax.ShapeDtypeStruct(site.shape, jnp.dtype(site.dtype))
     hints = _abstract_hints(site)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    leaves = jax.eval_shape(lambda w, key, hints: method.init(site, w, key, hints), w, key, hints)
     kind = site.setting.kind
-    if not isinstance(leaves, method.leaves):
-        raise PlanError(f"init of method {kind!r} returns {type(leaves).__name__}, not its leaves.")
-    update = jax.eval_shape(lambda w, leaves: method.update(site, w, leaves, site.scale), w, leaves)
-    if not isinstance(update, Update) or (update.a is None) != (update.b is None):
-        raise PlanError(f"update of method {kind!r} must return an lk.Update, with both of a and b or neither.")
+
+    def init(w: Any, key: Any, hints: Any) -> Any:
+        # Looked at as it is: `eval_shape` makes arrays of numbers, and finds them within dicts.
+        leaves = method.init(site, w, key, hints)
+        if not isinstance(leaves, method.leaves):
+            raise PlanError(f"init of method {kind!r} returns {type(leaves).__name__}, not its leaves.")
+        return _check_arrays(f"init of method {kind!r}", leaves)
+
+    def update_at(w: Any, leaves: Any) -> Any:
+        update = method.update(site, w, leaves, site.scale)
+        if not isinstance(update, Update) or (update.a is None) != (update.b is None):
+            raise PlanError(f"update of method {kind!r} must return an lk.Update, with both of a and b or neither.")
+        return _check_arrays(f"update of method {kind!r}", update)
+
+    leaves = jax.eval_shape(init, w, key, hints)
+    frozen_leaves(site.setting)  # raises where it names what is no leaf
+    update = jax.eval_shape(update_at, w, leaves)
     ins, outs = (*site.stack_shape, *site.in_shape), (*site.stack_shape, *site.out_shape)
-    rows = 0 if update.a is None else update.a.shape[0]
+    rows = 0 if update.a is None or not update.a.shape else update.a.shape[0]
     wanted = ((rows, *ins), (rows, *outs), outs, ins)
     for name, x, shape in zip(Update._fields, update, wanted, strict=True):
         if x is not None and x.shape != shape:
@@ -221,6 +259,14 @@ def _leaf_shapes(site: Site) -> Any:
                 f"  stack {site.stack_shape}, in {site.in_shape}, out {site.out_shape}: it must be {shape}"
             )
     return leaves
+
+
+def _check_arrays(who: str, made: Any) -> Any:
+    """What it made, a NamedTuple of arrays; anything else in it raises `PlanError`."""
+    for name, x in made._asdict().items():
+        if not (x is None or isinstance(x, Array | np.ndarray | np.generic)):
+            raise PlanError(f"{who} returns a {type(x).__name__} as {name!r}; it must be one array, or None.")
+    return made
 
 
 def _abstract_hints(site: Site) -> Hints:
@@ -238,6 +284,15 @@ def update_of(site: Site, w: Array, leaves: Any, scale: Any) -> Update:
 
 
 def max_rank(site: Site) -> int:
-    """The highest rank that the site's method can hold there."""
+    """The highest rank that the site's method can hold there.
+
+    Raises:
+      PlanError: the method's function gives no integer.
+    """
     limit = method_of(site.setting).max_rank
-    return site.max_rank if limit is None else limit(site)
+    if limit is None:
+        return site.max_rank
+    found = plain(limit(site))
+    if not is_int(found):
+        raise PlanError(f"max_rank of method {site.setting.kind!r} returns {shown(found)}; it must be an integer.")
+    return int(found)

@@ -14,7 +14,7 @@ from lorax_kit.core.patterns import expand_braces, literal, matches
 from lorax_kit.core.setting import Full, Setting
 from lorax_kit.core.site import Axes, FullSite, Site
 from lorax_kit.core.spec import AnySetting, Spec
-from lorax_kit.errors import PlanError
+from lorax_kit.errors import LoraxError, PlanError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,16 +153,43 @@ def make_plan(spec: Spec, params: Params, axes: dict[str, tuple[Axes, str]] | No
         found, use = _untraced(path, leaf.shape, setting) if axes is None else axes[path]
         site = Site(path=path, shape=leaf.shape, dtype=str(leaf.dtype), axes=found, use=use, setting=setting)
         if site.rank > (limit := max_rank(site)):
+            if limit < 1:
+                raise PlanError(
+                    f"{site.setting.kind} cannot adapt {path!r}: the highest rank that it holds there is {limit} "
+                    f"(in {site.in_shape}, out {site.out_shape}).\n"
+                    "  exclude it, give it another method, or train it with Full()"
+                )
             if not spec.cap_ranks:
                 raise PlanError(
                     f"rank {site.rank} at {path!r} is above {_limit_of(site, limit)} "
                     f"(in {site.in_shape}, out {site.out_shape}).\n"
                     "  lower the rank, cap it (Spec(..., cap_ranks=True)), or train this parameter with Full()"
                 )
-            site = replace(site, setting=replace(setting, rank=limit))  # type: ignore[call-arg]
+            site = _capped(site, limit)
         leaf_shapes(site)  # raises where the method cannot adapt such a parameter
         sites.append(site)
     return Plan(sites=tuple(sites), full=tuple(full), spec=spec)
+
+
+def _capped(site: Site, limit: int) -> Site:
+    """The site at the highest rank, up to `limit`, that its method and its start hold; some hold even ranks alone.
+
+    Raises:
+      PlanError: they hold neither `limit` nor the rank below it.
+    """
+    refused: LoraxError | None = None
+    for rank in range(limit, max(limit - 2, 0), -1):
+        try:
+            made = replace(site, setting=replace(site.setting, rank=rank))  # type: ignore[call-arg]
+            leaf_shapes(made)
+            return made
+        except LoraxError as e:
+            refused = refused or e
+    why = str(refused).splitlines()[0].removeprefix(f"{site.path!r}: ")
+    raise PlanError(
+        f"{site.setting.kind} cannot adapt {site.path!r} at rank {limit}, {_limit_of(site, limit)}: {why}\n"
+        "  exclude it, give it another method or start, or train it with Full()"
+    )
 
 
 def _limit_of(site: Site, limit: int) -> str:

@@ -16,6 +16,7 @@ from lorax_kit.errors import SpecError
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 LARGEST = sys.float_info.max
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def need(ok: bool, message: str) -> None:
@@ -32,6 +33,13 @@ def is_int(x: Any) -> bool:
 def is_number(x: Any) -> bool:
     """Whether `x` is a finite number that a float holds, which a bool is not."""
     return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= LARGEST
+
+
+def is_float32(x: Any) -> bool:
+    """Whether `x` is a number that float32 holds without turning into an infinity, or another than 0 into 0."""
+    if not is_number(x) or not abs(x) <= LARGEST_FLOAT32:
+        return False
+    return x == 0 or bool(np.float32(x) != 0)
 
 
 def shown(x: Any) -> str:
@@ -125,8 +133,10 @@ class AlphaSetting(RankSetting):
     def __post_init__(self, *_: Any) -> None:
         object.__setattr__(self, "alpha", plain(self.alpha))
         super().__post_init__()
-        ok = self.alpha is None or (is_number(self.alpha) and 0 < self.alpha < float("inf"))
-        need(ok, f"alpha is {shown(self.alpha)}; it must be a positive number.")
+        ok = self.alpha is None or (is_float32(self.alpha) and self.alpha > 0)
+        need(ok, f"alpha is {shown(self.alpha)}; it must be a positive number of float32's range.")
+        ok = is_float32(self.scale)  # a rank can take a small alpha below the range
+        need(ok, f"alpha {shown(self.alpha)} at rank {self.rank} is a scale of {self.scale:g}, below float32's range.")
 
     @property
     def effective_alpha(self) -> float:
@@ -146,8 +156,8 @@ class ScaledSetting(AlphaSetting):
     rslora: bool = False
 
     def __post_init__(self, *_: Any) -> None:
-        super().__post_init__()
         need(isinstance(self.rslora, bool), f"rslora is {shown(self.rslora)}; it must be true or false.")
+        super().__post_init__()
 
     @property
     def scale(self) -> float:

@@ -8,6 +8,9 @@ from typing import Any
 
 from lorax_kit.core.setting import Setting
 
+USES = ("product", "lookup", "tied", "other")
+"""What a function may do with a site: `Site.use`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:

@@ -21,7 +21,7 @@ from jax import Array
 
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.method import Hints, Method, Update
-from lorax_kit.core.setting import AlphaSetting, is_number, need, plain, shown
+from lorax_kit.core.setting import AlphaSetting, is_float32, need, plain, shown
 from lorax_kit.core.site import Site
 from lorax_kit.dtypes import wide
 from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
@@ -48,8 +48,8 @@ class AdaLoRA(AlphaSetting):
     def __post_init__(self, *_: Any) -> None:
         object.__setattr__(self, "orthogonal", plain(self.orthogonal))
         super().__post_init__()
-        ok = is_number(self.orthogonal) and 0 <= self.orthogonal < float("inf")
-        need(ok, f"orthogonal is {shown(self.orthogonal)}; it must be a number of at least 0.")
+        ok = is_float32(self.orthogonal) and self.orthogonal >= 0
+        need(ok, f"orthogonal is {shown(self.orthogonal)}; it must be a number of at least 0, of float32's range.")
 
     @property
     def scale(self) -> float:

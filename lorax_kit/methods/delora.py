@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.core.method import Hints, Method, Update
-from lorax_kit.core.setting import RankSetting, is_number, need, plain, shown
+from lorax_kit.core.setting import RankSetting, is_float32, need, plain, shown
 from lorax_kit.core.site import Site
 from lorax_kit.dtypes import wide
 from lorax_kit.methods.lora import first_factors
@@ -53,8 +53,8 @@ class DeLoRA(RankSetting):
     def __post_init__(self, *_: Any) -> None:
         object.__setattr__(self, "bound", plain(self.bound))
         super().__post_init__()
-        ok = is_number(self.bound) and 0 < self.bound < float("inf")
-        need(ok, f"bound is {shown(self.bound)}; it must be a positive number.")
+        ok = is_float32(self.bound) and self.bound > 0
+        need(ok, f"bound is {shown(self.bound)}; it must be a positive number of float32's range.")
         object.__setattr__(self, "start", start_of(self.start))
 
     @property

@@ -56,12 +56,16 @@ class LoRA(ScaledSetting):
     older: ClassVar[tuple[str, ...]] = ("variant", "init")
 
     def __new__(cls, *, variant: str = "lora", **settings: Any) -> Any:
-        """A setting of the method that the older `variant` names."""
+        """A setting of the method that the older `variant` names; `init` may not contradict `start`."""
+        if "start" in settings and settings.get("init") is not None:
+            start, init = (start_of(settings[name]) for name in ("start", "init"))
+            need(start == init, f"start is {start!r} and init is {init!r}: they are one setting.\n  give start alone")
         if cls is LoRA and variant != "lora":
             if not isinstance(variant, str) or variant not in METHODS:
                 raise SpecError(f"variant {shown(variant)} is unknown; choose from {', '.join(sorted(METHODS))}.")
             if "init" in settings:
-                settings["start"] = settings.pop("init")
+                init = settings.pop("init")
+                settings |= {} if init is None else {"start": init}
             return METHODS[variant].setting(**settings)
         return super().__new__(cls)
 

@@ -22,7 +22,7 @@ from jax import Array
 
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.method import Hints, Method, Update
-from lorax_kit.core.setting import RankSetting, is_number, need, plain
+from lorax_kit.core.setting import RankSetting, is_float32, need, plain, shown
 from lorax_kit.core.site import Site
 from lorax_kit.errors import AdapterError
 from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
@@ -58,8 +58,8 @@ class VeRA(RankSetting):
     def __post_init__(self, *_: Any) -> None:
         object.__setattr__(self, "d_initial", plain(self.d_initial))
         super().__post_init__()
-        ok = is_number(self.d_initial) and 0 < abs(self.d_initial) < float("inf")
-        need(ok, f"d_initial is {self.d_initial!r}; it must be a finite number other than 0.")
+        ok = is_float32(self.d_initial) and self.d_initial != 0
+        need(ok, f"d_initial is {shown(self.d_initial)}; it must be a number of float32's range, other than 0.")
 
 
 class VeRALeaves(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from time import perf_counter
@@ -213,7 +214,12 @@ class Session:
             plan,
             factors,
             base=self.params,
-            meta={"problem": problem.name, "settings": problem.facts.get("settings"), "trial": trial.name},
+            # As JSON has it: facts may hold tuples.
+            meta={
+                "problem": problem.name,
+                "settings": json.loads(json.dumps(problem.facts.get("settings"))),
+                "trial": trial.name,
+            },
             overwrite=True,
         )
         last = trained.losses[-max(study.steps // 10, 1) :, i]

@@ -12,10 +12,11 @@ from jax import Array
 
 from lorax_kit.core.leaves import FactorTree, check_key
 from lorax_kit.core.paths import Params
+from lorax_kit.core.setting import is_int, plain, shown
 from lorax_kit.errors import LoraxError
 from lorax_kit.placement import varying
 from lorax_kit.training.objective import Run, accumulated, gradients, losses, means
-from lorax_kit.training.optimisers.extra import extra_arguments, updated
+from lorax_kit.training.optimisers.extra import check_transformation, extra_arguments, started, updated
 
 
 class State(NamedTuple):
@@ -95,8 +96,10 @@ def make_step(
       >>> float(info.loss), round(float(state.factors["w"][0]), 3)
       (3.0, 0.8)
     """
-    if accumulate < 1:
-        raise LoraxError(f"accumulate is {accumulate}; it must be at least 1.")
+    accumulate = plain(accumulate)
+    if not is_int(accumulate) or accumulate < 1:
+        raise LoraxError(f"accumulate is {shown(accumulate)}; it must be an integer of at least 1.")
+    check_transformation("tx", tx)
 
     def init(factors: FactorTree, key: Array | None = None) -> State:
         if key is not None:
@@ -104,8 +107,7 @@ def make_step(
         # Copies, because the first step donates them: the caller's factors stay valid, and no buffer is donated twice
         # where an optimiser's state starts as the factors themselves (Prodigy, SAM, L2-SP).
         factors = _copied(dict(factors))
-        with jax.numpy_dtype_promotion("standard"):
-            opt_state = tx.init(factors)
+        opt_state = started(tx, factors)
         return State(factors, _copied(opt_state), jnp.zeros((), jnp.int32), None if key is None else jnp.copy(key))
 
     def step(state: State, base: Params, batch: Any) -> tuple[State, Info]:

@@ -19,11 +19,11 @@ DORA = adapter(4, lk.DoRA(rank=1))
 KEY = jax.random.key(0)
 
 
-def of(shape, setting=None, x=1.0, dtype="float32"):
+def of(shape, setting=None, x=1.0, dtype="float32", b=1.0):
     """An adapter of one parameter `w`."""
     plan = lk.resolve(lk.Spec({"w": setting or lk.LoRA(rank=1)}), {"w": jnp.ones(shape, dtype)})
     site = plan.sites[0]
-    return algebra.Adaptation(plan, {"w": lk.Factors(jnp.full(site.a_shape, x), jnp.ones(site.b_shape))})
+    return algebra.Adaptation(plan, {"w": lk.Factors(jnp.full(site.a_shape, x), jnp.full(site.b_shape, b))})
 
 
 def turned(one):
@@ -36,6 +36,10 @@ def turned(one):
 def in_full(shape):
     plan = lk.resolve(lk.Spec({"w": lk.Full()}), {"w": jnp.ones(shape)})
     return algebra.Adaptation(plan, {"w": lk.FullLeaf(jnp.ones(shape))})
+
+
+W = {"w": jnp.ones((4, 3))}
+BIG = of((4, 3), x=10.0, b=10.0)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +77,23 @@ def in_full(shape):
         (lambda: algebra.scale(ONE, float("inf")), "the factor is inf; it must be a finite number"),
         (lambda: algebra.scale(ONE, True), "the factor is True; it must be a finite number"),
         (lambda: algebra.average([ONE, TWO], [1, -1]), "the weights [1.0, -1.0] add up to zero: there is no mean"),
+        (lambda: algebra.scale(ONE, 1e39), "the factor is 1e+39; it must be a finite number of float32's range"),
+        (lambda: algebra.scale(ONE, 10**5000), "the factor is a int too large to write"),
+        (lambda: algebra.combine([ONE, TWO], "svd", weights=[1e39, 1]), "a weight is 1e+39; it must be a finite"),
+        (lambda: algebra.average([ONE, TWO], [1e308, 1e308]), "a weight is 1e+308; it must be a finite number of"),
+        # results beyond float32
+        (lambda: algebra.scale(BIG, 3e38), "the result at 'w' is not finite"),
+        (lambda: algebra.combine([BIG, BIG], "cat", weights=[3e38, 1]), "the result at 'w' is not finite"),
+        (lambda: algebra.combine([BIG, BIG], "svd", weights=[3e38, 1]), "the result at 'w' is not finite"),
+        (lambda: algebra.combine([BIG, BIG], "ties", weights=[3e38, 1], density=0.5), "at 'w' is not finite"),
+        (lambda: algebra.combine([BIG], "dare_linear", weights=[3e38], density=0.5, key=KEY), "at 'w' is not finite"),
+        (lambda: algebra.combine_into(W, [BIG], "cat", weights=[3e38]), "the result at 'w' is not finite"),
+        (lambda: algebra.combine_into(W, [BIG], "ties", weights=[3e38], density=0.5), "at 'w' is not finite"),
+        (lambda: algebra.combine_into({"w": W["w"].astype("float16")}, [of((4, 3), x=1e6, dtype="float16")], "svd"),
+            "the result at 'w' is not finite: it is beyond the range of its dtype"),
+        (lambda: algebra.to_lora(of((4, 3), lk.LoRA(rank=1, alpha=3e38), b=4.0), rank=1), "at 'w' is not finite"),
+        (lambda: algebra.stack([of((4, 3), lk.LoRA(rank=1, alpha=3e38), b=4.0)], base=W), "at 'w' is not finite"),
+        (lambda: algebra.merge_loss(W, of((4, 3), lk.LoRA(rank=1, alpha=3e38), b=4.0)), "at 'w' is not finite"),
         # how
         (
             lambda: algebra.combine([ONE], "linaer"),

@@ -169,6 +169,78 @@ def test_fingerprint_depends_on_values_names_shapes_and_dtypes():
     assert lk.fingerprint({"w": np.arange(6, dtype=np.float32)}) == lk.fingerprint({"w": w})
 
 
+def edited(path, change):
+    """The JSON of an adapter is changed, and all of it sealed again."""
+    file = path / "spec" / "metadata"
+    text = change(file.read_text())
+    file.write_text(text if isinstance(text, str) else json.dumps(text))
+    seal(path)
+
+
+def put(*keys):
+    """Another value at a place of the JSON; `...` takes the key out."""
+    *where, last, value = keys
+
+    def change(text):
+        inner = document = json.loads(text)
+        for key in where:
+            inner = inner[key]
+        if value is ...:
+            del inner[last]
+        else:
+            inner[last] = value
+        return document
+
+    return change
+
+
+UP = "up/kernel"
+DAMAGES = [
+    (put("axes", {}), "'axes' of its JSON lacks 'down/kernel', which its spec adapts"),
+    (put("axes", UP, "inputs", ...), "'axes' at 'up/kernel' of its JSON is {"),
+    (put("axes", UP, "inputs", [0, 0]), "has inputs [0, 0], outputs [1], stack [], not each of the 2 axes once"),
+    (put("axes", UP, "inputs", [7]), "has inputs [7], outputs [1], stack []"),
+    (put("axes", UP, "inputs", "0"), "inputs of 'axes' at 'up/kernel' of its JSON is '0', not a list of axes"),
+    (put("axes", UP, "inputs", [-2]), "is [-2], not a list of axes"),
+    (put("axes", UP, "use", "nonsense"), "use of 'axes' at 'up/kernel' of its JSON is 'nonsense', not one of product"),
+    (put("axes", "zz", {"inputs": [0], "outputs": [1], "stack": [], "use": "other"}), "has 'zz', which its spec does"),
+    (put("arrays", f"{UP}:a", "x"), "'arrays' at 'up/kernel:a' of its JSON is 'x', not a shape and a dtype"),
+    (put("arrays", f"{UP}:a", "dtype", "zz"), "the dtype in 'arrays' at 'up/kernel:a' of its JSON is 'zz'"),
+    (put("arrays", f"{UP}:a", "dtype", ",float32"), "is ',float32', not the name of a dtype"),
+    (put("arrays", f"{UP}:a", "dtype", "int32"), "a of 'up/kernel' is int32; leaves are real floats"),
+    (put("arrays", f"{UP}:a", "shape", [2.0, 6]), "is [2.0, 6], not a list of sizes"),
+    (put("arrays", f"{UP}:z", {"shape": [1], "dtype": "float32"}), "it has 'up/kernel:z', which its spec has no use"),
+    (put("same", [1]), "'same' of its JSON is [1], not an object"),
+    (put("same", {f"{UP}:z": "gone"}), "'same' at 'up/kernel:z' of its JSON is 'gone', not the name of another array"),
+    (put("base", 5), "'base' of its JSON is 5, not a fingerprint"),
+    (put("leaves", {UP: 5}), "'leaves' at 'up/kernel' of its JSON is 5"),
+    (put("meta", None), "'meta' of its JSON is None, not an object"),
+    (put("meta", ...), "its JSON has no 'meta'"),
+    (put("format", "2"), "'format' of its JSON is '2', not an integer"),
+    (lambda text: [1], "the whole of its JSON is [1], not an object"),
+    (lambda text: text.replace("{", '{"base": "", ', 1), "the key 'base' stands twice in one object"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), DAMAGES)
+def test_an_edited_json_says_at_which_key_it_is_damaged(tmp_path, change, says):
+    base, factors = make()
+    lk.save_adapter(tmp_path / "a", PLAN, factors, base=base)
+    edited(tmp_path / "a", change)
+    with pytest.raises(lk.AdapterError) as e:
+        lk.load_adapter(tmp_path / "a", base=base)
+    assert says in str(e.value)
+    assert str(e.value).count("\n") < 4
+
+
+def test_arrays_that_the_spec_has_no_use_for_are_not_dropped(tmp_path):
+    base, factors = make(spec=lk.Spec({UP: lk.DoRA(rank=2)}))
+    lk.save_adapter(tmp_path / "a", lk.resolve(lk.Spec({UP: lk.DoRA(rank=2)}), PARAMS), factors, base=base)
+    edited(tmp_path / "a", lambda text: text.replace('"dora"', '"lora"'))
+    with pytest.raises(lk.AdapterError, match="'up/kernel:magnitude', which its spec has no use for"):
+        lk.load_adapter(tmp_path / "a", base=base)
+
+
 def test_versions_and_format_are_recorded(tmp_path):
     base, factors = make()
     lk.save_adapter(tmp_path / "a", PLAN, factors, base=base)
@@ -182,3 +254,54 @@ def test_versions_and_format_are_recorded(tmp_path):
     seal(tmp_path / "a")
     with pytest.raises(lk.AdapterError, match="has format 99"):
         lk.load_adapter(tmp_path / "a", base=base)
+
+
+@pytest.mark.parametrize(
+    ("meta", "says"),
+    [
+        ({1: 2}, "meta has the key 1: JSON does not give it back equal"),
+        ({"a": [{"b": (1, 2)}]}, "meta['a'][0]['b'] is the tuple (1, 2): JSON does not give it back equal"),
+        ({"a": {None: 1}}, "meta['a'] has the key None"),
+        ({"a": {1}}, "meta is not JSON data: Object of type set"),
+        ({"a": 10**400}, "meta is not JSON data: it holds a number of 401 digits"),
+        (5, "meta is not JSON data"),
+    ],
+)
+def test_meta_that_json_gives_back_otherwise_is_refused(tmp_path, meta, says):
+    base, factors = make()
+    with pytest.raises(lk.AdapterError) as e:
+        lk.save_adapter(tmp_path / "a", PLAN, factors, base=base, meta=meta)
+    assert says in str(e.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        (None, "the path is None, which names no file"),
+        (b"a", "the path is b'a', which names no file"),
+        ("a\0b", "which names no file"),
+        ("\ud800", "which names no file"),
+        ("x" * 300, "cannot be made: File name too long"),
+        ("/proc/x/y", "cannot be made: "),
+        ("/dev/null/x", "cannot be made: '/dev/null' is no folder"),
+    ],
+)
+def test_a_path_that_cannot_be_made_says_so(tmp_path, monkeypatch, path, says):
+    monkeypatch.chdir(tmp_path)
+    base, factors = make()
+    with pytest.raises(lk.AdapterError) as e:
+        lk.save_adapter(path, PLAN, factors, base=base)
+    assert says in str(e.value)
+    with pytest.raises(lk.AdapterError, match=r"names no file|is not an adapter"):
+        lk.load_adapter(path, base=base)
+    lk.save_adapter("é" * 127, PLAN, factors, base=base)  # as long as names may be
+
+
+@pytest.mark.parametrize("value", [jnp.ones(3, jnp.int32), jnp.ones(3, bool), jnp.ones(3, jnp.complex64), [1.0], None])
+def test_leaves_that_are_no_floats_are_not_saved(tmp_path, value):
+    base, factors = make()
+    up = factors["up/kernel"]
+    for bad in ({"down/bias": lk.FullLeaf(value)}, {"up/kernel": up._replace(a=value)}):
+        with pytest.raises(lk.AdapterError, match=r"leaves are|full leaf of shape|has shape|has no 'a'"):
+            lk.save_adapter(tmp_path / "a", PLAN, factors | bad, base=base)

@@ -125,3 +125,33 @@ def test_bad_specs_say(rules, options, says):
     with pytest.raises(lk.SpecError) as e:
         lk.Spec(rules, **options)
     assert says in str(e.value)
+
+
+def test_the_older_init_beside_an_equal_start_is_taken():
+    for spelt in ({"init": "kaiming_uniform", "start": "kaiming"}, {"init": "pissa", "start": "pissa"}):
+        assert lk.LoRA(rank=1, **spelt) == lk.LoRA(rank=1, start=spelt["start"])
+        assert lk.LoRA(rank=1, variant="dora", **spelt) == lk.DoRA(rank=1, start=spelt["start"])
+    text = '{"rules": {"w": {"rank": 1, "init": "pissa", "start": "eva"}}}'
+    with pytest.raises(lk.SpecError, match="start is 'eva' and init is 'pissa'"):
+        lk.Spec.from_json(text)
+
+
+def capped(setting, shape):
+    """The rank of one kernel of this shape."""
+    return lk.resolve(lk.Spec({"a/kernel": setting}, cap_ranks=True), {"a": {"kernel": jnp.ones(shape)}}).sites[0].rank
+
+
+@pytest.mark.parametrize("method", [lk.LoRA, lk.DoRA])
+def test_a_rank_is_capped_to_what_the_start_holds(method):
+    assert capped(method(rank=6, start="orthogonal"), (5, 8)) == 4
+    assert capped(method(rank=6, start="pissa"), (5, 8)) == 5
+    with pytest.raises(lk.PlanError, match=r"cannot adapt 'a/kernel' at rank 1, .* splits the rank into halves"):
+        capped(method(rank=6, start="orthogonal"), (1, 8))
+
+
+def test_a_method_that_holds_no_rank_at_a_parameter_says_so():
+    assert capped(lk.HRA(rank=6), (5, 8)) == 4
+    says = r"hra cannot adapt 'a/kernel': the highest rank that it holds there is 0 \(in \(1,\), out \(3,\)\)"
+    for cap in (True, False):
+        with pytest.raises(lk.PlanError, match=says):
+            lk.resolve(lk.Spec({"**": lk.HRA(rank=2)}, cap_ranks=cap), {"a": {"kernel": jnp.ones((1, 3))}})

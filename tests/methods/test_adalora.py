@@ -80,9 +80,12 @@ def test_bad_settings():
     promises.check_refused(
         lk.AdaLoRA,
         [
-            ({"rank": 2, "alpha": 0}, "alpha is 0; it must be a positive number."),
-            ({"rank": 2, "alpha": "8"}, "alpha is '8'; it must be a positive number."),
-            ({"rank": 2, "orthogonal": -1}, "orthogonal is -1; it must be a number of at least 0."),
-            ({"rank": 2, "orthogonal": None}, "orthogonal is None; it must be a number of at least 0."),
+            ({"rank": 2, "alpha": 0}, "alpha is 0; it must be a positive number of float32's range."),
+            ({"rank": 2, "alpha": "8"}, "alpha is '8'; it must be a positive number of float32's range."),
+            ({"rank": 2, "orthogonal": -1}, "orthogonal is -1; it must be a number of at least 0, of float32's range."),
+            (
+                {"rank": 2, "orthogonal": None},
+                "orthogonal is None; it must be a number of at least 0, of float32's range.",
+            ),
         ],
     )

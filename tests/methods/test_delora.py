@@ -92,9 +92,9 @@ def test_bad_settings():
     promises.check_refused(
         lk.DeLoRA,
         [
-            ({"rank": 2, "bound": 0}, "bound is 0; it must be a positive number."),
-            ({"rank": 2, "bound": float("inf")}, "bound is inf; it must be a positive number."),
-            ({"rank": 2, "bound": True}, "bound is True; it must be a positive number."),
+            ({"rank": 2, "bound": 0}, "bound is 0; it must be a positive number of float32's range."),
+            ({"rank": 2, "bound": float("inf")}, "bound is inf; it must be a positive number of float32's range."),
+            ({"rank": 2, "bound": True}, "bound is True; it must be a positive number of float32's range."),
             ({"rank": 2, "start": "zero"}, f"start is 'zero'; choose from {', '.join(STARTS)}."),
         ],
     )

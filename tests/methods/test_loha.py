@@ -60,7 +60,7 @@ def test_bad_settings():
         lk.LoHa,
         [
             ({"rank": True}, f"rank is True; {promises.RANK}"),
-            ({"rank": 2, "alpha": -1}, "alpha is -1; it must be a positive number."),
+            ({"rank": 2, "alpha": -1}, "alpha is -1; it must be a positive number of float32's range."),
             ({"rank": 2, "inputs": ()}, "inputs is (); it must list axes of the parameter, such as (0,)."),
         ],
     )

@@ -129,6 +129,6 @@ def test_bad_settings():
             ({"rank": 2, "factor": 0}, f"factor is 0; {FACTOR}"),
             ({"rank": 2, "factor": 2.0}, f"factor is 2.0; {FACTOR}"),
             ({"rank": 2, "decompose_both": "no"}, "decompose_both is 'no'; it must be true or false."),
-            ({"rank": 2, "alpha": "x"}, "alpha is 'x'; it must be a positive number."),
+            ({"rank": 2, "alpha": "x"}, "alpha is 'x'; it must be a positive number of float32's range."),
         ],
     )

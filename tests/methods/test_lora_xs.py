@@ -65,7 +65,7 @@ def test_bad_settings():
         lk.LoRAXS,
         [
             ({"rank": 2.0}, f"rank is 2.0; {promises.RANK}"),
-            ({"rank": 2, "alpha": 0}, "alpha is 0; it must be a positive number."),
+            ({"rank": 2, "alpha": 0}, "alpha is 0; it must be a positive number of float32's range."),
             ({"rank": 2, "rslora": 1}, "rslora is 1; it must be true or false."),
             (
                 {"rank": 2, "dtype": "int8"},

@@ -91,7 +91,13 @@ class Nameless(lk.Setting):
         ({"setting": dict}, "must be a subclass of lk.Setting"),
         ({"setting": Nameless}, "with a `kind`"),
         ({"leaves": tuple}, "must be a NamedTuple"),
-        ({"rows": frozenset({"a"})}, "names the leaf 'a'; its leaves are gain"),
+        ({"rows": frozenset({"a"})}, "names the leaf 'a' in rows; its leaves are gain"),
+        ({"rows": "z"}, "rows of method 'gain' is 'z'; it must be a frozenset of names of leaves"),
+        ({"frozen": ["gain"]}, r"frozen of method 'gain' is \['gain'\]; it must be a frozenset of names"),
+        ({"gains": None}, "gains of method 'gain' is None; it must be a frozenset"),
+        ({"outputs": "gain"}, "outputs of method 'gain' is 'gain'; it must be a frozenset"),
+        ({"init": None}, "init of method 'gain' is None; it must be a function"),
+        ({"max_rank": 3}, "max_rank of method 'gain' is 3; it must be a function"),
     ],
 )
 def test_a_method_that_is_none_is_refused(change, says):
@@ -107,6 +113,14 @@ def test_a_method_that_is_none_is_refused(change, says):
         ({"init": lambda *_: (1,)}, "init of method 'gain' returns tuple, not its leaves"),
         ({"update": lambda *_: lk.Update(a=jnp.ones((1, 4)))}, "with both of a and b or neither"),
         ({"update": lambda *_: lk.Update(out_gain=jnp.ones(4))}, r"has out_gain of shape \(4,\)"),
+        ({"update": lambda *_: lk.Update(a=jnp.ones(()), b=jnp.ones(()))}, r"has a of shape \(\)"),
+        ({"update": lambda *_: lk.Update(out_gain=1.0)}, "update of method 'gain' returns a float as 'out_gain'"),
+        ({"init": lambda *_: One(1.0)}, "init of method 'gain' returns a float as 'gain'; it must be one array"),
+        ({"init": lambda *_: One({"x": jnp.ones(3)})}, "init of method 'gain' returns a dict as 'gain'"),
+        ({"init": lambda *_: One([jnp.ones(3)])}, "init of method 'gain' returns a list as 'gain'"),
+        ({"frozen": lambda _: frozenset({"zz"})}, "method 'gain' names the leaf 'zz' in frozen; its leaves are gain"),
+        ({"frozen": lambda _: ["gain"]}, r"frozen of method 'gain' is \['gain'\]; it must be a frozenset"),
+        ({"max_rank": lambda _: "4"}, "max_rank of method 'gain' returns '4'; it must be an integer"),
     ],
 )
 def test_a_method_that_does_not_fit_says_so_when_it_is_resolved(change, says):

@@ -74,9 +74,15 @@ def test_bad_settings():
         lk.VeRA,
         [
             ({"rank": 0}, f"rank is 0; {promises.RANK}"),
-            ({"rank": 2, "d_initial": 0}, "d_initial is 0; it must be a finite number other than 0."),
-            ({"rank": 2, "d_initial": True}, "d_initial is True; it must be a finite number other than 0."),
-            ({"rank": 2, "d_initial": float("nan")}, "d_initial is nan; it must be a finite number other than 0."),
+            ({"rank": 2, "d_initial": 0}, "d_initial is 0; it must be a number of float32's range, other than 0."),
+            (
+                {"rank": 2, "d_initial": True},
+                "d_initial is True; it must be a number of float32's range, other than 0.",
+            ),
+            (
+                {"rank": 2, "d_initial": float("nan")},
+                "d_initial is nan; it must be a number of float32's range, other than 0.",
+            ),
             ({"rank": 2, "dropout": 1}, "dropout is 1; it must lie in [0, 1)."),
         ],
     )

@@ -149,3 +149,42 @@ def test_no_buffer_of_the_state_is_donated_twice(name):
         assert len(set(places)) == len(places)
     for make in (lk.make_step, MAKERS["mesh"]):
         assert losses(tx, make)[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("setting", [lk.LoRA(rank=2), lk.LoRA(rank=2, start="pissa"), lk.DoRA(rank=2)])
+def test_an_optimiser_that_means_something_by_none_sees_none_in_no_leaf(setting):
+    """GaLore projects no leaf whose place holds None; LoRA's a0 and b0 are None where its start needs none."""
+    plan = lk.resolve(lk.Spec({"w": setting}), PARAMS, FN, X)
+    base, factors = lk.split(PARAMS, plan, jax.random.key(0))
+    adapted = lk.adapt(FN, plan)
+    grads = jax.grad(lambda f: jnp.mean((adapted(base, f, X) - 1) ** 2))(factors)
+    galore = optax.contrib.galore(1e-2, rank=1)
+    trained = {name: getattr(factors["w"], name) for name in ("a", "b")}
+    with jax.numpy_dtype_promotion("standard"):
+        seen = {name: getattr(grads["w"], name) for name in trained}
+        expected, _ = galore.update(seen, galore.init(trained), trained)
+    tx = lk.partition(galore, plan)
+    updates, _ = tx.update(grads, tx.init(factors), factors)
+    assert jax.tree.structure(updates) == jax.tree.structure(factors)
+    for name, x in expected.items():
+        np.testing.assert_allclose(getattr(updates["w"], name), x, atol=1e-6)
+
+
+def test_what_no_optimiser_of_factors_can_be_is_said_in_words():
+    lookahead = optax.lookahead(optax.sgd(0.1), 3, 0.5)
+    for tx in (lookahead, lk.partition(lookahead, PLAN)):
+        with pytest.raises(lk.LoraxError, match=r"optax\.lookahead wants params of its own"):
+            losses(tx, steps=1)
+    with pytest.raises(lk.LoraxError, match=r"takes no tree with None in it .*\n  lk\.partition\(tx, plan\) hides"):
+        losses(optax.contrib.galore(1e-2, rank=1), steps=1)
+    for tx in (None, optax.sgd, {"a": optax.sgd(0.1), "b": 1}):
+        with pytest.raises(lk.LoraxError, match=r"it must be an optax transformation"):
+            lk.partition(tx, PLAN)
+        with pytest.raises(lk.LoraxError, match=r"tx is .*; it must be an optax transformation"):
+            lk.make_step(loss, tx)
+    for clip in ("1", True, [1.0], float("inf"), 0):
+        with pytest.raises(lk.PlanError, match="it must be a positive number, or None"):
+            lk.partition(optax.sgd(0.1), PLAN, clip=clip)
+    for accumulate in ("2", None, 2.0, True, [2], 0):
+        with pytest.raises(lk.LoraxError, match="it must be an integer of at least 1"):
+            lk.make_step(loss, optax.sgd(0.1), accumulate=accumulate)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import optax
 
+from lorax_kit.core.setting import shown
 from lorax_kit.errors import LoraxError
 
 Measure = Callable[..., Any]
@@ -56,15 +57,69 @@ def updated(tx: Any, grads: Any, state: Any, factors: Any, extra: dict[str, Any]
                 f"the optimiser's update needs {missing[1]}, which a step does not have.\n"
                 f"  a step passes by keyword: {', '.join(extra)}"
             ) from e
+        except AttributeError as e:
+            if (words := _in_words(e)) is None:
+                raise
+            raise LoraxError(words) from e
+
+
+def started(tx: Any, factors: Any) -> Any:
+    """`tx.init`, under standard promotion, too."""
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            return tx.init(factors)
+    except AttributeError as e:
+        if (words := _in_words(e)) is None:
+            raise
+        raise LoraxError(words) from e
+
+
+def _in_words(e: AttributeError) -> str | None:
+    """What an optimiser cannot do with factors, where the error tells it."""
+    if e.name == "fast":  # of LookaheadParams
+        return (
+            "optax.lookahead wants params of its own (optax.LookaheadParams, fast and slow), and factors are none.\n"
+            "  choose another optimiser"
+        )
+    if e.name is not None and e.obj is None:
+        return (
+            f"the optimiser takes no tree with None in it ({e}), and leaves that a method does without are None.\n"
+            "  lk.partition(tx, plan) hides them from it"
+        )
+    return None
+
+
+def check_transformation(who: str, tx: Any) -> None:
+    """Raise `LoraxError` unless `tx` has what an optax transformation has."""
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        raise LoraxError(f"{who} is {shown(tx)}; it must be an optax transformation, such as optax.adamw(1e-3).")
 
 
 def accepting(tx: Any) -> optax.GradientTransformationExtraArgs:
-    """A transformation that takes any extra argument, within `optax.partition`, and uses those it knows."""
+    """A transformation that takes any extra argument, within `optax.partition`, and uses those it knows.
+
+    The leaves that a method does without, None, are masked nodes to it, as those of other labels are: some optimisers
+    (GaLore) mean something by None.
+    """
+
+    def init(params: Any) -> Any:
+        return started(tx, _present(params))
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        return updated(tx, grads, state, params, extra)
+        extra |= {"grad": _present(extra["grad"])} if "grad" in extra else {}
+        params = None if params is None else _present(params)
+        updates, state = updated(tx, _present(grads), state, params, extra)
+        return jax.tree.map(lambda g, u: None if g is None else u, grads, updates, is_leaf=_absent), state
 
-    return optax.GradientTransformationExtraArgs(tx.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _present(tree: Any) -> Any:
+    return jax.tree.map(lambda x: optax.MaskedNode() if x is None else x, tree, is_leaf=_absent)
+
+
+def _absent(x: Any) -> bool:
+    return x is None
 
 
 def completing(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:

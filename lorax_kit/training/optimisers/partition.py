@@ -15,8 +15,9 @@ import optax
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.method import frozen_leaves, trained_leaves
 from lorax_kit.core.plan import Plan
+from lorax_kit.core.setting import is_number, plain
 from lorax_kit.errors import PlanError
-from lorax_kit.training.optimisers.extra import accepting, completing
+from lorax_kit.training.optimisers.extra import accepting, check_transformation, completing
 from lorax_kit.training.optimisers.gains import from_start
 
 
@@ -67,7 +68,9 @@ def partition(
       >>> plan = resolve(Spec({"w": LoRA(rank=2)}), {"w": jnp.ones((4, 3))})
       >>> tx = partition({"a": optax.adam(1e-3), "b": optax.adam(1.6e-2)}, plan)
     """
-    if clip is not None and not 0 < clip < float("inf"):
+    for name, one in tx.items() if isinstance(tx, Mapping) else [("", tx)]:
+        check_transformation(f"tx[{name!r}]" if name else "tx", one)
+    if clip is not None and not (is_number(plain(clip)) and clip > 0):
         raise PlanError(f"clip is {clip!r}; it must be a positive number, or None.")
     named = labels(plan)
     if isinstance(tx, Mapping):

@@ -16,7 +16,7 @@ import optax
 from jax import Array
 
 from lorax_kit.core.leaves import FactorTree
-from lorax_kit.core.method import method_of
+from lorax_kit.core.method import leaf_shapes, method_of
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.site import Site
 from lorax_kit.dtypes import wide
@@ -75,6 +75,9 @@ def riemannian(plan: Plan, *, delta: float = 1e-6) -> optax.GradientTransformati
 
 
 def _preconditioned(site: Site, grads: Any, leaves: Any, delta: float) -> Any:
+    # Within a partition what the method does without is masked, too; only what is hidden is missing.
+    wanted = leaf_shapes(site)._asdict()
+    leaves = leaves._replace(**{name: None for name, x in wanted.items() if x is None})
     if any(isinstance(x, optax.MaskedNode) for x in leaves):
         raise PlanError(
             f"a partition hides factors of {site.path!r} from riemannian.\n"
