@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.algebra.adaptation import AnyAdapter, bases, check_adapter, check_result
+from lorax_kit.algebra.adaptation import AnyAdapter, bases, check_adapter
 from lorax_kit.algebra.delta import delta_of, full_delta
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import beyond
@@ -186,7 +186,6 @@ def _quantised(method: str, block: int, double: bool) -> Callable[[Array], Array
 def _loss(path: str, w: Array, delta: Array, stored: str, rounded: Callable[[Array], Array]) -> Loss:
     """Of one parameter. W' is summed and rounded as `lk.merge` does it, and judged in float64."""
     dtype = wide(w.dtype, delta.dtype)
-    check_result(path, delta)
     summed = w.astype(dtype) + delta.astype(dtype)
     if not np.isfinite(np.asarray(summed, np.float64)).all():
         raise AdapterError(f"{path!r} holds values that are not finite once merged, before it is rounded.")

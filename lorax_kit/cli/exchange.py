@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from lorax_kit.cli.root import cli, echo
+from lorax_kit.cli.root import cli, echo, refuse_given
 
 FOLDER = click.Path(exists=True, file_okay=False)
 BASE = click.option(
@@ -64,6 +64,8 @@ def combine(adapters: tuple[str, ...], weights: tuple[float, ...], as_json: bool
     """Combine ADAPTERS of one base, of either format, into one LoRA: computed on their updates."""
     from lorax_kit.workloads.exchange import combine_adapters
 
+    if not options["how"].startswith("dare"):
+        refuse_given({"seed": "--seed"}, "the ways that draw, dare_linear and dare_ties")
     found = combine_adapters(adapters, weights=weights or None, **options)
     if as_json:
         echo(found)

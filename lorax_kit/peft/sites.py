@@ -14,7 +14,7 @@ import numpy as np
 from lorax_kit.core.method import Method, leaf_shapes
 from lorax_kit.core.setting import Setting
 from lorax_kit.core.site import Site
-from lorax_kit.errors import AdapterError, SpecError
+from lorax_kit.errors import AdapterError, PlanError, SpecError
 from lorax_kit.peft.layout import Way, to_site
 from lorax_kit.peft_form import FromPeft, PeftForm
 
@@ -73,7 +73,13 @@ def setting_of(pieces: Pieces, dtype: str | None, w: Any, reduce_ranks: bool) ->
         settings = [max(settings, key=lambda s: s.rank)]  # type: ignore[attr-defined]
     setting = settings[0]
     limit = min(prod(pieces.way.inputs), pieces.way.outputs)
-    if reduce_ranks and form.product and setting.rank > limit:  # type: ignore[attr-defined]
+    if form.product and setting.rank > limit:  # type: ignore[attr-defined]
+        if not reduce_ranks:
+            rank = setting.rank  # type: ignore[attr-defined]
+            raise PlanError(
+                f"rank {rank} at {pieces.path!r} is above min(in, out) = {limit}.\n"
+                "  load_peft(..., reduce_ranks=True) makes it one of that rank, which holds the same update"
+            )
         for index, part in pieces.parts.items():
             pieces.parts[index] = part._replace(leaves=_reduced(part.leaves, limit))
         scale = setting.scale * (limit**0.5 if setting.rslora else limit)  # type: ignore[attr-defined]

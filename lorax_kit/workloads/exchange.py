@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.algebra import combine, to_lora
+from lorax_kit.algebra.combine import SUMS
 from lorax_kit.checkpoint import load_adapter, save_adapter
 from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
 from lorax_kit.checkpoint.staging import refuse_near
@@ -44,6 +45,7 @@ class Model(NamedTuple):
       own: path -> the name that the model's own files have for it.
       folder: of the files that came with it, or None (a GGUF file).
       stored: the tensors of that folder, or None.
+      drawn: paths of parameters that the files do not have, whose values here are no model's.
     """
 
     base: Params
@@ -51,6 +53,7 @@ class Model(NamedTuple):
     own: dict[str, str]
     folder: Path | None
     stored: Stored | None
+    drawn: frozenset[str] = frozenset()
 
 
 def format_of(folder: str | Path) -> str:
@@ -100,12 +103,14 @@ def load_model(source: str, adapters: Sequence[str | Path]) -> Model:
     if not classes and head is None:
         return Model(encoder.params, {p: f"bert.{name}" for p, name in names.items()}, own, folder, stored)
     count = classes.pop() if classes else len(head["bias"])  # type: ignore[index]
-    params = classifier_params(encoder, count, jax.random.key(0))
+    params, drawn = classifier_params(encoder, count, jax.random.key(0)), frozenset[str]()
     if head is not None and len(head["bias"]) == count:
         params["classifier"] = head
+    else:
+        drawn = frozenset(f"classifier/{leaf}" for leaf in params["classifier"])
     names = classifier_names(encoder.config)
     own = {p: own.get(p.removeprefix("encoder/"), str(name)) for p, name in names.items()}
-    return Model(params, names, own, folder, stored)
+    return Model(params, names, own, folder, stored, drawn)
 
 
 def read_from(source: str, adapters: Sequence[str | Path]) -> list[Path]:
@@ -238,10 +243,22 @@ def combine_adapters(
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Combine adapters of one base into one LoRA, as `lk.algebra.combine`; what was written, as plain data."""
+    """Combine adapters of one base into one LoRA, as `lk.algebra.combine`; what was written, as plain data.
+
+    Raises:
+      AdapterError: as `combine`; heads that began at values which the base does not have, and no mean of them is asked.
+    """
     refuse_near(Path(out).absolute(), read_from(base, sources))
     model = load_model(base, sources)
     adapters = [read_adapter(folder, model) for folder in sources]
+    trained = sorted(model.drawn & {leaf.path for adapter in adapters for leaf in adapter.plan.full})
+    mean = how in SUMS and abs(sum(weights or [1.0] * len(adapters)) - 1) < 1e-6
+    if trained and not mean:  # of a mean the base's value drops out
+        raise AdapterError(
+            f"{trained[0]!r} is trained in full, and {base!r} does not have it: where each adapter began is not known, "
+            "and so not what it changed.\n"
+            f"  combine by {', '.join(SUMS)} with weights that sum to 1: a mean of the heads"
+        )
     key = jax.random.key(seed) if how.startswith("dare") else None
     made = combine(adapters, how, weights=weights, rank=rank, energy=energy, density=density, key=key, base=model.base)
     meta = {"combined": list(map(str, sources)), "how": how, "weights": None if weights is None else list(weights)}

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 import lorax_kit as lk
 from lorax_kit.cli import cli
 from lorax_kit.core.paths import flatten
-from lorax_kit.models import load_bert
+from lorax_kit.models import classifier_params, load_bert
 from tests.draws import moved
 from tests.models.test_pretrained import write_folder
 
@@ -96,6 +96,24 @@ def test_adapters_are_combined_on_their_updates(model, tmp_path):
         np.testing.assert_allclose(got[site.path] - start[site.path], wanted, atol=2e-5)
 
 
+def test_heads_of_different_beginnings_are_averaged_and_never_added(model, tmp_path):
+    heads = []
+    for seed in (0, 1):
+        params = classifier_params(load_bert(model), 2, jax.random.key(seed))
+        plan = lk.resolve(lk.Spec({f"encoder/{KERNELS}": lk.LoRA(rank=1), "classifier/*": lk.Full()}), params)
+        _, factors = lk.split(params, plan, jax.random.key(seed))
+        factors = moved(factors)
+        heads.append(np.asarray(factors["classifier/kernel"].value))
+        lk.save_adapter(tmp_path / str(seed), plan, factors, base=params)
+    command = ("combine", tmp_path / "0", tmp_path / "1", "--base", model, "--out", tmp_path / "c", "--json")
+    for more in ((), ("--how", "ties", "--density", 0.5, "--weight", 0.5, "--weight", 0.5)):
+        assert "where each adapter began is not known" in call(*command, *more, code=2)
+    assert not (tmp_path / "c").exists()
+    call(*command, "--weight", 0.5, "--weight", 0.5)
+    made = lk.load_adapter(tmp_path / "c", base=params)
+    np.testing.assert_allclose(made.factors["classifier/kernel"].value, (heads[0] + heads[1]) / 2, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_merged_model_is_a_folder_that_loads(model, tmp_path, dtype):
     base, plan, factors = saved(model, tmp_path / "a", lk.LoRA(rank=2, alpha=3))
@@ -125,6 +143,7 @@ def test_a_merged_model_is_a_folder_that_loads(model, tmp_path, dtype):
         (("convert", "--from", "orbax", "{empty}", "--to", "peft", "{new}"), "is no adapter"),
         (("combine", "{a}", "{a}", "--how", "mean", "--out", "{new}"), "how is 'mean'; choose from"),
         (("combine", "{a}", "{a}", "--weight", "1", "--out", "{new}"), "1 weights"),
+        (("combine", "{a}", "{a}", "--seed", "5", "--out", "{new}"), "--seed goes with the ways that draw"),
         (("merge", "{a}", "--out", "{empty}"), "exists"),
     ],
 )
