@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from lorax_kit.cli.root import cli, echo, refuse_given
+from lorax_kit.cli.root import cli, echo
 
 FOLDER = click.Path(exists=True, file_okay=False)
 BASE = click.option(
@@ -57,15 +57,13 @@ def convert(as_json: bool, **options: Any) -> None:
 @click.option("--rank", type=click.IntRange(1), help="Of the new LoRA; default: the highest of the adapters.")
 @click.option("--energy", type=float, help="Share of the squared update to keep, instead of a rank.")
 @click.option("--density", type=float, help="Share of the entries that ties, dare and magnitude keep.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of what dare drops.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of what dare drops; default: 0.")
 @OVERWRITE
 @JSON
 def combine(adapters: tuple[str, ...], weights: tuple[float, ...], as_json: bool, **options: Any) -> None:
     """Combine ADAPTERS of one base, of either format, into one LoRA: computed on their updates."""
     from lorax_kit.workloads.exchange import combine_adapters
 
-    if not options["how"].startswith("dare"):
-        refuse_given({"seed": "--seed"}, "the ways that draw, dare_linear and dare_ties")
     found = combine_adapters(adapters, weights=weights or None, **options)
     if as_json:
         echo(found)

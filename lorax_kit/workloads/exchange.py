@@ -240,7 +240,7 @@ def combine_adapters(
     rank: int | None = None,
     energy: float | None = None,
     density: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Combine adapters of one base into one LoRA, as `lk.algebra.combine`; what was written, as plain data.
@@ -259,7 +259,10 @@ def combine_adapters(
             "and so not what it changed.\n"
             f"  combine by {', '.join(SUMS)} with weights that sum to 1: a mean of the heads"
         )
-    key = jax.random.key(seed) if how.startswith("dare") else None
+    draws = how.startswith("dare")
+    if seed is not None and not draws:
+        raise AdapterError(f"a seed is for the ways that draw, dare_linear and dare_ties; {how!r} does not.")
+    key = jax.random.key(seed or 0) if draws else None
     made = combine(adapters, how, weights=weights, rank=rank, energy=energy, density=density, key=key, base=model.base)
     meta = {"combined": list(map(str, sources)), "how": how, "weights": None if weights is None else list(weights)}
     save_adapter(out, made.plan, made.factors, base=model.base, meta=meta, overwrite=overwrite)

@@ -143,7 +143,7 @@ def test_a_merged_model_is_a_folder_that_loads(model, tmp_path, dtype):
         (("convert", "--from", "orbax", "{empty}", "--to", "peft", "{new}"), "is no adapter"),
         (("combine", "{a}", "{a}", "--how", "mean", "--out", "{new}"), "how is 'mean'; choose from"),
         (("combine", "{a}", "{a}", "--weight", "1", "--out", "{new}"), "1 weights"),
-        (("combine", "{a}", "{a}", "--seed", "5", "--out", "{new}"), "--seed goes with the ways that draw"),
+        (("combine", "{a}", "{a}", "--seed", "5", "--out", "{new}"), "a seed is for the ways that draw"),
         (("merge", "{a}", "--out", "{empty}"), "exists"),
     ],
 )
