@@ -1,15 +1,19 @@
 """A batch of 32 rows, each with its own adapter of rank 2 to 16, against one adapter for all of them; PEFT beside it.
 
 Command:   python experiments/mixed_batch.py [--rounds 30] [--layers 6]
-Result:    mixed against one adapter of rank 16 for all rows, in CPU time on one core of a busy machine, medians of 9 to
-           15 alternating rounds; PEFT's mixed batch against its own single adapter likewise, 2 layers:
+Hardware:  2 CPU cores, 2 minutes
+Result:    mixed against one adapter of rank 16 for all rows, 6 layers, wall time, medians of 30 alternating rounds;
+           PEFT's mixed batch against its own single adapter:
 
-           | targets    | tokens a row | 6 layers | 2 layers | 2 layers, ms | PEFT  | PEFT, ms |
-           | ---------- | ------------ | -------- | -------- | ------------ | ----- | -------- |
-           | qv         | 16           | 1.04x    | 1.03x    | 19.6         | 1.16x | 50.8     |
-           | qv         | 64           | 1.03x    | 1.05x    | 81.7         | 1.05x | 177.4    |
-           | all-linear | 16           | 1.22x    | 1.20x    | 23.0         | 1.46x | 68.6     |
-           | all-linear | 64           | 1.21x    | 1.24x    | 118.6        | 1.07x | 223.4    |
+           | targets    | tokens a row | mixed | one, mixed ms | PEFT  | PEFT: one, mixed ms |
+           | ---------- | ------------ | ----- | ------------- | ----- | ------------------- |
+           | qv         | 16           | 1.18x | 26.8, 33.4    | 1.34x | 59.2, 77.5          |
+           | qv         | 64           | 1.10x | 102, 114      | 1.10x | 227, 249            |
+           | all-linear | 16           | 1.27x | 29.6, 38.9    | 1.95x | 62.6, 121           |
+           | all-linear | 64           | 1.38x | 117, 160      | 1.19x | 267, 323            |
+
+           In processor time on one core it is 1.03x to 1.05x (qv) and 1.20x to 1.24x (all-linear): the rows' own
+           products do not use the second core as the shared one does.
 
            Rows are within 3e-6 of their merged parameters. Copying the factors of all sites at the start,
            instead of each site's for its own products, makes it 1.84x (all-linear, 16 tokens, 2 layers): the copies

@@ -3,9 +3,10 @@
     W' = W + A0^T (sum_i v_i P_i) B0        A0, B0 from the SVD of W; P_i fixed draws; v trained: u numbers a parameter
 
 Command:   python experiments/own_method.py
-Hardware:  2 CPU cores
-Result:    see the table that it prints; runs/own_method/report.html
-Writes:    runs/own_method/ (report.html, results.csv, adapters/), runs/own_method_adapter/
+Hardware:  2 CPU cores, 2 minutes
+Result:    1,004 trained numbers (234 and the head): 76.0 % [74.2, 77.7] of the test reviews, the head alone 74.5 %
+           [73.8, 75.3], three paired seeds
+Writes:    runs/own_method/ (report.html, results.csv, adapters/)
 """
 
 # The method: from here ...
@@ -77,10 +78,10 @@ def main() -> None:
     batch = problem.test[0]
     adapted = lk.adapt(problem.apply, best.plan)(base, best.factors, batch)
     merged = problem.apply(lk.merge(base, best.factors, best.plan), batch)
+    trained = lk.explain(lk.adapt(problem.apply, best.plan), base, best.factors, batch).trained_params
     print(
-        f"{lk.explain(lk.adapt(problem.apply, best.plan), base, best.factors, batch).trained_params} trained numbers;"
+        f"{trained} trained numbers; adapted and merged logits differ by {float(jnp.abs(adapted - merged).max()):.1e}"
     )
-    print(f"adapted and merged logits differ by {float(jnp.abs(adapted - merged).max()):.1e}")
 
 
 if __name__ == "__main__":
