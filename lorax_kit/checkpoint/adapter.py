@@ -7,7 +7,6 @@ versions that wrote it; and the digests of all files. Nothing of the base is sto
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import warnings
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lorax_kit.checkpoint.document import axes_of, check_arrays, check_document
+from lorax_kit.checkpoint.document import axes_of, check_arrays, check_document, kept_by_json
 from lorax_kit.checkpoint.fingerprint import (
     differences,
     digests,
@@ -39,7 +38,7 @@ from lorax_kit.core.plan import Plan, make_plan
 from lorax_kit.core.setting import is_int, shown
 from lorax_kit.core.spec import Spec
 from lorax_kit.errors import AdapterError, LoraxError
-from lorax_kit.json_text import parse_json, read_json
+from lorax_kit.json_text import read_json
 from lorax_kit.version import __version__
 
 FORMAT = 2
@@ -131,7 +130,7 @@ def save_adapter(
     check_factors(plan, factors)
     arrays = named_arrays(factors)
     check_finite(arrays)
-    meta = _kept(meta)
+    meta = kept_by_json(meta)
     stored, same = _apart(arrays)
     document = {
         "format": FORMAT,
@@ -146,45 +145,6 @@ def save_adapter(
     }
     with staged(path, overwrite) as new:
         _write(new, stored, document)
-
-
-def _kept(meta: Any) -> dict[str, Any]:
-    """What a writer adds, which JSON must give back equal.
-
-    Raises:
-      AdapterError: it does not: keys that are no strings, tuples, objects.
-    """
-    try:
-        data = dict(meta or {})
-        text = json.dumps(data)
-        odd = _changed("meta", data, parse_json(text))
-    except (TypeError, ValueError, RecursionError) as e:
-        why = str(e) or type(e).__name__
-        raise AdapterError(f"meta is not JSON data: {why}; nothing was saved.") from None
-    if odd is not None:
-        raise AdapterError(
-            f"{odd}: JSON does not give it back equal; nothing was saved.\n"
-            "  give dicts with string keys, lists, strings, numbers, booleans and None"
-        )
-    return data
-
-
-def _changed(where: str, x: Any, again: Any) -> str | None:
-    """What of `x` JSON gives back as something else, or None."""
-    if isinstance(x, dict):
-        for key, value in x.items():
-            if not isinstance(key, str):
-                return f"{where} has the key {shown(key)}"
-            if (odd := _changed(f"{where}[{key!r}]", value, again[key])) is not None:
-                return odd
-        return None
-    if isinstance(x, list):
-        parts = (_changed(f"{where}[{i}]", *pair) for i, pair in enumerate(zip(x, again, strict=True)))
-        return next((odd for odd in parts if odd is not None), None)
-    if isinstance(x, tuple):
-        return f"{where} is the tuple {shown(x)}"
-    equal = x == again or (x != x and again != again)
-    return None if equal else f"{where} is {shown(x)}"
 
 
 def plan_of(given: Plan | Spec, base: Params, older: Mapping[str, Any], who: str) -> Plan:

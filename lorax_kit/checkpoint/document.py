@@ -1,7 +1,8 @@
-"""The JSON beside an adapter's factors: every key of the kind that loading needs, whoever wrote or edited it."""
+"""The JSON beside an adapter's factors: what may be written, and every key of the kind that loading needs."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,49 @@ from lorax_kit.core.plan import match
 from lorax_kit.core.setting import Setting, is_int, shown
 from lorax_kit.core.site import USES, Axes
 from lorax_kit.core.spec import Spec
+from lorax_kit.errors import AdapterError
+from lorax_kit.json_text import parse_json
 
 AXES = ("inputs", "outputs", "stack")
+
+
+def kept_by_json(meta: Any) -> dict[str, Any]:
+    """What a writer adds, which JSON must give back equal.
+
+    Raises:
+      AdapterError: it does not: keys that are no strings, tuples, objects.
+    """
+    try:
+        data = dict(meta or {})
+        text = json.dumps(data)
+        odd = _changed("meta", data, parse_json(text))
+    except (TypeError, ValueError, RecursionError) as e:
+        why = str(e) or type(e).__name__
+        raise AdapterError(f"meta is not JSON data: {why}; nothing was saved.") from None
+    if odd is not None:
+        raise AdapterError(
+            f"{odd}: JSON does not give it back equal; nothing was saved.\n"
+            "  give dicts with string keys, lists, strings, numbers, booleans and None"
+        )
+    return data
+
+
+def _changed(where: str, x: Any, again: Any) -> str | None:
+    """What of `x` JSON gives back as something else, or None."""
+    if isinstance(x, dict):
+        for key, value in x.items():
+            if not isinstance(key, str):
+                return f"{where} has the key {shown(key)}"
+            if (odd := _changed(f"{where}[{key!r}]", value, again[key])) is not None:
+                return odd
+        return None
+    if isinstance(x, list):
+        parts = (_changed(f"{where}[{i}]", *pair) for i, pair in enumerate(zip(x, again, strict=True)))
+        return next((odd for odd in parts if odd is not None), None)
+    if isinstance(x, tuple):
+        return f"{where} is the tuple {shown(x)}"
+    equal = x == again or (x != x and again != again)
+    return None if equal else f"{where} is {shown(x)}"
 
 
 def check_document(path: Path, document: Any) -> None:
