@@ -189,9 +189,8 @@ class Study:
                 _check(name in has or not given, f"study variant {shown(kind)} has no {name}; give {way}.")
         unused = sorted(set(self.settings) - set(self.variant))
         _check(not unused, f"study settings are for {', '.join(unused)}, which is no variant of the study.")
-        for trial in self.trials():
-            if trial.rank > 0:
-                self.setting(trial)  # raises where a method does not take it
+        for trial in {(t.variant, t.rank, t.alpha): t for t in self.trials() if t.rank > 0}.values():
+            self.setting(trial)  # raises where a method does not take it
 
     def setting(self, trial: Trial) -> Setting:
         """The setting of the sites of a trial."""

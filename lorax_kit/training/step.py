@@ -73,8 +73,8 @@ def make_step(
         devices weigh differently (tokens, padding), return `lk.Weighted(total, weight)` in its place, which is exact
         for any split. `aux` may hold `lk.Weighted`, too.
       tx: from `lk.partition`, or any optax transformation over the factors; weight decay of one without a partition
-        moves frozen leaves, too. One that needs more than the gradient is
-        given it: `value`, `grad`, `value_fn` (line searches), `obj_fn`, `grad_fn`.
+        moves frozen leaves, too. One that needs more than the gradient is given it: `value`, `grad`, `value_fn` (line
+        searches), `obj_fn`, `grad_fn`.
       accumulate: micro-batches per step. Every array of the batch is split along its first axis; numbers reach
         every micro-batch as they are, random keys (`jax.random.key`) folded with its number. Loss and gradients are
         means, summed in at least fp32.
