@@ -23,16 +23,17 @@ from lorax_kit.study.statistics import holm, interval, paired_test
 from lorax_kit.workloads import Sentiment
 
 OUT = Path("runs/methods")
-SEEDS, STEPS, RATES = range(6), 100, (1e-3, 5e-3, 2.5e-2)
+SEEDS, STEPS, RATES = range(6), 100, (2e-4, 1e-3, 5e-3, 2.5e-2)
 TARGETS = {"upper-linear": ["encoder/layer_{3..5}/**/kernel"]}
 HIGHEST = 384  # of MiniLM's smallest matrix
-# Method -> further settings, and what its ranks are multiples of.
+# Method -> further settings, and what its ranks are multiples of. DeLoRA's update is lambda / sqrt(rank * in) of |W| as
+# soon as it moves: PEFT's lambda of 15 is 0.05 |W| at rank 32 and 3,072 inputs; here the same share takes lambda 2.
 METHODS = {
     "lora": ({}, 1),
     "dora": ({}, 1),
     "adalora": ({}, 1),
     "miss": ({}, 1),
-    "delora": ({}, 1),
+    "delora": ({"bound": 2.0}, 1),
     "hra": ({}, 2),
     "loha": ({}, 1),
     "lokr": ({}, 1),
@@ -144,7 +145,9 @@ def main(names: list[str]) -> None:
     for row in table:
         against = "" if row["p"] is None else f"  {100 * row['against_lora']:+.1f} points, p {row['p_holm']:.3f}"
         interval_text = f"{row['test_accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-        print(f"{row['method']:9} rank {row['rank']:3} {row['params']:8,} lr {row['lr']:g}  {interval_text}{against}")
+        edge = "" if min(RATES) < row["lr"] < max(RATES) else " (the end of the sweep)"
+        rate = f"lr {row['lr']:g}{edge}"
+        print(f"{row['method']:9} rank {row['rank']:3} {row['params']:8,} {rate}  {interval_text}{against}")
 
 
 if __name__ == "__main__":
