@@ -31,6 +31,7 @@ import lorax_kit as lk
 from lorax_kit.benchmarks.timing import alternate, prepared, product_flops, table
 from lorax_kit.core.paths import flatten
 from lorax_kit.models import LstmClassifier, LstmConfig, Tokenizer
+from lorax_kit.problem.sums import means_of, sums_of
 from lorax_kit.serve import load_onnx, save_onnx
 from lorax_kit.serve.onnx import check_installed
 from lorax_kit.tasks import (
@@ -44,7 +45,6 @@ from lorax_kit.tasks import (
     split_reviews,
     train_batches,
 )
-from lorax_kit.training.evaluate import mean_scores
 
 CONFIG = LstmConfig(vocab_size=10000, embedding_size=96, hidden_size=96, num_layers=2, dropout=0.4)
 TARGETS = ("embedding/embedding", "lstm_*/*/kernel")
@@ -79,9 +79,13 @@ def evaluator(apply, batches):
     def score(params, batch):
         logits, weight = apply(params, batch), batch.weight
         losses = jnp.sum(cross_entropies(logits, batch.label) * weight)
-        return lk.Score(losses, correct(logits, batch.label, weight), jnp.sum(weight))
+        return sums_of(lk.Score(losses, correct(logits, batch.label, weight), jnp.sum(weight)), "the reviews")
 
-    return lambda params: {k: v for k, v in mean_scores([score(params, b) for b in batches]).items() if k != "examples"}
+    def measured(params):
+        means, _ = means_of([score(params, batch) for batch in batches], "the reviews")
+        return {"loss": float(means["loss"]), "accuracy": float(means["correct"])}
+
+    return measured
 
 
 def train(apply, params, loss, rounds, val, *, rate, key, around):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import lorax_kit as lk
 from lorax_kit.core.paths import flatten
 from lorax_kit.core.patterns import matches
-from lorax_kit.study.session import evaluator
+from lorax_kit.problem import Evaluator
 from lorax_kit.workloads import Sentiment
 
 PROBLEM = Sentiment(batch_size=32, length=32)
@@ -57,7 +57,7 @@ def train(problem, method):
                 bar.update()
                 bar.set_postfix(seed=seed, loss=f"{losses[-1]:.4f}")
             merged = lk.merge(base, state.factors, plan)
-            tests = tests or [evaluator(problem, merged, plan, part) for part in (problem.val, problem.test)]
+            tests = tests or [Evaluator(problem, merged, plan.trained, part) for part in (problem.val, problem.test)]
             val, test = (measure(merged) for measure in tests)
             found = {"train_loss": float(np.mean(losses[-20:])), "val_loss": val["loss"]}
             seeds.append(found | {"val_accuracy": val["accuracy"], "test_accuracy": test["accuracy"]})

@@ -37,9 +37,10 @@ from lorax_kit.core.leaves import site_key
 from lorax_kit.methods import HRA, IA3, AdaLoRA, DeLoRA, DoRA, Factors, LoHa, LoKr, LoRA, LoRAXS, MiSS, Rows, VeRA
 from lorax_kit.parallel import device_mesh, pmap_step, sharded_step
 from lorax_kit.peft import load_peft, save_peft
+from lorax_kit.problem import Metric, Problem, Score
 from lorax_kit.starts import loftq
-from lorax_kit.study import Problem, Results, Study, run
-from lorax_kit.training import Score, Weighted, adalora_budget, fit, lora_plus, make_step, partition, riemannian
+from lorax_kit.study import Results, Study, run
+from lorax_kit.training import Weighted, adalora_budget, fit, lora_plus, make_step, partition, riemannian
 from lorax_kit.transform import adapt, all_linear, explain, resolve
 from lorax_kit.version import __version__
 
@@ -61,6 +62,7 @@ __all__ = [
     "LoRAXS",
     "LoraxError",
     "Method",
+    "Metric",
     "MiSS",
     "Plan",
     "PlanError",

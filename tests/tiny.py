@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lorax_kit as lk
-from lorax_kit.training import Score
+from lorax_kit.problem import Score
 
 WIDTH = 6
 HEAD = ("head/{kernel,bias}",)

@@ -49,6 +49,7 @@ def site_key(key: Array, path: str) -> Array:
 def trained_only(plan: Plan, factors: FactorTree) -> dict[str, Any]:
     """The factors without their frozen leaves: what counts as trained."""
     frozen = {site.path: dict.fromkeys(frozen_leaves(site.setting)) for site in plan.sites}
+    frozen |= {leaf.path: {"value": None} for leaf in plan.full if not leaf.trained}
     return {path: leaves._replace(**frozen.get(path, {})) for path, leaves in factors.items()}
 
 

@@ -62,7 +62,7 @@ class Plan:
 def plan_of_sites(sites: Sequence[Site], full: Sequence[FullSite], compute_dtype: str | None) -> Plan:
     """A plan of these sites, whose spec has a rule for each."""
     rules: list[tuple[str, AnySetting]] = [(literal(site.path), site.setting) for site in sites]
-    rules += [(literal(leaf.path), Full(dtype=leaf.dtype)) for leaf in full]
+    rules += [(literal(leaf.path), Full(dtype=leaf.dtype, trained=leaf.trained)) for leaf in full]
     return Plan(sites=tuple(sites), full=tuple(full), spec=Spec(rules, compute_dtype=compute_dtype))
 
 
@@ -148,7 +148,7 @@ def make_plan(spec: Spec, params: Params, axes: dict[str, tuple[Axes, str]] | No
                     f"{path!r} is {leaf.dtype}; Full(dtype={dtype!r}) would round it.\n"
                     "  give a dtype at least as wide, or none"
                 )
-            full.append(FullSite(path=path, shape=leaf.shape, dtype=dtype))
+            full.append(FullSite(path=path, shape=leaf.shape, dtype=dtype, trained=setting.trained))
             continue
         found, use = _untraced(path, leaf.shape, setting) if axes is None else axes[path]
         site = Site(path=path, shape=leaf.shape, dtype=str(leaf.dtype), axes=found, use=use, setting=setting)

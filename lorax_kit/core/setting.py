@@ -171,12 +171,16 @@ class Full:
 
     Args:
       dtype: in which it is trained, at least as wide as its own; None: its own, or float32 where that is narrower.
+      trained: False for what an adapter has for itself and no optimiser moves: the running statistics of BatchNorm,
+        which the model's own training pass gives anew.
     """
 
     dtype: str | None = None
+    trained: bool = True
     kind: ClassVar[str] = "full"
     older: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if self.dtype is not None:
             check_float_dtype(self.dtype, "dtype")
+        need(isinstance(self.trained, bool), f"trained is {shown(self.trained)}; it must be true or false.")

@@ -119,8 +119,9 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class FullSite:
-    """One parameter trained in full."""
+    """One parameter that an adapter has whole: trained in full, or given anew by the model's training pass."""
 
     path: str
     shape: tuple[int, ...]
     dtype: str
+    trained: bool = True

@@ -50,6 +50,13 @@ def setting_from(data: Mapping[str, Any], where: str) -> AnySetting:
         raise SpecError(f"{where}: {e}.") from None
 
 
+def _setting_data(setting: AnySetting) -> dict[str, Any]:
+    data = {"kind": setting.kind, **asdict(setting)}
+    if isinstance(setting, Full) and setting.trained:
+        del data["trained"]
+    return data
+
+
 @dataclass(frozen=True)
 class Spec:
     """Ordered rules: path pattern -> a method's setting, or `Full`. Hashable; equal specs plan equally.
@@ -111,7 +118,7 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` is the inverse."""
-        rules = [[pattern, {"kind": s.kind, **asdict(s)}] for pattern, s in self.rules]
+        rules = [[pattern, _setting_data(s)] for pattern, s in self.rules]
         plain = {"rules": rules, "exclude": list(self.exclude), "compute_dtype": self.compute_dtype}
         return plain | ({"cap_ranks": True} if self.cap_ranks else {})
 

@@ -1,7 +1,6 @@
 """A whole rank ablation as one compiled program: design, packing, engine, store, statistics."""
 
 from lorax_kit.study.design import Study, Trial
-from lorax_kit.study.problem import Problem
 from lorax_kit.study.run import Results, run
 
-__all__ = ["Problem", "Results", "Study", "Trial", "run"]
+__all__ = ["Results", "Study", "Trial", "run"]

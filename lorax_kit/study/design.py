@@ -225,12 +225,13 @@ class Study:
             out.append(Trial(rank=0, alpha=0.0, lr=float(lr), seed=seed, targets="head"))
         return tuple(out)
 
-    def spec(self, trial: Trial, head: Sequence[str]) -> Spec:
-        """The spec of one trial alone; `head` are the patterns trained in full."""
-        rules: list[tuple[str, Setting | Full]] = [(pattern, Full()) for pattern in head]
+    def spec(self, trial: Trial, whole: Sequence[tuple[str, Full]]) -> Spec:
+        """The spec of one trial alone; `whole` are the rules of what it has in full (`Problem.whole_rules`)."""
+        rules: list[tuple[str, Setting | Full]] = list(whole)
         if trial.rank > 0:
             rules += [(pattern, self.setting(trial)) for pattern in self.targets[trial.targets]]
-        _check(len(rules) > 0, f"trial {trial.name!r} trains nothing: the problem has no head for the probe.")
+        trains = trial.rank > 0 or any(setting.trained for _, setting in whole)
+        _check(trains, f"trial {trial.name!r} trains nothing: the problem has no head for the probe.")
         return Spec(rules)
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -18,15 +19,15 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lorax_kit.core.leaves import penalty
 from lorax_kit.core.paths import Params, arrays_only
 from lorax_kit.core.plan import Plan
 from lorax_kit.errors import StudyError
 from lorax_kit.parallel.mesh import TRIAL
+from lorax_kit.problem import Problem
+from lorax_kit.problem.evaluate import scored, summarised
+from lorax_kit.problem.objective import draws, training_loss, with_state
 from lorax_kit.study.design import Study
 from lorax_kit.study.packing import Pack, Scalars
-from lorax_kit.study.problem import Problem
-from lorax_kit.training.evaluate import Score, mean_scores
 from lorax_kit.training.optimisers.partition import partition
 from lorax_kit.training.step import Info, State, make_step
 from lorax_kit.transform.adapt import adapt
@@ -64,12 +65,12 @@ def optimizer(study: Study, plan: Plan, peak: Array | float) -> optax.GradientTr
 
 
 class Programs(NamedTuple):
-    """Functions of a pack, not yet compiled: `init(factors)`, `step(running, scalars, base, batch)`,
+    """Functions of a pack, not yet compiled: `init(factors, scalars)`, `step(running, scalars, base, batch)`,
     `score(factors, scalars, base, batch)`."""
 
-    init: Callable[[Any], Running]
+    init: Callable[[Any, Scalars], Running]
     step: Callable[[Running, Scalars, Params, Any], tuple[Running, Info]]
-    score: Callable[[Any, Scalars, Params, Any], Score]
+    score: Callable[[Any, Scalars, Params, Any], Any]
 
 
 def programs(
@@ -80,27 +81,29 @@ def programs(
     Args:
       whole: makes the base of what the programs are given as `base`: its arrays, where it holds other leaves, too.
     """
-    adapted = adapt(problem.apply, plan, trials=trials)
+    adapted, training = (
+        adapt(problem.apply, plan, trials=trials),
+        training_loss(problem, plan, trials=trials, whole=whole),
+    )
 
-    def solo_init(factors: Any) -> State:
+    def solo_init(factors: Any, key: Array) -> State:
         init, _ = make_step(lambda *_: None, optimizer(study, plan, 1.0), jit=False)
-        return init(factors)
+        return init(factors, key if draws(problem, plan) else None)
 
     def solo_step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
-        def loss(base: Params, factors: Any, batch: Any) -> Array:
-            loss = problem.loss(replace(adapted, scale=scalars.scale)(whole(base), factors, batch), batch)
-            return loss + penalty(plan, factors)
-
+        loss = partial(training, scale=scalars.scale)
         _, step = make_step(loss, optimizer(study, plan, scalars.lr), jit=False)
         state, info = step(running.state, base, batch)
+        state = with_state(state, info)
         state = jax.tree.map(lambda new, old: jnp.where(running.alive, new, old), state, running.state)
         return Running(state, running.alive & info.finite), info
 
-    def solo_score(factors: Any, scalars: Scalars, base: Params, batch: Any) -> Score:
-        return problem.score(replace(adapted, scale=scalars.scale)(whole(base), factors, batch), batch)
+    def solo_score(factors: Any, scalars: Scalars, base: Params, batch: Any) -> Any:
+        outputs = replace(adapted, scale=scalars.scale)(whole(base), factors, batch)
+        return scored(problem, outputs, batch)
 
-    def init(factors: Any) -> Running:
-        return Running(jax.vmap(solo_init)(factors), jnp.ones((trials,), bool))
+    def init(factors: Any, scalars: Scalars) -> Running:
+        return Running(jax.vmap(solo_init)(factors, scalars.key), jnp.ones((trials,), bool))
 
     def step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
         own = study.stream == "seed"
@@ -115,7 +118,7 @@ class Progress(NamedTuple):
     """A training under way, on the host: all that going on needs.
 
     Attributes:
-      running: the leaves of `Running`.
+      running: the leaves of `Running`, but the trials' keys, which their seeds give.
       losses, failed, evaluations, seconds: as in `Trained`, so far.
     """
 
@@ -145,6 +148,10 @@ class Trained(NamedTuple):
     seconds: float
     compile_seconds: float
     temp_bytes: int
+
+
+def _without_key(running: Running) -> Running:
+    return running._replace(state=running.state._replace(key=None))
 
 
 class Engine:
@@ -204,12 +211,14 @@ class Engine:
           on_step, on_eval: called after each step and validation.
           on_save: given the progress every half minute, at the end, and when an exception ends the training.
         """
-        running, scalars = jax.jit(self._programs.init)(pack.factors), pack.scalars
+        running, scalars = jax.jit(self._programs.init)(pack.factors, pack.scalars), pack.scalars
         losses: list[np.ndarray] = []
         evaluations: list[tuple[int, list[dict[str, float]]]] = []
         failed, earlier, paused = np.zeros(len(pack.trials), int), 0.0, 0.0
         if progress is not None:
-            running = jax.tree.unflatten(jax.tree.structure(running), map(jnp.asarray, progress.running))
+            key = running.state.key
+            running = jax.tree.unflatten(jax.tree.structure(_without_key(running)), map(jnp.asarray, progress.running))
+            running = running._replace(state=running.state._replace(key=key))
             losses, failed = list(progress.losses), progress.failed
             evaluations, earlier = list(progress.evaluations), progress.seconds
         if self._stacked is not None:
@@ -217,7 +226,7 @@ class Engine:
         began = saved = perf_counter()
 
         def snapshot() -> Progress:
-            arrays = [np.asarray(x) for x in jax.tree.leaves(running)]
+            arrays = [np.asarray(x) for x in jax.tree.leaves(_without_key(running))]
             seconds = earlier + perf_counter() - began - paused
             return Progress(arrays, np.stack(losses), failed, evaluations, seconds)
 
@@ -275,7 +284,10 @@ class Engine:
         return compiled
 
     def evaluate(self, factors: Any, scalars: Scalars, batches: Any) -> list[dict[str, float]]:
-        """Mean scores of every trial of the pack."""
-        scores = [jax.device_get(self._score(factors, scalars, self._base, batch)) for batch in batches]
-        count = len(scores[0].weight)
-        return [mean_scores([Score(*(x[i] for x in s)) for s in scores]) for i in range(count)]
+        """The metrics of every trial of the pack, by name."""
+        parts = [jax.device_get(self._score(factors, scalars, self._base, batch)) for batch in batches]
+        count = len(scalars.lr)
+        return [
+            summarised(self.problem, jax.tree.map(lambda x: x[i], parts), batches)  # noqa: B023
+            for i in range(count)
+        ]

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from lorax_kit.core.paths import Params, nbytes
 from lorax_kit.core.plan import Plan
 from lorax_kit.errors import StudyError
+from lorax_kit.problem import Problem
+from lorax_kit.problem.objective import training_loss
 from lorax_kit.study.design import Study, Trial
 from lorax_kit.study.packing import pack
-from lorax_kit.study.problem import Problem
-from lorax_kit.transform.adapt import adapt
+from lorax_kit.training.objective import Weighted
 
 
 class Group(NamedTuple):
@@ -66,24 +67,19 @@ def grouped(
 
 def pack_bytes(study: Study, problem: Problem, trial: Trial, plan: Plan, params: Params, batch: Any, count: int) -> int:
     """Estimated peak bytes beyond the base of one training step of `count` trials like `trial`."""
-    adapted = adapt(problem.apply, plan, trials=count, scale=jnp.float32(1))
+    training = training_loss(problem, plan, trials=count)
     shapes = jax.eval_shape(lambda: pack(study, problem, [trial], plan, params).factors)
     factors = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), shapes)
     own = study.stream == "seed"
 
     def one(factors: Any, batch: Any) -> Any:
-        return problem.loss(adapted(params, factors, batch), batch)
+        loss, _ = training(params, factors, batch, jax.random.key(0), scale=jnp.float32(1))
+        return loss.total / loss.weight if isinstance(loss, Weighted) else loss
 
     def losses(factors: Any) -> Any:
         batches = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), batch) if own else batch
         return jax.vmap(one, (0, 0 if own else None))(factors, batches)
 
-    found = jax.eval_shape(losses, factors)
-    if found.shape != (count,) or not jnp.issubdtype(found.dtype, jnp.floating):
-        raise StudyError(
-            f"the loss of problem {problem.name!r} has shape {found.shape[1:]} and dtype {found.dtype}; it must be a "
-            "float scalar.\n  return the mean over the batch"
-        )
     return step_bytes(losses, factors)
 
 

@@ -24,8 +24,8 @@ from lorax_kit.core.plan import Plan, match
 from lorax_kit.core.setting import Full, Setting
 from lorax_kit.core.spec import Spec
 from lorax_kit.errors import StudyError
+from lorax_kit.problem import Problem
 from lorax_kit.study.design import Study, Trial
-from lorax_kit.study.problem import Problem
 from lorax_kit.transform.resolve import resolve
 
 
@@ -35,11 +35,13 @@ class Scalars(NamedTuple):
     Attributes:
       lr, scale: fp32.
       stream: int32, with a stream per seed, which of the stacked batches a trial reads.
+      key: random keys, of the seeds, from which each step's are folded.
     """
 
     lr: Array
     scale: Array
     stream: Array
+    key: Array
 
 
 class Pack(NamedTuple):
@@ -118,7 +120,7 @@ def union_plan(study: Study, problem: Problem, trials: Sequence[Trial], params: 
       PlanError: a pattern that matches nothing, a rank above min(in, out), a target that is never used.
     """
     rank = max(trial.rank for trial in trials)
-    rules: list[tuple[str, Setting | Full]] = [(pattern, Full()) for pattern in problem.head]
+    rules: list[tuple[str, Setting | Full]] = list(problem.whole_rules)
     if rank == 0:
         return resolve(Spec(rules), params, problem.apply, batch)
     adapted = [trial for trial in trials if trial.rank > 0]
@@ -133,7 +135,7 @@ def union_plan(study: Study, problem: Problem, trials: Sequence[Trial], params: 
 
 def trial_plan(study: Study, problem: Problem, plan: Plan, trial: Trial, params: Params) -> Plan:
     """The plan of one trial alone, from the union's."""
-    spec = study.spec(trial, problem.head)
+    spec = study.spec(trial, problem.whole_rules)
     settings = match(spec, params)
     chosen = ((site, settings.get(site.path)) for site in plan.sites)
     sites = tuple(replace(site, setting=s) for site, s in chosen if isinstance(s, Setting))
@@ -145,6 +147,11 @@ def start(problem: Problem, plan: Plan, seed: int) -> tuple[Params, dict[str, An
     key = jax.random.key(seed)
     params = problem.params(jax.random.fold_in(key, 0))
     return split(params, plan, jax.random.fold_in(key, 1), hints=problem.hints)
+
+
+def training_key(seed: int) -> Array:
+    """The key of a trial's training steps; `start` folds the seed's other numbers."""
+    return jax.random.fold_in(jax.random.key(seed), 2)
 
 
 def pack(study: Study, problem: Problem, trials: Sequence[Trial], plan: Plan, params: Params) -> Pack:
@@ -160,6 +167,7 @@ def pack(study: Study, problem: Problem, trials: Sequence[Trial], plan: Plan, pa
         lr=jnp.asarray([trial.lr for trial in trials], jnp.float32),
         scale=jnp.asarray(scales, jnp.float32),
         stream=jnp.asarray([study.stream_of(trial) for trial in trials], jnp.int32),
+        key=jnp.stack([training_key(trial.seed) for trial in trials]),
     )
     return Pack(tuple(trials), plan, stacked, scalars)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,18 +17,13 @@ from lorax_kit.checkpoint.fingerprint import digests, fingerprint, whole_fingerp
 from lorax_kit.core.paths import Params
 from lorax_kit.errors import StudyError
 from lorax_kit.parallel.mesh import TRIAL
+from lorax_kit.problem import Problem
 from lorax_kit.study.design import Study
 from lorax_kit.study.groups import available_bytes, grouped
 from lorax_kit.study.packing import kinds, stacks
-from lorax_kit.study.problem import Problem, check_base, check_batches, check_score
 from lorax_kit.study.session import Session
 from lorax_kit.study.store import RunStore, environment
-from lorax_kit.training.evaluate import direction
-
-DIRECTIONS = {
-    **dict.fromkeys(("train_loss", "val_loss", "test_loss"), "lower"),
-    **dict.fromkeys(("val_accuracy", "test_accuracy"), "higher"),
-}
+from lorax_kit.training.fit import direction
 
 
 class Results(NamedTuple):
@@ -37,25 +33,29 @@ class Results(NamedTuple):
       rows: one dict per trial, in the order of the design; the columns of `results.csv`.
       path: the run folder.
       compiles: how many times the train step was compiled.
+      metric: the problem's, which chooses.
+      directions: column -> "higher" or "lower", of the problem's metrics.
     """
 
     rows: list[dict[str, Any]]
     path: Path
     compiles: int
+    metric: str = "loss"
+    directions: Mapping[str, str] = MappingProxyType({"train_loss": "lower", "val_loss": "lower"})
 
-    def best(self, metric: str = "val_accuracy", better: str | None = None) -> dict[str, Any]:
+    def best(self, metric: str | None = None, better: str | None = None) -> dict[str, Any]:
         """Find the finished trial with the best `metric`; of equal ones the smallest, then the lowest validation loss.
 
         Args:
-          metric: a column of the rows.
-          better: "lower" or "higher"; a study's own losses are better when lower, its accuracies when higher, and
-            need none.
+          metric: a column of the rows; None: the problem's metric on the validation set.
+          better: "lower" or "higher"; the columns of the problem's metrics and losses know, and need none.
 
         Raises:
           StudyError: no trial finished with a finite number there.
           LoraxError: another column without `better`.
         """
-        sign = direction(metric, better, DIRECTIONS)
+        metric = f"val_{self.metric}" if metric is None else metric
+        sign = direction(metric, better, self.directions)
         done = [row for row in self.rows if row["status"] == "done" and _finite(row.get(metric))]
         if not done:
             raise StudyError(f"no trial finished with a {metric}; see 'failed_step' in the rows.")
@@ -101,12 +101,9 @@ def run(
         its contract, a trial that cannot fit the memory.
       PlanError: targets that do not fit the model, before anything is written.
     """
-    check_batches(problem)
     trials = study.trials()
     params = problem.params(jax.random.key(0))
-    batch = next(iter(problem.train(study.streams[0], 0)), None)
-    if batch is None:
-        raise StudyError(f"problem {problem.name!r} has no training batches: the data set is empty.")
+    batch = next(iter(problem.train(study.streams[0], 0)))
     # Planned for the whole study first: a bad pattern or rank must not surface after an hour, nor leave a folder.
     budget = available_bytes(jax.local_devices()[0]) if memory_bytes is None else memory_bytes
     if mesh is not None and TRIAL not in mesh.shape:
@@ -116,10 +113,8 @@ def run(
         )
     devices = 1 if mesh is None else mesh.shape[TRIAL]
     planned = [one for kind in kinds(study, trials) for one in stacks(study, problem, kind, params, batch)]
-    specs = [study.spec(trial, problem.head) for trial in trials]
+    specs = [study.spec(trial, problem.whole_rules) for trial in trials]
     head = {leaf.path for _, plan in planned for leaf in plan.full}
-    check_base(problem, params, head, jax.random.fold_in(jax.random.key(trials[0].seed), 0))
-    check_score(problem, params)
     leaves = digests(params, head)
     store = RunStore(out, identity(study, problem, params, batch, head), overwrite=overwrite, leaves=leaves)
     sizes = store.info.get("sizes")
@@ -131,6 +126,9 @@ def run(
     ]
     # A group of which a trial is missing goes on as a whole: the same program, so the same bits.
     groups = [g for kind in by_kind for g in kind if any(t.name not in store.finished for t in g.trials)]
+    session = Session(study, problem, params, store, mesh, progress)
+    if groups:
+        session.check(groups[0].plan)
     store.create()
     try:
         if store.info.get("started") is None or groups:
@@ -141,6 +139,8 @@ def run(
                 spec=max(zip(trials, specs, strict=True), key=lambda pair: pair[0].rank)[1].to_dict(),
                 environment=environment(),
                 task=dict(problem.facts),
+                metric=problem.metric,
+                metrics=[metric.to_dict() for metric in problem.all_metrics],
                 started=store.info.get("started") or _now(),
                 finished=store.info.get("finished") if not groups else None,
                 seconds=store.info.get("seconds"),
@@ -150,7 +150,6 @@ def run(
                 sizes=[kind[0].size for kind in by_kind],
                 leaves=leaves,
             )
-        session = Session(study, problem, params, store, mesh, progress)
         for i, group in enumerate(groups, 1):
             several = f"group {i} of {len(groups)}, " if len(groups) > 1 else ""
             session.run_group(group, f"{several}{len(group.trials)} trials")
@@ -159,7 +158,10 @@ def run(
     finally:
         store.close()
     rows = [store.finished[t.name] for t in trials]
-    return Results(rows, Path(out), int(store.info.get("compiles", 0)))
+    directions = {f"{part}_{m.name}": m.better for part in ("val", "test") for m in problem.all_metrics}
+    return Results(
+        rows, Path(out), int(store.info.get("compiles", 0)), problem.metric, {"train_loss": "lower", **directions}
+    )
 
 
 def identity(study: Study, problem: Problem, params: Params, batch: Any, head: Collection[str]) -> dict[str, Any]:
@@ -173,6 +175,7 @@ def identity(study: Study, problem: Problem, params: Params, batch: Any, head: C
         "design": study.to_dict(),
         "problem": problem.name,
         "settings": problem.facts.get("settings"),
+        "metrics": [problem.metric, *(metric.name for metric in problem.all_metrics)],
         "base": fingerprint(params, head),
         "data": whole_fingerprint([batch, *problem.val, *problem.test]),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -20,28 +20,20 @@ from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params, flatten, nbytes
 from lorax_kit.core.plan import Plan
+from lorax_kit.problem import LOSS, Evaluator, Problem
 from lorax_kit.study.design import Study, Trial
 from lorax_kit.study.engine import Engine, Progress, Trained
 from lorax_kit.study.groups import Group
 from lorax_kit.study.packing import Pack, pack, trial_plan, unpack
-from lorax_kit.study.problem import Problem
 from lorax_kit.study.store import RunStore
-from lorax_kit.training.evaluate import SharedPrefix
 
 LEADING = 64  # singular values kept of a delta that is not low-rank, such as DoRA's
 
 
-def evaluator(problem: Problem, params: Params, plan: Plan, batches: Sequence[Any]) -> SharedPrefix:
-    """Measures merged params of `plan`; a study and `lorax-kit evaluate` use this same program."""
-
-    def score(params: Params, batch: Any) -> Any:
-        return problem.score(problem.apply(params, batch), batch)
-
-    return SharedPrefix(score, params, plan.trained, batches)
-
-
-def _result(row: dict[str, Any]) -> str:
-    return f"test accuracy {row['test_accuracy']:.4f}" if row["status"] == "done" else row["status"]
+def _result(row: dict[str, Any], problem: Problem) -> str:
+    if row["status"] != "done":
+        return str(row["status"])
+    return f"test {problem.metric} {row[f'test_{problem.metric}']:{problem.chief.format}}"
 
 
 class Session:
@@ -61,7 +53,7 @@ class Session:
         self.earlier_compiles = int(store.info.get("compiles") or 0)
         self.earlier_seconds = float(store.info.get("seconds") or 0.0)
         self.engines: dict[Any, Engine] = {}
-        self.tests: dict[Any, tuple[SharedPrefix, SharedPrefix]] = {}
+        self.tests: dict[Any, tuple[Evaluator, Evaluator]] = {}
 
     @property
     def compiles(self) -> int:
@@ -72,6 +64,15 @@ class Session:
     def seconds(self) -> float:
         """Wall time, over all sessions of this run folder."""
         return self.earlier_seconds + perf_counter() - self.began
+
+    def check(self, plan: Plan) -> None:
+        """Measure the untrained model on one batch of each kind: what its scores lack is to be known before training.
+
+        Raises:
+          StudyError: a score out of range, a metric that cannot be computed.
+        """
+        for measure in self._tests(plan):
+            measure.check(self.params)
 
     def run_group(self, group: Group, label: str) -> None:
         """Train a group, or go on with it, and write what its trials came to."""
@@ -112,8 +113,9 @@ class Session:
             bar.set_postfix(shown)
 
         def on_eval(number: int, metrics: list[dict[str, float]]) -> None:
-            shown["val_loss"] = f"{np.mean([m['loss'] for m in metrics[:count]]):.4f}"
-            shown["val_accuracy"] = f"{np.mean([m['accuracy'] for m in metrics[:count]]):.4f}"
+            for metric in {"loss": LOSS, self.problem.metric: self.problem.chief}.values():
+                mean = np.mean([m[metric.name] for m in metrics[:count]])
+                shown[f"val_{metric.name}"] = format(mean, metric.format)
             bar.set_postfix(shown)
 
         def on_save(progress: Progress) -> None:
@@ -141,7 +143,7 @@ class Session:
             for step, loss in enumerate(trained.losses[:, i], 1):
                 row: dict[str, Any] = {"trial": trial.name, "step": step, "loss": float(loss)}
                 if step in every:
-                    row |= {"val_loss": every[step][i]["loss"], "val_accuracy": every[step][i]["accuracy"]}
+                    row |= self._columns("val", every[step][i])
                 rows.append(row)
                 if trained.failed[i] == step:
                     break
@@ -171,7 +173,7 @@ class Session:
             if group.trials[i].name in self.store.finished:
                 continue
             row = self._trial_row(group, trained, i)
-            bar.set_postfix_str(f"{row['trial']}: {_result(row)}")
+            bar.set_postfix_str(f"{row['trial']}: {_result(row, self.problem)}")
             self.store.finish_trial(row)
             self.store.write_info(seconds=self.seconds)
 
@@ -194,10 +196,8 @@ class Session:
             "adapter_bytes": None,
             "steps": failed or study.steps,
             "train_loss": None,
-            "val_loss": None,
-            "val_accuracy": None,
-            "test_loss": None,
-            "test_accuracy": None,
+            **self._columns("val"),
+            **self._columns("test"),
             "train_seconds": trained.seconds / len(group.trials),
             "compiles": self.compiles,
             "status": "diverged" if failed else "done",
@@ -227,18 +227,24 @@ class Session:
         return row | {
             "adapter_bytes": adapter_bytes(path),
             "train_loss": float(last.mean()),
-            "val_loss": val["loss"],
-            "val_accuracy": val["accuracy"],
-            "test_loss": test["loss"],
-            "test_accuracy": test["accuracy"],
+            **self._columns("val", val),
+            **self._columns("test", test),
             "adapter": f"adapters/{trial.name}",
         }
 
-    def _tests(self, plan: Plan) -> tuple[SharedPrefix, SharedPrefix]:
+    def _columns(self, part: str, found: Mapping[str, float] | None = None) -> dict[str, float | None]:
+        """The columns of a part's metrics; empty where none were measured."""
+        names = [metric.name for metric in self.problem.all_metrics]
+        return {f"{part}_{name}": None if found is None else found[name] for name in names}
+
+    def _tests(self, plan: Plan) -> tuple[Evaluator, Evaluator]:
         """Validation and test of merged params; trials of one target set share them."""
         if plan.trained not in self.tests:
-            made = (evaluator(self.problem, self.params, plan, part) for part in (self.problem.val, self.problem.test))
-            self.tests[plan.trained] = (next(made), next(made))
+            val, test = (
+                Evaluator(self.problem, self.params, plan.trained, part)
+                for part in (self.problem.val, self.problem.test)
+            )
+            self.tests[plan.trained] = (val, test)
         return self.tests[plan.trained]
 
     def _spectra(self, plan: Plan, factors: Any, trial: Trial) -> None:

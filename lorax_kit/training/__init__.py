@@ -1,6 +1,5 @@
 """Trains the factors only: optimizer partition, the pure step, and a fit loop."""
 
-from lorax_kit.training.evaluate import Score, SharedPrefix
 from lorax_kit.training.fit import Fitted, fit
 from lorax_kit.training.objective import Weighted
 from lorax_kit.training.optimisers import adalora_budget, labels, lora_plus, partition, riemannian
@@ -9,8 +8,6 @@ from lorax_kit.training.step import Info, State, make_step
 __all__ = [
     "Fitted",
     "Info",
-    "Score",
-    "SharedPrefix",
     "State",
     "Weighted",
     "adalora_budget",

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.errors import LoraxError
-from lorax_kit.training.evaluate import direction
 from lorax_kit.training.objective import is_key
 from lorax_kit.training.saved import Saved, load_training, save_training
 from lorax_kit.training.step import State, Step
@@ -43,6 +42,28 @@ class Fitted(NamedTuple):
 
 LOSSES = {"loss": "lower", "val_loss": "lower"}
 Evaluate = Callable[[Any], dict[str, float]]
+
+
+def direction(metric: str, better: str | None, known: Mapping[str, str]) -> int:
+    """Read which way a metric is better: 1 for "higher", -1 for "lower". Names are not guessed at.
+
+    Args:
+      better: what the caller says, or None.
+      known: metrics of one meaning, and their direction.
+
+    Raises:
+      LoraxError: another word, one that contradicts `known`, or a metric of unknown direction.
+    """
+    if better is None and metric not in known:
+        raise LoraxError(
+            f"whether {metric!r} is better when higher or lower is not known.\n"
+            "  say so: better='higher' or better='lower'"
+        )
+    if better is not None and better not in ("higher", "lower"):
+        raise LoraxError(f"better is {better!r}; it must be 'higher' or 'lower'.")
+    if better is not None and known.get(metric, better) != better:
+        raise LoraxError(f"{metric!r} is better when {known[metric]}, and better is {better!r}.\n  leave it out")
+    return 1 if (better or known[metric]) == "higher" else -1
 
 
 @dataclass

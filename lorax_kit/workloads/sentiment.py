@@ -25,8 +25,7 @@ from lorax_kit.core.spec import AnySetting, Spec
 from lorax_kit.errors import AdapterError, PlanError, StudyError
 from lorax_kit.methods import LoRA
 from lorax_kit.models import BertClassifier, Tokenizer, classifier_params, load_bert
-from lorax_kit.study.problem import Problem
-from lorax_kit.study.session import evaluator
+from lorax_kit.problem import Evaluator, Problem, Score
 from lorax_kit.tasks import (
     Batch,
     Encoded,
@@ -40,7 +39,6 @@ from lorax_kit.tasks import (
     train_batches,
 )
 from lorax_kit.training import fit, make_step, partition
-from lorax_kit.training.evaluate import Score
 from lorax_kit.transform import adapt, all_linear, explain, resolve
 
 HEAD = ("classifier/{kernel,bias}",)
@@ -180,13 +178,10 @@ def evaluate_adapter(path: str | Path) -> dict[str, Any]:
     problem = workload_of(path).build()
     base = problem.params(jax.random.key(0))
     adapter = load_adapter(path, base=base)
-    measured = evaluator(problem, base, adapter.plan, problem.test)(merge(base, adapter.factors, adapter.plan))
-    return {
-        "adapter": str(path),
-        "test_accuracy": measured["accuracy"],
-        "test_loss": measured["loss"],
-        "examples": measured["examples"],
-    }
+    measure = Evaluator(problem, base, adapter.plan.trained, problem.test)
+    measured = measure(merge(base, adapter.factors, adapter.plan))
+    named = {f"test_{metric.name}": measured[metric.name] for metric in problem.all_metrics}
+    return {"adapter": str(path), **named, "examples": measured["examples"]}
 
 
 def train_adapter(
@@ -234,11 +229,11 @@ def train_adapter(
 
     def loss(base: Any, factors: Any, batch: Any, key: Any = None) -> Any:
         logits = adapted(base, factors, batch, dropout_key=key)
-        score = problem.score(logits, batch)
-        return problem.loss(logits, batch) + penalty(plan, factors), {"accuracy": score.correct / score.weight}
+        right = correct(logits, batch.label, batch.weight) / jnp.sum(batch.weight)
+        return problem.loss(logits, batch) + penalty(plan, factors), {"accuracy": right}
 
     init, step = make_step(loss, partition(optax.adamw(schedule), plan, clip=1.0))
-    validate, test = (evaluator(problem, base, plan, part) for part in (problem.val, problem.test))
+    validate, test = (Evaluator(problem, base, plan.trained, part) for part in (problem.val, problem.test))
 
     def measure(factors: Any) -> dict[str, float]:
         found = validate(merge(base, factors, plan))

@@ -105,7 +105,9 @@ def test_all_ranks_and_the_probe_share_one_compiled_step():
         traces.append(1)
         return tiny.apply(p, batch)
 
-    *_, engine = trained(study, tiny.problem(apply=apply))
+    problem = tiny.problem(apply=apply)
+    traces.clear()
+    *_, engine = trained(study, problem)
     assert engine.compiles == 1
     # The plan's trace, and the step's (adapt and vmap see the function once each); never one per trial or step.
     assert len(traces) <= 4
@@ -134,7 +136,7 @@ def flops(study, problem, trials):
     plan = union_plan(study, problem, trials, params, batch)
     stacked = pack(study, problem, trials, plan, params)
     engine = Engine(study, problem, plan, params, len(trials))
-    running = jax.jit(engine._programs.init)(stacked.factors)
+    running = jax.jit(engine._programs.init)(stacked.factors, stacked.scalars)
     cost = engine._step.lower(running, stacked.scalars, engine._base, batch).compile().cost_analysis()
     return cost["flops"]
 

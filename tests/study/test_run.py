@@ -1,6 +1,7 @@
 """The run folder: what is written, what survives an interruption, and that going on equals never stopping."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -85,6 +86,10 @@ class Killed(BaseException):
     """As if by kill -9: nothing is saved on the way out."""
 
 
+CHECKED = 3
+"""Batches that are read when a problem is made."""
+
+
 def breaking(after, error):
     """A stream that raises at its batch number `after`, counted over all groups."""
     taken = []
@@ -92,7 +97,7 @@ def breaking(after, error):
     def stream(seed, start):
         for batch in tiny.stream(seed, start):
             taken.append(1)
-            if len(taken) == after:
+            if len(taken) == CHECKED + after:
                 raise error
             yield batch
 
@@ -134,7 +139,7 @@ def test_going_on_equals_no_interruption(finished, tmp_path, after):
 
     check_same(run(out, problem=tiny.problem(train=counted), memory_bytes=THREE_GROUPS), finished)
     # One batch is looked at before the run; the steps taken before the interruption are not taken again.
-    assert len(taken) == 1 + 60 - (after - 2)
+    assert len(taken) == CHECKED + 1 + 60 - (after - 2)
 
 
 def test_going_on_after_a_kill_starts_at_the_last_save(finished, tmp_path, monkeypatch):
@@ -176,7 +181,7 @@ def test_a_group_interrupted_while_it_was_saved_is_not_trained_again(finished, t
 
 def test_a_finished_run_trains_nothing(finished):
     def never(seed, start):
-        yield next(tiny.stream(seed, start))
+        yield from itertools.islice(tiny.stream(seed, start), 2)
         raise AssertionError("a finished run must not train")
 
     again = run(finished.path, problem=tiny.problem(train=never))
@@ -204,7 +209,9 @@ def test_the_best_trial_is_best_in_the_direction_of_its_metric():
     low = shared | {"trial": "low", "val_loss": 0.1, "test_loss": 0.1, "train_loss": 0.1, "val_accuracy": 0.9}
     high = shared | {"trial": "high", "val_loss": 2.0, "test_loss": 2.0, "train_loss": 2.0, "val_accuracy": 0.5}
     bad = shared | {"trial": "nan", "val_loss": float("nan"), "test_loss": None, "val_accuracy": float("nan")}
-    results = lk.Results([high, bad, low], Path(), 1)
+    directions = {"train_loss": "lower", "val_loss": "lower", "test_loss": "lower", "val_accuracy": "higher"}
+    results = lk.Results([high, bad, low], Path(), 1, "accuracy", directions)
+    assert results.best()["trial"] == "low"
     for metric in ("val_loss", "test_loss", "train_loss", "val_accuracy"):
         assert results.best(metric)["trial"] == "low"
     assert results.best("seconds", better="lower")["trial"] in ("low", "high")
@@ -297,7 +304,7 @@ CONTRACTS = [
     ({"params": keyed(False)}, "'up/kernel' of problem 'points' depends on the key, and is not in its head."),
     ({"params": reshaped}, "'other' of problem 'points' has another shape or dtype for another key."),
     ({"val": iter([tiny.points(1, 32)])}, "val of problem 'points' is a list_iterator; it is read many times."),
-    ({"score": tiny.losses}, "score of problem 'points' gives a ShapeDtypeStruct of shapes [(32,)]"),
+    ({"score": tiny.losses}, "score of problem 'points' is an array of shape (32,)"),
 ]
 
 
@@ -411,7 +418,7 @@ def test_the_memory_estimate_is_near_what_xla_allocates():
     from lorax_kit.study.engine import Engine
 
     engine = Engine(study, problem, plan, base, len(trials))
-    running = jax.jit(engine._programs.init)(stacked.factors)
+    running = jax.jit(engine._programs.init)(stacked.factors, stacked.scalars)
     compiled = engine._step.lower(running, stacked.scalars, engine._base, batch).compile().memory_analysis()
     actual = compiled.temp_size_in_bytes + compiled.output_size_in_bytes
     assert 0.6 < step_bytes(losses, stacked.factors) / actual < 1.6

@@ -9,7 +9,6 @@ import optax
 import pytest
 
 import lorax_kit as lk
-from lorax_kit.training.evaluate import mean_scores
 from tests import tiny
 
 
@@ -151,12 +150,6 @@ def test_bad_calls_say(rounds, options, says):
     step, state, base = setup()
     with pytest.raises(lk.LoraxError, match=says):
         lk.fit(step, state, base, rounds, progress=False, **options)
-
-
-def test_scores_out_of_range_say_so():
-    scores = [lk.Score(np.float32(3), np.float32(5), np.float32(4))]
-    with pytest.raises(lk.LoraxError, match="add up to 5 correct of a weight of 4"):
-        mean_scores(scores)
 
 
 def test_scalars_of_aux_are_shown_by_name_and_other_leaves_left_out():

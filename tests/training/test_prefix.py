@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_kit.training import SharedPrefix
+from lorax_kit.problem import Evaluator
 from lorax_kit.training.prefix import split_prefix
 from tests import tiny
 
@@ -30,9 +30,7 @@ def test_the_first_layer_runs_once_however_many_versions():
 
 def test_scores_are_those_of_the_whole_function():
     params, problem = tiny.params(jax.random.key(0)), tiny.problem()
-    measure = SharedPrefix(
-        lambda p, b: problem.score(tiny.apply(p, b), b), params, {"up/kernel"}, [*problem.test, *problem.val]
-    )
+    measure = Evaluator(problem, params, {"up/kernel"}, [*problem.test, *problem.val])
     changed = params | {"up": {"kernel": -params["up"]["kernel"]}}
     for p in (params, changed):
         found = measure(p)

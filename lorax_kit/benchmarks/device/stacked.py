@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from statistics import median
@@ -16,13 +17,13 @@ from lorax_kit.benchmarks.device.steps import Program, Shape, Timing, compiled_p
 from lorax_kit.benchmarks.step import RATE, stepping
 from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.core.plan import Plan
+from lorax_kit.problem import Problem, Score
 from lorax_kit.study.design import Study, Trial
 from lorax_kit.study.engine import optimizer, programs
 from lorax_kit.study.groups import available_bytes, pack_bytes
 from lorax_kit.study.packing import pack, start, trial_plan, union_plan
-from lorax_kit.study.problem import Problem
 from lorax_kit.tasks import correct, cross_entropies
-from lorax_kit.training import Score, make_step
+from lorax_kit.training import make_step
 from lorax_kit.transform import adapt
 
 RANKS = (1, 2, 4, 8, 16)
@@ -62,7 +63,7 @@ class Stacks:
             loss=case.loss,
             score=score,
             head=("classifier/**",),
-            train=lambda seed, at: iter([case.batch]),
+            train=lambda seed, at: itertools.repeat(case.batch),
             val=[case.batch],
             test=[case.batch],
         )

@@ -24,6 +24,7 @@ from lorax_kit.training.optimisers.gains import from_start
 def labels(plan: Plan) -> Callable[[FactorTree], dict[str, Any]]:
     """The function factors -> label of every leaf: its name, "full" for what is trained in full, or "frozen"."""
     frozen = {site.path: frozen_leaves(site.setting) for site in plan.sites}
+    frozen |= {leaf.path: frozenset({"value"}) for leaf in plan.full if not leaf.trained}
 
     def of(path: str, leaf: Any) -> Any:
         # A nested partition sees its own leaves only, masked nodes in the places of the others.
@@ -74,7 +75,8 @@ def partition(
         raise PlanError(f"clip is {clip!r}; it must be a positive number, or None.")
     named = labels(plan)
     if isinstance(tx, Mapping):
-        needed = {name for site in plan.sites for name in trained_leaves(site)} | ({"full"} if plan.full else set())
+        needed = {name for site in plan.sites for name in trained_leaves(site)}
+        needed |= {"full" for leaf in plan.full if leaf.trained}
         for word, names in (("lacks", needed - set(tx)), ("names the unknown", set(tx) - needed)):
             if names:
                 raise PlanError(

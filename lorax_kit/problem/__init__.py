@@ -1,0 +1,8 @@
+"""What everything that trains or measures takes: a model on data, with its loss and its metrics."""
+
+from lorax_kit.problem.evaluate import Evaluator
+from lorax_kit.problem.metric import ACCURACY, LOSS, MSE, PERPLEXITY, Metric
+from lorax_kit.problem.problem import Problem
+from lorax_kit.problem.sums import Score
+
+__all__ = ["ACCURACY", "LOSS", "MSE", "PERPLEXITY", "Evaluator", "Metric", "Problem", "Score"]

@@ -1,0 +1,107 @@
+"""The metrics of a model over a list of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from lorax_kit.core.paths import Params, arrays_only
+from lorax_kit.errors import StudyError
+from lorax_kit.problem.sums import Sums, means_of, sums_of
+from lorax_kit.training.objective import Weighted
+from lorax_kit.training.prefix import Parts, split_prefix
+
+if TYPE_CHECKING:
+    from lorax_kit.problem.problem import Problem
+
+
+def scored(problem: Problem, outputs: Any, batch: Any) -> tuple[Sums, Any]:
+    """(sums of a batch, predictions or None where no metric reads them); traced."""
+    who = f"problem {problem.name!r}"
+    if problem.score is not None:
+        sums = sums_of(problem.score(outputs, batch), who)
+    else:
+        loss = problem.loss(outputs, batch)
+        if not isinstance(loss, Weighted):
+            raise StudyError(
+                f"{who} has no score, and its loss is a mean of which nobody knows the weight.\n"
+                "  give score=, or return lk.Weighted(sum of losses, their weight) from the loss"
+            )
+        sums = sums_of({"loss": loss}, who)
+    if not problem.reads_outputs:
+        return sums, None
+    return sums, outputs if problem.predict is None else problem.predict(outputs, batch)
+
+
+def summarised(problem: Problem, parts: Sequence[tuple[Sums, Any]], batches: Sequence[Any]) -> dict[str, float]:
+    """Metrics by name, and "examples" (the weight of the loss), from what `scored` gave for each batch."""
+    means, weight = means_of([sums for sums, _ in parts], f"problem {problem.name!r}")
+    found: dict[str, float] = {}
+    predictions = [prediction for _, prediction in parts]
+    for metric in problem.all_metrics:
+        if metric.of_outputs is None:
+            found[metric.name] = metric(means)
+        else:
+            found[metric.name] = metric.checked(metric.of_outputs(predictions, batches))
+    return found | {"examples": int(weight) if weight == int(weight) else weight}
+
+
+class Evaluator:
+    """Measures many versions of one model on the same batches, computing once what does not differ between them.
+
+    The same versions, batches and machine give the same bits, one at a time or one after the other.
+
+    Args:
+      problem: whose `apply`, `score` and metrics count.
+      params: any version.
+      trained: paths of the parameters in which versions differ.
+      batches: what to evaluate on; the shared part's values stay in memory, about one hidden state per batch.
+
+    Raises:
+      StudyError: there are no batches.
+    """
+
+    def __init__(self, problem: Problem, params: Params, trained: Collection[str], batches: Sequence[Any]) -> None:
+        if not batches:
+            raise StudyError(f"there are no examples of problem {problem.name!r} to evaluate.")
+        self._problem, self._batches = problem, batches
+        _, whole = arrays_only(params)
+
+        def score(arrays: dict[str, Any], batch: Any) -> Any:
+            return scored(problem, problem.apply(whole(arrays), batch), batch)
+
+        self._score, self._trained = score, trained
+        self._compiled: dict[Any, Parts] = {}
+        self._shared: dict[int, list[Any]] = {}
+
+    def _measured(self, arrays: dict[str, Any], number: int) -> tuple[Sums, Any]:
+        batch = self._batches[number]
+        shapes = tuple((np.shape(x), getattr(x, "dtype", type(x))) for x in jax.tree_util.tree_leaves(batch))
+        if shapes not in self._compiled:
+            prefix, suffix = split_prefix(self._score, arrays, self._trained, batch)
+            self._compiled[shapes] = Parts(jax.jit(prefix), jax.jit(suffix))
+        parts = self._compiled[shapes]
+        if number not in self._shared:
+            self._shared[number] = parts.prefix(arrays, batch)
+        found: tuple[Sums, Any] = parts.suffix(arrays, batch, self._shared[number])
+        return found
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """The metrics of one version by name, and "examples"."""
+        return self._over(params, len(self._batches))
+
+    def check(self, params: Params) -> None:
+        """Measure the first batch alone: a score out of range is to be known before hours of training.
+
+        Raises:
+          StudyError: what a whole evaluation raises.
+        """
+        self._over(params, 1)
+
+    def _over(self, params: Params, count: int) -> dict[str, float]:
+        arrays, _ = arrays_only(params)
+        found = [self._measured(arrays, number) for number in range(count)]
+        return summarised(self._problem, jax.device_get(found), self._batches[:count])

@@ -1,0 +1,84 @@
+"""The loss that training a problem differentiates, and the state that its training pass gives anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lorax_kit.core.leaves import FactorTree, FullLeaf, penalty
+from lorax_kit.core.paths import Params, flatten
+from lorax_kit.core.plan import Plan
+from lorax_kit.errors import StudyError
+from lorax_kit.problem.check import outputs_and_state
+from lorax_kit.problem.problem import Problem
+from lorax_kit.training.objective import Weighted
+from lorax_kit.training.step import Info, State
+from lorax_kit.transform.adapt import adapt
+
+STATE = "state"
+
+
+def draws(problem: Problem, plan: Plan) -> bool:
+    """Whether a training step draws random numbers: for the problem's own pass, or for dropout of the low-rank path."""
+    return problem.train_apply is not None or any(site.dropout > 0 for site in plan.sites)
+
+
+def training_loss(
+    problem: Problem, plan: Plan, *, trials: int = 1, whole: Callable[[Any], Params] = lambda base: base
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """The loss of adapted training, for `lk.make_step`: (base, factors, batch, key, scale=None) -> (loss, aux).
+
+    The methods' own penalties are added. The aux holds the state that `train_apply` gave, path -> array.
+
+    Args:
+      trials: how many trials the loss will be mapped over, as for `lk.adapt`.
+      whole: makes params of what is given as `base`.
+    """
+    state = {leaf.path: leaf.dtype for leaf in plan.full if not leaf.trained}
+    adapted = adapt(problem.apply if problem.train_apply is None else problem.train_apply, plan, trials=trials)
+
+    def loss(base: Any, factors: FactorTree, batch: Any, key: Array | None = None, scale: Any = None) -> Any:
+        new: dict[str, Array] = {}
+        run = adapted if scale is None else replace(adapted, scale=scale)
+        if problem.train_apply is None:
+            outputs = run(whole(base), factors, batch, dropout_key=key)
+        else:
+            assert key is not None, "a problem with a train_apply needs keys: init(factors, key)"
+            own, mask = jax.random.split(key)
+            outputs = run(whole(base), factors, batch, own, dropout_key=mask)
+            if problem.state:
+                outputs, found = outputs_and_state(problem, outputs)
+                new = _named(problem, found, state)
+        value, extra = problem.loss(outputs, batch), penalty(plan, factors)
+        if isinstance(value, Weighted):
+            return Weighted(value.total + extra * value.weight, value.weight), {STATE: new}
+        return value + extra, {STATE: new}
+
+    return loss
+
+
+def with_state(state: State, info: Info) -> State:
+    """The training's state with the model's own state after this step; after a step that failed, with the old one."""
+    if not info.aux[STATE]:
+        return state
+    factors = dict(state.factors)
+    for path, value in info.aux[STATE].items():
+        before = factors[path].value
+        factors[path] = FullLeaf(jnp.where(info.finite, value.astype(before.dtype), before))
+    return state._replace(factors=factors)
+
+
+def _named(problem: Problem, found: Any, state: dict[str, str]) -> dict[str, Array]:
+    named = flatten(found)[0]
+    if odd := sorted(set(named) ^ set(state)):
+        word = "does not give" if odd[0] in state else "gives, and Problem(state=...) does not name,"
+        raise StudyError(
+            f"train_apply of problem {problem.name!r} {word} {odd[0]!r}.\n"
+            f"  its state has the paths {', '.join(sorted(state)[:3])}"
+        )
+    return {path: x.astype(state[path]) for path, x in named.items()}

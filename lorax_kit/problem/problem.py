@@ -1,0 +1,114 @@
+"""A problem: a model on data with its loss and its metrics. Pure functions and batches, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jax import Array
+
+from lorax_kit.core.method import Hints
+from lorax_kit.core.paths import Params
+from lorax_kit.core.setting import Full
+from lorax_kit.errors import StudyError
+from lorax_kit.problem.check import check_problem
+from lorax_kit.problem.metric import ACCURACY, Metric, with_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A model on a task: what studies, training, evaluation, compression, healing and export take.
+
+    Its parts are checked when it is made: `params` is called for two keys, one batch of each kind is read, and `apply`,
+    `loss` and `score` are traced over it; nothing is computed.
+
+    Args:
+      name: what adapters remember.
+      params: key -> params. Everything but `head` and `state` is the same for every key, in the same buffers.
+      apply: (params, batch) -> outputs, of evaluation.
+      loss: (outputs, batch) -> mean loss, float (); or `lk.Weighted(total, weight)`, where batches weigh differently.
+      score: (outputs, batch) -> sums over the batch's examples: `lk.Score` of a classifier, or a mapping from names to
+        sums with their divisor under "weight" (or `lk.Weighted` each), "loss" among them. None: the loss alone, which
+        must then be `lk.Weighted`.
+      metrics: what is measured beside the loss: `lk.Metric`s, or the names "accuracy", "perplexity", "mse". Default:
+        "accuracy" where the score is an `lk.Score`.
+      metric: the name of the metric that chooses rates and ranks; default: the first of `metrics`, else "loss".
+      predict: (outputs, batch) -> what metrics of all outputs read (`Metric(of_outputs=...)`); default: the outputs.
+      train_apply: (params, batch, key) -> outputs, of training: with dropout, say; default: `apply`. With `state` it
+        returns (outputs, new state), as Flax's `apply(..., mutable=["batch_stats"])` does.
+      state: patterns of the leaves that `train_apply` gives anew at every step, such as BatchNorm's statistics
+        ("batch_stats/**"): each trial and each adapter has its own, no optimiser moves them.
+      head: patterns of the parameters trained in full.
+      train: (seed, start) -> endless batches from step `start`. They may have a few shapes: the step is compiled once
+        for each, the first must be the largest, and at one step all seeds must have the same.
+      val, test: batches that cover each example once.
+      facts: plain data for the report: sizes, sources.
+      hints: path -> what starts that look at data read, from `lk.calibrate`; None where the study has no such start.
+
+    Raises:
+      StudyError: a part that breaks its contract.
+      PlanError: a pattern of `head` or `state` that matches nothing.
+    """
+
+    name: str
+    params: Callable[[Array], Params]
+    apply: Callable[[Params, Any], Any]
+    loss: Callable[[Any, Any], Any]
+    train: Callable[[int, int], Iterator[Any]]
+    val: Sequence[Any]
+    test: Sequence[Any]
+    score: Callable[[Any, Any], Any] | None = None
+    metrics: Sequence[Metric | str] | None = None
+    metric: str = ""
+    predict: Callable[[Any, Any], Any] | None = None
+    train_apply: Callable[[Params, Any, Array], Any] | None = None
+    state: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    hints: Mapping[str, Hints] | None = None
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("head", "state"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+                raise StudyError(f"{name} of problem {self.name!r} is {patterns!r}; it must be a list of patterns.")
+            put(name, tuple(patterns))
+        if self.state and self.train_apply is None:
+            raise StudyError(f"problem {self.name!r} has state, and no train_apply that gives it anew.")
+        if isinstance(self.metrics, str | Metric):
+            put("metrics", (self.metrics,))
+        classifies = check_problem(self)
+        given = self.metrics if self.metrics is not None else (ACCURACY,) if classifies else ()
+        put("metrics", with_loss(given))
+        names = [one.name for one in self.all_metrics]
+        if not self.metric:
+            put("metric", names[1] if len(names) > 1 else names[0])
+        if self.metric not in names:
+            raise StudyError(
+                f"metric of problem {self.name!r} is {self.metric!r}, which is not measured; "
+                f"there are {', '.join(names)}."
+            )
+
+    @property
+    def all_metrics(self) -> tuple[Metric, ...]:
+        """What is measured, the loss first."""
+        return self.metrics  # type: ignore[return-value]
+
+    @property
+    def whole_rules(self) -> list[tuple[str, Full]]:
+        """The rules of a spec for what every trial has for itself: the head, and the state."""
+        return [*((p, Full()) for p in self.head), *((p, Full(trained=False)) for p in self.state)]
+
+    @property
+    def chief(self) -> Metric:
+        """The metric that chooses."""
+        return next(one for one in self.all_metrics if one.name == self.metric)
+
+    @property
+    def reads_outputs(self) -> bool:
+        """Whether a metric reads all outputs on the host."""
+        return any(one.of_outputs is not None for one in self.all_metrics)
