@@ -78,7 +78,8 @@ def study(config: str, out: str, overwrite: bool, devices: int, memory_mib: int 
         return
     click.echo(summary_table(read_run(out)))
     best = results.best()
-    click.echo(f"\nbest single trial by validation: {best['trial']} (test accuracy {best['test_accuracy']:.4f})")
+    tested = format(best[f"test_{problem.metric}"], problem.chief.format)
+    click.echo(f"\nbest single trial by validation {problem.metric}: {best['trial']} (test: {tested})")
     click.echo(f"report: {page}\ncheck it: lorax-kit evaluate {Path(out) / best['adapter']}")
 
 

@@ -36,15 +36,15 @@ def check_problem(problem: Problem) -> bool:
     batch = check_stream(problem)
     params = problem.params(jax.random.key(0))
     names = [path for path, x in flatten(params)[0].items() if is_array(x)]
-    own: dict[str, None] = {}
-    for part in ("head", "state"):
+    own: dict[str, set[str]] = {"head": set(), "state": set()}
+    for part, paths in own.items():
         for pattern in getattr(problem, part):
-            own |= dict.fromkeys(matched(f"{part} {pattern!r} of {who}", pattern, names))
-    check_base(problem, params, own, jax.random.key(1))
+            paths.update(matched(f"{part} {pattern!r} of {who}", pattern, names))
+    check_base(problem, params, own["head"] | own["state"], jax.random.key(1))
     classifies, means = _check_score(problem, params)
     for metric in problem.metrics or ():
         _check_metric(standard(metric), means)
-    _check_loss(problem, params, batch)
+    _check_loss(problem, params, batch, own["state"])
     return classifies
 
 
@@ -178,7 +178,7 @@ def _check_metric(metric: Metric, means: Mapping[str, Any]) -> None:
         metric.computed(means)
 
 
-def _check_loss(problem: Problem, params: Params, batch: Any) -> None:
+def _check_loss(problem: Problem, params: Params, batch: Any, state: Collection[str]) -> None:
     """Raise `StudyError` unless the loss is a float scalar or `lk.Weighted`."""
     arrays, whole = arrays_only(params)
     key = jax.random.key(0)
@@ -190,7 +190,8 @@ def _check_loss(problem: Problem, params: Params, batch: Any) -> None:
         else:
             outputs = problem.train_apply(params, batch, key)
             if problem.state:
-                outputs, _ = outputs_and_state(problem, outputs)
+                outputs, new = outputs_and_state(problem, outputs)
+                named_state(problem, new, state)
         return problem.loss(outputs, batch)
 
     try:
@@ -223,3 +224,22 @@ def outputs_and_state(problem: Problem, returned: Any) -> tuple[Any, Any]:
             "(outputs, new state)."
         )
     return returned
+
+
+def named_state(problem: Problem, given: Any, state: Collection[str]) -> dict[str, Any]:
+    """The state that a training pass gave, path -> array.
+
+    Args:
+      state: the paths that it must have.
+
+    Raises:
+      StudyError: other paths.
+    """
+    named = flatten(given)[0]
+    if odd := sorted(set(named) ^ set(state)):
+        word = "does not give" if odd[0] in state else "gives, and Problem(state=...) does not name,"
+        raise StudyError(
+            f"train_apply of problem {problem.name!r} {word} {odd[0]!r}.\n"
+            f"  its state has the paths {', '.join(sorted(state)[:3])}"
+        )
+    return named

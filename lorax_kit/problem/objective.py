@@ -11,10 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.core.leaves import FactorTree, FullLeaf, penalty
-from lorax_kit.core.paths import Params, flatten
+from lorax_kit.core.paths import Params
 from lorax_kit.core.plan import Plan
-from lorax_kit.errors import StudyError
-from lorax_kit.problem.check import outputs_and_state
+from lorax_kit.problem.check import named_state, outputs_and_state
 from lorax_kit.problem.problem import Problem
 from lorax_kit.training.objective import Weighted
 from lorax_kit.training.step import Info, State
@@ -53,7 +52,7 @@ def training_loss(
             outputs = run(whole(base), factors, batch, own, dropout_key=mask)
             if problem.state:
                 outputs, found = outputs_and_state(problem, outputs)
-                new = _named(problem, found, state)
+                new = {path: x.astype(state[path]) for path, x in named_state(problem, found, state).items()}
         value, extra = problem.loss(outputs, batch), penalty(plan, factors)
         if isinstance(value, Weighted):
             return Weighted(value.total + extra * value.weight, value.weight), {STATE: new}
@@ -71,14 +70,3 @@ def with_state(state: State, info: Info) -> State:
         before = factors[path].value
         factors[path] = FullLeaf(jnp.where(info.finite, value.astype(before.dtype), before))
     return state._replace(factors=factors)
-
-
-def _named(problem: Problem, found: Any, state: dict[str, str]) -> dict[str, Array]:
-    named = flatten(found)[0]
-    if odd := sorted(set(named) ^ set(state)):
-        word = "does not give" if odd[0] in state else "gives, and Problem(state=...) does not name,"
-        raise StudyError(
-            f"train_apply of problem {problem.name!r} {word} {odd[0]!r}.\n"
-            f"  its state has the paths {', '.join(sorted(state)[:3])}"
-        )
-    return {path: x.astype(state[path]) for path, x in named.items()}

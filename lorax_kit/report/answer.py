@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 
 from lorax_kit.report.conditions import Condition, Summary, at_edge_of_grid, rates_tried
-from lorax_kit.report.tables import bytes_text, interval_text, p_text, percent, plural, signed
-from lorax_kit.study.statistics import Comparison, seeds_needed, smallest_p
-
-METRIC_NAMES = {"test_accuracy": "test accuracy", "val_accuracy": "validation accuracy"}
+from lorax_kit.report.tables import bytes_text, p_text, plural
+from lorax_kit.study.statistics import seeds_needed, smallest_p
 
 
 def answer(summary: Summary) -> list[str]:
@@ -34,7 +32,7 @@ def answer(summary: Summary) -> list[str]:
             "A learning rate well below those tried is the first thing to change."
         ]
     if not best.values(summary.metric).size:
-        return ["Trials finished, but none of them recorded an accuracy; see the losses below."]
+        return [f"Trials finished, but none of them recorded the {summary.measure.word}; see the losses below."]
     paragraphs = [_headline(summary, best), _choice_error(summary, best)]
     smaller = [c for c in summary.ladder if c.rank < best.rank and c.values(summary.metric).size]
     if smaller:
@@ -82,10 +80,10 @@ def cautions(summary: Summary) -> list[str]:
             f"The chosen learning rate is the lowest or highest one tried at rank {ranks}. A better one may "
             "lie outside the grid; compare ranks after widening it."
         )
-    if summary.metric == "val_accuracy" and summary.best is not None:
+    if not summary.tested and summary.best is not None:
         found.append(
-            "No test accuracy was recorded: rates are chosen and results reported on the same validation "
-            "set, which flatters them."
+            f"No test {summary.measure.word} was recorded: rates are chosen and results reported on the same "
+            "validation set, which flatters them."
         )
     return found + list(summary.notes)
 
@@ -93,18 +91,18 @@ def cautions(summary: Summary) -> list[str]:
 def _headline(summary: Summary, best: Condition) -> str:
     value = best.interval(summary.metric)
     chosen = [c for ladder in summary.ladders.values() for c in ladder]
-    seeds = best.values("val_accuracy").size
-    passed_over = [c for c in chosen if c.values("val_accuracy").size < seeds]
-    rivals = [c for c in chosen if c.values("val_accuracy").size >= seeds and c.values(summary.metric).size]
+    seeds = best.values(summary.choice).size
+    passed_over = [c for c in chosen if c.values(summary.choice).size < seeds]
+    rivals = [c for c in chosen if c.values(summary.choice).size >= seeds and c.values(summary.metric).size]
     setting = f"{best.family}, learning rate {best.lr:g}" if len(summary.ladders) > 1 else f"learning rate {best.lr:g}"
-    value_text = f"{METRIC_NAMES[summary.metric]} is {interval_text(value)}"
+    value_text = f"{summary.label} is {summary.measure.interval(value)}"
     if len(chosen) == 1:
         text = f"Rank {best.rank} ({setting}): the {value_text}"
     else:
-        text = f"Rank {best.rank} ({setting}) has the best mean validation accuracy"
+        text = f"Rank {best.rank} ({setting}) has the best mean validation {summary.measure.word}"
         if passed_over:
             text += f" among the conditions with {plural(seeds, 'finished seed')}"
-        tied = [c for c in rivals if c is not best and c.mean("val_accuracy") == best.mean("val_accuracy")]
+        tied = [c for c in rivals if c is not best and c.mean(summary.choice) == best.mean(summary.choice)]
         if tied:
             text += f", tied with {plural(len(tied), 'other')}; it has the fewest parameters, then the lowest loss"
         text += f". Its {value_text}"
@@ -113,14 +111,16 @@ def _headline(summary: Summary, best: Condition) -> str:
     if params is not None:
         text += f" It trains {params:,.0f} parameters"
         text += f" ({bytes_text(size)} on disk)." if size is not None else "."
-    highest = max(rivals, key=lambda c: c.mean(summary.metric))
-    if highest.mean(summary.metric) > best.mean(summary.metric) and summary.metric == "test_accuracy":
+    sign = summary.measure.sign
+    top = max(rivals, key=lambda c: sign * c.mean(summary.metric))
+    if sign * top.mean(summary.metric) > sign * best.mean(summary.metric) and summary.tested:
         text += (
-            f" (Rank {_which(highest, best)} has a higher mean on test data, {percent(highest.mean(summary.metric))}; "
+            f" (Rank {_which(top, best)} has a {'higher' if sign > 0 else 'lower'} mean on test data, "
+            f"{summary.measure.text(top.mean(summary.metric))}; "
             "the choice is made on validation data, as it must be.)"
         )
     if passed_over:
-        names = ", ".join(f"{_which(c, best)} with {c.values('val_accuracy').size}" for c in passed_over)
+        names = ", ".join(f"{_which(c, best)} with {c.values(summary.choice).size}" for c in passed_over)
         text += f" Not considered, having fewer finished seeds: rank {names}."
     return text
 
@@ -128,11 +128,11 @@ def _headline(summary: Summary, best: Condition) -> str:
 def _choice_error(summary: Summary, best: Condition) -> str:
     """What the finite validation set leaves open: ranks within one standard error of the best mean."""
     size = (summary.run.study.get("task") or {}).get("val")
-    mean = best.mean("val_accuracy")
-    if not isinstance(size, int) or size < 1 or len(summary.ladder) < 2:
+    mean = best.mean(summary.choice)
+    if not isinstance(size, int) or size < 1 or len(summary.ladder) < 2 or summary.measure.name != "accuracy":
         return ""
     error = math.sqrt(mean * (1 - mean) / size)
-    near = [c for c in summary.ladder if c is not best and mean - c.mean("val_accuracy") <= error]
+    near = [c for c in summary.ladder if c is not best and mean - c.mean(summary.choice) <= error]
     if not near:
         return ""
     ranks = ", ".join(str(c.rank) for c in near)
@@ -153,7 +153,7 @@ def _against_smaller(summary: Summary, best: Condition, smaller: Condition) -> s
     if found is None or not found.pairs:
         return f"{question} The two share no finished seed, so they cannot be compared."
     evidence = (
-        f"mean paired difference {_points(found)}, sign-flip test of this pair alone {_p(found.p)}, "
+        f"mean paired difference {summary.measure.difference(found)}, sign-flip test of this pair alone {_p(found.p)}, "
         f"{plural(found.pairs, 'seed')}"
     )
     if found.pairs < seeds_needed():
@@ -163,7 +163,7 @@ def _against_smaller(summary: Summary, best: Condition, smaller: Condition) -> s
             f"{smallest_p(found.pairs):.3g}), however large the difference."
         )
     if found.p < 0.05:
-        direction = "better" if found.difference < 0 else "worse on test data"
+        direction = "better" if summary.measure.sign * found.difference < 0 else "worse on test data"
         return f"{question} Yes, it is {direction}: {evidence}."
     return (
         f"{question} No: {evidence}. That does not show the two to be equal; the interval says how large a "
@@ -191,7 +191,7 @@ def _cheapest(summary: Summary, best: Condition, smaller: list[Condition]) -> st
         if rank not in unclear:
             return (
                 f"The smallest rank not distinguishable from rank {best.rank} is {rank}: the difference is "
-                f"{_points(c)}, {_p(c.p_holm)} after {over}.{aside}"
+                f"{summary.measure.difference(c)}, {_p(c.p_holm)} after {over}.{aside}"
             )
     which = "Every other smaller rank" if unclear else "Every smaller rank"
     return f"{which} is distinguishable from rank {best.rank} after {over}.{aside}"
@@ -202,9 +202,9 @@ def _against_probe(summary: Summary, best: Condition, probe: Condition) -> str:
     if found is None or not found.pairs:
         return ""
     return (
-        f"The frozen encoder with a trained head reaches {percent(probe.mean(summary.metric))}; rank "
-        f"{best.rank} differs from it by {_points(found)}, sign-flip test of this pair alone {_p(found.p)}, "
-        f"{plural(found.pairs, 'seed')}."
+        f"The frozen encoder with a trained head reaches {summary.measure.text(probe.mean(summary.metric))}; rank "
+        f"{best.rank} differs from it by {summary.measure.difference(found)}, sign-flip test of this pair alone "
+        f"{_p(found.p)}, {plural(found.pairs, 'seed')}."
     )
 
 
@@ -212,14 +212,6 @@ def _p(p: float) -> str:
     """0.031 -> "p = 0.031", 0.0001 -> "p < 0.001"."""
     text = p_text(p)
     return f"p {text}" if text.startswith("<") else f"p = {text}"
-
-
-def _points(found: Comparison) -> str:
-    """best - condition in percentage points with its interval."""
-    text = f"{signed(-100 * found.difference)} points"
-    if not math.isnan(found.low):
-        text += f" (95 % interval {signed(-100 * found.high)} to {signed(-100 * found.low)})"
-    return text
 
 
 def _of_all(part: int, whole: int) -> str:

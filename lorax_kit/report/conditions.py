@@ -1,8 +1,8 @@
 """Groups trials into conditions, chooses a learning rate per rank, and makes the paired comparisons.
 
 A condition is (targets, variant, alpha policy, rank, learning rate); its trials differ in the seed only. A
-family is a condition without its rank and rate. Per family and rank **the rate is chosen on validation
-accuracy and the result is reported on test accuracy**, so choosing does not flatter what is shown.
+family is a condition without its rank and rate. Per family and rank **the rate is chosen on the metric of the
+validation set and the result is reported on that of the test set**, so choosing does not flatter what is shown.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from lorax_kit.report.measure import Measure
 from lorax_kit.report.run_folder import Record, RunFolder
 from lorax_kit.study.statistics import Comparison, Interval, compare, interval
 
@@ -71,17 +72,19 @@ class Summary:
 
     Attributes:
       run: The folder it was read from.
-      metric: "test_accuracy", or "val_accuracy" when no trial has a test accuracy.
+      measure: The metric that the study chose by.
+      metric: Its column of the test set, or of the validation set when no trial was tested.
       conditions: Every condition of rank > 0, in order of family, rank and rate.
       ladders: Per family, the chosen condition of each rank, by rank.
       probe: The rank-0 condition (frozen encoder, trained head) at its best rate, or None.
-      best: The chosen condition with the best mean validation accuracy, or None if nothing finished.
+      best: The chosen condition with the best mean of `choice`, or None if nothing finished.
       comparisons: Every other chosen condition (and the probe) against `best`; `condition` holds
         (targets, variant, policy, rank).
       notes: What the reader of the report must know about the data, one sentence each.
     """
 
     run: RunFolder
+    measure: Measure
     metric: str
     conditions: tuple[Condition, ...]
     ladders: dict[Family, tuple[Condition, ...]]
@@ -89,6 +92,21 @@ class Summary:
     best: Condition | None
     comparisons: tuple[Comparison, ...]
     notes: tuple[str, ...]
+
+    @property
+    def choice(self) -> str:
+        """The column that rates and ranks are chosen by: the metric's of the validation set."""
+        return f"val_{self.measure.name}"
+
+    @property
+    def tested(self) -> bool:
+        """Whether results are of the test set."""
+        return self.metric.startswith("test_")
+
+    @property
+    def label(self) -> str:
+        """The metric in words: "test accuracy"."""
+        return f"{'test' if self.tested else 'validation'} {self.measure.word}"
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
@@ -120,22 +138,25 @@ class Summary:
 def summarise(run: RunFolder) -> Summary:
     """Group the trials of a run; see `Summary`.
 
-    The rate of a rank is the one with the best mean validation accuracy among the rates with the most
+    The rate of a rank is the one with the best mean validation metric among the rates with the most
     finished seeds, so a rate that diverged for some seeds cannot win by its survivors. Of equal means the one with
     fewer parameters counts, then the one with the lower validation loss; `best` likewise.
     """
-    metric = "val_accuracy"
-    if any(t["status"] == "done" and t.get("test_accuracy") is not None for t in run.trials):
-        metric = "test_accuracy"
+    measure = Measure.of(run.study)
+    metric = f"val_{measure.name}"
+    if any(t["status"] == "done" and t.get(f"test_{measure.name}") is not None for t in run.trials):
+        metric = f"test_{measure.name}"
     adapted = _conditions([trial for trial in run.trials if trial["rank"] > 0])
     probes = _conditions([trial for trial in run.trials if trial["rank"] == 0])
     by_rank: dict[Family, dict[int, list[Condition]]] = {}
     for condition in adapted:
         by_rank.setdefault(condition.family, {}).setdefault(condition.rank, []).append(condition)
-    ladders = {family: tuple(_best(rates) for _, rates in sorted(ranks.items())) for family, ranks in by_rank.items()}
+    ladders = {
+        family: tuple(_best(rates, measure) for _, rates in sorted(ranks.items())) for family, ranks in by_rank.items()
+    }
     chosen = [condition for ladder in ladders.values() for condition in ladder]
-    probe = _best(probes) if probes else None
-    best = _best(chosen) if chosen else None
+    probe = _best(probes, measure) if probes else None
+    best = _best(chosen, measure) if chosen else None
     if best is not None and not best.done:
         best = None
     rows: list[Record] = []
@@ -152,7 +173,7 @@ def summarise(run: RunFolder) -> Summary:
     if best is not None and best.values(metric).size:
         found = compare(rows, metric, ("condition",), against=((*best.family, best.rank),))
         comparisons = [c._replace(condition=c.condition[0], against=c.against[0]) for c in found]
-    return Summary(run, metric, tuple(adapted), ladders, probe, best, tuple(comparisons), tuple(notes))
+    return Summary(run, measure, metric, tuple(adapted), ladders, probe, best, tuple(comparisons), tuple(notes))
 
 
 def rates_tried(summary: Summary, condition: Condition) -> int:
@@ -170,12 +191,13 @@ def at_edge_of_grid(summary: Summary) -> tuple[Condition, ...]:
     return tuple(edges)
 
 
-def _best(conditions: Sequence[Condition]) -> Condition:
-    most = max(condition.values("val_accuracy").size for condition in conditions)
-    fullest = [c for c in conditions if c.values("val_accuracy").size == most]
+def _best(conditions: Sequence[Condition], measure: Measure) -> Condition:
+    choice = f"val_{measure.name}"
+    most = max(condition.values(choice).size for condition in conditions)
+    fullest = [c for c in conditions if c.values(choice).size == most]
     if not most:
         return max(conditions, key=lambda c: len(c.done))
-    return max(fullest, key=lambda c: (c.mean("val_accuracy"), -(c.first("params") or 0), -c.mean("val_loss")))
+    return max(fullest, key=lambda c: (measure.sign * c.mean(choice), -(c.first("params") or 0), -c.mean("val_loss")))
 
 
 def _conditions(trials: Sequence[Record]) -> list[Condition]:

@@ -48,10 +48,10 @@ def draw(summary: Summary) -> tuple[list[Plot], list[str]]:
     return [m for m in made if isinstance(m, Plot)], [m for m in made if isinstance(m, str)]
 
 
-def accuracy_by_rank(summary: Summary) -> Made:
-    """Accuracy of the chosen condition of each rank, per family, every seed drawn."""
+def metric_by_rank(summary: Summary) -> Made:
+    """The metric of the chosen condition of each rank, per family, every seed drawn."""
     if not any(c.values(summary.metric).size for ladder in summary.ladders.values() for c in ladder):
-        return "Accuracy by rank: no adapted trial finished with an accuracy."
+        return f"{summary.label.capitalize()} by rank: no adapted trial finished with it."
     figure = canvas(3.7)
     axes = figure.add_subplot()
     _probe_band(axes, summary)
@@ -63,23 +63,23 @@ def accuracy_by_rank(summary: Summary) -> Made:
         middle = (k - (len(summary.ladders) - 1) / 2) * slot
         xs = [summary.ranks.index(condition.rank) + middle for condition in ladder]
         for x, condition in zip(xs, ladder, strict=True):
-            seeds = 100 * condition.values(summary.metric)
+            seeds = summary.measure.factor * condition.values(summary.metric)
             axes.plot([x - shift] * seeds.size, seeds, "o", ms=3.2, mew=0, color=colour, alpha=0.5)
             _interval(axes, x + shift, condition, summary, colour, marker)
             lost = len(condition.trials) - len(condition.done)
             if lost:
                 place = ("data", "axes fraction")
                 axes.annotate(f"×{lost}", (x, 0.015), xycoords=place, ha="center", color=colour)
-        means = [100 * condition.mean(summary.metric) for condition in ladder]
+        means = [summary.measure.factor * condition.mean(summary.metric) for condition in ladder]
         axes.plot([x + shift for x in xs], means, lw=0.8, color=colour, alpha=0.5)
         if many:
             axes.plot([], [], marker, color=colour, label=str(family))
     rank_axis(axes, summary.ranks)
-    axes.set_ylabel(f"{_metric(summary)} (%)")
+    axes.set_ylabel(f"{summary.label}{summary.measure.unit}")
     axes.margins(y=0.12)
     legend_below(figure, axes, columns=2 if many else 1)
     caption = (
-        f"{_metric(summary).capitalize()} by rank. Large markers are means over seeds, bars their 95 % "
+        f"{summary.label.capitalize()} by rank. Large markers are means over seeds, bars their 95 % "
         f"intervals ({_methods(summary)}), small dots the single seeds.{_choice(summary)}"
     )
     if summary.probe is not None and summary.probe.values(summary.metric).size:
@@ -89,14 +89,14 @@ def accuracy_by_rank(summary: Summary) -> Made:
     return figure, caption
 
 
-def accuracy_by_parameters(summary: Summary) -> Made:
-    """Accuracy against the number of trained parameters, ranks written beside the points."""
+def metric_by_parameters(summary: Summary) -> Made:
+    """The metric against the number of trained parameters, ranks written beside the points."""
     ladders = {
         family: [c for c in ladder if c.first("params") and c.values(summary.metric).size]
         for family, ladder in summary.ladders.items()
     }
     if sum(map(len, ladders.values())) < 2:
-        return "Accuracy against parameters: it takes two finished conditions that have both."
+        return f"{summary.label.capitalize()} against parameters: it takes two finished conditions that have both."
 
     def spot(condition: Condition, k: int) -> float:
         """Families of equal counts would hide each other: drawn 3 % apart."""
@@ -108,21 +108,21 @@ def accuracy_by_parameters(summary: Summary) -> Made:
     for k, (family, ladder) in enumerate(ladders.items()):
         colour, marker = family_style(k)
         for condition in ladder:
-            x, y = spot(condition, k), 100 * condition.mean(summary.metric)
+            x, y = spot(condition, k), summary.measure.factor * condition.mean(summary.metric)
             _interval(axes, x, condition, summary, colour, marker)
             if len(ladders) == 1:
                 name = f"r = {condition.rank}"
                 axes.annotate(name, (x, y), xytext=(6, -10), textcoords="offset points", color=QUIET)
-        means = [100 * c.mean(summary.metric) for c in ladder]
+        means = [summary.measure.factor * c.mean(summary.metric) for c in ladder]
         label = str(family) if len(ladders) > 1 else None
         axes.plot([spot(c, k) for c in ladder], means, lw=0.8, color=colour, alpha=0.6)
         axes.plot([], [], marker + "-", color=colour, label=label)
     log_axis(axes, "x", [c.first("params") or 0 for ladder in ladders.values() for c in ladder], count_text)
-    axes.set(xlabel="trained parameters (log scale)", ylabel=f"{_metric(summary)} (%)")
+    axes.set(xlabel="trained parameters (log scale)", ylabel=f"{summary.label}{summary.measure.unit}")
     axes.margins(y=0.12)
     legend_below(figure, axes, columns=2 if len(ladders) > 1 else 1)
     return figure, (
-        f"{_metric(summary).capitalize()} against the number of trained parameters. Points are means over "
+        f"{summary.label.capitalize()} against the number of trained parameters. Points are means over "
         f"seeds, bars 95 % intervals ({_methods(summary)}).{_choice(summary)}"
         + (" Settings are drawn 3 % apart, so that equal counts do not hide each other." if len(ladders) > 1 else "")
     )
@@ -160,15 +160,16 @@ def cost_by_rank(summary: Summary) -> Made:
 
 
 def rate_by_rank(summary: Summary) -> Made:
-    """Mean validation accuracy over the grid of ranks and learning rates."""
+    """Mean validation metric over the grid of ranks and learning rates."""
     if len(summary.rates) < 2:
         return "Rate by rank: only one learning rate was tried."
     maps = {family: rate_map(summary, family) for family in summary.ladders}
     finite = np.concatenate([values[np.isfinite(values)] for values, _ in maps.values()])
     if not finite.size:
-        return "Rate by rank: no trial finished with a validation accuracy."
-    # At least a point wide: noise between equal cells must not look like structure.
-    limits = (float(min(finite.min(), finite.max() - 1)), float(finite.max()))
+        return f"Rate by rank: no trial finished with a validation {summary.measure.word}."
+    # At least a point wide for a share: noise between equal cells must not look like structure.
+    least = 1.0 if summary.measure.share else 1e-9
+    limits = (float(min(finite.min(), finite.max() - least)), float(finite.max()))
     columns = min(2, len(maps))
     rows = math.ceil(len(maps) / columns)
     figure = canvas((0.4 * len(summary.rates) + 0.9) * rows + 0.3)
@@ -178,12 +179,13 @@ def rate_by_rank(summary: Summary) -> Made:
         panels.append((axes, heat_map(axes, values, limits)))
 
         def text(row: int, column: int, values=values, lost=lost) -> str:
-            mean = "" if math.isnan(values[row, column]) else f"{values[row, column]:.1f}"
+            value = values[row, column] / summary.measure.factor
+            mean = "" if math.isnan(value) else summary.measure.short(value)
             return f"{mean} ×{lost[row, column]}".strip() if lost[row, column] else mean
 
         write_cells(axes, values, limits, text, size=8 if columns == 1 else 6.5)
         for condition in summary.ladders[family]:
-            if condition.values("val_accuracy").size:
+            if condition.values(summary.choice).size:
                 frame_cell(axes, summary.rates.index(condition.lr), summary.ranks.index(condition.rank))
         axes.set_yticks(range(len(summary.rates)), [f"{rate:g}" for rate in summary.rates])
         axes.invert_yaxis()
@@ -191,9 +193,12 @@ def rate_by_rank(summary: Summary) -> Made:
         rank_axis(axes, summary.ranks, pad=0.5)
         if len(maps) > 1:
             axes.set_title(str(family))
-    colour_bar(figure, panels[0][1], [axes for axes, _ in panels], "validation accuracy (%)")
+    colour_bar(
+        figure, panels[0][1], [axes for axes, _ in panels], f"validation {summary.measure.word}{summary.measure.unit}"
+    )
     return figure, (
-        "Mean validation accuracy (%) over seeds for every rank and learning rate. A frame marks the rate "
+        f"Mean validation {summary.measure.word}{summary.measure.unit} over seeds for every rank and learning rate. "
+        "A frame marks the rate "
         "chosen for that rank; ×n: n seeds diverged and are not in the mean; empty cells were not run."
     )
 
@@ -289,8 +294,8 @@ def effective_rank_by_site(summary: Summary) -> Made:
 
 
 FIGURES = (
-    accuracy_by_rank,
-    accuracy_by_parameters,
+    metric_by_rank,
+    metric_by_parameters,
     cost_by_rank,
     rate_by_rank,
     loss_curves,
@@ -300,23 +305,19 @@ FIGURES = (
 
 
 def _interval(axes: Axes, x: float, condition: Condition, summary: Summary, colour: str, marker: str) -> None:
-    mean, low, high, _ = condition.interval(summary.metric)
+    mean, low, high = (summary.measure.factor * x for x in condition.interval(summary.metric)[:3])
     if not math.isnan(low):
-        axes.plot([x, x], [100 * low, 100 * high], lw=1.5, color=colour, solid_capstyle="butt")
-    axes.plot([x], [100 * mean], marker, ms=5, color=colour, mew=0)
+        axes.plot([x, x], [low, high], lw=1.5, color=colour, solid_capstyle="butt")
+    axes.plot([x], [mean], marker, ms=5, color=colour, mew=0)
 
 
 def _probe_band(axes: Axes, summary: Summary) -> None:
     if summary.probe is None or not summary.probe.values(summary.metric).size:
         return
-    mean, low, high, _ = summary.probe.interval(summary.metric)
+    mean, low, high = (summary.measure.factor * x for x in summary.probe.interval(summary.metric)[:3])
     if not math.isnan(low):
-        axes.axhspan(100 * low, 100 * high, color="#bbbbbb", alpha=0.45, lw=0)
-    axes.axhline(100 * mean, color=QUIET, lw=1, ls="--", label="frozen encoder, trained head")
-
-
-def _metric(summary: Summary) -> str:
-    return "test accuracy" if summary.metric == "test_accuracy" else "validation accuracy"
+        axes.axhspan(low, high, color="#bbbbbb", alpha=0.45, lw=0)
+    axes.axhline(mean, color=QUIET, lw=1, ls="--", label="frozen encoder, trained head")
 
 
 def _methods(summary: Summary) -> str:
@@ -332,4 +333,4 @@ def _whose(summary: Summary) -> str:
 def _choice(summary: Summary) -> str:
     if len(summary.rates) < 2:
         return ""
-    return " Each rank is shown at the learning rate with its best mean validation accuracy."
+    return f" Each rank is shown at the learning rate with its best mean validation {summary.measure.word}."

@@ -19,6 +19,7 @@ import jinja2
 from lorax_kit.report.answer import answer, cautions
 from lorax_kit.report.conditions import Summary, summarise
 from lorax_kit.report.figures import FIGURES, draw
+from lorax_kit.report.measure import measures
 from lorax_kit.report.plots import Plot
 from lorax_kit.report.run_folder import RunFolder, read_run, replace_file
 from lorax_kit.report.tables import CHOSEN, bytes_text, plural, summary_rows, trial_rows, write_csv
@@ -87,7 +88,10 @@ def _context(summary: Summary, plots: list[Plot], left_out: list[str]) -> dict[s
         "left_out": left_out,
         "rows": summary_rows(summary),
         "several": len(summary.ladders) > 1,
-        "metric": summary.metric.replace("_", " "),
+        "metric": summary.label,
+        "word": summary.measure.word,
+        "unit": ", %" if summary.measure.share else "",
+        "measured": _measured(summary),
         "chosen": CHOSEN,
         "limits": _limits(summary),
         "trials": trial_rows(summary),
@@ -133,7 +137,7 @@ def _limits(summary: Summary) -> str:
     part = summary.metric.split("_")[0]
     count = (summary.run.study.get("task") or {}).get(part)
     share = summary.best.mean(summary.metric) if summary.best else math.nan
-    if isinstance(count, int) and count > 0 and not math.isnan(share):
+    if isinstance(count, int) and count > 0 and not math.isnan(share) and summary.measure.name == "accuracy":
         error = 100 * math.sqrt(share * (1 - share) / count)
         parts.append(
             f"Every trial is measured on the same {count:,} examples: over another sample of so many, an accuracy of "
@@ -145,6 +149,12 @@ def _limits(summary: Summary) -> str:
             "not the order of the data."
         )
     return " ".join(parts)
+
+
+def _measured(summary: Summary) -> list[tuple[str, str]]:
+    """(column, head) of the metrics in the table of trials: all of the validation set's, and the test set's own."""
+    columns = [(f"val_{one.name}", f"val {one.word}") for one in measures(summary.run.study)]
+    return [*columns, (f"test_{summary.measure.name}", f"test {summary.measure.word}")]
 
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:

@@ -25,7 +25,9 @@ REQUIRED = {
 OPTIONAL_TRIAL_KEYS: Record = {"alpha": None, "targets": "", "variant": ""}
 NUMBERS = ("rank", "lr", "step")
 COSTS = ("alpha", "params", "adapter_bytes", "train_seconds")
-SCORES = ("loss", "train_loss", "val_loss", "test_loss", "val_accuracy", "test_accuracy", "effective_rank")
+SCORES = ("loss", "effective_rank")
+PARTS = ("train_", "val_", "test_")
+"""What the columns of losses and metrics begin with."""
 
 
 class RunFolderError(ValueError):
@@ -191,7 +193,8 @@ def _record(name: str, line: bytes) -> Record:
     missing = [key for key in REQUIRED[name] if key not in record]
     if missing:
         raise ValueError(f"lacks {', '.join(map(repr, missing))} (has {', '.join(record) or 'nothing'}).")
-    for key in (*NUMBERS, *COSTS, *SCORES):
+    measured = [key for key in record if key.startswith(PARTS) and key != "train_seconds"]
+    for key in (*NUMBERS, *COSTS, *SCORES, *measured):
         value = record.get(key, 0)
         if value is None and key not in NUMBERS:  # a trial that diverged has none
             continue

@@ -48,7 +48,7 @@ def binned_curves(run: RunFolder, condition: Condition, key: str) -> list[tuple[
 
 
 def rate_map(summary: Summary, family: Family) -> tuple[Array, Array]:
-    """Mean validation accuracy in percent and number of lost seeds, each (rates, ranks).
+    """Mean of the validation metric, as it is drawn, and number of lost seeds, each (rates, ranks).
 
     Combinations that were not run are nan and 0.
     """
@@ -57,7 +57,7 @@ def rate_map(summary: Summary, family: Family) -> tuple[Array, Array]:
     for condition in summary.conditions:
         if condition.family == family:
             cell = summary.rates.index(condition.lr), summary.ranks.index(condition.rank)
-            values[cell] = 100 * condition.mean("val_accuracy")
+            values[cell] = summary.measure.factor * condition.mean(summary.choice)
             lost[cell] = len(condition.trials) - len(condition.done)
     return values, lost
 

@@ -8,10 +8,11 @@ import math
 from pathlib import Path
 
 from lorax_kit.report.conditions import Condition, Summary, summarise
+from lorax_kit.report.measure import measures
 from lorax_kit.report.run_folder import RunFolder, replace_file
-from lorax_kit.study.statistics import Interval, seeds_needed
+from lorax_kit.study.statistics import seeds_needed
 
-COLUMNS = (
+BEFORE = (
     "trial",
     "rank",
     "alpha",
@@ -24,10 +25,8 @@ COLUMNS = (
     "adapter_bytes",
     "steps",
     "train_loss",
-    "val_loss",
-    "val_accuracy",
-    "test_loss",
-    "test_accuracy",
+)
+AFTER = (
     "train_seconds",
     "compiles",
     "status",
@@ -37,13 +36,19 @@ COLUMNS = (
 CHOSEN = "chosen"
 
 
-def write_csv(run: RunFolder, path: str | Path) -> Path:
-    """Write one line per trial with the columns of `COLUMNS`; missing values are empty cells.
+def columns(run: RunFolder) -> tuple[str, ...]:
+    """The columns of `results.csv`: what a trial was, `val_<metric>` and `test_<metric>` of every metric, its cost."""
+    names = [measure.name for measure in measures(run.study)]
+    return (*BEFORE, *(f"{part}_{name}" for part in ("val", "test") for name in names), *AFTER)
 
-    Units: `adapter_bytes` in bytes, `train_seconds` in seconds, accuracies as shares in [0, 1].
+
+def write_csv(run: RunFolder, path: str | Path) -> Path:
+    """Write one line per trial with the columns of `columns`; missing values are empty cells.
+
+    Units: `adapter_bytes` in bytes, `train_seconds` in seconds, shares in [0, 1].
     """
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, columns(run), restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(run.trials)
     path = Path(path)
@@ -54,9 +59,9 @@ def write_csv(run: RunFolder, path: str | Path) -> Path:
 def summary_rows(summary: Summary) -> list[dict[str, str]]:
     """One row of formatted cells per condition at its chosen rate, the probe first.
 
-    Keys: setting, rank, rate, seeds, accuracy, validation, loss, params, size, difference, p.
-    `difference` is the mean paired difference to the condition with the best mean validation accuracy (its
-    own cell says "chosen"), in percentage points; `p` is Holm-corrected.
+    Keys: setting, rank, rate, seeds, metric, validation, loss, params, size, difference, p.
+    `difference` is the mean paired difference to the condition with the best mean validation metric (its own cell says
+    "chosen"), in percentage points of a share; `p` is Holm-corrected.
     """
     chosen = [condition for ladder in summary.ladders.values() for condition in ladder]
     return [_row(summary, condition) for condition in [*([summary.probe] if summary.probe else []), *chosen]]
@@ -72,13 +77,12 @@ def summary_table(run: RunFolder) -> str:
       ...
     """
     summary = summarise(run)
-    metric = "test accuracy" if summary.metric == "test_accuracy" else "val accuracy"
     heads = {
         "setting": "targets, variant, alpha",
         "rank": "rank",
         "rate": "lr",
         "seeds": "seeds",
-        "accuracy": f"{metric} (95 %)",
+        "metric": f"{summary.label} (95 %)",
         "params": "params",
         "size": "adapter",
         "difference": "vs chosen (95 %)",
@@ -115,20 +119,20 @@ def trial_rows(summary: Summary) -> list[dict[str, tuple[str, float | str]]]:
         "alpha": "g",
         "params": ",.0f",
         "train_loss": ".4f",
-        "val_loss": ".4f",
         "train_seconds": ".1f",
     }
+    shown = {f"{part}_{one.name}": one for part in ("val", "test") for one in measures(summary.run.study)}
     rows = []
     for trial in summary.run.trials:
         cells: dict[str, tuple[str, float | str]] = {}
-        for column in COLUMNS:
+        for column in columns(summary.run):
             value = trial.get(column)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 cells[column] = ("" if value is None else str(value), "" if value is None else str(value))
             elif not math.isfinite(value):
                 cells[column] = (str(value), "")
-            elif column.endswith("accuracy"):
-                cells[column] = (f"{100 * value:.2f}", value)
+            elif column in shown:
+                cells[column] = (shown[column].cell(value), value)
             elif column == "adapter_bytes":
                 cells[column] = (bytes_text(value), value)
             else:
@@ -138,22 +142,22 @@ def trial_rows(summary: Summary) -> list[dict[str, tuple[str, float | str]]]:
 
 
 def _row(summary: Summary, condition: Condition) -> dict[str, str]:
-    found = summary.comparison(condition)
+    found, measure = summary.comparison(condition), summary.measure
     params, size = condition.first("params"), condition.first("adapter_bytes")
     difference = p = ""
     if condition is summary.best:
         difference = CHOSEN
     elif found is not None and found.pairs:
-        difference, p = signed(100 * found.difference), p_text(found.p_holm)
+        difference, p = measure.signed(found.difference), p_text(found.p_holm)
         if not math.isnan(found.low):
-            difference += f" [{signed(100 * found.low)}, {signed(100 * found.high)}]"
+            difference += f" [{measure.signed(found.low)}, {measure.signed(found.high)}]"
     return {
         "setting": "frozen encoder" if condition.rank == 0 else str(condition.family),
         "rank": "probe" if condition.rank == 0 else str(condition.rank),
         "rate": f"{condition.lr:g}",
         "seeds": _seeds(condition),
-        "accuracy": interval_text(condition.interval(summary.metric), short=True),
-        "validation": _number(100 * condition.mean("val_accuracy"), ".1f"),
+        "metric": measure.interval(condition.interval(summary.metric), short=True),
+        "validation": measure.short(condition.mean(summary.choice)),
         "loss": _number(condition.mean("val_loss"), ".4f"),
         "params": "" if params is None else f"{params:,.0f}",
         "size": "" if size is None else bytes_text(size),
@@ -171,36 +175,11 @@ def _number(value: float, spec: str) -> str:
     return "" if math.isnan(value) else format(value, spec)
 
 
-def percent(share: float) -> str:
-    """0.8731 -> "87.3 %"; nan -> a dash."""
-    return "–" if math.isnan(share) else f"{100 * share:.1f} %"
-
-
-def interval_text(value: Interval, *, short: bool = False) -> str:
-    """ "87.3 % (95 % interval 86.9 to 87.8, BCa bootstrap)", or "87.3 [86.9, 87.8]" when short."""
-    if math.isnan(value.mean):
-        return "–"
-    bounds = not math.isnan(value.low)
-    value = value._replace(low=max(value.low, 0.0), high=min(value.high, 1.0))  # a share: t intervals do not know
-    if short:
-        return f"{100 * value.mean:.1f}" + (f" [{100 * value.low:.1f}, {100 * value.high:.1f}]" if bounds else "")
-    text = percent(value.mean)
-    if bounds:
-        text += f" (95 % interval {100 * value.low:.1f} to {100 * value.high:.1f}, {value.method})"
-    return text
-
-
 def p_text(p: float) -> str:
     """Three decimals, a bound below 0.001, a dash for nan."""
     if math.isnan(p):
         return "–"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def signed(points: float) -> str:
-    """Two decimals with a sign, "−" for minus and no sign on zero."""
-    text = f"{points:+.2f}"
-    return "0.00" if float(text) == 0 else text.replace("-", "−")
 
 
 def count_text(value: float) -> str:

@@ -27,8 +27,8 @@ def ends(axes):
     return [sorted(line.get_ydata()) for line in axes.lines if line.get_solid_capstyle() == "butt"]
 
 
-def test_accuracy_by_rank_draws_every_seed_mean_and_interval(grid, summary):
-    figure, caption = drawn.accuracy_by_rank(summary)
+def test_metric_by_rank_draws_every_seed_mean_and_interval(grid, summary):
+    figure, caption = drawn.metric_by_rank(summary)
     (axes,) = figure.axes
     dots = [line for line in axes.lines if line.get_marker() == "o" and line.get_alpha() == 0.5]
     for condition, line in zip(summary.ladder, dots, strict=True):
@@ -45,7 +45,7 @@ def test_accuracy_by_rank_draws_every_seed_mean_and_interval(grid, summary):
 
 def test_diverged_seeds_are_written_into_the_figure(tmp_path):
     scores = {(1, 1e-3): [(0.8, 0.8)] * 3, (2, 1e-3): [(0.8, 0.8), None, None]}
-    figure, caption = drawn.accuracy_by_rank(summarise(read_run(fake_run.from_scores(tmp_path, scores))))
+    figure, caption = drawn.metric_by_rank(summarise(read_run(fake_run.from_scores(tmp_path, scores))))
     assert [text.get_text() for text in figure.axes[0].texts] == ["×2"]
     assert "×n: n seeds diverged and are not in the mean" in caption
 
@@ -163,5 +163,5 @@ def test_figures_of_several_settings_name_the_one_they_show(tmp_path):
     summary = summarise(read_run(run))
     for maker in (drawn.loss_curves, drawn.singular_values, drawn.effective_rank_by_site):
         assert f"({summary.best.family})" in maker(summary)[1]
-    _, caption = drawn.accuracy_by_parameters(summary)
+    _, caption = drawn.metric_by_parameters(summary)
     assert "Settings are drawn 3 % apart" in caption

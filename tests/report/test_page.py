@@ -226,7 +226,7 @@ def test_one_rank_and_one_seed_make_a_page_without_empty_figures(tmp_path):
     run = fake_run.build(tmp_path, ranks=(4,), seeds=1, steps=4, probe=False, sites=fake_run.SITES[:1])
     page = Page(write_report(run))
     figures = [attributes["id"] for tag, attributes in page.elements if tag == "figure"]
-    assert figures == ["accuracy_by_rank", "loss_curves", "singular_values", "effective_rank_by_site"]
+    assert figures == ["metric_by_rank", "loss_curves", "singular_values", "effective_rank_by_site"]
     assert page.table("rank", "learning rate")[0][:3] == ["4", "0.001", "1"]
     assert "Rate by rank: only one learning rate was tried." in page.text
     assert "Cost by rank: it takes two conditions" in page.text
@@ -237,8 +237,8 @@ def test_a_run_where_everything_diverged_still_has_a_page(tmp_path):
     page = Page(write_report(run))
     assert "No rank can be recommended: all 4 trials diverged." in page.text
     assert [row[2:4] for row in page.table("rank", "learning rate")] == [["0 (+2 failed)", "–"]] * 2
-    assert "Accuracy by rank: no adapted trial finished with an accuracy." in page.text
-    assert not (run / "plots" / "accuracy_by_rank.png").exists()
+    assert "Validation accuracy by rank: no adapted trial finished with it." in page.text
+    assert not (run / "plots" / "metric_by_rank.png").exists()
 
 
 def test_a_figure_that_no_longer_applies_leaves_no_old_file(tmp_path):
@@ -248,7 +248,7 @@ def test_a_figure_that_no_longer_applies_leaves_no_old_file(tmp_path):
     (run / "curves.jsonl").unlink()
     write_report(run)
     assert sorted(p.stem for p in (run / "plots").glob("*.png")) == [
-        "accuracy_by_parameters",
-        "accuracy_by_rank",
         "cost_by_rank",
+        "metric_by_parameters",
+        "metric_by_rank",
     ]
