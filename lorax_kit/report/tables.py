@@ -7,9 +7,9 @@ import io
 import math
 from pathlib import Path
 
+from lorax_kit.analysis.statistics import Interval, seeds_needed
 from lorax_kit.report.conditions import Condition, Summary, summarise
 from lorax_kit.report.run_folder import RunFolder, replace_file
-from lorax_kit.study.statistics import Interval, seeds_needed
 
 COLUMNS = (
     "trial",

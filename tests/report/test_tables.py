@@ -6,10 +6,10 @@ import math
 
 import pytest
 
+from lorax_kit.analysis.statistics import Interval
 from lorax_kit.report import read_run, summary_table, write_csv
 from lorax_kit.report.conditions import summarise
 from lorax_kit.report.tables import bytes_text, count_text, interval_text, p_text, signed, summary_rows, trial_rows
-from lorax_kit.study.statistics import Interval
 from tests.report import fake_run
 
 WANTED = "rank alpha lr seed targets params adapter_bytes steps val_accuracy test_accuracy train_seconds compiles"
@@ -102,8 +102,8 @@ def test_numbers_are_written_as_people_read_them():
     assert [count_text(x) for x in (770, 83714, 1_234_567, 7e9)] == ["770", "83.7k", "1.23M", "7G"]
     assert [signed(x) for x in (1.234, -0.5, 0.001, -0.001)] == ["+1.23", "−0.50", "0.00", "0.00"]
     assert [p_text(x) for x in (0.03125, 0.0009, math.nan)] == ["0.031", "< 0.001", "–"]
-    value = Interval(0.8731, 0.869, 0.8782, "Student t, n = 3")
-    assert interval_text(value) == "87.3 % (95 % interval 86.9 to 87.8, Student t, n = 3)"
+    value = Interval(0.8731, 0.869, 0.8782, "t corrected for skewness, n = 3")
+    assert interval_text(value) == "87.3 % (95 % interval 86.9 to 87.8, t corrected for skewness, n = 3)"
     assert interval_text(value, short=True) == "87.3 [86.9, 87.8]"
     assert interval_text(Interval(0.5, math.nan, math.nan, "one value"), short=True) == "50.0"
     assert interval_text(Interval(math.nan, math.nan, math.nan, "none")) == "–"
