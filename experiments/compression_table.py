@@ -33,8 +33,8 @@ from pathlib import Path
 import numpy as np
 
 import lorax_kit as lk
+from lorax_kit.analysis.statistics import interval
 from lorax_kit.report.compression import comparison_table, write_comparison
-from lorax_kit.study.statistics import interval
 from lorax_kit.workloads import Sentiment, sentiment_subject, text_subject
 from lorax_kit.workloads.comparison import METHODS, compare
 from lorax_kit.workloads.methods import Method, smaller, statistics_for

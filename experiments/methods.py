@@ -17,9 +17,9 @@ from pathlib import Path
 import jax
 
 import lorax_kit as lk
+from lorax_kit.analysis.statistics import holm, interval, paired_test
 from lorax_kit.core.leaves import trained_only
 from lorax_kit.core.method import METHODS as METHOD_TABLE
-from lorax_kit.study.statistics import holm, interval, paired_test
 from lorax_kit.workloads import Sentiment
 
 OUT = Path("runs/methods")

@@ -1,4 +1,4 @@
-"""What the trained deltas look like: spectra, effective rank."""
+"""What trained deltas look like (spectra, effective rank) and what seeds can tell (intervals, tests, comparisons)."""
 
 from lorax_kit.analysis.spectra import delta_spectrum, effective_rank, rank_for_energy
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 
+from lorax_kit.analysis.statistics import seeds_needed, smallest_p
 from lorax_kit.report.conditions import Condition, Summary, at_edge_of_grid, rates_tried
 from lorax_kit.report.tables import bytes_text, p_text, plural
-from lorax_kit.study.statistics import seeds_needed, smallest_p
 
 
 def answer(summary: Summary) -> list[str]:
@@ -106,7 +106,12 @@ def _headline(summary: Summary, best: Condition) -> str:
         if tied:
             text += f", tied with {plural(len(tied), 'other')}; it has the fewest parameters, then the lowest loss"
         text += f". Its {value_text}"
-    text += "." if not math.isnan(value.low) else " from a single seed, so without an interval."
+    if not math.isnan(value.low):
+        text += "."
+    elif best.values(summary.metric).size == 1:
+        text += " from a single seed, so without an interval."
+    else:
+        text += f" at all {best.values(summary.metric).size} seeds; no spread was seen, so there is no interval."
     params, size = best.first("params"), best.first("adapter_bytes")
     if params is not None:
         text += f" It trains {params:,.0f} parameters"
@@ -165,10 +170,10 @@ def _against_smaller(summary: Summary, best: Condition, smaller: Condition) -> s
     if found.p < 0.05:
         direction = "better" if summary.measure.sign * found.difference < 0 else "worse on test data"
         return f"{question} Yes, it is {direction}: {evidence}."
-    return (
-        f"{question} No: {evidence}. That does not show the two to be equal; the interval says how large a "
-        "difference may remain."
-    )
+    remains = "the interval says how large a difference may remain."
+    if math.isnan(found.low):
+        remains = "the difference was the same at every seed, so there is no interval of what may remain."
+    return f"{question} No: {evidence}. That does not show the two to be equal; {remains}"
 
 
 def _cheapest(summary: Summary, best: Condition, smaller: list[Condition]) -> str:

@@ -11,13 +11,13 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from lorax_kit.analysis.statistics import Interval, interval
 from lorax_kit.json_text import parse_json, read_json
 from lorax_kit.report.page import inline_svg, render
 from lorax_kit.report.plots import FAINT, INK, MARKERS, OKABE_ITO, QUIET, Figure, Plot, canvas, legend_below, log_values
 from lorax_kit.report.plots import render as render_plot
 from lorax_kit.report.run_folder import RunFolderError, replace_file
 from lorax_kit.report.tables import bytes_text
-from lorax_kit.study.statistics import Interval, interval
 
 COSTS = {"bytes_ratio": "bytes", "flops_ratio": "FLOPs", "latency_ratio": "latency", "memory_ratio": "peak memory"}
 MOST = 30

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from lorax_kit.analysis.statistics import Comparison, Interval, compare, interval
 from lorax_kit.report.measure import Measure
 from lorax_kit.report.run_folder import Record, RunFolder
-from lorax_kit.study.statistics import Comparison, Interval, compare, interval
 
 
 class Family(NamedTuple):

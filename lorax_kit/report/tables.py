@@ -7,10 +7,10 @@ import io
 import math
 from pathlib import Path
 
+from lorax_kit.analysis.statistics import seeds_needed
 from lorax_kit.report.conditions import Condition, Summary, summarise
 from lorax_kit.report.measure import measures
 from lorax_kit.report.run_folder import RunFolder, replace_file
-from lorax_kit.study.statistics import seeds_needed
 
 BEFORE = (
     "trial",

@@ -252,7 +252,7 @@ def test_scores_out_of_range_are_known_before_training(tmp_path):
         found = tiny.score(logits, batch)
         return found._replace(correct=found.correct * 100)
 
-    with pytest.raises(lk.StudyError, match="metric 'accuracy' is .*, and must lie between 0 and 1"):
+    with pytest.raises(lk.StudyError, match=r"metric 'accuracy' is .*, and must lie between 0 and 1"):
         run(tmp_path / "run", tiny.problem(score=score))
     assert not (tmp_path / "run").exists()
 

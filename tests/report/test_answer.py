@@ -110,6 +110,13 @@ def test_a_single_seed_has_no_interval_and_one_rank_no_comparison(tmp_path):
     assert "Only one rank finished, so nothing can be said about the choice of rank." in text
 
 
+def test_the_same_accuracy_at_every_seed_has_no_interval(tmp_path):
+    scores = {(1, 1e-3): [(0.8, 0.875)] * 6, (4, 1e-3): [(0.9, 0.875)] * 6}
+    text, _ = sentences(tmp_path, scores)
+    assert "Its test accuracy is 87.5 % at all 6 seeds; no spread was seen, so there is no interval." in text
+    assert "the difference was the same at every seed, so there is no interval of what may remain." in text
+
+
 def test_all_diverged_recommends_nothing(tmp_path):
     text, caution = sentences(tmp_path, {(1, 1.0): [None] * 2, (4, 1.0): [None] * 2})
     assert text == (

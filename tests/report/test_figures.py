@@ -40,7 +40,7 @@ def test_metric_by_rank_draws_every_seed_mean_and_interval(grid, summary):
     assert np.array(bars) == pytest.approx(np.array([[100 * i.low, 100 * i.high] for i in intervals]))
     assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "4", "8"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("rank", "test accuracy (%)")
-    assert "bars their 95 % intervals (Student t, n = 5)" in caption
+    assert "bars their 95 % intervals (t corrected for skewness, n = 5)" in caption
 
 
 def test_diverged_seeds_are_written_into_the_figure(tmp_path):

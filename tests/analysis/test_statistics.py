@@ -4,12 +4,14 @@ import math
 import numpy as np
 import pytest
 
-from lorax_kit.study.statistics import (
+from lorax_kit.analysis.statistics import (
     compare,
     holm,
     interval,
+    non_inferior,
     paired_test,
     seeds_needed,
+    sign_flips,
     smallest_p,
 )
 
@@ -32,46 +34,6 @@ def holm_by_definition(p):
     return out
 
 
-def test_two_to_five_values_give_the_student_interval():
-    # t(0.975; 2) = 4.302652729911275, sd = 1
-    mean, low, high, method = interval([1.0, 2.0, 3.0])
-    assert mean == 2.0
-    assert high - 2.0 == pytest.approx(4.302652729911275 / math.sqrt(3), rel=1e-9)
-    assert 2.0 - low == pytest.approx(high - 2.0)
-    assert method == "Student t, n = 3"
-    # Two values: t(0.975; 1) = tan(0.475 pi), the Cauchy quantile.
-    assert interval([0.0, 2.0]).high - 1.0 == pytest.approx(math.tan(0.475 * math.pi), rel=1e-9)
-    assert interval([1.0, 2.0, 3.0], level=0.9).high - 2.0 == pytest.approx(2.919985580353726 / math.sqrt(3), rel=1e-9)
-
-
-def bca_by_hand(x, level, resamples, rng):
-    """Efron 1987, equations 2.3 and 6.6, with its own generator and a rational normal quantile."""
-    from statistics import NormalDist
-
-    normal = NormalDist()
-    boot = np.sort(rng.choice(x, size=(resamples, x.size)).mean(axis=1))
-    z0 = normal.inv_cdf((np.mean(boot < x.mean()) + np.mean(boot <= x.mean())) / 2)
-    jack = np.array([np.delete(x, i).mean() for i in range(x.size)])
-    dev = jack.mean() - jack
-    acc = (dev**3).sum() / (6 * (dev**2).sum() ** 1.5)
-    limits = []
-    for tail in ((1 - level) / 2, (1 + level) / 2):
-        z = z0 + normal.inv_cdf(tail)
-        limits.append(np.quantile(boot, normal.cdf(z0 + z / (1 - acc * z))))
-    return limits
-
-
-def test_six_values_or_more_give_the_bca_bootstrap():
-    x = np.array([0.80, 0.81, 0.83, 0.84, 0.86, 0.93])
-    result = interval(x)
-    low, high = bca_by_hand(x, 0.95, 200_000, np.random.default_rng(1))
-    assert result.method == "BCa bootstrap"
-    assert result.low == pytest.approx(low, abs=1.5e-3)
-    assert result.high == pytest.approx(high, abs=1.5e-3)
-    # The sample is skewed to the right, so is the interval.
-    assert result.high - result.mean > result.mean - result.low
-
-
 def test_interval_is_the_same_at_every_call():
     x = np.random.default_rng(3).normal(size=8)
     assert interval(x) == interval(x)
@@ -85,8 +47,11 @@ def test_one_value_has_no_interval():
 
 
 @pytest.mark.parametrize("n", [2, 6, 9])
-def test_identical_values_are_reported_as_such(n):
-    assert interval([0.5] * n) == (0.5, 0.5, 0.5, f"{n} identical values")
+def test_identical_values_have_no_interval(n):
+    mean, low, high, method = interval([0.5] * n)
+    assert (mean, method) == (0.5, f"{n} identical values, no spread seen, no interval")
+    assert math.isnan(low)
+    assert math.isnan(high)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +91,12 @@ def test_many_pairs_are_sampled_and_near_the_normal_limit():
     d = rng.normal(0.35, 1, 40)
     z = d.sum() / math.sqrt((d**2).sum())  # sign flips: mean 0, variance sum d^2
     assert paired_test(d, np.zeros(40)) == pytest.approx(math.erfc(abs(z) / math.sqrt(2)), abs=0.01)
+
+
+def test_sign_flips_of_many_samples_are_those_of_each():
+    d = np.random.default_rng(1).normal(size=(2, 3, 9))
+    wanted = [[signflip_by_hand(x, np.zeros(9)) for x in rows] for rows in d]
+    np.testing.assert_allclose(sign_flips(d), wanted, rtol=1e-12)
 
 
 def test_paired_test_rejects_unequal_lengths():
@@ -176,7 +147,12 @@ def test_compare_pairs_by_seed_against_the_best():
         assert c.difference == pytest.approx(d.mean())
         assert c.p == pytest.approx(signflip_by_hand(table[rank], table[4]))
         assert (c.low, c.high) == pytest.approx(interval(d)[1:3])
-    np.testing.assert_allclose([result[r].p_holm for r in (1, 2)], holm_by_definition([result[r].p for r in (1, 2)]))
+    # The reference was chosen from these numbers: the correction is over all three pairs.
+    p = [result[1].p, result[2].p, signflip_by_hand(table[1], table[2])]
+    np.testing.assert_allclose([result[r].p_holm for r in (1, 2)], holm_by_definition(p)[:2])
+    named = compare(rows, "acc", ("rank",), against=(4,))
+    corrected = dict(zip((1, 2), holm_by_definition(p[:2]), strict=True))
+    assert {c.condition[0]: c.p_holm for c in named} == pytest.approx(corrected)
 
 
 def test_compare_drops_failed_and_missing_trials_and_counts_them():
@@ -221,3 +197,69 @@ def test_compare_rejects():
         compare(rows, "acc", ("rank",), against=(3,))
     with pytest.raises(ValueError, match="better is None; it must be 'higher' or 'lower'"):
         compare(rows, "acc", ("rank",))
+
+
+LADDER = {
+    1: [0.70, 0.72, 0.69, 0.71, 0.70],
+    2: [0.80, 0.82, 0.80, 0.79, 0.82],
+    4: [0.79, 0.82, 0.81, 0.80, 0.81],
+    8: [0.81, 0.82, 0.81, 0.80, 0.83],
+}
+
+
+def test_the_smallest_rank_not_inferior_is_the_last_one_before_the_first_that_fails():
+    rows = rows_of(LADDER)
+    found = non_inferior(rows, "acc", ("rank",), (8,), margin=0.03, better="higher")
+    assert [r.condition for r in found.rungs] == [(4,), (2,), (1,)]
+    assert [r.holds for r in found.rungs] == [True, True, False]
+    assert (found.smallest, found.margin) == ((2,), 0.03)
+    for rung in found.rungs:
+        d = np.array(LADDER[rung.condition[0]]) - np.array(LADDER[8])
+        assert (rung.difference, rung.bound) == pytest.approx(interval(d)[:2])
+        assert (rung.pairs, rung.unpaired, rung.against) == (5, 0, (8,))
+    # Rank 4 fails at a margin that rank 2 would keep, and ends the ladder.
+    strict = non_inferior(rows, "acc", ("rank",), (8,), margin=0.02, better="higher")
+    assert strict.rungs[1].bound > -0.02 > strict.rungs[0].bound
+    assert strict.smallest == (8,)
+    assert not any(r.holds for r in strict.rungs)
+
+
+def test_a_loss_is_not_inferior_by_its_upper_limit():
+    losses = {rank: [1 - value for value in values] for rank, values in LADDER.items()}
+    found = non_inferior(rows_of(losses), "acc", ("rank",), (8,), margin=0.03, better="lower")
+    mirrored = non_inferior(rows_of(LADDER), "acc", ("rank",), (8,), margin=0.03, better="higher")
+    assert found.smallest == mirrored.smallest == (2,)
+    assert [r.bound for r in found.rungs] == pytest.approx([-r.bound for r in mirrored.rungs])
+
+
+def test_a_rung_without_an_interval_ends_the_ladder():
+    rows = rows_of(LADDER | {4: [value - 0.001 for value in LADDER[8]]})
+    found = non_inferior(rows, "acc", ("rank",), (8,), margin=0.03, better="higher")
+    assert found.rungs[0].method == "5 identical values, no spread seen, no interval"
+    assert found.smallest == (8,)
+    given = non_inferior(rows, "acc", ("rank",), (8,), margin=0.03, better="higher", ladder=[(2,), (1,)])
+    assert given.smallest == (2,)
+
+
+def test_non_inferior_counts_failed_trials():
+    rows = rows_of(LADDER)
+    rows[10]["status"] = "diverged"  # rank 4, seed 0
+    found = non_inferior(rows, "acc", ("rank",), (8,), margin=0.05, better="higher")
+    assert (found.rungs[0].pairs, found.rungs[0].unpaired) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"margin": 0.0}, "margin is 0.0; it must be above zero"),
+        ({"margin": math.nan}, "margin is nan"),
+        ({"better": "up"}, "better is 'up'; it must be 'higher' or 'lower', which says which limit"),
+        ({"against": (3,)}, r"no trial of condition \(3,\)"),
+        ({"ladder": [(4,), (5,)]}, r"no trial of condition \(5,\)"),
+        ({"by": ("rank", "status"), "against": (8, "done")}, "have no order of their own"),
+    ],
+)
+def test_non_inferior_rejects(change, message):
+    options = {"by": ("rank",), "against": (8,), "margin": 0.03, "better": "higher"} | change
+    with pytest.raises(ValueError, match=message):
+        non_inferior(rows_of(LADDER), "acc", **options)
