@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "calibration": {"core", "transform", "dtypes"},
     "training": {"json_text", "core", "transform", "placement", "dtypes", "svd"},
     "parallel": {"core", "transform", "training"},
-    "analysis": {"core", "svd"},
+    "analysis": {"core", "algebra", "dtypes", "svd"},
     "checkpoint": {"json_text", "core", "version"},
     "peft": {"json_text", "core", "checkpoint", "dtypes", "peft_form"},
     "study": {
