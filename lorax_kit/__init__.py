@@ -6,7 +6,7 @@ only the factors (`partition`, `make_step`, `fit`), keep them apart from the bas
 `run`), and replace pretrained parameters by low-rank products (`compress`).
 """
 
-from lorax_kit import algebra, compress, starts
+from lorax_kit import algebra, analysis, compress, starts
 from lorax_kit.calibration import calibrate
 from lorax_kit.checkpoint import Adapter, fingerprint, load_adapter, save_adapter
 from lorax_kit.core import (
@@ -86,6 +86,7 @@ __all__ = [
     "adapt",
     "algebra",
     "all_linear",
+    "analysis",
     "calibrate",
     "compress",
     "device_mesh",

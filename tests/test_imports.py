@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "training": {"json_text", "core", "transform", "placement", "dtypes", "svd"},
     "parallel": {"core", "transform", "training"},
     "problem": {"core", "transform", "training"},
-    "analysis": {"core", "svd"},
+    "analysis": {"core", "algebra", "dtypes", "svd"},
     "checkpoint": {"json_text", "core", "version"},
     "peft": {"json_text", "core", "checkpoint", "dtypes", "peft_form"},
     "study": {
