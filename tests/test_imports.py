@@ -60,7 +60,7 @@ ONE_FILE = {
     "click": {f"cli/{file.stem}" for file in (ROOT / "cli").glob("[a-z]*.py")},
     "jinja2": {"report/page"},
     "matplotlib": {"report/plots"},
-    "scipy": {"analysis/intervals"},
+    "scipy": {"analysis/intervals", "study/sampling"},
     "orbax": {"checkpoint/adapter"},
     "tokenizers": {"models/tokenizer"},
     "gguf": {"models/gguf"},

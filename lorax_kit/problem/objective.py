@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,18 +30,27 @@ def draws(problem: Problem, plan: Plan) -> bool:
 def training_loss(
     problem: Problem, plan: Plan, *, trials: int = 1, whole: Callable[[Any], Params] = lambda base: base
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """The loss of adapted training, for `lk.make_step`: (base, factors, batch, key, scale=None) -> (loss, aux).
+    """The loss of adapted training, for `lk.make_step`: (base, factors, batch, key, scale, scalars) -> (loss, aux).
 
     The methods' own penalties are added. The aux holds the state that `train_apply` gave, path -> array.
 
     Args:
       trials: how many trials the loss will be mapped over, as for `lk.adapt`.
       whole: makes params of what is given as `base`.
+
+    The loss takes `scale`, in place of the plan's, and `scalars`, keywords of the problem's own loss: traced or not.
     """
     state = {leaf.path: leaf.dtype for leaf in plan.full if not leaf.trained}
     adapted = adapt(problem.apply if problem.train_apply is None else problem.train_apply, plan, trials=trials)
 
-    def loss(base: Any, factors: FactorTree, batch: Any, key: Array | None = None, scale: Any = None) -> Any:
+    def loss(
+        base: Any,
+        factors: FactorTree,
+        batch: Any,
+        key: Array | None = None,
+        scale: Any = None,
+        scalars: Mapping[str, Any] | None = None,
+    ) -> Any:
         new: dict[str, Array] = {}
         run = adapted if scale is None else replace(adapted, scale=scale)
         if problem.train_apply is None:
@@ -53,7 +62,7 @@ def training_loss(
             if problem.state:
                 outputs, found = outputs_and_state(problem, outputs)
                 new = {path: x.astype(state[path]) for path, x in named_state(problem, found, state).items()}
-        value, extra = problem.loss(outputs, batch), penalty(plan, factors)
+        value, extra = problem.loss(outputs, batch, **(scalars or {})), penalty(plan, factors)
         if isinstance(value, Weighted):
             return Weighted(value.total + extra * value.weight, value.weight), {STATE: new}
         return value + extra, {STATE: new}

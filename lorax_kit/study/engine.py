@@ -6,7 +6,7 @@ A trial's arithmetic is that of `lk.make_step` with its own rank, scale and rate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -27,8 +27,8 @@ from lorax_kit.problem import Problem
 from lorax_kit.problem.evaluate import scored, summarised
 from lorax_kit.problem.objective import draws, training_loss, with_state
 from lorax_kit.study.design import Study
-from lorax_kit.study.packing import Pack, Scalars
-from lorax_kit.training.optimisers.partition import partition
+from lorax_kit.study.optimiser import evaluated, keywords_of, transformation
+from lorax_kit.study.packing import DEFAULT, Form, Pack, Scalars
 from lorax_kit.training.step import Info, State, make_step
 from lorax_kit.transform.adapt import adapt
 
@@ -59,22 +59,31 @@ def rate(study: Study, peak: Array | float) -> Callable[[Array], Array]:
     return schedule
 
 
-def optimizer(study: Study, plan: Plan, peak: Array | float) -> optax.GradientTransformation:
-    """The optimiser of one trial; `peak` may be traced."""
-    return partition(optax.adamw(rate(study, peak), weight_decay=study.weight_decay), plan, clip=study.clip)
+def optimizer(
+    study: Study, plan: Plan, peak: Array | float, form: Form = DEFAULT, scalars: Mapping[str, Any] | None = None
+) -> optax.GradientTransformation:
+    """The optimiser of one trial; `peak` and the scalars that it reads may be traced."""
+    values = {"weight_decay": 0.0, "lr_ratio": 1.0} | dict(scalars or {})
+    return transformation(study, plan, form.recipe, rate(study, peak), values)
 
 
 class Programs(NamedTuple):
     """Functions of a pack, not yet compiled: `init(factors, scalars)`, `step(running, scalars, base, batch)`,
-    `score(factors, scalars, base, batch)`."""
+    `finish(running)` -> factors as they are measured and saved, `score(factors, scalars, base, batch)`."""
 
     init: Callable[[Any, Scalars], Running]
     step: Callable[[Running, Scalars, Params, Any], tuple[Running, Info]]
+    finish: Callable[[Running], Any]
     score: Callable[[Any, Scalars, Params, Any], Any]
 
 
 def programs(
-    study: Study, problem: Problem, plan: Plan, trials: int, whole: Callable[[Any], Params] = lambda base: base
+    study: Study,
+    problem: Problem,
+    plan: Plan,
+    trials: int,
+    whole: Callable[[Any], Params] = lambda base: base,
+    form: Form = DEFAULT,
 ) -> Programs:
     """The programs of a pack of `trials`. With a stream per seed, `batch` holds one batch per stream.
 
@@ -86,15 +95,21 @@ def programs(
         training_loss(problem, plan, trials=trials, whole=whole),
     )
 
-    def solo_init(factors: Any, key: Array) -> State:
-        init, _ = make_step(lambda *_: None, optimizer(study, plan, 1.0), jit=False)
-        return init(factors, key if draws(problem, plan) else None)
+    read = keywords_of(problem.loss, skip=2)
+
+    def solo_init(factors: Any, scalars: Scalars) -> State:
+        init, _ = make_step(lambda *_: None, optimizer(study, plan, scalars.lr, form, scalars.more), jit=False)
+        return init(factors, scalars.key if draws(problem, plan) else None)
 
     def solo_step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
-        loss = partial(training, scale=scalars.scale)
-        _, step = make_step(loss, optimizer(study, plan, scalars.lr), jit=False)
+        own = {name: x for name, x in scalars.more.items() if name in read}
+        loss = partial(training, scale=scalars.scale, scalars=own)
+        tx = optimizer(study, plan, scalars.lr, form, scalars.more)
+        _, step = make_step(loss, tx, accumulate=form.accumulate, jit=False)
         state, info = step(running.state, base, batch)
         state = with_state(state, info)
+        if form.held:
+            state = state._replace(factors=_held(state.factors, scalars.rows))
         state = jax.tree.map(lambda new, old: jnp.where(running.alive, new, old), state, running.state)
         return Running(state, running.alive & info.finite), info
 
@@ -103,7 +118,7 @@ def programs(
         return scored(problem, outputs, batch)
 
     def init(factors: Any, scalars: Scalars) -> Running:
-        return Running(jax.vmap(solo_init)(factors, scalars.key), jnp.ones((trials,), bool))
+        return Running(jax.vmap(solo_init)(factors, scalars), jnp.ones((trials,), bool))
 
     def step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
         own = study.stream == "seed"
@@ -111,7 +126,23 @@ def programs(
             batch = jax.tree.map(lambda x: jnp.asarray(x)[scalars.stream], batch)
         return jax.vmap(solo_step, in_axes=(0, 0, None, 0 if own else None))(running, scalars, base, batch)
 
-    return Programs(init, step, jax.vmap(solo_score, in_axes=(0, 0, None, None)))
+    def finish(running: Running) -> Any:
+        return jax.vmap(lambda state: evaluated(plan, state.opt_state, state.factors))(running.state)
+
+    return Programs(init, step, finish, jax.vmap(solo_score, in_axes=(0, 0, None, None)))
+
+
+def _held(factors: Any, rows: Mapping[str, Mapping[str, Array]]) -> Any:
+    """The factors with zeros in the rows that a trial does not have."""
+
+    def cut(x: Array, count: Array) -> Array:
+        own = jnp.arange(x.shape[0]) < count
+        return jnp.where(own.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+
+    return {
+        path: leaves._replace(**{name: cut(getattr(leaves, name), n) for name, n in rows.get(path, {}).items()})
+        for path, leaves in factors.items()
+    }
 
 
 class Progress(NamedTuple):
@@ -162,6 +193,7 @@ class Engine:
       base: the frozen params, shared by all trials.
       trials: the size of every pack.
       mesh: with an axis "trial", packs are spread over its devices; None for one device.
+      form: what the step is compiled for.
     """
 
     def __init__(
@@ -172,10 +204,11 @@ class Engine:
         base: Params,
         trials: int,
         mesh: Mesh | None = None,
+        form: Form = DEFAULT,
     ) -> None:
         self.study, self.problem, self.plan, self.compiles = study, problem, plan, 0
         arrays, put_back = arrays_only(base)
-        self._programs = programs(study, problem, plan, trials, put_back)
+        self._programs = programs(study, problem, plan, trials, put_back, form)
         stacked = whole = None
         if mesh is not None:
             stacked, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(TRIAL), PartitionSpec()))
@@ -185,7 +218,7 @@ class Engine:
         if mesh is not None:
             shardings = {"in_shardings": (stacked, stacked, whole, whole), "out_shardings": (stacked, stacked)}
         self._step = jax.jit(self._programs.step, donate_argnums=(0,), **shardings)
-        self._score = jax.jit(self._programs.score)
+        self._score, self._finish = jax.jit(self._programs.score), jax.jit(self._programs.finish)
         self._compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
         self.compile_seconds = 0.0
         self.temp_bytes = 0
@@ -235,7 +268,7 @@ class Engine:
             at, every = perf_counter(), self.study.eval_every
             due = val and every and number and (number % every == 0 or number == self.study.steps)
             if due and number not in [n for n, _ in evaluations]:
-                evaluations.append((number, self.evaluate(running.state.factors, scalars, val)))
+                evaluations.append((number, self.evaluate(self._finish(running), scalars, val)))
                 on_eval(*evaluations[-1])
             return perf_counter() - at
 
@@ -270,7 +303,7 @@ class Engine:
             raise
         done = snapshot()
         on_save(done)
-        factors = jax.device_get(running.state.factors)
+        factors = jax.device_get(self._finish(running))
         return Trained(factors, done.losses, failed, evaluations, done.seconds, self.compile_seconds, self.temp_bytes)
 
     def _compile(self, running: Running, scalars: Scalars, batch: Any) -> Any:

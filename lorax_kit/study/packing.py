@@ -7,7 +7,7 @@ all zero. `unpack` checks that they did. Which leaves have rows, a method says (
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,13 +19,15 @@ from jax import Array
 from lorax_kit.core.leaves import FullLeaf
 from lorax_kit.core.merge import split
 from lorax_kit.core.method import METHODS, frozen_leaves, leaf_shapes
-from lorax_kit.core.paths import Params
+from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import Plan, match
 from lorax_kit.core.setting import Full, Setting
 from lorax_kit.core.spec import Spec
 from lorax_kit.errors import StudyError
 from lorax_kit.problem import Problem
-from lorax_kit.study.design import Study, Trial
+from lorax_kit.study.design import Study
+from lorax_kit.study.optimiser import Recipe, keywords_of, recipe_of, rows_treatment, scalars_of
+from lorax_kit.study.trial import Trial
 from lorax_kit.transform.resolve import resolve
 
 
@@ -34,6 +36,8 @@ class Scalars(NamedTuple):
 
     Attributes:
       lr, scale: fp32.
+      more: name -> fp32, what the optimiser and the loss read.
+      rows: path -> leaf -> int32, how many of its rows are the trial's own; empty where no mask holds the others.
       stream: int32, with a stream per seed, which of the stacked batches a trial reads.
       key: random keys, of the seeds, from which each step's are folded.
     """
@@ -42,6 +46,8 @@ class Scalars(NamedTuple):
     scale: Array
     stream: Array
     key: Array
+    more: dict[str, Array]
+    rows: dict[str, dict[str, Array]]
 
 
 class Pack(NamedTuple):
@@ -60,43 +66,120 @@ class Pack(NamedTuple):
     scalars: Scalars
 
 
-def kinds(study: Study, trials: Sequence[Trial]) -> list[list[Trial]]:
-    """Trials that may share a stack: of one method, and for methods that train more than rows, one target set.
+class Form(NamedTuple):
+    """What a program is compiled for, beside the plan: trials of one form may share a stack.
 
-    The probe joins the first kind: it is a trial of rank 0.
+    Attributes:
+      recipe: of the optimiser.
+      dtype, quantise: of the base.
+      batch_size: of the training batches.
+      accumulate: micro-batches per step.
+      held: whether a mask holds rows of zeros at zero, where the optimiser would move them.
     """
-    grouped: dict[Any, list[Trial]] = {}
+
+    recipe: Recipe = Recipe()
+    dtype: str | None = None
+    quantise: str | None = None
+    batch_size: int | None = None
+    accumulate: int = 1
+    held: bool = False
+
+
+class Stack(NamedTuple):
+    """Trials that one program may train.
+
+    Attributes:
+      trials: of one form.
+      plan: of all their sites, at the highest rank.
+      form: what the program is compiled for.
+    """
+
+    trials: list[Trial]
+    plan: Plan
+    form: Form
+
+
+DEFAULT = Form()
+
+
+def form_of(study: Study, problem: Problem, trial: Trial) -> Form:
+    """The form of a trial.
+
+    Raises:
+      StudyError: an optimiser that does not exist, a scalar or a batch size that nothing reads.
+    """
+    if trial.batch_size is not None and "batch_size" not in keywords_of(problem.train):
+        raise StudyError(
+            f"study batch_size is {trial.batch_size}, and train of problem {problem.name!r} takes none.\n"
+            "  give it a keyword: train(seed, start, *, batch_size=...)"
+        )
+    recipe = recipe_of(study, trial, frozenset(keywords_of(problem.loss, skip=2)))
+    return Form(recipe, trial.dtype, trial.quantise, trial.batch_size, trial.accumulate)
+
+
+def kinds(study: Study, problem: Problem, trials: Sequence[Trial]) -> list[tuple[list[Trial], Form]]:
+    """Trials that may share a stack: of one form and one method, and where more than rows train, one target set.
+
+    The probe joins the first kind of its form: it is a trial of rank 0.
+    """
+    grouped: dict[tuple[Any, ...], list[Trial]] = {}
+    forms: dict[Any, Form] = {}
     for trial in trials:
+        decays = trial.weight_decay != 0
+        key = (trial.optimizer, trial.hyper, decays, trial.dtype, trial.quantise, trial.batch_size, trial.accumulate)
+        if key not in forms:
+            forms[key] = form_of(study, problem, trial)
+        form = forms[key]
         if trial.rank > 0:
-            across = _rows_only(study.setting(trial))
-            grouped.setdefault((trial.variant, None if across else trial.targets), []).append(trial)
-    probes = [trial for trial in trials if trial.rank == 0]
-    joined = next((kind for (_, targets), kind in grouped.items() if targets is None), None)
-    if joined is not None:
-        joined += probes
-    elif probes:
-        grouped["probe"] = probes
-    return list(grouped.values())
+            across = None if _rows_only(study.setting(trial)) else trial.targets
+            grouped.setdefault((form, trial.variant, trial.settings, trial.start, trial.dropout, across), []).append(
+                trial
+            )
+    for trial in trials:
+        if trial.rank == 0:
+            form = form_of(study, problem, trial)
+            joined = next((key for key in grouped if key[0] == form and key[-1] is None), (form, "probe"))
+            grouped.setdefault(joined, []).append(trial)
+    out = []
+    for (form, *_), some in grouped.items():
+        ratio = any(trial.lr_ratio != 1 for trial in some)
+        out.append((some, form._replace(recipe=form.recipe._replace(ratio=ratio))))
+    return out
 
 
 def stacks(
-    study: Study, problem: Problem, trials: Sequence[Trial], params: Params, batch: Any
-) -> list[tuple[list[Trial], Plan]]:
-    """The stacks of one kind of trials, each with its `union_plan`: those whose leaves differ in rows only share one.
+    study: Study, problem: Problem, trials: Sequence[Trial], form: Form, params: Params, batch: Any
+) -> list[Stack]:
+    """The stacks of one kind of trials, each with its `union_plan`.
 
-    At another rank a method may hold other leaves, such as a dense matrix for factors. The probe joins the first.
+    Those whose leaves differ in rows only share one: at another rank a method may hold other leaves, such as a dense
+    matrix for factors. Where the optimiser mixes rows, those of one rank share one. The probe joins the first.
     """
     plan = union_plan(study, problem, trials, params, batch)
     apart: dict[Any, list[Trial]] = {}
     for trial in sorted(trials, key=lambda trial: trial.rank == 0):
-        form = _form(study, plan, trial) if trial.rank > 0 else next(iter(apart), None)
-        apart.setdefault(form, []).append(trial)
-    if len(apart) == 1:
-        return [(list(trials), plan)]
-    return [(some, union_plan(study, problem, some, params, batch)) for some in apart.values()]
+        own = _leaves(study, plan, trial) if trial.rank > 0 else next(iter(apart), None)
+        apart.setdefault(own, []).append(trial)
+    out = []
+    for some in apart.values():
+        whole = plan if len(apart) == 1 else union_plan(study, problem, some, params, batch)
+        ranks = [trial.rank for trial in some if trial.rank > 0]
+        rows = "kept"
+        if len(set(ranks)) > 1:
+            one = next(trial for trial in some if trial.rank == max(ranks))
+            rows = rows_treatment(study, whole, one, form.recipe, (min(ranks), max(ranks)))
+        if rows != "mixed":
+            own_order = [trial for trial in trials if trial in some]
+            out.append(Stack(own_order, whole, form._replace(held=rows == "held")))
+            continue
+        by_rank: dict[int, list[Trial]] = {}
+        for trial in some:
+            by_rank.setdefault(trial.rank or ranks[0], []).append(trial)
+        out += [Stack(same, union_plan(study, problem, same, params, batch), form) for same in by_rank.values()]
+    return out
 
 
-def _form(study: Study, plan: Plan, trial: Trial) -> Any:
+def _leaves(study: Study, plan: Plan, trial: Trial) -> Any:
     """Which leaves a trial has at the sites of a plan, and the shapes of those that no zero rows extend."""
     setting = study.setting(trial)
     rows = METHODS[setting.kind].rows
@@ -111,6 +194,27 @@ def _rows_only(setting: Setting) -> bool:
     """Whether a site whose rows are all zero is one that is not adapted."""
     method = METHODS[setting.kind]
     return set(method.leaves._fields) <= method.rows | frozen_leaves(setting)
+
+
+def stream_of(study: Study, problem: Problem, form: Form, seed: int, start: int) -> Iterator[Any]:
+    """The training batches of a form from step `start`."""
+    size = {} if form.batch_size is None else {"batch_size": form.batch_size}
+    return iter(problem.train(seed, start, **size))
+
+
+class Examples:
+    """The first training batch of each form, read once: an example of its shapes."""
+
+    def __init__(self, study: Study, problem: Problem) -> None:
+        self.study, self.problem = study, problem
+        self._read: dict[int | None, Any] = {}
+
+    def __call__(self, form: Form) -> Any:
+        """The first batch of a form."""
+        if form.batch_size not in self._read:
+            stream = stream_of(self.study, self.problem, form, self.study.streams[0], 0)
+            self._read[form.batch_size] = next(stream)
+        return self._read[form.batch_size]
 
 
 def union_plan(study: Study, problem: Problem, trials: Sequence[Trial], params: Params, batch: Any) -> Plan:
@@ -142,10 +246,19 @@ def trial_plan(study: Study, problem: Problem, plan: Plan, trial: Trial, params:
     return replace(plan, sites=sites, spec=spec)
 
 
-def start(problem: Problem, plan: Plan, seed: int) -> tuple[Params, dict[str, Any]]:
-    """(base, factors) of a trial before its first step: all that a seed decides, but the order of the data."""
+def start(problem: Problem, plan: Plan, seed: int, base: Params | None = None) -> tuple[Params, dict[str, Any]]:
+    """(base, factors) of a trial before its first step: all that a seed decides, but the order of the data.
+
+    Args:
+      base: the shared one, where it is not as the problem gives it: cast or quantised. Its head is not the seed's.
+    """
     key = jax.random.key(seed)
     params = problem.params(jax.random.fold_in(key, 0))
+    if base is not None:
+        shared, treedef = flatten(base)
+        whole = {leaf.path for leaf in plan.full}
+        own = {path: x if path in whole else shared[path] for path, x in flatten(params)[0].items()}
+        params = unflatten(own, treedef)
     return split(params, plan, jax.random.fold_in(key, 1), hints=problem.hints)
 
 
@@ -154,22 +267,43 @@ def training_key(seed: int) -> Array:
     return jax.random.fold_in(jax.random.key(seed), 2)
 
 
-def pack(study: Study, problem: Problem, trials: Sequence[Trial], plan: Plan, params: Params) -> Pack:
+def pack(
+    study: Study, problem: Problem, trials: Sequence[Trial], plan: Plan, params: Params, form: Form = DEFAULT
+) -> Pack:
     """Stack the trials' starting points on one axis."""
-    stacks, scales = [], []
+    stacks, scales, rows = [], [], []
     for trial in trials:
         own = trial_plan(study, problem, plan, trial, params)
-        _, factors = start(problem, own, trial.seed)
+        _, factors = start(problem, own, trial.seed, params)
         stacks.append({path: _padded(plan, path, factors.get(path)) for path in plan.trained})
         scales.append(own.sites[0].scale if own.sites else 0.0)
+        rows.append(_rows(plan, factors) if form.held else {})
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacks)
+    more = [scalars_of(trial) for trial in trials]
     scalars = Scalars(
         lr=jnp.asarray([trial.lr for trial in trials], jnp.float32),
         scale=jnp.asarray(scales, jnp.float32),
         stream=jnp.asarray([study.stream_of(trial) for trial in trials], jnp.int32),
         key=jnp.stack([training_key(trial.seed) for trial in trials]),
+        more={name: jnp.asarray([one[name] for one in more], jnp.float32) for name in more[0]},
+        rows=jax.tree.map(lambda *counts: jnp.asarray(counts, jnp.int32), *rows),
     )
     return Pack(tuple(trials), plan, stacked, scalars)
+
+
+def _rows(plan: Plan, factors: Any) -> dict[str, dict[str, int]]:
+    """How many rows of each leaf a trial has of its own, none where it leaves a site out."""
+    out: dict[str, dict[str, int]] = {}
+    for site in plan.sites:
+        leaves = factors.get(site.path)
+        rows = METHODS[site.setting.kind].rows
+        shapes = leaf_shapes(site)._asdict()
+        out[site.path] = {
+            name: 0 if leaves is None else getattr(leaves, name).shape[0]
+            for name, shape in shapes.items()
+            if name in rows and shape is not None
+        }
+    return out
 
 
 def _padded(plan: Plan, path: str, leaves: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -21,11 +22,13 @@ from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params, flatten, nbytes
 from lorax_kit.core.plan import Plan
 from lorax_kit.problem import LOSS, Evaluator, Problem
-from lorax_kit.study.design import Study, Trial
+from lorax_kit.problem.base import based, restored
+from lorax_kit.study.design import Study
 from lorax_kit.study.engine import Engine, Progress, Trained
 from lorax_kit.study.groups import Group
-from lorax_kit.study.packing import Pack, pack, trial_plan, unpack
+from lorax_kit.study.packing import Form, Pack, pack, stream_of, trial_plan, unpack
 from lorax_kit.study.store import RunStore
+from lorax_kit.study.trial import Trial
 
 LEADING = 64  # singular values kept of a delta that is not low-rank, such as DoRA's
 
@@ -53,6 +56,7 @@ class Session:
         self.earlier_compiles = int(store.info.get("compiles") or 0)
         self.earlier_seconds = float(store.info.get("seconds") or 0.0)
         self.engines: dict[Any, Engine] = {}
+        self.bases: dict[Any, Params] = {}
         self.tests: dict[Any, tuple[Evaluator, Evaluator]] = {}
 
     @property
@@ -65,24 +69,36 @@ class Session:
         """Wall time, over all sessions of this run folder."""
         return self.earlier_seconds + perf_counter() - self.began
 
-    def check(self, plan: Plan) -> None:
+    def base_of(self, form: Form, plan: Plan) -> Params:
+        """The base of a form: cast, and quantised at the sites of the plan."""
+        sites = tuple(site.path for site in plan.sites) if form.quantise else ()
+        key = (form.dtype, form.quantise, sites)
+        if key not in self.bases:
+            self.bases[key] = based(self.params, form.dtype, form.quantise, sites)
+        return self.bases[key]
+
+    def check(self, group: Group) -> None:
         """Measure the untrained model on one batch of each kind: what its scores lack is to be known before training.
 
         Raises:
           StudyError: a score out of range, a metric that cannot be computed.
         """
-        for measure in self._tests(plan):
-            measure.check(self.params)
+        base = restored(self.base_of(group.form, group.plan))
+        for measure in self._tests(group.plan, group.form, base):
+            measure.check(base)
 
     def run_group(self, group: Group, label: str) -> None:
         """Train a group, or go on with it, and write what its trials came to."""
         names = [trial.name for trial in group.trials]
         earlier = self.store.load_progress(names, group.size)
         filled = [*group.trials, *[group.trials[-1]] * (group.size - len(group.trials))]
-        stacked = pack(self.study, self.problem, filled, group.plan, self.params)
-        key = (group.plan, group.size)
+        base = self.base_of(group.form, group.plan)
+        stacked = pack(self.study, self.problem, filled, group.plan, base, group.form)
+        key = (group.plan, group.size, group.form)
         if key not in self.engines:
-            self.engines[key] = Engine(self.study, self.problem, group.plan, self.params, group.size, self.mesh)
+            self.engines[key] = Engine(
+                self.study, self.problem, group.plan, base, group.size, self.mesh, form=group.form
+            )
         trained = self._train(self.engines[key], stacked, group, label, earlier)
         self._keep_curves(group, trained)
         if earlier is None or len(earlier.losses) < self.study.steps:
@@ -90,8 +106,8 @@ class Session:
         self._keep_trials(group, trained)
         self.store.drop_progress()
 
-    def _batches(self, start: int) -> Iterator[Any]:
-        streams = [self.problem.train(seed, start) for seed in self.study.streams]
+    def _batches(self, form: Form, start: int) -> Iterator[Any]:
+        streams = [stream_of(self.study, self.problem, form, seed, start) for seed in self.study.streams]
         if self.study.stream == "shared":
             return streams[0]
         return (jax.tree.map(lambda *x: np.stack(x), *together) for together in zip(*streams, strict=False))
@@ -127,7 +143,7 @@ class Session:
                 bar.set_postfix_str("compiling the step")
             return engine.train(
                 stacked,
-                self._batches,
+                partial(self._batches, group.form),
                 self.problem.val,
                 progress=earlier,
                 on_step=on_step,
@@ -179,18 +195,14 @@ class Session:
 
     def _trial_row(self, group: Group, trained: Trained, i: int) -> dict[str, Any]:
         trial, study, problem = group.trials[i], self.study, self.problem
-        plan = trial_plan(study, problem, group.plan, trial, self.params)
+        base = self.base_of(group.form, group.plan)
+        plan = trial_plan(study, problem, group.plan, trial, base)
         failed = int(trained.failed[i]) or None
         factors = unpack(plan, trained.factors, i, diverged=failed is not None)
         leaves = jax.tree_util.tree_leaves(trained_only(plan, factors))
         row: dict[str, Any] = {
             "trial": trial.name,
-            "rank": trial.rank,
-            "alpha": trial.alpha,
-            "lr": trial.lr,
-            "seed": trial.seed,
-            "targets": trial.targets,
-            "variant": trial.variant,
+            **trial.columns(),
             "params": sum(x.size for x in leaves),
             "factor_bytes": sum(nbytes(x.shape, x.dtype) for x in leaves),
             "adapter_bytes": None,
@@ -206,24 +218,25 @@ class Session:
         }
         if failed:
             return row
-        merged = merge(self.params, factors, plan)
-        val, test = (measure(merged) for measure in self._tests(plan))
+        merged = merge(base, factors, plan)
+        val, test = (measure(merged) for measure in self._tests(plan, group.form, merged))
         path = self.store.adapter_path(trial.name)
         save_adapter(
             path,
             plan,
             factors,
-            base=self.params,
+            base=base,
             # As JSON has it: facts may hold tuples.
             meta={
                 "problem": problem.name,
                 "settings": json.loads(json.dumps(problem.facts.get("settings"))),
                 "trial": trial.name,
+                **self._condition(group),
             },
             overwrite=True,
         )
         last = trained.losses[-max(study.steps // 10, 1) :, i]
-        self._spectra(plan, factors, trial)
+        self._spectra(plan, base, factors, trial)
         return row | {
             "adapter_bytes": adapter_bytes(path),
             "train_loss": float(last.mean()),
@@ -237,19 +250,25 @@ class Session:
         names = [metric.name for metric in self.problem.all_metrics]
         return {f"{part}_{name}": None if found is None else found[name] for name in names}
 
-    def _tests(self, plan: Plan) -> tuple[Evaluator, Evaluator]:
-        """Validation and test of merged params; trials of one target set share them."""
-        if plan.trained not in self.tests:
-            val, test = (
-                Evaluator(self.problem, self.params, plan.trained, part)
-                for part in (self.problem.val, self.problem.test)
-            )
-            self.tests[plan.trained] = (val, test)
-        return self.tests[plan.trained]
+    def _condition(self, group: Group) -> dict[str, Any]:
+        """What `lorax-kit evaluate` needs to make the same base, where it is not as the problem gives it."""
+        form, sites = group.form, [site.path for site in group.plan.sites]
+        if form.dtype is None and form.quantise is None:
+            return {}
+        return {"base_form": {"dtype": form.dtype, "quantise": form.quantise, "paths": sites if form.quantise else []}}
 
-    def _spectra(self, plan: Plan, factors: Any, trial: Trial) -> None:
+    def _tests(self, plan: Plan, form: Form, params: Params) -> tuple[Evaluator, Evaluator]:
+        """Validation and test of merged params; trials of one target set and base share them."""
+        key = (plan.trained, form.dtype, form.quantise)
+        if key not in self.tests:
+            parts = (self.problem.val, self.problem.test)
+            val, test = (Evaluator(self.problem, params, plan.trained, part) for part in parts)
+            self.tests[key] = (val, test)
+        return self.tests[key]
+
+    def _spectra(self, plan: Plan, base: Params, factors: Any, trial: Trial) -> None:
         rows = []
-        named = flatten(self.params)[0]
+        named = flatten(base)[0]
         for site in plan.sites:
             s = site_spectrum(site, dense(named[site.path]), factors[site.path])
             mean = s.reshape(-1, s.shape[-1]).mean(axis=0)

@@ -52,6 +52,16 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """The keys that differ, with both values where they are short."""
+    words = []
+    for key, value in sorted(ours.items()):
+        both = [json.dumps(theirs.get(key)), json.dumps(value)]
+        short = key not in ("base", "data") and max(map(len, both)) <= 40
+        words.append(f"{key}: {both[0]} there, {both[1]} here" if short else key)
+    return ", ".join(words)
+
+
 def plain(x: Any) -> Any:
     """NaN and infinities as null: they are not JSON."""
     if isinstance(x, float) and not math.isfinite(x):
@@ -95,10 +105,11 @@ class RunStore:
             raise StudyError(f"{str(self.path)!r} is not empty and holds no study.\n  choose another folder")
         self._discard = overwrite and previous is not None
         if not overwrite and previous is not None and previous.get("identity") != design:
-            ours = {k: v for k, v in design.items() if previous.get("identity", {}).get(k) != v}
+            theirs = previous["identity"]
+            ours = {k: v for k, v in design.items() if theirs.get(k) != v}
             found = differences(leaves or {}, previous["leaves"]) if isinstance(previous.get("leaves"), dict) else {}
             raise StudyError(
-                f"{str(self.path)!r} holds another study (it differs in {', '.join(sorted(ours)) or 'its keys'}).\n"
+                f"{str(self.path)!r} holds another study (it differs in {_differing(ours, theirs) or 'its keys'}).\n"
                 + (f"  {first_difference(found)}\n" if "base" in ours and found else "")
                 + "  choose another folder, or discard it: overwrite=True, --overwrite"
             )

@@ -86,7 +86,7 @@ def test_trials_of_different_form_do_not_stack(standard_promotion):
 
 def test_packing_trials_of_different_form_says_so():
     study, problem = tiny.study(rank=[1, 3], seed=[0], probe_lr=(), variant="lokr"), tiny.problem()
-    (trials,) = kinds(study, study.trials())
+    ((trials, _),) = kinds(study, problem, study.trials())
     params = problem.params(jax.random.key(0))
     plan = union_plan(study, problem, trials, params, next(problem.train(0, 0)))
     with pytest.raises(lk.StudyError) as e:

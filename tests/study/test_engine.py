@@ -19,7 +19,7 @@ TOLERANCE = 1e-5
 
 def trained(study, problem=None, trials=None, mesh=None):
     problem = problem or tiny.problem()
-    trials = trials or kinds(study, study.trials())[0]
+    trials = trials or kinds(study, problem, study.trials())[0][0]
     params = problem.params(jax.random.key(0))
     plan = union_plan(study, problem, trials, params, next(problem.train(0, 0)))
     stacked = pack(study, problem, trials, plan, params)
@@ -38,7 +38,7 @@ def solo(study, problem, plan, trial, params, seed):
     base, factors = start(problem, own, trial.seed)
     adapted = lk.adapt(problem.apply, own)
     schedule = optax.linear_schedule(trial.lr, 0.0, study.steps)
-    tx = lk.partition(optax.adamw(schedule, weight_decay=study.weight_decay), own, clip=study.clip)
+    tx = lk.partition(optax.adamw(schedule, weight_decay=trial.weight_decay), own, clip=study.clip)
 
     def loss(base, f, batch):
         return problem.loss(adapted(base, f, batch), batch) + lk.penalty(own, f)
