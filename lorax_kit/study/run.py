@@ -123,8 +123,8 @@ def run(
     records, groups = list(store.info.get("stacks") or []), []
     for stack in planned:
         for part, size in _unfinished(study, problem, stack, store, params, examples(stack.form)):
-            found = grouped(study, problem, part, params, examples(part.form), budget=budget,
-                            devices=devices, size=size)  # fmt: skip
+            base, batch = cast(params, part.form.dtype), examples(part.form)
+            found = grouped(study, problem, part, base, batch, budget=budget, devices=devices, size=size)
             record = {"trials": [trial.name for trial in part.trials], "size": found[0].size}
             records = [record if one["trials"] == record["trials"] else one for one in records]
             records += [record] if record not in records else []
