@@ -37,7 +37,7 @@ from lorax_kit.core.leaves import site_key
 from lorax_kit.methods import HRA, IA3, AdaLoRA, DeLoRA, DoRA, Factors, LoHa, LoKr, LoRA, LoRAXS, MiSS, Rows, VeRA
 from lorax_kit.parallel import device_mesh, pmap_step, sharded_step
 from lorax_kit.peft import load_peft, save_peft
-from lorax_kit.problem import Metric, Problem, Score
+from lorax_kit.problem import Metric, Problem, Score, problem_at, problem_builder
 from lorax_kit.starts import loftq
 from lorax_kit.study import Results, Sample, Study, run
 from lorax_kit.training import Weighted, adalora_budget, fit, lora_plus, make_step, partition, riemannian
@@ -104,6 +104,8 @@ __all__ = [
     "paths",
     "penalty",
     "pmap_step",
+    "problem_at",
+    "problem_builder",
     "quantise",
     "register",
     "resolve",

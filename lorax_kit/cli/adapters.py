@@ -52,18 +52,20 @@ def train(
 
 @cli.command()
 @click.argument("adapter", type=click.Path(exists=True, file_okay=False))
+@click.option(
+    "--problem", metavar="MODULE:OBJECT", default=None, help="The problem; default: the one it was trained on."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
-def evaluate(adapter: str, as_json: bool) -> None:
+def evaluate(adapter: str, problem: str | None, as_json: bool) -> None:
     """Measure a saved adapter on the test split of the problem it was trained on."""
     from lorax_kit.workloads import evaluate_adapter
 
-    result = evaluate_adapter(adapter)
+    result = evaluate_adapter(adapter, problem)
     if as_json:
         echo(result)
     else:
-        click.echo(
-            f"test accuracy {result['test_accuracy']:.4f}, loss {result['test_loss']:.4f} ({result['examples']})"
-        )
+        named = [f"{k.replace('_', ' ')} {x:.4f}" for k, x in result.items() if k.startswith("test_")]
+        click.echo(f"{', '.join(named)} ({result['examples']} examples)")
 
 
 @cli.command()

@@ -19,12 +19,12 @@ from lorax_kit.errors import StudyError
 from lorax_kit.parallel.mesh import TRIAL
 from lorax_kit.problem import Problem
 from lorax_kit.problem.base import cast
-from lorax_kit.study.design import Study
-from lorax_kit.study.groups import available_bytes, grouped
-from lorax_kit.study.packing import DEFAULT, Examples, Stack, kinds, stacks, union_plan
+from lorax_kit.study.design.study import Study
+from lorax_kit.study.plan import planned_stacks, unfinished
+from lorax_kit.study.programs.forms import DEFAULT, Examples
+from lorax_kit.study.programs.groups import available_bytes, grouped
 from lorax_kit.study.session import Session
 from lorax_kit.study.store import RunStore, environment
-from lorax_kit.study.trial import Trial
 from lorax_kit.training.fit import direction
 
 
@@ -122,7 +122,7 @@ def run(
     targets = merged_targets(store.info.get("targets"), study.targets, str(out))
     records, groups = list(store.info.get("stacks") or []), []
     for stack in planned:
-        for part, size in _unfinished(study, problem, stack, store, params, examples(stack.form)):
+        for part, size in unfinished(study, problem, stack, store, params, examples(stack.form)):
             base, batch = cast(params, part.form.dtype), examples(part.form)
             found = grouped(study, problem, part, base, batch, budget=budget, devices=devices, size=size)
             record = {"trials": [trial.name for trial in part.trials], "size": found[0].size}
@@ -167,51 +167,6 @@ def run(
     return Results(
         rows, Path(out), int(store.info.get("compiles", 0)), problem.metric, {"train_loss": "lower", **directions}
     )
-
-
-def planned_stacks(
-    study: Study, problem: Problem, trials: Sequence[Trial], params: Params, examples: Examples
-) -> list[Stack]:
-    """The stacks of all trials: what shares a program.
-
-    Raises:
-      StudyError, PlanError: settings that do not fit the problem, the optimiser or the model.
-    """
-    out = []
-    for some, form in kinds(study, problem, trials):
-        base = cast(params, form.dtype)
-        out += stacks(study, problem, some, form, base, examples(form))
-    return out
-
-
-def _unfinished(
-    study: Study, problem: Problem, stack: Stack, store: RunStore, params: Params, batch: Any
-) -> list[tuple[Stack, int | None]]:
-    """What of a stack is to be trained: parts that an earlier call began as they were planned then, and what is new.
-
-    A part is planned once, by the trials that were missing when it was: so a folder that grows goes on with what was
-    under way by the same program, to the same bits.
-    """
-    by_name = {trial.name: trial for trial in stack.trials}
-    missing = [name for name in by_name if name not in store.finished]
-    out: list[tuple[list[Trial], int | None]] = []
-    for record in store.info.get("stacks") or ():
-        names = record["trials"]
-        if set(names) <= set(by_name) and set(names) & set(missing):
-            out.append(([by_name[name] for name in names], record["size"]))
-            missing = [name for name in missing if name not in names]
-    if missing:
-        out.append(([by_name[name] for name in missing], None))
-    base = cast(params, stack.form.dtype)
-    return [
-        (
-            stack
-            if len(some) == len(stack.trials)
-            else stack._replace(trials=some, plan=union_plan(study, problem, some, base, batch)),
-            size,
-        )
-        for some, size in out
-    ]
 
 
 def merged_targets(earlier: Any, ours: Mapping[str, Sequence[str]], folder: str) -> dict[str, list[str]]:

@@ -23,12 +23,13 @@ from lorax_kit.core.paths import Params, flatten, nbytes
 from lorax_kit.core.plan import Plan
 from lorax_kit.problem import LOSS, Evaluator, Problem
 from lorax_kit.problem.base import based, restored
-from lorax_kit.study.design import Study
-from lorax_kit.study.engine import Engine, Progress, Trained
-from lorax_kit.study.groups import Group
-from lorax_kit.study.packing import Form, Pack, pack, stream_of, trial_plan, unpack
+from lorax_kit.study.design.study import Study
+from lorax_kit.study.design.trial import Trial
+from lorax_kit.study.programs.engine import Engine, Progress, Trained
+from lorax_kit.study.programs.forms import Form, stream_of, trial_plan
+from lorax_kit.study.programs.groups import Group
+from lorax_kit.study.programs.packing import Pack, pack, unpack
 from lorax_kit.study.store import RunStore
-from lorax_kit.study.trial import Trial
 
 LEADING = 64  # singular values kept of a delta that is not low-rank, such as DoRA's
 
@@ -231,6 +232,7 @@ class Session:
                 "problem": problem.name,
                 "settings": json.loads(json.dumps(problem.facts.get("settings"))),
                 "trial": trial.name,
+                **({"address": problem.address} if problem.address else {}),
                 **self._condition(group),
             },
             overwrite=True,

@@ -31,7 +31,7 @@ from lorax_kit.checkpoint.fingerprint import differences, first_difference
 from lorax_kit.checkpoint.staging import sole_writer
 from lorax_kit.errors import StudyError
 from lorax_kit.json_text import parse_json, read_json
-from lorax_kit.study.engine import Progress
+from lorax_kit.study.programs.engine import Progress
 from lorax_kit.version import __version__
 
 TRAINING = "training.npz"
@@ -60,6 +60,13 @@ def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
         short = key not in ("base", "data") and max(map(len, both)) <= 40
         words.append(f"{key}: {both[0]} there, {both[1]} here" if short else key)
     return ", ".join(words)
+
+
+def finished_trials(path: str | Path) -> tuple[str, ...]:
+    """Names of the trials that a run folder has rows of; none if there is no folder."""
+    file = Path(path) / "trials.jsonl"
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    return tuple(str(parse_json(line)["trial"]) for line in lines)
 
 
 def plain(x: Any) -> Any:

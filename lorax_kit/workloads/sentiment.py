@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
-from lorax_kit.checkpoint.adapter import load_adapter, read_document, save_adapter
+from lorax_kit.checkpoint.adapter import read_document, save_adapter
 from lorax_kit.checkpoint.fingerprint import fingerprint
 from lorax_kit.core.leaves import penalty
 from lorax_kit.core.merge import merge, split
@@ -166,22 +166,6 @@ def workload_of(adapter: str | Path) -> Sentiment:
     if not isinstance(meta.get("settings"), dict):
         raise AdapterError(f"the adapter at {str(adapter)!r} does not say which problem it was trained on.")
     return Sentiment.from_dict(meta["settings"])
-
-
-def evaluate_adapter(path: str | Path) -> dict[str, Any]:
-    """Test metrics of a saved adapter, by the program that measured it when its study ended.
-
-    Raises:
-      AdapterError: no adapter, a damaged one, or one that names no problem known here.
-    """
-    path = adapter_folder(path)
-    problem = workload_of(path).build()
-    base = problem.params(jax.random.key(0))
-    adapter = load_adapter(path, base=base)
-    measure = Evaluator(problem, base, adapter.plan.trained, problem.test)
-    measured = measure(merge(base, adapter.factors, adapter.plan))
-    named = {f"test_{metric.name}": measured[metric.name] for metric in problem.all_metrics}
-    return {"adapter": str(path), **named, "examples": measured["examples"]}
 
 
 def train_adapter(

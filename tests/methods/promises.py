@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import lorax_kit as lk
-from lorax_kit.study.packing import kinds, stacks, trial_plan, unpack
+from lorax_kit.study.programs.forms import kinds, stacks, trial_plan
+from lorax_kit.study.programs.packing import unpack
 from tests import tiny
 from tests.draws import draw, moved, moved_leaves
 from tests.study.test_engine import TOLERANCE, solo, trained

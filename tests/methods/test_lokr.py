@@ -10,7 +10,8 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.core.method import update_of
 from lorax_kit.methods.lokr import factorization, sizes
-from lorax_kit.study.packing import kinds, pack, union_plan
+from lorax_kit.study.programs.forms import kinds, union_plan
+from lorax_kit.study.programs.packing import pack
 from tests import tiny
 from tests.methods import promises
 
@@ -93,7 +94,7 @@ def test_packing_trials_of_different_form_says_so():
         pack(study, problem, trials, plan, params)
     assert str(e.value) == (
         "trials of these ranks do not fit one stack: w2 at 'down/kernel' is none in one, (3, 4) in another.\n"
-        "  pack those apart that `lorax_kit.study.packing.stacks` keeps apart"
+        "  pack those apart that `lorax_kit.study.programs.forms.stacks` keeps apart"
     )
 
 

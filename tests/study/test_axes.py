@@ -10,7 +10,7 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.problem.base import based
-from lorax_kit.study.optimiser import maker
+from lorax_kit.study.programs.optimiser import maker
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

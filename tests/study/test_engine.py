@@ -7,8 +7,9 @@ import optax
 import pytest
 
 import lorax_kit as lk
-from lorax_kit.study.engine import Engine
-from lorax_kit.study.packing import kinds, pack, start, trial_plan, union_plan, unpack
+from lorax_kit.study.programs.engine import Engine
+from lorax_kit.study.programs.forms import kinds, trial_plan, union_plan
+from lorax_kit.study.programs.packing import pack, start, unpack
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

@@ -12,8 +12,9 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.report import write_report
-from lorax_kit.study.groups import grouped, step_bytes
-from lorax_kit.study.packing import Stack, kinds, pack, union_plan
+from lorax_kit.study.programs.forms import Stack, kinds, union_plan
+from lorax_kit.study.programs.groups import grouped, step_bytes
+from lorax_kit.study.programs.packing import pack
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -143,7 +144,7 @@ def test_going_on_equals_no_interruption(finished, tmp_path, after):
 
 
 def test_going_on_after_a_kill_starts_at_the_last_save(finished, tmp_path, monkeypatch):
-    from lorax_kit.study import engine
+    from lorax_kit.study.programs import engine
 
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
@@ -415,7 +416,7 @@ def test_the_memory_estimate_is_near_what_xla_allocates():
     def losses(factors):
         return jax.vmap(lambda f: problem.loss(adapted(base, f, batch), batch))(factors)
 
-    from lorax_kit.study.engine import Engine
+    from lorax_kit.study.programs.engine import Engine
 
     engine = Engine(study, problem, plan, base, len(trials))
     running = jax.jit(engine._programs.init)(stacked.factors, stacked.scalars)

@@ -19,10 +19,11 @@ from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.core.plan import Plan
 from lorax_kit.problem import Problem, Score
 from lorax_kit.study.design import Study
-from lorax_kit.study.engine import optimizer, programs
-from lorax_kit.study.groups import available_bytes, pack_bytes
-from lorax_kit.study.packing import DEFAULT, Stack, pack, start, trial_plan, union_plan
-from lorax_kit.study.trial import Trial
+from lorax_kit.study.design.trial import Trial
+from lorax_kit.study.programs.engine import optimizer, programs
+from lorax_kit.study.programs.forms import DEFAULT, Stack, trial_plan, union_plan
+from lorax_kit.study.programs.groups import available_bytes, pack_bytes
+from lorax_kit.study.programs.packing import pack, start
 from lorax_kit.tasks import correct, cross_entropies
 from lorax_kit.training import make_step
 from lorax_kit.transform import adapt

@@ -13,8 +13,8 @@ from lorax_kit.core.setting import Full, Setting, is_int, is_number, plain, show
 from lorax_kit.core.spec import Spec, setting_from
 from lorax_kit.errors import SpecError, StudyError
 from lorax_kit.starts import start_of
-from lorax_kit.study.sampling import Sample
-from lorax_kit.study.trial import AXES, FLOAT32_MAX, Trial, values_of
+from lorax_kit.study.design.sampling import Sample
+from lorax_kit.study.design.trial import AXES, FLOAT32_MAX, Trial, values_of
 
 SCHEDULES = ("constant", "linear", "cosine")
 STREAMS = ("shared", "seed")

@@ -24,8 +24,8 @@ from lorax_kit.core.method import METHODS, leaf_shapes
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.setting import shown
 from lorax_kit.errors import LoraxError, StudyError
-from lorax_kit.study.design import Study
-from lorax_kit.study.trial import Trial
+from lorax_kit.study.design.study import Study
+from lorax_kit.study.design.trial import Trial
 from lorax_kit.training.optimisers.extra import extra_arguments
 from lorax_kit.training.optimisers.lora_plus import lora_plus
 from lorax_kit.training.optimisers.partition import partition

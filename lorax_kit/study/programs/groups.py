@@ -15,9 +15,10 @@ from lorax_kit.core.plan import Plan
 from lorax_kit.errors import StudyError
 from lorax_kit.problem import Problem
 from lorax_kit.problem.objective import training_loss
-from lorax_kit.study.design import Study
-from lorax_kit.study.packing import Form, Stack, pack
-from lorax_kit.study.trial import Trial
+from lorax_kit.study.design.study import Study
+from lorax_kit.study.design.trial import Trial
+from lorax_kit.study.programs.forms import Form, Stack
+from lorax_kit.study.programs.packing import pack
 from lorax_kit.training.objective import Weighted
 
 

@@ -26,9 +26,10 @@ from lorax_kit.parallel.mesh import TRIAL
 from lorax_kit.problem import Problem
 from lorax_kit.problem.evaluate import scored, summarised
 from lorax_kit.problem.objective import draws, training_loss, with_state
-from lorax_kit.study.design import Study
-from lorax_kit.study.optimiser import evaluated, keywords_of, transformation
-from lorax_kit.study.packing import DEFAULT, Form, Pack, Scalars
+from lorax_kit.study.design.study import Study
+from lorax_kit.study.programs.forms import DEFAULT, Form
+from lorax_kit.study.programs.optimiser import evaluated, keywords_of, transformation
+from lorax_kit.study.programs.packing import Pack, Scalars
 from lorax_kit.training.step import Info, State, make_step
 from lorax_kit.transform.adapt import adapt
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from lorax_kit.core.setting import is_int, is_number, plain, shown
 from lorax_kit.errors import StudyError
-from lorax_kit.study.trial import AXES, FLOAT32_MAX
+from lorax_kit.study.design.trial import AXES, FLOAT32_MAX
 
 KINDS = ("random", "sobol")
 
