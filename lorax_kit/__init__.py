@@ -39,7 +39,7 @@ from lorax_kit.parallel import device_mesh, pmap_step, sharded_step
 from lorax_kit.peft import load_peft, save_peft
 from lorax_kit.problem import Metric, Problem, Score, problem_at, problem_builder
 from lorax_kit.starts import loftq
-from lorax_kit.study import Results, Sample, Study, run
+from lorax_kit.study import Halving, MedianRule, Results, Sample, Study, run
 from lorax_kit.training import Weighted, adalora_budget, fit, lora_plus, make_step, partition, riemannian
 from lorax_kit.transform import adapt, all_linear, explain, resolve
 from lorax_kit.version import __version__
@@ -55,12 +55,14 @@ __all__ = [
     "Factors",
     "Full",
     "FullLeaf",
+    "Halving",
     "Hints",
     "LoHa",
     "LoKr",
     "LoRA",
     "LoRAXS",
     "LoraxError",
+    "MedianRule",
     "Method",
     "Metric",
     "MiSS",

@@ -19,10 +19,12 @@ from lorax_kit.errors import StudyError
 from lorax_kit.parallel.mesh import TRIAL
 from lorax_kit.problem import Problem
 from lorax_kit.problem.base import cast
+from lorax_kit.study.design.stopping import Stopping
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.plan import planned_stacks, unfinished
 from lorax_kit.study.programs.forms import DEFAULT, Examples
-from lorax_kit.study.programs.groups import available_bytes, grouped
+from lorax_kit.study.programs.groups import Group, available_bytes, grouped
+from lorax_kit.study.race import Race
 from lorax_kit.study.session import Session
 from lorax_kit.study.store import RunStore, environment
 from lorax_kit.training.fit import direction
@@ -120,7 +122,8 @@ def run(
     leaves = digests(params, head)
     store = RunStore(out, identity(study, problem, params, examples(DEFAULT), head), overwrite=overwrite, leaves=leaves)
     targets = merged_targets(store.info.get("targets"), study.targets, str(out))
-    records, groups = list(store.info.get("stacks") or []), []
+    records: list[dict[str, Any]] = list(store.info.get("stacks") or [])
+    by_stack: list[list[Group]] = []
     for stack in planned:
         for part, size in unfinished(study, problem, stack, store, params, examples(stack.form)):
             base, batch = cast(params, part.form.dtype), examples(part.form)
@@ -129,7 +132,10 @@ def run(
             records = [record if one["trials"] == record["trials"] else one for one in records]
             records += [record] if record not in records else []
             # A group of which a trial is missing goes on as a whole: the same program, so the same bits.
-            groups += [group for group in found if any(t.name not in store.finished for t in group.trials)]
+            if study.stop is None:
+                found = [group for group in found if any(t.name not in store.finished for t in group.trials)]
+            by_stack.append(found)
+    groups = [group for found in by_stack for group in found]
     session = Session(study, problem, params, store, mesh, progress)
     if groups:
         session.check(groups[0])
@@ -155,9 +161,12 @@ def run(
                 stacks=records,
                 leaves=leaves,
             )
-        for i, group in enumerate(groups, 1):
+        if isinstance(study.stop, Stopping) and groups:
+            Race(session, study.stop, by_stack).run()
+        for i, group in enumerate(groups if study.stop is None else (), 1):
             several = f"group {i} of {len(groups)}, " if len(groups) > 1 else ""
             session.run_group(group, f"{several}{len(group.trials)} trials")
+        store.drop_rungs()
         if groups:
             store.write_info(finished=_now())
     finally:

@@ -25,10 +25,11 @@ from lorax_kit.problem import LOSS, Evaluator, Problem
 from lorax_kit.problem.base import based, restored
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.design.trial import Trial
-from lorax_kit.study.programs.engine import Engine, Progress, Trained
+from lorax_kit.study.programs.engine import Engine
 from lorax_kit.study.programs.forms import Form, stream_of, trial_plan
 from lorax_kit.study.programs.groups import Group
-from lorax_kit.study.programs.packing import Pack, pack, unpack
+from lorax_kit.study.programs.packing import Pack, pack, start, unpack
+from lorax_kit.study.programs.progress import Progress, Trained
 from lorax_kit.study.store import RunStore
 
 LEADING = 64  # singular values kept of a delta that is not low-rank, such as DoRA's
@@ -58,6 +59,7 @@ class Session:
         self.earlier_seconds = float(store.info.get("seconds") or 0.0)
         self.engines: dict[Any, Engine] = {}
         self.bases: dict[Any, Params] = {}
+        self.packed: tuple[Any, tuple[Engine, Pack]] | None = None
         self.tests: dict[Any, tuple[Evaluator, Evaluator]] = {}
 
     @property
@@ -92,6 +94,48 @@ class Session:
         """Train a group, or go on with it, and write what its trials came to."""
         names = [trial.name for trial in group.trials]
         earlier = self.store.load_progress(names, group.size)
+        new = earlier is None or len(earlier.losses) < self.study.steps
+        self.keep(group, self.train_until(group, self.study.steps, label, None), new=new)
+        self.store.drop_progress()
+
+    def train_until(self, group: Group, until: int, label: str, before: Progress | None) -> Progress:
+        """Train a group to a step, from where an interruption left it, or from where it was `before`."""
+        found = self.store.load_progress([trial.name for trial in group.trials], group.size)
+        engine, stacked = self._engine(group)
+        return self._train(engine, stacked, group, until, label, before if found is None else found)
+
+    def keep(self, group: Group, progress: Progress, *, new: bool) -> None:
+        """Write what the trials of a group came to; `new`: the group's own facts, too."""
+        engine, stacked = self._engine(group)
+        trained = engine.finished(stacked, progress)
+        self._keep_curves(group, trained)
+        if new:
+            self._keep_facts(group, trained)
+        self._keep_trials(group, trained)
+
+    def keep_stopped(self, group: Group, trial: Trial, slot: Progress) -> None:
+        """Write the row of a trial that a rule stopped, or that diverged before."""
+        if trial.name in self.store.finished:
+            return
+        alone = group._replace(trials=[trial], size=1)
+        trained = Trained(None, slot.losses, slot.failed, slot.evaluations, slot.seconds, 0.0, 0)
+        self._keep_curves(alone, trained)
+        plan = trial_plan(self.study, self.problem, group.plan, trial, self.base_of(group.form, group.plan))
+        base = self.base_of(group.form, group.plan)
+        shapes = jax.eval_shape(lambda: start(self.problem, plan, trial.seed, base)[1])
+        row = self._row(group, trial, jax.tree.leaves(trained_only(plan, shapes)), trained, 0)
+        if row["status"] == "done":
+            steps = len(slot.losses)
+            last = slot.losses[-max(self.study.steps // 10, 1) :, 0]
+            row |= {"status": "stopped", "stopped_at": steps, "steps": steps, "train_loss": float(last.mean())}
+            row |= self._columns("val", slot.evaluations[-1][1][0])
+        self.store.finish_trial(row)
+
+    def _engine(self, group: Group) -> tuple[Engine, Pack]:
+        """The compiled program of a group, and where its trials start."""
+        names = [trial.name for trial in group.trials]
+        if self.packed is not None and self.packed[0] == (names, group.size):
+            return self.packed[1]
         filled = [*group.trials, *[group.trials[-1]] * (group.size - len(group.trials))]
         base = self.base_of(group.form, group.plan)
         stacked = pack(self.study, self.problem, filled, group.plan, base, group.form)
@@ -100,12 +144,8 @@ class Session:
             self.engines[key] = Engine(
                 self.study, self.problem, group.plan, base, group.size, self.mesh, form=group.form
             )
-        trained = self._train(self.engines[key], stacked, group, label, earlier)
-        self._keep_curves(group, trained)
-        if earlier is None or len(earlier.losses) < self.study.steps:
-            self._keep_facts(group, trained)
-        self._keep_trials(group, trained)
-        self.store.drop_progress()
+        self.packed = ((names, group.size), (self.engines[key], stacked))
+        return self.packed[1]
 
     def _batches(self, form: Form, start: int) -> Iterator[Any]:
         streams = [stream_of(self.study, self.problem, form, seed, start) for seed in self.study.streams]
@@ -113,9 +153,11 @@ class Session:
             return streams[0]
         return (jax.tree.map(lambda *x: np.stack(x), *together) for together in zip(*streams, strict=False))
 
-    def _train(self, engine: Engine, stacked: Pack, group: Group, label: str, earlier: Progress | None) -> Trained:
+    def _train(
+        self, engine: Engine, stacked: Pack, group: Group, until: int, label: str, earlier: Progress | None
+    ) -> Progress:
         done, count = 0 if earlier is None else len(earlier.losses), len(group.trials)
-        bar = tqdm(total=self.study.steps, initial=done, desc=label, unit="step", disable=not self.progress)
+        bar = tqdm(total=until, initial=done, desc=label, unit="step", disable=not self.progress)
         shown: dict[str, str] = {}
 
         def on_step(number: int, losses: np.ndarray, failed: np.ndarray) -> None:
@@ -140,17 +182,18 @@ class Session:
             self.store.write_info(compiles=self.compiles, seconds=self.seconds)
 
         with bar:
-            if engine.compiles == 0 and done < self.study.steps:
+            if engine.compiles == 0 and done < until:
                 bar.set_postfix_str("compiling the step")
             return engine.train(
                 stacked,
                 partial(self._batches, group.form),
                 self.problem.val,
                 progress=earlier,
+                until=until if until < self.study.steps else None,
                 on_step=on_step,
                 on_eval=on_eval,
                 on_save=on_save,
-            )
+            )[1]
 
     def _keep_curves(self, group: Group, trained: Trained) -> None:
         """Losses by step, and validations along the way."""
@@ -194,20 +237,16 @@ class Session:
             self.store.finish_trial(row)
             self.store.write_info(seconds=self.seconds)
 
-    def _trial_row(self, group: Group, trained: Trained, i: int) -> dict[str, Any]:
-        trial, study, problem = group.trials[i], self.study, self.problem
-        base = self.base_of(group.form, group.plan)
-        plan = trial_plan(study, problem, group.plan, trial, base)
+    def _row(self, group: Group, trial: Trial, leaves: list[Any], trained: Trained, i: int) -> dict[str, Any]:
+        """A trial's settings, size and cost; its metrics are empty."""
         failed = int(trained.failed[i]) or None
-        factors = unpack(plan, trained.factors, i, diverged=failed is not None)
-        leaves = jax.tree_util.tree_leaves(trained_only(plan, factors))
-        row: dict[str, Any] = {
+        return {
             "trial": trial.name,
             **trial.columns(),
             "params": sum(x.size for x in leaves),
             "factor_bytes": sum(nbytes(x.shape, x.dtype) for x in leaves),
             "adapter_bytes": None,
-            "steps": failed or study.steps,
+            "steps": failed or self.study.steps,
             "train_loss": None,
             **self._columns("val"),
             **self._columns("test"),
@@ -215,8 +254,17 @@ class Session:
             "compiles": self.compiles,
             "status": "diverged" if failed else "done",
             "failed_step": failed,
+            "stopped_at": None,
             "adapter": None,
         }
+
+    def _trial_row(self, group: Group, trained: Trained, i: int) -> dict[str, Any]:
+        trial, study, problem = group.trials[i], self.study, self.problem
+        base = self.base_of(group.form, group.plan)
+        plan = trial_plan(study, problem, group.plan, trial, base)
+        failed = bool(trained.failed[i])
+        factors = unpack(plan, trained.factors, i, diverged=failed)
+        row = self._row(group, trial, jax.tree_util.tree_leaves(trained_only(plan, factors)), trained, i)
         if failed:
             return row
         merged = merge(base, factors, plan)

@@ -6,6 +6,7 @@ curves.jsonl   losses by step, validations                         appended
 spectra.jsonl  singular values of each site's delta                appended
 adapters/      one folder per trial                                each appears whole
 training.npz   the group under way at its last save                replaced atomically, gone at its end
+rungs/         with early stopping, where each group stands        gone at the end
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from lorax_kit.checkpoint.fingerprint import differences, first_difference
 from lorax_kit.checkpoint.staging import sole_writer
 from lorax_kit.errors import StudyError
 from lorax_kit.json_text import parse_json, read_json
-from lorax_kit.study.programs.engine import Progress
+from lorax_kit.study.programs.progress import Progress
 from lorax_kit.version import __version__
 
 TRAINING = "training.npz"
+RUNGS = "rungs"
 JSONL = ("trials.jsonl", "curves.jsonl", "spectra.jsonl")
 
 
@@ -139,7 +141,7 @@ class RunStore:
         if self._discard:
             for name in ("study.json", *JSONL, TRAINING, "results.csv", "report.html"):
                 (self.path / name).unlink(missing_ok=True)
-            for name in ("adapters", "plots"):
+            for name in ("adapters", "plots", RUNGS):
                 shutil.rmtree(self.path / name, ignore_errors=True)
         (self.path / "adapters").mkdir(exist_ok=True)
         for name in JSONL:
@@ -202,25 +204,36 @@ class RunStore:
         self.append("trials.jsonl", [row])
         self.finished[row["trial"]] = dict(row)
 
-    def save_progress(self, trials: Sequence[str], progress: Progress) -> None:
-        """Keep the training under way of a group of trials."""
+    def save_progress(self, trials: Sequence[str], progress: Progress, place: str | None = None) -> None:
+        """Keep the training under way of a group of trials, or with a `place` where it stands at a rung."""
+        file = self._progress_file(place)
+        file.parent.mkdir(exist_ok=True)
         facts = {"trials": list(trials), "evaluations": progress.evaluations, "seconds": progress.seconds}
         facts["dtypes"] = [str(x.dtype) for x in progress.running]
         # As bytes: the format knows no bfloat16.
         raw = (np.ascontiguousarray(x).view(np.uint8) for x in progress.running)
         arrays: dict[str, Any] = {f"running_{i}": x for i, x in enumerate(raw)}
-        staged = self.path / f".{TRAINING}.tmp"
-        with open(staged, "wb") as file:
-            np.savez(file, facts=np.array(json.dumps(facts)), losses=progress.losses, failed=progress.failed, **arrays)
-        os.replace(staged, self.path / TRAINING)
+        staged = file.with_name(f".{file.name}.tmp")
+        with open(staged, "wb") as opened:
+            np.savez(
+                opened, facts=np.array(json.dumps(facts)), losses=progress.losses, failed=progress.failed, **arrays
+            )
+        os.replace(staged, file)
 
-    def load_progress(self, trials: Sequence[str], size: int) -> Progress | None:
+    def _progress_file(self, place: str | None) -> Path:
+        return self.path / TRAINING if place is None else self.path / RUNGS / f"{place}.npz"
+
+    def drop_rungs(self) -> None:
+        """Every trial has its row."""
+        shutil.rmtree(self.path / RUNGS, ignore_errors=True)
+
+    def load_progress(self, trials: Sequence[str], size: int, place: str | None = None) -> Progress | None:
         """The training under way of these trials in a pack of `size`, if that is what was interrupted.
 
         Raises:
           StudyError: the file is damaged.
         """
-        file = self.path / TRAINING
+        file = self._progress_file(place)
         if not file.exists():
             return None
         try:

@@ -30,7 +30,7 @@ def trained(study, problem=None, trials=None, mesh=None):
         batches = (jax.tree.map(lambda *x: np.stack(x), *together) for together in zip(*streams, strict=True))
     else:
         batches = problem.train(0, 0)
-    return engine.train(stacked, lambda start: batches, problem.val), trials, plan, params, engine
+    return engine.train(stacked, lambda start: batches, problem.val)[0], trials, plan, params, engine
 
 
 def solo(study, problem, plan, trial, params, seed):

@@ -14,11 +14,12 @@ from lorax_kit.core.spec import Spec, setting_from
 from lorax_kit.errors import SpecError, StudyError
 from lorax_kit.starts import start_of
 from lorax_kit.study.design.sampling import Sample
+from lorax_kit.study.design.stopping import Stopping, stopping_from
 from lorax_kit.study.design.trial import AXES, FLOAT32_MAX, Trial, values_of
 
 SCHEDULES = ("constant", "linear", "cosine")
 STREAMS = ("shared", "seed")
-COMMON = ("rslora", "steps", "schedule", "warmup", "clip", "stream", "eval_every")
+COMMON = ("stop", "rslora", "steps", "schedule", "warmup", "clip", "stream", "eval_every")
 """Keys that all trials of a folder share: trials that differ in them cannot be compared."""
 
 
@@ -62,6 +63,7 @@ class Study:
         values of the axes that it does not name. A list of single trials is a list of grids of one value.
       sample: a design drawn from ranges in place of all combinations: `lk.Sample`.
       probe_lr: learning rates of the frozen-encoder probe; empty for none. It has the first value of every other axis.
+      stop: `lk.Halving` or `lk.MedianRule`: trials that fall behind on the validation set stop early; None: none do.
       rslora: as in `lk.LoRA`.
       steps: optimiser steps per trial.
       schedule: "constant", "linear" or "cosine" decay to zero, after `warmup` steps of linear growth.
@@ -99,6 +101,7 @@ class Study:
     grids: Sequence[Mapping[str, Any]] = ()
     sample: Sample | Mapping[str, Any] | None = None
     probe_lr: Sequence[float] | float = ()
+    stop: Stopping | Mapping[str, Any] | None = None
     rslora: bool = False
     steps: int = 100
     schedule: str = "linear"
@@ -144,6 +147,10 @@ class Study:
         _check(
             not (self.grids and self.sample), "a study has grids or a sample, not both.\n  give every grid its values"
         )
+        if self.stop is not None:
+            put("stop", stopping_from(self.stop))
+            ok = self.stop.first < self.steps  # type: ignore[union-attr]
+            _check(ok, f"study stop begins at step {self.stop.first}, and there are {self.steps}.")  # type: ignore[union-attr]
         self._check_settings()
         names = [trial.name for trial in self.trials()]
         longest = max(names, key=len)
@@ -303,11 +310,13 @@ class Study:
 
     def common(self) -> dict[str, Any]:
         """What all trials of one folder share."""
-        return {name: getattr(self, name) for name in COMMON}
+        data = self.to_dict()
+        return {name: data[name] for name in COMMON}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` is the inverse. Optimisers that are functions stand as "module:function"."""
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "makers"}
+        data["stop"] = self.stop.to_dict() if isinstance(self.stop, Stopping) else None
         data["sample"] = asdict(self.sample) if isinstance(self.sample, Sample) else None
         return json.loads(json.dumps(data))  # type: ignore[no-any-return]
 

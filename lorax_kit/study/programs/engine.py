@@ -30,6 +30,7 @@ from lorax_kit.study.design.study import Study
 from lorax_kit.study.programs.forms import DEFAULT, Form
 from lorax_kit.study.programs.optimiser import evaluated, keywords_of, transformation
 from lorax_kit.study.programs.packing import Pack, Scalars
+from lorax_kit.study.programs.progress import Progress, Trained
 from lorax_kit.training.step import Info, State, make_step
 from lorax_kit.transform.adapt import adapt
 
@@ -146,42 +147,6 @@ def _held(factors: Any, rows: Mapping[str, Mapping[str, Array]]) -> Any:
     }
 
 
-class Progress(NamedTuple):
-    """A training under way, on the host: all that going on needs.
-
-    Attributes:
-      running: the leaves of `Running`, but the trials' keys, which their seeds give.
-      losses, failed, evaluations, seconds: as in `Trained`, so far.
-    """
-
-    running: list[np.ndarray]
-    losses: np.ndarray
-    failed: np.ndarray
-    evaluations: list[tuple[int, list[dict[str, float]]]]
-    seconds: float
-
-
-class Trained(NamedTuple):
-    """What a pack came to.
-
-    Attributes:
-      factors: stacked, as trained.
-      losses: fp32 (steps, trials).
-      failed: int (trials,): the first step (from 1) whose loss or gradient was not finite; 0 for none.
-      evaluations: (step, list of one metrics dict per trial).
-      seconds, compile_seconds: wall time of the steps, and of compiling them.
-      temp_bytes: temporaries of the compiled step, as XLA counts them; of the largest, when batches differ in shape.
-    """
-
-    factors: Any
-    losses: np.ndarray
-    failed: np.ndarray
-    evaluations: list[tuple[int, list[dict[str, float]]]]
-    seconds: float
-    compile_seconds: float
-    temp_bytes: int
-
-
 def _without_key(running: Running) -> Running:
     return running._replace(state=running.state._replace(key=None))
 
@@ -231,17 +196,19 @@ class Engine:
         val: Any = (),
         *,
         progress: Progress | None = None,
+        until: int | None = None,
         on_step: Callable[[int, np.ndarray, np.ndarray], None] = lambda *_: None,
         on_eval: Callable[[int, list[dict[str, float]]], None] = lambda *_: None,
         on_save: Callable[[Progress], None] = lambda _: None,
-    ) -> Trained:
-        """Train a pack to the end of the study's steps.
+    ) -> tuple[Trained, Progress]:
+        """Train a pack to the end of the study's steps, or to an earlier one.
 
         Args:
           pack: the trials.
           batches: step -> the batches from there on.
           val: batches to validate on.
           progress: where an interrupted training goes on, to the same bits.
+          until: the step to train to, which is validated, too; None: the study's last.
           on_step, on_eval: called after each step and validation.
           on_save: given the progress every half minute, at the end, and when an exception ends the training.
         """
@@ -258,6 +225,7 @@ class Engine:
         if self._stacked is not None:
             running, scalars = jax.device_put((running, scalars), self._stacked)
         began = saved = perf_counter()
+        last = self.study.steps if until is None else until
 
         def snapshot() -> Progress:
             arrays = [np.asarray(x) for x in jax.tree.leaves(_without_key(running))]
@@ -268,15 +236,16 @@ class Engine:
             """Validate where it is due and was not done; seconds it took."""
             at, every = perf_counter(), self.study.eval_every
             due = val and every and number and (number % every == 0 or number == self.study.steps)
+            due = due or (val and number == until)
             if due and number not in [n for n, _ in evaluations]:
                 evaluations.append((number, self.evaluate(self._finish(running), scalars, val)))
                 on_eval(*evaluations[-1])
             return perf_counter() - at
 
         paused += validate(len(losses))
-        stream = batches(len(losses)) if len(losses) < self.study.steps else iter(())
+        stream = batches(len(losses)) if len(losses) < last else iter(())
         try:
-            for number in range(len(losses) + 1, self.study.steps + 1):
+            for number in range(len(losses) + 1, last + 1):
                 batch = next(stream, None)
                 if batch is None:
                     raise StudyError(
@@ -305,7 +274,14 @@ class Engine:
         done = snapshot()
         on_save(done)
         factors = jax.device_get(self._finish(running))
-        return Trained(factors, done.losses, failed, evaluations, done.seconds, self.compile_seconds, self.temp_bytes)
+        trained = Trained(
+            factors, done.losses, failed, evaluations, done.seconds, self.compile_seconds, self.temp_bytes
+        )
+        return trained, done
+
+    def finished(self, pack: Pack, progress: Progress) -> Trained:
+        """What a pack came to that was trained before."""
+        return self.train(pack, lambda _: iter(()), progress=progress, until=len(progress.losses))[0]
 
     def _compile(self, running: Running, scalars: Scalars, batch: Any) -> Any:
         """Compile ahead of time: the executable cannot be compiled again behind our back, only replaced here."""

@@ -31,6 +31,7 @@ class Group(NamedTuple):
       plan: of all their sites, at the highest rank.
       form: what its program is compiled for.
       estimated_bytes: of one training step beyond the base, per device.
+      devices: over which the trials are spread.
     """
 
     trials: list[Trial]
@@ -38,6 +39,7 @@ class Group(NamedTuple):
     plan: Plan
     form: Form
     estimated_bytes: int
+    devices: int = 1
 
 
 def grouped(
@@ -66,7 +68,9 @@ def grouped(
     if size is None or size > largest or size % devices:
         size = largest
     estimated = one + (size // devices - 1) * max(two - one, 0)
-    return [Group(list(trials[i : i + size]), size, plan, form, estimated) for i in range(0, len(trials), size)]
+    return [
+        Group(list(trials[i : i + size]), size, plan, form, estimated, devices) for i in range(0, len(trials), size)
+    ]
 
 
 def pack_bytes(study: Study, problem: Problem, stack: Stack, params: Params, batch: Any, count: int) -> int:
