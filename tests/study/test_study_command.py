@@ -74,3 +74,14 @@ def test_addresses_that_lead_nowhere_say_so(changes, says, tmp_path, capsys):
     assert says in message
     assert len([line for line in message.splitlines() if line.startswith("lorax-kit: ")]) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_one_adapter_of_a_users_own_problem_is_trained_and_evaluated(tmp_path, capsys):
+    argv = ["--problem", "tests.tiny:built", "--target", "up/kernel", "--epochs", 2, "--steps-per-epoch", 3]
+    made = call(capsys, "train", *argv, "--rank", 2, "--lr", 0.01, "--out", tmp_path / "o", "--json")
+    measured = call(capsys, "evaluate", tmp_path / "o", "--json")
+    assert measured["test_loss"] == pytest.approx(made["test_loss"], abs=1e-6)
+    assert measured["test_accuracy"] == made["test_accuracy"]
+    with pytest.raises(SystemExit):
+        main(["train", *map(str, argv), "--model", "minilm", "--out", str(tmp_path / "p")])
+    assert "--model goes with the problem of the package" in capsys.readouterr().err
