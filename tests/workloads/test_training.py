@@ -15,9 +15,8 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 def train(out, problem=None, **changes):
     settings = {"setting": lk.LoRA(rank=2, alpha=4), "lr": 1e-2, "seed": 0, "targets": ["up/kernel"], "epochs": 2}
-    return train_adapter(
-        problem or tiny.problem(facts={}), out=out, steps_per_epoch=2, progress=False, **{**settings, **changes}
-    )
+    options = {"out": out, "steps_per_epoch": 2, "progress": False}
+    return train_adapter(problem or tiny.problem(facts={}), **{**options, **settings, **changes})
 
 
 def test_dropout_and_the_penalty_of_the_method_act(tmp_path):
