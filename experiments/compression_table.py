@@ -34,10 +34,11 @@ import numpy as np
 
 import lorax_kit as lk
 from lorax_kit.analysis.statistics import interval
+from lorax_kit.commands import sentiment_subject, text_subject
+from lorax_kit.commands.comparison import METHODS, compare
+from lorax_kit.commands.methods import Method, smaller, statistics_for
 from lorax_kit.report.compression import comparison_table, write_comparison
-from lorax_kit.workloads import Sentiment, sentiment_subject, text_subject
-from lorax_kit.workloads.comparison import METHODS, compare
-from lorax_kit.workloads.methods import Method, smaller, statistics_for
+from lorax_kit.workloads import Sentiment
 
 OUT = Path("runs/compression")
 SEEDS = range(5)
@@ -89,7 +90,7 @@ def asvd() -> None:
     ways = {"svd": stats, "asvd": stats, "asvd, first power": first, "asvd, root mean square": squares}
     for name, own in (ways | {"fisher": stats, "whitened": stats}).items():
         small = smaller(subject, Method.parse(name.split(",")[0]), 0.8, own, allocation="uniform", progress=False)
-        print(f"{name}: perplexity {subject.quality(*small).value(subject.metric):.4g}", flush=True)
+        print(f"{name}: perplexity {subject.quality(*small).value(subject.metric.name):.4g}", flush=True)
 
 
 def show(name: str) -> None:

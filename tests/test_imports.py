@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "tasks": {"assets"},
     "report": {"json_text", "core", "analysis", "study"},
 }
-JOINS = {"__init__", "__main__", "cli", "benchmarks", "workloads"}
+JOINS = {"__init__", "__main__", "cli", "benchmarks", "commands", "workloads"}
 
 # Each dependency beyond jax, numpy and the project's own subject enters through one file.
 ONE_FILE = {

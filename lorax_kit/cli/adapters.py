@@ -48,7 +48,8 @@ def train(
 ) -> None:
     """Train one adapter, with a progress bar per epoch."""
     setting = setting_of(variant, rank, alpha, more)
-    from lorax_kit.workloads import Sentiment, problem_from, train_adapter
+    from lorax_kit.commands import train_adapter
+    from lorax_kit.workloads import Sentiment, problem_from
 
     own = {name: options.pop(name) for name in ("model", "source", "batch_size", "length")}
     if problem is not None:
@@ -69,7 +70,7 @@ def train(
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
 def evaluate(adapter: str, problem: str | None, as_json: bool) -> None:
     """Measure a saved adapter on the test split of the problem it was trained on."""
-    from lorax_kit.workloads import evaluate_adapter
+    from lorax_kit.commands import evaluate_adapter
 
     result = evaluate_adapter(adapter, problem)
     if as_json:
@@ -114,8 +115,8 @@ def inspect(
     With --spec all-linear the setting is that of --variant, --rank, --alpha and --set.
     """
     from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
+    from lorax_kit.commands import inspect_model
     from lorax_kit.core.spec import Spec
-    from lorax_kit.workloads import inspect_model
 
     if spec not in (None, "all-linear") and not Path(str(spec)).is_file():
         raise click.UsageError(f"--spec {spec!r} is neither a file nor all-linear.")

@@ -103,9 +103,9 @@ def compress(
     """
     from lorax_kit.benchmarks import table
     from lorax_kit.checkpoint.staging import refuse_existing
+    from lorax_kit.commands import compress_subject, save_small, subject_of
+    from lorax_kit.commands.methods import Method
     from lorax_kit.core.quantised import METHODS as QUANTISATIONS
-    from lorax_kit.workloads import compress_subject, save_small, subject_of
-    from lorax_kit.workloads.methods import Method
 
     options["rank"] = rank or None
     if not options["steps"]:
@@ -150,11 +150,11 @@ def _compare(
     as_json: bool,
     options: dict[str, Any],
 ) -> None:
+    from lorax_kit.commands import subject_of
+    from lorax_kit.commands.comparison import METHODS, RowFailed, compare
+    from lorax_kit.commands.methods import Method
     from lorax_kit.report.compression import comparison_table, write_comparison
     from lorax_kit.report.run_folder import RunFolderError
-    from lorax_kit.workloads import subject_of
-    from lorax_kit.workloads.comparison import METHODS, RowFailed, compare
-    from lorax_kit.workloads.methods import Method
 
     chosen = methods or METHODS
     able = [name for name in chosen if Method.parse(name).healed]

@@ -30,7 +30,7 @@ FORMAT = click.Choice(["orbax", "peft"])
 @JSON
 def convert(as_json: bool, **options: Any) -> None:
     """Convert an adapter between orbax (ours) and PEFT, or from any method to plain LoRA."""
-    from lorax_kit.workloads.exchange import convert_adapter
+    from lorax_kit.commands.exchange import convert_adapter
 
     found = convert_adapter(**options)
     if as_json:
@@ -62,7 +62,7 @@ def convert(as_json: bool, **options: Any) -> None:
 @JSON
 def combine(adapters: tuple[str, ...], weights: tuple[float, ...], as_json: bool, **options: Any) -> None:
     """Combine ADAPTERS of one base, of either format, into one LoRA: computed on their updates."""
-    from lorax_kit.workloads.exchange import combine_adapters
+    from lorax_kit.commands.exchange import combine_adapters
 
     found = combine_adapters(adapters, weights=weights or None, **options)
     if as_json:
@@ -86,7 +86,7 @@ def combine(adapters: tuple[str, ...], weights: tuple[float, ...], as_json: bool
 @JSON
 def merge(adapter: str, as_json: bool, **options: Any) -> None:
     """Fold ADAPTER, of either format, into its model, and write a Hugging Face folder."""
-    from lorax_kit.workloads.merging import merge_adapter
+    from lorax_kit.commands.merging import merge_adapter
 
     found = merge_adapter(adapter, **options)
     table = found.pop("table")

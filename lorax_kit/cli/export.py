@@ -56,8 +56,8 @@ def export(adapter: str, out: str, as_json: bool, **options: Any) -> None:
     ADAPTER is a folder of `train` or of a study. The folder --out holds the model, vocab.txt and export.json.
     """
     from lorax_kit.benchmarks import table
+    from lorax_kit.commands.deployment import export_adapter
     from lorax_kit.core.quantised import METHODS as QUANTISATIONS
-    from lorax_kit.workloads.deployment import export_adapter
 
     method = options["method"]
     if method is None:

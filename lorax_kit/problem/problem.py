@@ -43,6 +43,12 @@ class Problem:
       train: (seed, start) -> endless batches from step `start`. They may have a few shapes: the step is compiled once
         for each, the first must be the largest, and at one step all seeds must have the same.
       val, test: batches that cover each example once.
+      targets: patterns of the parameters that compression makes smaller, where no others are asked for.
+      layers: patterns of each layer's parameters, in the order in which they run, for compression in turn.
+      places: batch -> how much each place of the outputs (all axes but the last) counts, for distillation and for the
+        share of places at which two versions agree; None: outputs are not scores of classes.
+      counts: batch -> how much each input counts, (rows, tokens), for calibration: padding does not; None: all alike.
+      student: (number of layers, params) -> (apply, params) of a model of fewer layers; None: the problem makes none.
       address: "module:object", by which `lorax-kit` finds the problem of an adapter; `lk.problem_at` sets it. Give it
         where the problem is made in a module of your own.
       facts: plain data for the report: sizes, sources.
@@ -67,6 +73,11 @@ class Problem:
     train_apply: Callable[[Params, Any, Array], Any] | None = None
     state: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    places: Callable[[Any], Array] | None = None
+    counts: Callable[[Any], Any] | None = None
+    student: Callable[[int, Params], tuple[Callable[[Params, Any], Any], Params]] | None = None
     address: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     hints: Mapping[str, Hints] | None = None
@@ -75,7 +86,7 @@ class Problem:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        for name in ("head", "state"):
+        for name in ("head", "state", "targets", "layers"):
             patterns = getattr(self, name)
             if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
                 raise StudyError(f"{name} of problem {self.name!r} is {patterns!r}; it must be a list of patterns.")

@@ -73,8 +73,8 @@ def windows(ids: Sequence[int], length: int) -> np.ndarray:
     return np.asarray(ids[: count * length], np.int32).reshape(count, length)
 
 
-def window_batches(rows: np.ndarray, *, batch_size: int, seed: int) -> Iterator[Tokens]:
-    """Endless batches of windows (n, T), each epoch in a new order fixed by (seed, epoch).
+def window_batches(rows: np.ndarray, *, batch_size: int, seed: int, start: int = 0) -> Iterator[Tokens]:
+    """Endless batches of windows (n, T) from batch `start`, each epoch in a new order fixed by (seed, epoch).
 
     Raises:
       ValueError: fewer windows than a batch.
@@ -83,13 +83,14 @@ def window_batches(rows: np.ndarray, *, batch_size: int, seed: int) -> Iterator[
         raise ValueError(f"{len(rows)} windows do not fill one batch of {batch_size}.")
 
     def stream() -> Iterator[Tokens]:
-        epoch = 0
+        per_epoch = len(rows) // batch_size
+        epoch, skip = divmod(start, per_epoch)
         while True:
             order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(rows))
-            for i in range(0, len(rows) - batch_size + 1, batch_size):
-                ids = rows[order[i : i + batch_size]]
+            for i in range(skip, per_epoch):
+                ids = rows[order[i * batch_size : (i + 1) * batch_size]]
                 yield Tokens(ids, np.ones_like(ids))
-            epoch += 1
+            epoch, skip = epoch + 1, 0
 
     return stream()
 

@@ -9,9 +9,10 @@ from typing import Any
 from lorax_kit.checkpoint.adapter import read_document
 from lorax_kit.errors import AdapterError, StudyError
 from lorax_kit.problem import Problem, problem_at
+from lorax_kit.workloads.plays import PlaysText
 from lorax_kit.workloads.sentiment import Sentiment, adapter_folder
 
-OWN = {"sentiment": Sentiment}
+OWN: dict[str, Any] = {"sentiment": Sentiment, "plays": PlaysText}
 
 
 def problem_from(data: Any) -> Problem:
@@ -19,7 +20,7 @@ def problem_from(data: Any) -> Problem:
 
     Args:
       data: "module:object"; or an object of settings with "address", or with the "name" of one of the package's own
-        ("sentiment", which is the default).
+        ("sentiment", which is the default, "plays").
 
     Raises:
       StudyError: an unknown name, an address that leads nowhere, settings that it does not take.
@@ -34,7 +35,8 @@ def problem_from(data: Any) -> Problem:
     name = settings.pop("name", "sentiment")
     if name not in OWN:
         raise StudyError(f"problem {name!r} is unknown; choose from {', '.join(OWN)}, or give an address.")
-    return OWN[name].from_dict(settings).build()
+    made: Problem = OWN[name].from_dict(settings).build()
+    return made
 
 
 def problem_of(adapter: str | Path, address: str | None = None) -> Problem:
@@ -57,4 +59,5 @@ def problem_of(adapter: str | Path, address: str | None = None) -> Problem:
             f"the adapter at {str(path)!r} does not say which problem it was trained on.\n"
             "  give its address: --problem module:object"
         )
-    return OWN[meta["problem"]].from_dict(dict(settings)).build()
+    made: Problem = OWN[meta["problem"]].from_dict(dict(settings)).build()
+    return made

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from lorax_kit.checkpoint.adapter import read_document
-from lorax_kit.core.merge import split
-from lorax_kit.core.paths import paths
-from lorax_kit.core.quantised import quantise
-from lorax_kit.core.spec import AnySetting, Spec
-from lorax_kit.errors import AdapterError, PlanError, StudyError
+from lorax_kit.errors import AdapterError, StudyError
 from lorax_kit.models import BertClassifier, Tokenizer, classifier_params, load_bert
 from lorax_kit.problem import Problem, Score
 from lorax_kit.tasks import (
@@ -30,7 +25,7 @@ from lorax_kit.tasks import (
     split_reviews,
     train_batches,
 )
-from lorax_kit.transform import adapt, all_linear, explain, resolve
+from lorax_kit.workloads.layers import fewer_layers
 
 HEAD = ("classifier/{kernel,bias}",)
 
@@ -121,6 +116,11 @@ class Sentiment:
             losses = jnp.sum(cross_entropies(logits, batch.label) * batch.weight)
             return Score(losses, correct(logits, batch.label, batch.weight), jnp.sum(batch.weight))
 
+        def student(count: int, params: Any) -> tuple[Any, Any]:
+            smaller = BertClassifier(replace(pretrained.config, num_hidden_layers=count), num_classes=2)
+            own = {**params, "encoder": fewer_layers(params["encoder"], count)}
+            return lambda params, batch: smaller.apply({"params": params}, batch.ids, batch.mask), own
+
         return Problem(
             name="sentiment",
             params=lambda key: classifier_params(pretrained, 2, key),
@@ -128,6 +128,11 @@ class Sentiment:
             loss=lambda logits, batch: cross_entropy(logits, batch.label, batch.weight),
             score=score,
             head=HEAD,
+            targets=("encoder/layer_*/**/kernel",),
+            layers=tuple(f"encoder/layer_{i}/**" for i in range(pretrained.config.num_hidden_layers)),
+            places=lambda batch: batch.weight,
+            counts=lambda batch: batch.mask * batch.weight[:, None],
+            student=student,
             train=batches,
             val=eval_batches(val, batch_size=64, buckets=self.buckets),
             test=eval_batches(test, batch_size=64, buckets=self.buckets),
@@ -158,41 +163,3 @@ def workload_of(adapter: str | Path) -> Sentiment:
     if not isinstance(meta.get("settings"), dict):
         raise AdapterError(f"the adapter at {str(adapter)!r} does not say which problem it was trained on.")
     return Sentiment.from_dict(meta["settings"])
-
-
-def inspect_model(
-    source: str, spec: Spec | AnySetting | None, batch_size: int, tokens: int, method: str | None = None
-) -> tuple[dict[str, Any], str]:
-    """Parameters of a model, or with a spec how each site runs: as data, and as text.
-
-    A setting is that of `lk.all_linear`, which says on stderr what it took; the head is left out. With a `method` of
-    `lk.quantise` the sites' own parameters are kept in few bits.
-    """
-    pretrained = load_bert(source)
-    model = BertClassifier(pretrained.config, num_classes=2)
-    params = classifier_params(pretrained, 2, jax.random.key(0))
-    rows = [{"path": p, "shape": list(x.shape), "dtype": str(x.dtype)} for p, x in paths(params).items()]
-    if spec is None:
-        lines = [f"{r['path']:<50} {'x'.join(map(str, r['shape'])):>12}  {r['dtype']}" for r in rows]
-        text = "\n".join([*lines, f"{sum(x.size for x in jax.tree_util.tree_leaves(params)):,} parameters"])
-        return {"model": source, "parameters": rows}, text
-    if tokens > pretrained.config.max_position_embeddings:
-        raise StudyError(
-            f"{tokens} tokens are above the model's {pretrained.config.max_position_embeddings} positions."
-        )
-    shape = jax.ShapeDtypeStruct((batch_size, tokens), jnp.int32)
-
-    def apply(params: Any, ids: Any, mask: Any) -> Any:
-        return model.apply({"params": params}, ids, mask)
-
-    if not isinstance(spec, Spec):
-        spec = all_linear(spec, params, apply, shape, shape, exclude=HEAD)  # type: ignore[arg-type]
-    plan = resolve(spec, params, apply, shape, shape)
-    base, factors = split(params, plan, jax.random.key(0))
-    if method is not None:
-        if not plan.sites:
-            raise PlanError("the spec adapts no parameter at low rank, so there is none to quantise.")
-        base = quantise(base, [site.path for site in plan.sites], method)
-    found = explain(adapt(apply, plan), base, factors, shape, shape)
-    full = [leaf.path for leaf in plan.full]
-    return {"model": source, **found.to_dict(), "full": full, "parameters": rows}, str(found)

@@ -14,12 +14,13 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.cli import main
+from lorax_kit.commands import train_adapter
+from lorax_kit.commands.deployment import export_adapter
+from lorax_kit.commands.subjects import sentiment_subject
 from lorax_kit.models import Tokenizer, load_bert
 from lorax_kit.serve import load_tensors
 from lorax_kit.tasks import load_reviews
-from lorax_kit.workloads import Sentiment, train_adapter
-from lorax_kit.workloads.deployment import export_adapter
-from lorax_kit.workloads.subjects import sentiment_subject
+from lorax_kit.workloads import Sentiment
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "run_onnx.py"
 SITE = "encoder/layer_5/attention/query/kernel"
@@ -40,7 +41,7 @@ def quicker():
     """Reviews are read once, and programs that hold the model's weights stay out of the compilation cache."""
     least = jax.config.jax_persistent_cache_min_compile_time_secs
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorax_kit.workloads.deployment.sentiment_subject", lambda path, **k: subject_of(path, **k))
+        patch.setattr("lorax_kit.commands.deployment.sentiment_subject", lambda path, **k: subject_of(path, **k))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
         yield
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
@@ -116,12 +117,12 @@ def test_a_failure_while_measuring_leaves_the_earlier_export(adapter, tmp_path, 
         export_adapter(adapter, tmp_path / "x", form="safetensors", overwrite=True, progress=False)
     (tmp_path / "x" / "mine").rmdir()
     before = {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir()}
-    monkeypatch.setattr("lorax_kit.workloads.deployment._measured", lambda *_: 1 / 0)
+    monkeypatch.setattr("lorax_kit.commands.deployment._measured", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_adapter(adapter, tmp_path / "x", form="safetensors", overwrite=True, progress=False)
     assert {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
-    monkeypatch.setattr("lorax_kit.workloads.deployment._measured", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("lorax_kit.commands.deployment._measured", lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit) as e:  # as a scheduler ends a job
         call("export", adapter, "--format", "safetensors", "--rounds", 0, "--out", tmp_path / "y")
     assert e.value.code == 130

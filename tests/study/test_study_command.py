@@ -58,7 +58,7 @@ BAD = [
     ({"problem": "tests.tiny:unmarked"}, "is neither an lk.Problem nor a function marked to build one"),
     ({"problem": "os:system"}, "is neither an lk.Problem nor a function marked to build one"),
     ({"problem": {"address": "tests.tiny:built", "row": 3}}, "does not take these settings"),
-    ({"problem": {"name": "translation"}}, "problem 'translation' is unknown; choose from sentiment"),
+    ({"problem": {"name": "translation"}}, "problem 'translation' is unknown; choose from sentiment, plays"),
     ({"problem": 3}, "a problem must be an object or 'module:object', not int"),
 ]
 

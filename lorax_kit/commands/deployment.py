@@ -16,6 +16,9 @@ import numpy as np
 from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.checkpoint.adapter import adapter_bytes
 from lorax_kit.checkpoint.staging import refuse_existing, staged
+from lorax_kit.commands.compression import load_small
+from lorax_kit.commands.methods import Method, Small, finished, smaller, statistics_for, total_bytes
+from lorax_kit.commands.subjects import Subject, sentiment_subject
 from lorax_kit.compress.arguments import check_share
 from lorax_kit.core.paths import flatten
 from lorax_kit.core.quantised import Quantised
@@ -26,10 +29,7 @@ from lorax_kit.serve import load_onnx, load_stablehlo, load_tensors, save_onnx, 
 from lorax_kit.serve.onnx import check_installed
 from lorax_kit.tasks import Batch
 from lorax_kit.version import __version__
-from lorax_kit.workloads.compression import load_small
-from lorax_kit.workloads.methods import Method, Small, finished, smaller, statistics_for, total_bytes
 from lorax_kit.workloads.sentiment import adapter_folder, workload_of
-from lorax_kit.workloads.subjects import Subject, sentiment_subject
 
 FILES = {"safetensors": "model.safetensors", "stablehlo": "model.stablehlo", "onnx": "model.onnx"}
 """Format -> the file that holds the model."""
@@ -184,7 +184,7 @@ def _measured(subject: Subject, model: Small, run: Run, rounds: int) -> dict[str
     in_jax = jax.jit(lambda params, ids, mask: model.apply(params, _batch(ids, mask)))
     difference, sums = 0.0, np.zeros(4)
     for batch in subject.test:
-        label, weight = (np.asarray(x) for x in subject.labels(batch))
+        label, weight = np.asarray(batch.label), np.asarray(batch.weight)
         ours, theirs = np.asarray(in_jax(model.params, batch.ids, batch.mask)), run(batch.ids, batch.mask)
         if not np.isfinite(theirs).all():
             raise ExportError("the exported model gives values that are not finite for real inputs.")
@@ -195,7 +195,7 @@ def _measured(subject: Subject, model: Small, run: Run, rounds: int) -> dict[str
     examples = sums[3]
     out = {
         "max_difference": difference,
-        "accuracy_merged": subject.quality(subject.apply, subject.params).accuracy,
+        "accuracy_merged": subject.quality(subject.apply, subject.params).value("accuracy"),
         "accuracy_jax": sums[0] / examples,
         "accuracy": sums[1] / examples,
         "agreement": sums[2] / examples,

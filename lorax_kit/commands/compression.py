@@ -18,16 +18,7 @@ from tqdm import tqdm
 from lorax_kit.benchmarks.timing import alternate, calling, ratio
 from lorax_kit.checkpoint.fingerprint import differences, digests, fingerprint, first_difference
 from lorax_kit.checkpoint.staging import refuse_existing, staged
-from lorax_kit.compress import Moments, compressed, distil, distillation, heal
-from lorax_kit.compress.arguments import check_count, check_number, check_positive, check_share
-from lorax_kit.core.lowrank import LowRank
-from lorax_kit.core.paths import Params, flatten
-from lorax_kit.core.quantised import Quantised
-from lorax_kit.errors import CompressError
-from lorax_kit.json_text import read_json
-from lorax_kit.measure import facts, product_flops
-from lorax_kit.serve import load_tensors, save_tensors
-from lorax_kit.workloads.methods import (
+from lorax_kit.commands.methods import (
     Method,
     Small,
     finished,
@@ -37,7 +28,16 @@ from lorax_kit.workloads.methods import (
     students_layers,
     total_bytes,
 )
-from lorax_kit.workloads.subjects import Apply, Quality, Subject
+from lorax_kit.commands.subjects import Apply, Quality, Subject
+from lorax_kit.compress import Moments, compressed, distil, distillation, heal
+from lorax_kit.compress.arguments import check_count, check_number, check_positive, check_share
+from lorax_kit.core.lowrank import LowRank
+from lorax_kit.core.paths import Params, flatten
+from lorax_kit.core.quantised import Quantised
+from lorax_kit.errors import CompressError
+from lorax_kit.json_text import read_json
+from lorax_kit.measure import facts, product_flops
+from lorax_kit.serve import load_tensors, save_tensors
 
 MODEL, ROW = "model.safetensors", "row.json"
 IN_TURN = ", in turn"
@@ -65,7 +65,7 @@ def compress_subject(
     """Compress, measure, heal, measure: one row, and the model it ends with.
 
     Args:
-      method: of `lorax_kit.workloads.methods.ALL_METHODS`.
+      method: of `lorax_kit.commands.methods.ALL_METHODS`.
       keep: share of the targets' parameters (of each one's entries when pruning, of the layers for a student;
         quantising keeps all).
       batches: of calibration.
@@ -127,10 +127,10 @@ def compress_subject(
         "model_bytes": rest + stored,
         "model_ratio": (rest + stored) / whole,
         **_speed(subject, final, rounds),
-        "metric": subject.metric,
-        "metric_before": original.value(subject.metric),
-        "metric_after": after.value(subject.metric),
-        "metric_healed": None if healed is None else healed.value(subject.metric),
+        "metric": subject.metric.name,
+        "metric_before": original.value(subject.metric.name),
+        "metric_after": after.value(subject.metric.name),
+        "metric_healed": None if healed is None else healed.value(subject.metric.name),
         "agreement_after": after.agreement,
         "agreement_healed": None if healed is None else healed.agreement,
     }
@@ -228,7 +228,7 @@ def healed_model(
 
     The original's logits are computed beside each batch, so that its params are no constants of the step.
     """
-    teacher = jax.jit(subject.apply)
+    teacher, places = jax.jit(subject.apply), subject.problem.places
 
     def pairs() -> Iterator[tuple[Any, Array]]:
         for batch in subject.train(seed):
@@ -237,7 +237,7 @@ def healed_model(
     loss = distillation(
         lambda pair: pair[1],
         lambda logits, pair: subject.loss(logits, pair[0]),
-        weight=lambda pair: subject.labels(pair[0])[1],
+        weight=None if places is None else lambda pair: places(pair[0]),
         share=share,
     )
     if method.kind == "student":

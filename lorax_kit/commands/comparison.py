@@ -14,6 +14,9 @@ from tqdm import tqdm
 
 from lorax_kit.checkpoint.fingerprint import fingerprint
 from lorax_kit.checkpoint.staging import refuse_existing, sole_writer
+from lorax_kit.commands.compression import check_settings, compress_subject
+from lorax_kit.commands.methods import Method, statistics_for
+from lorax_kit.commands.subjects import Subject
 from lorax_kit.compress import ALLOCATIONS
 from lorax_kit.compress.arguments import check_count, check_word
 from lorax_kit.errors import CompressError
@@ -21,9 +24,6 @@ from lorax_kit.json_text import read_json
 from lorax_kit.report.compression import read_rows
 from lorax_kit.report.run_folder import RunFolderError, replace_file
 from lorax_kit.version import __version__
-from lorax_kit.workloads.compression import check_settings, compress_subject
-from lorax_kit.workloads.methods import Method, statistics_for
-from lorax_kit.workloads.subjects import Subject
 
 METHODS = (
     *("svd", "fisher", "asvd", "whitened", "whitened+int8", "whitened+residual-nf4"),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorax_kit.commands.subjects import Apply, Subject
 from lorax_kit.compress import (
     METHODS,
     PRUNINGS,
@@ -29,7 +30,6 @@ from lorax_kit.core.plan import matched
 from lorax_kit.core.quantised import METHODS as QUANTISATIONS
 from lorax_kit.core.quantised import quantise
 from lorax_kit.errors import CompressError
-from lorax_kit.workloads.subjects import Apply, Subject
 
 STUDENT = "student"
 ALL_METHODS = (
@@ -116,7 +116,13 @@ def statistics_for(
     stream = list(itertools.islice(subject.train(0), batches))  # a list: its bar knows the end
     loss = subject.loss if any(method.wants_gradients(allocation) for method in calibrated) else None
     return calibrate(
-        subject.apply, subject.params, subject.sites, stream, loss=loss, weight=subject.counts, progress=progress
+        subject.apply,
+        subject.params,
+        subject.sites,
+        stream,
+        loss=loss,
+        weight=subject.problem.counts,
+        progress=progress,
     )
 
 
@@ -145,7 +151,7 @@ def smaller(
     sites = subject.sites
     if method.kind == "student":
         check_share("keep", keep)
-        for layer in subject.layers:
+        for layer in subject.problem.layers:
             if not any(matches(layer, site.path) for site in sites.sites):
                 raise CompressError(
                     f"a student has fewer layers, and no target is in {layer!r}: leave the targets out."
@@ -160,9 +166,16 @@ def smaller(
     if in_turn:
         batches = list(itertools.islice(subject.train(0), in_turn))
         loss = subject.loss if method.base == "fisher" else None
-        groups = [layer for layer in subject.layers if any(matches(layer, site.path) for site in sites.sites)]
+        groups = [layer for layer in subject.problem.layers if any(matches(layer, site.path) for site in sites.sites)]
         small = compress_sequentially(
-            subject.apply, subject.params, plan, batches, groups, loss=loss, weight=subject.counts, progress=progress
+            subject.apply,
+            subject.params,
+            plan,
+            batches,
+            groups,
+            loss=loss,
+            weight=subject.problem.counts,
+            progress=progress,
         )
     else:
         small = compress(subject.params, plan, stats)
@@ -176,7 +189,7 @@ def smaller(
 
 def students_layers(subject: Subject, keep: float) -> int:
     """How many layers a student has that keeps such a share of them."""
-    return max(round(keep * len(subject.layers)), 1)
+    return max(round(keep * len(subject.problem.layers)), 1)
 
 
 def finished(subject: Subject, method: Method, small: Small) -> Small:

@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 
 from lorax_kit.checkpoint.staging import sole_writer
+from lorax_kit.commands import compress_subject, subject_of, text_subject
+from lorax_kit.commands.comparison import compare
+from lorax_kit.commands.compression import load_small, save_small
+from lorax_kit.commands.methods import Method, finished, smaller, statistics_for, stored_bytes
 from lorax_kit.compress import CompressError, LowRank
 from lorax_kit.compress.replace import low_rank
 from lorax_kit.core.paths import flatten
@@ -16,11 +20,7 @@ from lorax_kit.core.quantised import Quantised
 from lorax_kit.report.compression import COLUMNS, comparison_table, front, lines_of, write_comparison
 from lorax_kit.report.run_folder import RunFolderError
 from lorax_kit.tasks import Plays
-from lorax_kit.workloads import compress_subject, subject_of, text_subject
-from lorax_kit.workloads.comparison import compare
-from lorax_kit.workloads.compression import load_small, save_small
-from lorax_kit.workloads.methods import Method, finished, smaller, statistics_for, stored_bytes
-from lorax_kit.workloads.subjects import fewer_layers
+from lorax_kit.workloads.layers import fewer_layers
 from tests.models import llama_files
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -51,7 +51,7 @@ def test_quality_equals_numpy(subject):
         right += (logits.argmax(-1) == label).sum()
         count += label.size
     assert found.loss == pytest.approx(losses / count, rel=1e-5)
-    assert found.accuracy == pytest.approx(right / count)
+    assert found.value("accuracy") == pytest.approx(right / count)
     assert found.value("perplexity") == pytest.approx(np.exp(losses / count), rel=1e-5)
     assert found.agreement == 1.0
 

@@ -12,11 +12,11 @@ import numpy as np
 from lorax_kit.algebra import merge_loss
 from lorax_kit.checkpoint.staging import refuse_existing, refuse_near, staged
 from lorax_kit.checkpoint.tensors import write_tensors
+from lorax_kit.commands.exchange import Model, load_model, read_adapter, read_from
 from lorax_kit.core.merge import beyond, merge
 from lorax_kit.core.paths import flatten
 from lorax_kit.errors import AdapterError
 from lorax_kit.models.weights import SINGLE
-from lorax_kit.workloads.exchange import Model, load_model, read_adapter, read_from
 
 HEAD = {"classifier.weight", "classifier.bias"}
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")

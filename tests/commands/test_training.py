@@ -6,8 +6,8 @@ import jax
 import pytest
 
 import lorax_kit as lk
-import lorax_kit.workloads.training as module
-from lorax_kit.workloads import train_adapter
+import lorax_kit.commands.training as module
+from lorax_kit.commands import train_adapter
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

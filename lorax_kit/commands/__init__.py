@@ -1,0 +1,20 @@
+"""What the commands of `lorax-kit` do, as functions: train, evaluate, compress, export, exchange, inspect."""
+
+from lorax_kit.commands.compression import compress_subject, save_small
+from lorax_kit.commands.evaluation import evaluate_adapter
+from lorax_kit.commands.inspection import inspect_model
+from lorax_kit.commands.subjects import Subject, adapter_subject, sentiment_subject, subject_of, text_subject
+from lorax_kit.commands.training import train_adapter
+
+__all__ = [
+    "Subject",
+    "adapter_subject",
+    "compress_subject",
+    "evaluate_adapter",
+    "inspect_model",
+    "save_small",
+    "sentiment_subject",
+    "subject_of",
+    "text_subject",
+    "train_adapter",
+]
