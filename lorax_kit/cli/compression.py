@@ -81,6 +81,9 @@ from lorax_kit.cli.root import cli, echo, refuse_given
     type=click.Path(file_okay=False),
     help="Folder for the smaller model (model.safetensors, row.json); with --compare its folder, to go on with or new.",
 )
+@click.option(
+    "--problem", metavar="MODULE:OBJECT", default=None, help="Default: the one that the adapter was trained on."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the row, or rows, as JSON.")
 def compress(
     model: str,
@@ -93,13 +96,14 @@ def compress(
     sequential: bool,
     rank: int,
     seed: int,
+    problem: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Make a trained model smaller, heal it, print what was lost and saved.
 
-    MODEL is an adapter of `train` or of a study, judged on its reviews; or smollm2, a .gguf file or a Hugging Face
-    LLaMA folder, judged on plays.
+    MODEL is an adapter of `train` or of a study, judged on its problem's test set; or smollm2, a .gguf file or a
+    Hugging Face LLaMA folder, judged on plays.
     """
     from lorax_kit.benchmarks import table
     from lorax_kit.checkpoint.staging import refuse_existing
@@ -115,7 +119,15 @@ def compress(
             raise click.UsageError("--compare writes a report: give --out, its folder.")
         if sequential:
             raise click.UsageError("--compare has no --sequential: give it to one method.")
-        _compare(model, methods, targets, keeps, range(seed, seed + seeds), out, as_json, options)
+        _compare(
+            subject_of(model, targets=targets, address=problem),
+            methods,
+            keeps,
+            range(seed, seed + seeds),
+            out,
+            as_json,
+            options,
+        )
         return
     if len(methods) > 1 or len(keeps) > 1 or seeds > 1:
         raise click.UsageError("several methods, shares or seeds go with --compare.")
@@ -126,7 +138,7 @@ def compress(
         refuse_given({"allocation": "--allocation"}, "low-rank methods")
     if method in QUANTISATIONS:
         refuse_given({"keeps": "--keep"}, f"methods that leave something out: {method} keeps all")
-    subject = subject_of(model, targets=targets)
+    subject = subject_of(model, targets=targets, address=problem)
     row, small = compress_subject(subject, method=method, keep=keeps[0], sequential=sequential, seed=seed, **options)
     if out is not None:
         save_small(out, subject, row, small)
@@ -141,16 +153,14 @@ def compress(
 
 
 def _compare(
-    model: str,
+    subject: Any,
     methods: tuple[str, ...],
-    targets: tuple[str, ...],
     keeps: tuple[float, ...],
     seeds: range,
     out: str,
     as_json: bool,
     options: dict[str, Any],
 ) -> None:
-    from lorax_kit.commands import subject_of
     from lorax_kit.commands.comparison import METHODS, RowFailed, compare
     from lorax_kit.commands.methods import Method
     from lorax_kit.report.compression import comparison_table, write_comparison
@@ -160,7 +170,7 @@ def _compare(
     able = [name for name in chosen if Method.parse(name).healed]
     # Of the default methods two are healed: the best, and the student, which is nothing without.
     heal = (able if methods else [name for name in able if name in ("whitened", "student")]) if options["steps"] else []
-    subject, command = subject_of(model, targets=targets), shlex.join(["lorax-kit", *sys.argv[1:]])
+    command = shlex.join(["lorax-kit", *sys.argv[1:]])
     try:
         rows = compare(subject, out, methods=chosen, keeps=keeps, seeds=seeds, heal=heal, command=command, **options)
     except (KeyboardInterrupt, RowFailed) as e:
