@@ -58,7 +58,7 @@ JOINS = {"__init__", "__main__", "cli", "benchmarks", "workloads"}
 # Each dependency beyond jax, numpy and the project's own subject enters through one file.
 ONE_FILE = {
     "click": {f"cli/{file.stem}" for file in (ROOT / "cli").glob("[a-z]*.py")},
-    "jinja2": {"report/page"},
+    "jinja2": {"report/pages/html"},
     "matplotlib": {"report/plots"},
     "scipy": {"analysis/intervals"},
     "orbax": {"checkpoint/adapter"},

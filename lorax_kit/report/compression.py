@@ -13,11 +13,11 @@ from typing import Any
 
 from lorax_kit.analysis.statistics import Interval, interval
 from lorax_kit.json_text import parse_json, read_json
-from lorax_kit.report.page import inline_svg, render
+from lorax_kit.report.pages.html import inline_svg, render
 from lorax_kit.report.plots import FAINT, INK, MARKERS, OKABE_ITO, QUIET, Figure, Plot, canvas, legend_below, log_values
 from lorax_kit.report.plots import render as render_plot
 from lorax_kit.report.run_folder import RunFolderError, replace_file
-from lorax_kit.report.tables import bytes_text
+from lorax_kit.report.tables.text import bytes_text
 
 COSTS = {"bytes_ratio": "bytes", "flops_ratio": "FLOPs", "latency_ratio": "latency", "memory_ratio": "peak memory"}
 MOST = 30
@@ -94,7 +94,7 @@ def front(lines: Sequence[Line], cost: str) -> list[Line]:
 
 
 def write_comparison(folder: str | Path) -> Path:
-    """Write `report.html`, `plots/pareto.{svg,png}` and `results.csv` from a folder's `rows.jsonl`.
+    """Write `report.html`, `plots/pareto.{png,svg,pdf}` and `results.csv` from a folder's `rows.jsonl`.
 
     Returns:
       The path of `report.html`.
@@ -116,8 +116,7 @@ def write_comparison(folder: str | Path) -> Path:
     writer.writeheader()
     writer.writerows(rows)
     replace_file(path / "results.csv", text.getvalue().encode())
-    replace_file(path / "plots" / "pareto.svg", plot.svg.encode())
-    replace_file(path / "plots" / "pareto.png", plot.png)
+    plot.write(path / "plots")
     first = rows[0]
     fronts = {id(line) for line in front(lines, "bytes_ratio")}
     page = render(

@@ -8,7 +8,7 @@ import pytest
 from lorax_kit.report import figures as drawn
 from lorax_kit.report import read_run
 from lorax_kit.report.conditions import summarise
-from lorax_kit.report.series import BINS, binned_curves, effective_ranks, mean_spectra, rate_map, short_names
+from lorax_kit.report.figures.series import BINS, binned_curves, effective_ranks, mean_spectra, rate_map, short_names
 from tests.report import fake_run
 
 

@@ -142,10 +142,11 @@ def test_the_page_shows_what_was_compiled_and_what_memory_it_took(page):
 def test_the_limits_of_the_intervals_are_said(grid, page):
     _, rows, _ = expected_rows(grid)
     share = max(rows.values(), key=lambda row: row[5])[2]
-    error = 100 * np.sqrt(share * (1 - share) / 1000)
-    assert f"an accuracy of {100 * share:.1f} % has a standard error of {error:.1f} points" in " ".join(
-        page.text.split()
-    )
+    z = 1.959964
+    centre, half = (share + z**2 / 2000) / (1 + z**2 / 1000), z * np.sqrt(share * (1 - share) / 1000 + z**2 / 4e6)
+    low, high = 100 * (centre - half / (1 + z**2 / 1000)), 100 * (centre + half / (1 + z**2 / 1000))
+    wilson = f"an accuracy of {100 * share:.1f} % (95 % interval {low:.1f} to {high:.1f}, Wilson, 1,000 examples)"
+    assert f"over all examples that they were drawn from, {wilson}" in " ".join(page.text.split())
     assert "All trials saw the same batches in the same order" in " ".join(page.text.split())
 
 
@@ -199,12 +200,15 @@ def test_every_figure_is_on_the_page_and_in_files(grid, page):
     figures = [attributes["id"] for tag, attributes in page.elements if tag == "figure"]
     assert figures == NAMES
     assert sorted(file.name for file in (grid / "plots").iterdir()) == sorted(
-        f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")
+        f"{name}.{kind}" for name in NAMES for kind in ("png", "svg", "pdf")
     )
     for name in NAMES:
         png = (grid / "plots" / f"{name}.png").read_bytes()
         assert png[:8] == b"\x89PNG\r\n\x1a\n"
         assert int.from_bytes(png[16:20]) == 1440  # 7.2 inches at 200 dots
+        pdf = (grid / "plots" / f"{name}.pdf").read_bytes()
+        assert pdf[:5] == b"%PDF-"
+        assert b"/Type3" not in pdf
         assert "</svg>" in (grid / "plots" / f"{name}.svg").read_text()[-20:]
     assert "Left out." not in page.text
 
@@ -212,7 +216,7 @@ def test_every_figure_is_on_the_page_and_in_files(grid, page):
 def test_writing_again_gives_the_same_bytes_and_no_stray_files(grid, tmp_path):
     files = sorted(p.relative_to(grid) for p in grid.rglob("*") if p.is_file())
     before = {name: (grid / name).read_bytes() for name in files}
-    assert len(files) == 4 + 2 + 2 * len(NAMES)
+    assert len(files) == 4 + 2 + 3 * len(NAMES)
     assert write_report(grid) == grid / "report.html"
     assert {p.relative_to(grid): p.read_bytes() for p in grid.rglob("*") if p.is_file()} == before
 

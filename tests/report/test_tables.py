@@ -8,7 +8,9 @@ import pytest
 
 from lorax_kit.report import read_run, summary_table, write_csv
 from lorax_kit.report.conditions import summarise
-from lorax_kit.report.tables import bytes_text, count_text, p_text, summary_rows, trial_rows
+from lorax_kit.report.tables.summary import summary_rows
+from lorax_kit.report.tables.text import bytes_text, count_text, p_text
+from lorax_kit.report.tables.trials import trial_rows
 from tests.report import fake_run
 
 WANTED = "rank alpha lr seed targets params adapter_bytes steps val_accuracy test_accuracy train_seconds compiles"
