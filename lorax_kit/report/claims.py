@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import shlex
+from typing import NamedTuple
 
 from lorax_kit.analysis.statistics import (
+    Comparison,
     Interval,
     NonInferior,
     Rung,
@@ -15,7 +17,7 @@ from lorax_kit.analysis.statistics import (
     seeds_needed,
     seeds_to_tell,
 )
-from lorax_kit.report.conditions import Condition, Summary, differences, paired_rows
+from lorax_kit.report.conditions import Condition, Summary, best_of, compare_conditions, differences, paired_rows
 from lorax_kit.report.run_folder import RunFolder
 from lorax_kit.report.tables.text import plural
 
@@ -80,6 +82,35 @@ def _worse(summary: Summary, bound: float) -> str:
     loss = -summary.measure.sign * bound
     amount = summary.measure.amount(loss)
     return f"{amount} worse" if loss > 0 else f"{amount} better"
+
+
+class Methods(NamedTuple):
+    """Every method, or other setting, at its own best rank and rate; the best on validation data first.
+
+    `comparisons` are of the others against the reference, Holm-corrected among them, named by their `key`.
+    """
+
+    conditions: tuple[Condition, ...]
+    reference: Condition
+    comparisons: tuple[Comparison, ...]
+
+
+def methods_compared(summary: Summary) -> Methods | None:
+    """Each family at its best rank and rate by validation; None where fewer than two have finished.
+
+    The reference is plain LoRA where it took part, the best LoRA family of several; otherwise the best of all.
+    """
+    sign = summary.measure.sign
+    best = [best_of(ladder, summary.measure) for ladder in summary.ladders.values()]
+    best = [condition for condition in best if condition.values(summary.metric).size]
+    if len(best) < 2:
+        return None
+    most = max(condition.values(summary.choice).size for condition in best)
+    best.sort(key=lambda c: (c.values(summary.choice).size < most, -sign * c.mean(summary.choice)))
+    lora = [c for c in best if c.family.variant == "lora"]
+    plain = [c for c in lora if not c.family.rest]
+    reference = (plain or lora or best)[0]
+    return Methods(tuple(best), reference, compare_conditions(best, summary.metric, reference))
 
 
 def tests_of(summary: Summary) -> int:

@@ -189,11 +189,11 @@ def summarise(run: RunFolder, *, margin: float | None = None, names: Sequence[st
     for condition in adapted:
         by_rank.setdefault(condition.family, {}).setdefault(condition.rank, []).append(condition)
     ladders = {
-        family: tuple(_best(rates, measure) for _, rates in sorted(ranks.items())) for family, ranks in by_rank.items()
+        family: tuple(best_of(rates, measure) for _, rates in sorted(by_rank[family].items())) for family in by_rank
     }
     chosen = [condition for ladder in ladders.values() for condition in ladder]
-    probe = _best(probes, measure) if probes else None
-    best = _best(chosen, measure) if chosen else None
+    probe = best_of(probes, measure) if probes else None
+    best = best_of(chosen, measure) if chosen else None
     if best is not None and not best.done:
         best = None
     notes = list(run.notes)
@@ -250,7 +250,8 @@ def at_edge_of_grid(summary: Summary) -> tuple[Condition, ...]:
     return tuple(edges)
 
 
-def _best(conditions: Sequence[Condition], measure: Measure) -> Condition:
+def best_of(conditions: Sequence[Condition], measure: Measure) -> Condition:
+    """The one with the best mean on validation data among those with the most finished seeds; see `summarise`."""
     choice = f"val_{measure.name}"
     most = max(condition.values(choice).size for condition in conditions)
     fullest = [c for c in conditions if c.values(choice).size == most]

@@ -151,8 +151,8 @@ def rank_axis(axes: Axes, ranks: Sequence[int], pad: float = 0.45) -> None:
     axes.set_xlabel("rank")
 
 
-def log_axis(axes: Axes, which: str, values: Sequence[float], text: Callable[[float], str]) -> None:
-    """A log axis ("x" or "y") with ticks at (some of) the values themselves, written by `text`."""
+def log_axis(axes: Axes, which: str, values: Sequence[float], text: Callable[[float], str], most: int = 7) -> None:
+    """A log axis ("x" or "y") with ticks at (at most `most` of) the values themselves, written by `text`."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     known = sorted({value for value in values if value > 0})
     axes.set(**{f"{which}scale": "log", f"{which}lim": (known[0] / 1.6, known[-1] * 1.6)})
@@ -160,10 +160,17 @@ def log_axis(axes: Axes, which: str, values: Sequence[float], text: Callable[[fl
     for value in known:  # labels closer than a factor of 1.4 would overlap
         if not ticks or value > 1.4 * ticks[-1]:
             ticks.append(value)
-    step = math.ceil(len(ticks) / 7)
+    step = math.ceil(len(ticks) / most)
     axis.set_ticks(ticks[::step])
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+
+
+def value_axis(axes: Axes, values: Sequence[float], text: Callable[[float], str]) -> None:
+    """An x axis from zero to above the largest value, its ticks written by `text`."""
+    axes.set_xlim(0, 1.12 * max(values))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
 
 
 def log_values(axes: Axes) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 from lorax_kit.report.answer import answer, cautions
 from lorax_kit.report.claims import examples_error, more_seeds
 from lorax_kit.report.conditions import Summary, summarise
-from lorax_kit.report.figures import FIGURES, draw
+from lorax_kit.report.figures import FIGURES, STALE, draw
 from lorax_kit.report.measure import measures
 from lorax_kit.report.pages.html import inline_svg, render
 from lorax_kit.report.plots import KINDS, Plot
 from lorax_kit.report.run_folder import RunFolder, read_run, replace_file
+from lorax_kit.report.tables.methods import REFERENCE, method_rows
 from lorax_kit.report.tables.summary import CHOSEN, summary_rows
 from lorax_kit.report.tables.text import bytes_text, plural
 from lorax_kit.report.tables.trials import trial_rows, write_csv
@@ -51,7 +52,7 @@ def write_report(run_dir: str | os.PathLike[str], *, margin: float | None = None
     write_csv(run, run.path / "results.csv")
     for plot in plots:
         plot.write(run.path / "plots")
-    for stale in {maker.__name__ for maker in FIGURES} - {plot.name for plot in plots}:
+    for stale in {*STALE, *(maker.__name__ for maker in FIGURES)} - {plot.name for plot in plots}:
         for kind in KINDS:
             (run.path / "plots" / f"{stale}.{kind}").unlink(missing_ok=True)
     target = run.path / "report.html"
@@ -78,6 +79,8 @@ def _context(summary: Summary, plots: list[Plot], left_out: list[str]) -> dict[s
         ],
         "left_out": left_out,
         "rows": summary_rows(summary),
+        "methods": method_rows(summary),
+        "reference": REFERENCE,
         "several": len(summary.ladders) > 1,
         "metric": summary.label,
         "word": summary.measure.word,

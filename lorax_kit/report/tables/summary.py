@@ -86,7 +86,7 @@ def _row(summary: Summary, condition: Condition) -> dict[str, str]:
         "setting": "frozen encoder" if condition.rank == 0 else str(condition.family),
         "rank": "probe" if condition.rank == 0 else str(condition.rank),
         "rate": f"{condition.lr:g}",
-        "seeds": _seeds(condition),
+        "seeds": seeds_text(condition),
         "metric": measure.interval(condition.interval(summary.metric), short=True),
         "validation": measure.short(condition.mean(summary.choice)),
         "loss": _number(condition.mean("val_loss"), ".4f"),
@@ -97,7 +97,8 @@ def _row(summary: Summary, condition: Condition) -> dict[str, str]:
     }
 
 
-def _seeds(condition: Condition) -> str:
+def seeds_text(condition: Condition) -> str:
+    """How many seeds finished, and what became of the others."""
     stopped = sum(trial["status"] == STOPPED for trial in condition.trials)
     failed = len(condition.trials) - len(condition.done) - stopped
     lost = [f"+{failed} failed"] * bool(failed) + [f"+{stopped} stopped"] * bool(stopped)
