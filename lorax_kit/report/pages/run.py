@@ -12,14 +12,13 @@ from lorax_kit.report.answer import answer, cautions
 from lorax_kit.report.claims import examples_error, more_seeds
 from lorax_kit.report.conditions import Summary, summarise
 from lorax_kit.report.figures import FIGURES, STALE, draw
-from lorax_kit.report.measure import measures
 from lorax_kit.report.pages.html import inline_svg, render
 from lorax_kit.report.plots import KINDS, Plot
 from lorax_kit.report.run_folder import RunFolder, read_run, replace_file
 from lorax_kit.report.tables.methods import REFERENCE, method_rows
-from lorax_kit.report.tables.summary import CHOSEN, summary_rows
+from lorax_kit.report.tables.summary import CHOSEN, setting_head, summary_rows
 from lorax_kit.report.tables.text import bytes_text, plural
-from lorax_kit.report.tables.trials import trial_rows, write_csv
+from lorax_kit.report.tables.trials import trial_columns, trial_rows, write_csv
 
 
 def write_report(run_dir: str | os.PathLike[str], *, margin: float | None = None) -> Path:
@@ -85,10 +84,11 @@ def _context(summary: Summary, plots: list[Plot], left_out: list[str]) -> dict[s
         "metric": summary.label,
         "word": summary.measure.word,
         "unit": ", %" if summary.measure.share else "",
-        "measured": _measured(summary),
+        "setting_head": setting_head(summary),
         "chosen": CHOSEN,
         "limits": _limits(summary),
         "trials": trial_rows(summary),
+        "trial_columns": trial_columns(summary),
         "failed": [*summary.failed, *summary.stopped],
         "environment": _flat(run.study.get("environment")),
         "task": _flat(run.study.get("task")),
@@ -126,12 +126,6 @@ def _limits(summary: Summary) -> str:
             "not the order of the data."
         )
     return " ".join(parts)
-
-
-def _measured(summary: Summary) -> list[tuple[str, str]]:
-    """(column, head) of the metrics in the table of trials: all of the validation set's, and the test set's own."""
-    columns = [(f"val_{one.name}", f"val {one.word}") for one in measures(summary.run.study)]
-    return [*columns, (f"test_{summary.measure.name}", f"test {summary.measure.word}")]
 
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:

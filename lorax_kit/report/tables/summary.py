@@ -11,7 +11,12 @@ from lorax_kit.report.run_folder import RunFolder
 from lorax_kit.report.tables.text import bytes_text, p_text, plural
 
 CHOSEN = "chosen"
-SETTING = "targets, variant, alpha"
+
+
+def setting_head(summary: Summary) -> str:
+    """The heading of the column that tells families apart."""
+    further = any(family.rest for family in summary.ladders)
+    return "targets, variant, alpha" + ", further settings" * further
 
 
 def summary_rows(summary: Summary) -> list[dict[str, str]]:
@@ -36,7 +41,7 @@ def summary_table(run: RunFolder) -> str:
     """
     summary = summarise(run)
     heads = {
-        "setting": SETTING,
+        "setting": setting_head(summary),
         "rank": "rank",
         "rate": "lr",
         "seeds": "seeds",

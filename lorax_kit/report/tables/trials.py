@@ -7,11 +7,12 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 from lorax_kit.report.conditions import Summary
 from lorax_kit.report.measure import measures
 from lorax_kit.report.run_folder import RunFolder, replace_file
-from lorax_kit.report.settings import setting_columns
+from lorax_kit.report.settings import PREFIX, setting_columns
 from lorax_kit.report.tables.text import bytes_text
 
 BEFORE = (
@@ -89,6 +90,45 @@ def trial_rows(summary: Summary) -> list[dict[str, tuple[str, float | str]]]:
                 cells[column] = (format(value, formats.get(column, "")), value)
         rows.append(cells)
     return rows
+
+
+class Column(NamedTuple):
+    """A column of the page's table.
+
+    Attributes:
+      key: in `trial_rows`.
+      label: its heading.
+      text: whether it holds words.
+      factor: what the numbers to sort by are multiplied by where they are shown.
+    """
+
+    key: str
+    label: str
+    text: bool = False
+    factor: float = 1.0
+
+
+def trial_columns(summary: Summary) -> list[Column]:
+    """The columns of the page's table: all metrics of the validation set, the chosen one of the test set."""
+    run, chosen = summary.run, summary.measure
+    scores = [Column(f"val_{one.name}", f"val {one.word}", factor=one.factor) for one in measures(run.study)]
+    scores.append(Column(f"test_{chosen.name}", f"test {chosen.word}", factor=chosen.factor))
+    last = [Column("train_seconds", "time, s"), Column("status", "status", text=True)]
+    last += [Column(STOPPED_AT, "stopped at")] * (STOPPED_AT in columns(run))
+    further = []
+    for name in setting_columns(run.trials):
+        words = any(not isinstance(trial.get(name), int | float | None) for trial in run.trials)
+        further.append(Column(name, name.removeprefix(PREFIX).replace("_", " "), text=words))
+    return [
+        Column("trial", "trial", text=True),
+        *(Column(name, name) for name in ("rank", "alpha", "lr", "seed")),
+        *(Column(name, name, text=True) for name in ("targets", "variant")),
+        *further,
+        Column("params", "params"),
+        Column("train_loss", "train loss"),
+        *scores,
+        *last,
+    ]
 
 
 def _plain(value: object) -> object:
