@@ -158,7 +158,13 @@ class Summary:
         return next((c for c in self.comparisons if c.condition == condition.key), None)
 
 
-def summarise(run: RunFolder, *, margin: float | None = None, names: Sequence[str] | None = None) -> Summary:
+def summarise(
+    run: RunFolder,
+    *,
+    margin: float | None = None,
+    names: Sequence[str] | None = None,
+    measure: Measure | None = None,
+) -> Summary:
     """Group the trials of a run; see `Summary`.
 
     The rate of a rank is the one with the best mean validation metric among the rates with the most
@@ -169,11 +175,12 @@ def summarise(run: RunFolder, *, margin: float | None = None, names: Sequence[st
       margin: The largest loss of the metric that does not matter, in its units; None: what `study.json` says, else a
         percentage point of a share, else none.
       names: The settings that families are told apart by; None: those that differ within the run.
+      measure: The metric to choose and report by; None: the run's own.
 
     Raises:
       ValueError: A margin that is not above zero.
     """
-    measure = Measure.of(run.study)
+    measure = measure or Measure.of(run.study)
     margin = measure.margin(run.study) if margin is None else margin
     if margin is not None and not (margin > 0 and math.isfinite(margin)):
         raise ValueError(
