@@ -61,6 +61,7 @@ ONE_FILE = {
     "jinja2": {"report/pages/html"},
     "matplotlib": {"report/plots"},
     "scipy": {"analysis/intervals"},
+    "pandas": {"study/frame"},
     "orbax": {"checkpoint/adapter"},
     "tokenizers": {"models/tokenizer"},
     "gguf": {"models/gguf"},

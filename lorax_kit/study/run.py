@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -19,11 +19,15 @@ from lorax_kit.errors import StudyError
 from lorax_kit.parallel.mesh import TRIAL
 from lorax_kit.problem import Problem
 from lorax_kit.study.design import Study
+from lorax_kit.study.frame import frame
 from lorax_kit.study.groups import available_bytes, grouped
 from lorax_kit.study.packing import kinds, stacks
 from lorax_kit.study.session import Session
 from lorax_kit.study.store import RunStore, environment
 from lorax_kit.training.fit import direction
+
+if TYPE_CHECKING:
+    from lorax_kit.study.frame import DataFrame
 
 
 class Results(NamedTuple):
@@ -60,6 +64,14 @@ class Results(NamedTuple):
         if not done:
             raise StudyError(f"no trial finished with a {metric}; see 'failed_step' in the rows.")
         return max(done, key=lambda row: (sign * row[metric], -row["params"], -row["val_loss"]))
+
+    def table(self) -> DataFrame:
+        """The rows as a pandas data frame, a line per trial: `results.table().groupby("rank")["test_accuracy"].mean()`.
+
+        Raises:
+          StudyError: pandas, the `table` extra, is not installed.
+        """
+        return frame(self.rows)
 
 
 def _finite(x: Any) -> bool:

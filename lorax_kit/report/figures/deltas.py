@@ -1,4 +1,4 @@
-"""What the trained deltas look like: singular values and effective ranks."""
+"""What the trained deltas look like: singular values, effective ranks, and the subspaces that ranks share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from lorax_kit.report.conditions import Summary
 from lorax_kit.report.figures.marks import Made, whose
-from lorax_kit.report.figures.series import effective_ranks, mean_spectra, short_names
+from lorax_kit.report.figures.series import effective_ranks, mean_overlaps, mean_spectra, short_names
 from lorax_kit.report.plots import (
     canvas,
     colour_bar,
@@ -75,3 +75,39 @@ def effective_rank_by_site(summary: Summary) -> Made:
         "(Roy & Vetterli 2007), mean over seeds. Near the trained rank, all directions carry weight; far below "
         "it, few do."
     )
+
+
+MAPS = 9
+
+
+def overlap_by_rank(summary: Summary) -> Made:
+    """How much of the leading directions two ranks share, a map per pair of ranks."""
+    if not summary.run.overlaps:
+        return ""  # no run folder need have them
+    maps = mean_overlaps(summary)
+    if not maps:
+        return "Overlap by rank: none were recorded for the chosen conditions."
+    shown = list(maps.items())[-MAPS:]  # the largest ranks have the most to show
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = canvas(2.3 * rows + 0.3)
+    panels = []
+    for place, ((one, other), phi) in enumerate(shown, 1):
+        axes = figure.add_subplot(rows, columns, place)
+        panels.append((axes, heat_map(axes, phi, (0.0, 1.0))))
+        for which, count in (("x", phi.shape[1]), ("y", phi.shape[0])):
+            ticks = range(0, count, max(1, math.ceil(count / 8)))
+            axes.set(**{f"{which}ticks": ticks, f"{which}ticklabels": [str(tick + 1) for tick in ticks]})
+        axes.set(xlabel=f"directions of rank {other}", ylabel=f"directions of rank {one}")
+    colour_bar(figure, panels[0][1], [axes for axes, _ in panels], "overlap")
+    left = f" Of {len(maps)} pairs of ranks the last {MAPS} are shown." if len(maps) > MAPS else ""
+    return figure, (
+        f"Overlap of the subspaces of two ranks{_of_same(shown)}{whose(summary)}: |U_i^T V_j|_F^2 / min(i, j) of their "
+        "leading i and j directions (Hu et al. 2021), mean over sites and pairs of seeds. 1: the smaller lies within "
+        f"the larger; random subspaces of d dimensions share max(i, j) / d.{left}"
+    )
+
+
+def _of_same(shown: list[tuple[tuple[int, int], np.ndarray]]) -> str:
+    """Where a rank is beside itself, its seeds are."""
+    return " (of one rank: of two seeds)" if any(one == other for (one, other), _ in shown) else ""

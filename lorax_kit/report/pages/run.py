@@ -15,6 +15,7 @@ from lorax_kit.report.figures import FIGURES, STALE, draw
 from lorax_kit.report.pages.html import inline_svg, render
 from lorax_kit.report.plots import KINDS, Plot
 from lorax_kit.report.run_folder import RunFolder, read_run, replace_file
+from lorax_kit.report.tables.latex import write_tables
 from lorax_kit.report.tables.methods import REFERENCE, method_rows
 from lorax_kit.report.tables.summary import CHOSEN, setting_head, summary_rows
 from lorax_kit.report.tables.text import bytes_text, plural
@@ -22,7 +23,7 @@ from lorax_kit.report.tables.trials import trial_columns, trial_rows, write_csv
 
 
 def write_report(run_dir: str | os.PathLike[str], *, margin: float | None = None) -> Path:
-    """Write `report.html`, `plots/*.{png,svg,pdf}` and `results.csv` into a run folder.
+    """Write `report.html`, `plots/*.{png,svg,pdf}`, `tables/*.tex` and `results.csv` into a run folder.
 
     Works on a run that is still going or was killed; the page then says how many trials it covers. Every
     file is replaced atomically, so a browser or a second caller never sees half a file.
@@ -49,6 +50,7 @@ def write_report(run_dir: str | os.PathLike[str], *, margin: float | None = None
     plots, left_out = draw(summary)
     page = render("run.html", **_context(summary, plots, left_out))
     write_csv(run, run.path / "results.csv")
+    write_tables(summary, run.path / "tables")
     for plot in plots:
         plot.write(run.path / "plots")
     for stale in {*STALE, *(maker.__name__ for maker in FIGURES)} - {plot.name for plot in plots}:
