@@ -168,7 +168,7 @@ def unpaired(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Interval:
 
     Example:
       >>> unpaired([0.81, 0.83, 0.84], [0.78, 0.80, 0.79])
-      Interval(mean=0.036..., low=0.009..., high=0.064..., method='Welch, n = 3 and 3')
+      Interval(mean=0.036..., low=0.005..., high=0.067..., method='Welch, n = 3 and 3')
 
     Source: Welch, "The generalization of Student's problem", Biometrika 1947.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lorax_kit.analysis.statistics import seeds_needed
-from lorax_kit.report.claims import add_seeds
+from lorax_kit.report.claims import more_seeds, seeds_of, tests_of
 from lorax_kit.report.conditions import STOPPED, Condition, Summary, summarise
 from lorax_kit.report.run_folder import RunFolder
 from lorax_kit.report.tables.text import bytes_text, p_text, plural
@@ -63,13 +63,15 @@ def summary_table(run: RunFolder) -> str:
 
     name = run.study.get("name") or run.path.name
     lines = [f"{name}: {len(run.trials)} of {run.planned} trials", line(heads), *map(line, rows)]
-    tests = [c for c in summary.comparisons if c.pairs]
-    needed = seeds_needed(len(tests))
-    if tests and max(c.pairs for c in tests) < needed:
+    tests, wanted = tests_of(summary), more_seeds(summary)
+    needed = seeds_needed(tests)
+    if tests and seeds_of(summary) < needed:
         lines.append(
-            f"p cannot fall below 0.05 with fewer than {needed} seeds ({plural(len(tests), 'comparison')}, Holm): "
-            f"read the intervals, or add seeds: {add_seeds(run, needed)}"
+            f"p cannot fall below 0.05 with fewer than {needed} seeds ({plural(tests, 'comparison')}, Holm): "
+            "read the intervals."
         )
+    if wanted is not None:
+        lines.append(f"more seeds: {wanted[1]}")
     if summary.failed:
         lines.append(f"{plural(len(summary.failed), 'trial')} diverged; left out of the means.")
     if summary.stopped:
