@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lorax_kit.report import write_side_by_side
+from lorax_kit.report.parameters import write_parameters
 from tests.report import fake_run
 from tests.report.browser import CHROMIUM, Browser
 
@@ -21,6 +22,18 @@ def together(tmp_path_factory):
         for name in ("first_run", "second_run")
     ]
     return write_side_by_side(runs)
+
+
+@pytest.fixture(scope="module")
+def parameters(tmp_path_factory):
+    """A deep tree of parameters."""
+    rows = [
+        {"path": f"encoder/layer_{k}/attention/self/query/kernel", "shape": [3840, 3840], "dtype": "float32"}
+        for k in range(3)
+    ]
+    sites = [{"path": rows[0]["path"], "params": 9000, "rank": 4, "how": "merged", "reason": "many tokens at once"}]
+    found = {"model": "a model", "parameters": rows, "sites": sites, "full": [], "bytes": 9, "full_bytes": 90}
+    return write_parameters(tmp_path_factory.mktemp("parameters") / "p.html", found | {"flops_ratio": 0.6})
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +74,11 @@ def fill(browser, selector, value):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("page", ["grid", "hostile", "together"])
-def test_the_page_fits_its_window_and_nothing_fails(browser, page, width, grid, hostile, together):
+@pytest.mark.parametrize("page", ["grid", "hostile", "together", "parameters"])
+def test_the_page_fits_its_window_and_nothing_fails(browser, page, width, request):
     browser.errors.clear()
-    browser.open({"grid": grid / "report.html", "hostile": hostile, "together": together}[page], width)
+    found = request.getfixturevalue(page)
+    browser.open(found / "report.html" if page == "grid" else found, width)
     assert browser.errors == []
     assert browser.run("window.innerWidth") == width
     assert browser.run("document.documentElement.scrollWidth") == width
@@ -73,7 +87,7 @@ def test_the_page_fits_its_window_and_nothing_fails(browser, page, width, grid, 
           element.getBoundingClientRect().right > window.innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
     )
     assert wider == []
-    assert browser.run("""document.querySelectorAll("svg").length""") >= 3
+    assert browser.run("""document.querySelectorAll("svg, .bar").length""") >= 3
 
 
 def test_wide_tables_scroll_within_their_box_on_a_phone(browser, grid):
