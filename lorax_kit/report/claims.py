@@ -23,6 +23,9 @@ from lorax_kit.report.tables.text import plural
 
 LIMITS = "one-sided 97.5 % limit of the paired differences; --margin states another margin"
 
+SENSIBLE = 100
+"""More seeds than that are not proposed: the difference is too small for its spread."""
+
 
 def smaller_ranks(summary: Summary) -> list[Condition]:
     """The chosen conditions of the best one's ladder below it that have values, the nearest last."""
@@ -159,19 +162,17 @@ def more_seeds(summary: Summary) -> tuple[str, str] | None:
         return None
     have, needed = seeds_of(summary), seeds_needed(tests_of(summary))
     found = power(summary)
-    wanted = max(needed, found[1].seeds if found else 0)
+    asked = found[1].seeds if found and found[1].seeds <= SENSIBLE else 0
+    wanted = max(needed, asked)
     if have >= wanted:
         return None
-    why = (
-        f"p can fall below 0.05 from {needed} seeds on"
-        if have < needed
-        else f"the differences seen need about {wanted} seeds"
-    )
-    if have < needed < wanted:
-        why += f", and the spread seen asks for about {wanted}"
-    return f"More seeds would tell ({why}; this run has {have}). The finished trials are kept:", add_seeds(
-        summary.run, wanted
-    )
+    if have >= needed:
+        why = f"the spread seen asks for about {wanted}"
+    else:
+        why = f"p can fall below 0.05 from {needed} seeds on"
+        why += f", and the spread seen asks for about {wanted}" * (needed < wanted)
+    sentence = f"More seeds would tell ({why}; this run has {have}). The finished trials are kept:"
+    return sentence, add_seeds(summary.run, wanted)
 
 
 def add_seeds(run: RunFolder, seeds: int) -> str:

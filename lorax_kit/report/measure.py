@@ -52,7 +52,7 @@ class Measure:
 
     def margin(self, study: Mapping[str, Any]) -> float | None:
         """The largest loss that does not matter: what a run says, else a percentage point of a share, else nothing."""
-        said = study.get("margin")
+        said = study.get("margin", (study.get("design") or {}).get("margin"))
         if isinstance(said, int | float) and not isinstance(said, bool):
             return float(said)
         return 0.01 if self.share else None

@@ -55,6 +55,8 @@ def test_no_rank_is_claimed_beyond_the_margin(tmp_path):
 
 
 def test_the_margin_of_the_study_counts_unless_another_is_given(tmp_path):
+    design = ladder(tmp_path / "design", (0.05, 0.0), design={"margin": 0.03})
+    assert summarise(read_run(design)).margin == 0.03
     run = ladder(tmp_path, (0.05, 0.03, 0.0), margin=0.04)
     assert summarise(read_run(run)).margin == 0.04
     assert summarise(read_run(run), margin=0.02).margin == 0.02
@@ -85,6 +87,26 @@ def test_the_power_note_is_that_of_the_differences(tmp_path):
     assert f"takes about {told.seeds} seeds" in answer(found)[-1]
     _, command = more_seeds(found)
     assert command.endswith(f"--seeds {max(6, told.seeds)}")
+
+
+def test_no_absurd_number_of_seeds_is_proposed(tmp_path):
+    run = ladder(tmp_path, (0.01, 0.0), seeds=8, noise=0.2)
+    found = summarise(read_run(run), margin=0.001)
+    assert power(found)[1].seeds > 1000
+    assert more_seeds(found) is None
+    few = summarise(read_run(ladder(tmp_path / "few", (0.01, 0.0), seeds=3, noise=0.2)), margin=0.001)
+    assert more_seeds(few)[1].endswith("--seeds 6")
+
+
+def test_what_the_finite_validation_set_leaves_open_is_said(tmp_path):
+    scores = {(1, 1e-3): [(0.79, 0.8)] * 2, (2, 1e-3): [(0.60, 0.8)] * 2, (4, 1e-3): [(0.80, 0.8)] * 2}
+    found = summarise(read_run(fake_run.from_scores(tmp_path, scores, task={"val": 100})))
+    low, high = over_examples(0.8, 100)[1:3]
+    interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}, Wilson, 100 validation examples"
+    assert (
+        f"its mean accuracy, 80.0 % ({interval}), would differ on other examples, whatever the seeds; "
+        "rank 1 lies within that interval."
+    ) in answer(found)[1]
 
 
 def test_enough_seeds_ask_for_no_more(tmp_path):
