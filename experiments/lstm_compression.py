@@ -28,8 +28,9 @@ import optax
 from safetensors.numpy import save_file
 
 import lorax_kit as lk
-from lorax_kit.benchmarks.timing import alternate, prepared, product_flops, table
+from lorax_kit.benchmarks.timing import alternate, prepared, table
 from lorax_kit.core.paths import flatten
+from lorax_kit.measure import product_flops
 from lorax_kit.models import LstmClassifier, LstmConfig, Tokenizer
 from lorax_kit.problem.sums import means_of, sums_of
 from lorax_kit.serve import load_onnx, save_onnx

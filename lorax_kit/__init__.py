@@ -6,7 +6,7 @@ only the factors (`partition`, `make_step`, `fit`), keep them apart from the bas
 `run`), and replace pretrained parameters by low-rank products (`compress`).
 """
 
-from lorax_kit import algebra, compress, starts
+from lorax_kit import algebra, analysis, compress, starts
 from lorax_kit.calibration import calibrate
 from lorax_kit.checkpoint import Adapter, fingerprint, load_adapter, save_adapter
 from lorax_kit.core import (
@@ -37,9 +37,9 @@ from lorax_kit.core.leaves import site_key
 from lorax_kit.methods import HRA, IA3, AdaLoRA, DeLoRA, DoRA, Factors, LoHa, LoKr, LoRA, LoRAXS, MiSS, Rows, VeRA
 from lorax_kit.parallel import device_mesh, pmap_step, sharded_step
 from lorax_kit.peft import load_peft, save_peft
-from lorax_kit.problem import Metric, Problem, Score
+from lorax_kit.problem import Metric, Problem, Score, problem_at, problem_builder
 from lorax_kit.starts import loftq
-from lorax_kit.study import Results, Study, run
+from lorax_kit.study import Halving, MedianRule, Results, Sample, Study, run
 from lorax_kit.training import Weighted, adalora_budget, fit, lora_plus, make_step, partition, riemannian
 from lorax_kit.transform import adapt, all_linear, explain, resolve
 from lorax_kit.version import __version__
@@ -55,12 +55,14 @@ __all__ = [
     "Factors",
     "Full",
     "FullLeaf",
+    "Halving",
     "Hints",
     "LoHa",
     "LoKr",
     "LoRA",
     "LoRAXS",
     "LoraxError",
+    "MedianRule",
     "Method",
     "Metric",
     "MiSS",
@@ -70,6 +72,7 @@ __all__ = [
     "RankSetting",
     "Results",
     "Rows",
+    "Sample",
     "ScaledSetting",
     "Score",
     "Setting",
@@ -86,6 +89,7 @@ __all__ = [
     "adapt",
     "algebra",
     "all_linear",
+    "analysis",
     "calibrate",
     "compress",
     "device_mesh",
@@ -102,6 +106,8 @@ __all__ = [
     "paths",
     "penalty",
     "pmap_step",
+    "problem_at",
+    "problem_builder",
     "quantise",
     "register",
     "resolve",

@@ -91,3 +91,13 @@ def study(**changes):
         "steps": 20,
     }
     return lk.Study(**settings | changes)
+
+
+@lk.problem_builder
+def built(rows=32):
+    """What `tests.tiny:built` names."""
+    return problem(val=[points(1, rows)])
+
+
+def unmarked():
+    return problem()

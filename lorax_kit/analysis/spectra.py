@@ -1,4 +1,4 @@
-"""Singular values of a low-rank delta, and what they say about the rank that was really used.
+"""Singular values of the deltas of an adapter, and what they say about the rank that was really used.
 
     delta = s A^T B,   A^T = Q_a R_a,   B^T = Q_b R_b   =>   sigma(delta) = |s| sigma(R_a R_b^T)
 
@@ -9,16 +9,19 @@ matrix is never formed: the cost is two thin QR factorisations and the SVD of an
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from lorax_kit.core.merge import delta
-from lorax_kit.core.method import update_of
+from lorax_kit.analysis.deltas import singular_values, site_delta
+from lorax_kit.core.leaves import FactorTree, check_factors
+from lorax_kit.core.merge import check_params
+from lorax_kit.core.paths import Params, flatten
+from lorax_kit.core.plan import Plan
 from lorax_kit.core.site import Site
 from lorax_kit.svd import one_by_one
 
@@ -77,34 +80,94 @@ def delta_spectrum(
     return values * factor[..., None]
 
 
-def site_spectrum(site: Site, w: Array, leaves: Any) -> np.ndarray:
+class SiteSpectrum(NamedTuple):
+    """The spectrum of one site, of what an adapter adds or of a gradient.
+
+    Attributes:
+      path: of the parameter.
+      singular_values: (*stack, k), float64, largest first.
+      effective_rank: (*stack,), exp of the entropy of the singular values.
+      rank_for_energy: (*stack,), how many hold the share of |.|_F^2 that was asked for.
+    """
+
+    path: str
+    singular_values: Float[np.ndarray, "*stack k"]
+    effective_rank: Float[np.ndarray, "*stack"]
+    rank_for_energy: Int[np.ndarray, "*stack"]
+
+
+def site_spectrum(site: Site, w: Array, leaves: Any) -> Float[np.ndarray, "*stack k"]:
     """Singular values of W' - W at a site, largest first, of any method: what it adds to the parameter, gains included.
 
     Args:
       site: of the plan.
-      w: the parameter, in its own layout.
+      w: the parameter, in its own layout, quantised or not.
       leaves: the site's, trained.
 
     Returns:
-      (*stack, k), float32 or wider: from the rows of the update alone where there are no gains.
+      (*stack, k), float64; what is within rounding of zero is 0. Without gains k = min(R, in, out) for R rows of the
+      update, and they alone are decomposed; with gains k = min(in, out).
+
+    Raises:
+      AdapterError: the delta is not finite.
     """
-    update = update_of(site, w, leaves, site.scale)
-    if update.a is not None and update.b is not None and update.out_gain is None and update.in_gain is None:
-        return np.asarray(delta_spectrum(update.a, update.b, site.scale, batch_axes=len(site.axes.stack)))
-    values = np.linalg.svd(np.asarray(site.matrices(delta(site, w, leaves))), compute_uv=False)
-    return values.reshape(*site.stack_shape, -1)
+    return singular_values([site_delta(site, w, leaves)])[0].reshape(*site.stack_shape, -1)
 
 
-def effective_rank(singular_values: Float[Array, "*batch k"]) -> Float[Array, "*batch"]:
+def adapter_spectra(plan: Plan, base: Params, factors: FactorTree, *, energy: float = 0.9) -> list[SiteSpectrum]:
+    """Spectra of W' - W at every site of an adapter, of any methods, gains included.
+
+    Rows of one shape are decomposed together. Parameters trained in full have no site, and are left out.
+
+    Args:
+      plan: from `lk.resolve`.
+      base: the params that were split.
+      factors: the tree that `lk.split` returns, trained.
+      energy: share of |delta|_F^2, in (0, 1].
+
+    Returns:
+      One `SiteSpectrum` a site, in the order of the plan.
+
+    Raises:
+      ValueError: `energy` outside (0, 1].
+      PlanError: a base that does not fit the plan.
+      AdapterError: factors that do not fit the plan, or a delta that is not finite.
+
+    Example:
+      >>> import lorax_kit as lk
+      >>> params = {"w": jnp.ones((4, 3))}
+      >>> plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=2, alpha=2)}), params)
+      >>> factors = {"w": lk.Factors(a=jnp.eye(2, 4), b=jnp.array([[3.0, 0.0, 0.0], [0.0, 3.0, 0.0]]))}
+      >>> found = adapter_spectra(plan, params, factors)[0]
+      >>> found.path, found.singular_values.tolist(), round(float(found.effective_rank), 6), int(found.rank_for_energy)
+      ('w', [3.0, 3.0], 2.0, 2)
+    """
+    check_factors(plan, factors)
+    named, _ = flatten(base)
+    check_params(named, plan)
+    deltas = [site_delta(site, named[site.path], factors[site.path]) for site in plan.sites]
+    return spectra(plan.sites, singular_values(deltas), energy)
+
+
+def spectra(sites: Sequence[Site], values: Sequence[np.ndarray], energy: float) -> list[SiteSpectrum]:
+    """Singular values (S, k) of each site with the ranks that they tell."""
+    rows = []
+    for site, found in zip(sites, values, strict=True):
+        s = found.reshape(*site.stack_shape, found.shape[-1])
+        rows.append(SiteSpectrum(site.path, s, *map(np.asarray, (effective_rank(s), rank_for_energy(s, energy)))))
+    return rows
+
+
+def effective_rank(singular_values: Float[ArrayLike, "*batch k"]) -> Float[Array, "*batch"]:
     """exp(entropy) of the singular values normalised to sum 1: a rank that counts small ones less.
 
     Equal to k for k equal values, near 1 when one dominates, and 0 for a delta of zeros.
 
     Args:
-      singular_values: (*batch, k), non-negative, any order.
+      singular_values: (*batch, k), non-negative, any order; an array of numpy, or of jax, under `jit`, too.
 
     Returns:
-      (*batch,), between 1 and k (0 where all values are zero).
+      (*batch,), between 1 and k (0 where all values are zero), of the library and dtype of the values.
 
     Example:
       >>> float(effective_rank(jnp.array([2.0, 2.0, 0.0])))
@@ -112,22 +175,22 @@ def effective_rank(singular_values: Float[Array, "*batch k"]) -> Float[Array, "*
 
     Source: Roy & Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
     """
-    s = jnp.asarray(singular_values)
-    total = jnp.sum(s, axis=-1, keepdims=True)
-    share = s / jnp.where(total > 0, total, 1)
-    entropy = jnp.sum(jax.scipy.special.entr(share), axis=-1)
-    return jnp.where(total[..., 0] > 0, jnp.exp(entropy), 0)
+    s, xp = _array(singular_values)
+    total = xp.sum(s, axis=-1, keepdims=True)
+    share = s / xp.where(total > 0, total, 1)
+    entropy = -xp.sum(share * xp.log(xp.where(share > 0, share, 1)), axis=-1)
+    return xp.where(total[..., 0] > 0, xp.exp(entropy), 0)
 
 
-def rank_for_energy(singular_values: Float[Array, "*batch k"], energy: float = 0.9) -> Int[Array, "*batch"]:
+def rank_for_energy(singular_values: Float[ArrayLike, "*batch k"], energy: float = 0.9) -> Int[Array, "*batch"]:
     """The smallest number of singular directions that hold `energy` of |delta|_F^2.
 
     Args:
-      singular_values: (*batch, k), non-negative, any order.
+      singular_values: (*batch, k), non-negative, any order; an array of numpy, or of jax, under `jit`, too.
       energy: Share of the squared Frobenius norm, in (0, 1].
 
     Returns:
-      (*batch,) int32, between 1 and k (0 where all values are zero).
+      (*batch,) int32, between 1 and k (0 where all values are zero), of the library of the values.
 
     Raises:
       ValueError: `energy` outside (0, 1].
@@ -138,9 +201,17 @@ def rank_for_energy(singular_values: Float[Array, "*batch k"], energy: float = 0
     """
     if not 0 < energy <= 1:
         raise ValueError(f"energy is a share in (0, 1], got {energy}.")
-    s = jnp.sort(jnp.asarray(singular_values), axis=-1, descending=True)
+    s, xp = _array(singular_values)
+    s = -xp.sort(-s, axis=-1)
     # Dividing by the largest first keeps the squares of tiny deltas from underflowing.
     top = s[..., :1]
-    held = jnp.cumsum(jnp.square(s / jnp.where(top > 0, top, 1)), axis=-1)
-    count = 1 + jnp.sum(held < energy * held[..., -1:], axis=-1, dtype=jnp.int32)
-    return jnp.where(top[..., 0] > 0, count, 0)
+    held = xp.cumsum(xp.square(s / xp.where(top > 0, top, 1)), axis=-1)
+    count = 1 + xp.sum(held < energy * held[..., -1:], axis=-1, dtype=xp.int32)
+    return xp.where(xp.any(s > 0, axis=-1), count, 0)
+
+
+def _array(values: Any) -> tuple[Any, Any]:
+    """The values as an array, and its library: numpy's stay on the host, in their precision."""
+    if isinstance(values, np.ndarray):
+        return values, np
+    return jnp.asarray(values), jnp

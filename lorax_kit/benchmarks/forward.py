@@ -9,9 +9,10 @@ import jax
 from tqdm import tqdm
 
 from lorax_kit.benchmarks.case import Case, make_case
-from lorax_kit.benchmarks.timing import alternate, calling, facts, product_flops, ratio
+from lorax_kit.benchmarks.timing import alternate, calling, ratio
 from lorax_kit.compress import CompressPlan, LowRank, compress, compressed, plan_ranks
 from lorax_kit.core.paths import flatten, unflatten
+from lorax_kit.measure import facts, product_flops
 
 FORWARD_COLUMNS = (
     *("width", "layers", "tokens", "keep", "dense_ms", "small_ms", "latency_ratio"),

@@ -16,10 +16,11 @@ from jax import Array
 from tqdm import tqdm
 
 from lorax_kit.benchmarks.case import Case, make_case
-from lorax_kit.benchmarks.timing import alternate, facts, prepared, ratio
+from lorax_kit.benchmarks.timing import alternate, prepared, ratio
 from lorax_kit.benchmarks.torch_peer import torch_steps
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.merge import split
+from lorax_kit.measure import facts
 from lorax_kit.methods import Factors
 from lorax_kit.training import make_step, partition
 from lorax_kit.training.step import State

@@ -33,37 +33,53 @@ from lorax_kit.cli.settings import FLAGS, setting_of, setting_options
 @click.option("--steps-per-epoch", type=click.IntRange(1), default=None, help="Default: one pass over the data.")
 @click.option("--model", default="minilm", show_default=True, help="minilm, or a Hugging Face BERT folder.")
 @click.option("--source", default="rotten_tomatoes", show_default=True, help="rotten_tomatoes, imdb or all.")
+@click.option("--problem", metavar="MODULE:OBJECT", default=None, help="A problem of your own; default: film reviews.")
 @click.option("--out", type=click.Path(file_okay=False), required=True, help="Folder for the adapter and metrics.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train(
-    out: str, as_json: bool, variant: str, rank: int, alpha: float, more: tuple[str, ...], **options: Any
+    out: str,
+    as_json: bool,
+    problem: str | None,
+    variant: str,
+    rank: int,
+    alpha: float,
+    more: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Train one adapter, with a progress bar per epoch."""
     setting = setting_of(variant, rank, alpha, more)
-    from lorax_kit.workloads import Sentiment, train_adapter
+    from lorax_kit.workloads import Sentiment, problem_from, train_adapter
 
-    workload = Sentiment(**{name: options.pop(name) for name in ("model", "source", "batch_size", "length")})
-    result = train_adapter(workload, setting, out=Path(out), **options)
+    own = {name: options.pop(name) for name in ("model", "source", "batch_size", "length")}
+    if problem is not None:
+        refuse_given({name: f"--{name.replace('_', '-')}" for name in own}, "the problem of the package, not --problem")
+    made = Sentiment(**own) if problem is None else problem_from(problem)
+    result = train_adapter(made, setting, out=Path(out), **options)
     if as_json:
         echo(result)
     else:
-        click.echo(f"test accuracy {result['test_accuracy']:.4f}; adapter: {result['adapter']}")
+        click.echo(f"{_tested(result)}; adapter: {result['adapter']}")
 
 
 @cli.command()
 @click.argument("adapter", type=click.Path(exists=True, file_okay=False))
+@click.option(
+    "--problem", metavar="MODULE:OBJECT", default=None, help="The problem; default: the one it was trained on."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
-def evaluate(adapter: str, as_json: bool) -> None:
+def evaluate(adapter: str, problem: str | None, as_json: bool) -> None:
     """Measure a saved adapter on the test split of the problem it was trained on."""
     from lorax_kit.workloads import evaluate_adapter
 
-    result = evaluate_adapter(adapter)
+    result = evaluate_adapter(adapter, problem)
     if as_json:
         echo(result)
     else:
-        click.echo(
-            f"test accuracy {result['test_accuracy']:.4f}, loss {result['test_loss']:.4f} ({result['examples']})"
-        )
+        click.echo(f"{_tested(result)} ({result['examples']} examples)")
+
+
+def _tested(result: dict[str, Any]) -> str:
+    return ", ".join(f"{k.replace('_', ' ')} {x:.4f}" for k, x in result.items() if k.startswith("test_"))
 
 
 @cli.command()

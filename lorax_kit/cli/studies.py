@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,16 @@ def _config(path: str) -> dict[str, Any]:
     "--config",
     type=click.Path(exists=True, dir_okay=False),
     required=True,
-    help="JSON of problem and study, as experiments/demo.json.",
+    help="JSON of problem and study, as experiments/demo.json. The problem is an object of settings, or an address: "
+    "'module:object' of a function marked by lk.problem_builder.",
 )
-@click.option("--out", type=click.Path(file_okay=False), required=True, help="Run folder.")
+@click.option("--out", type=click.Path(file_okay=False), default=None, help="Run folder.")
+@click.option(
+    "--seeds", type=click.IntRange(1), default=None, help="Train with seeds 0 to N-1: a folder grows by them."
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Print programs, trials, parameters, memory, FLOPs and time; train nothing."
+)
 @click.option("--overwrite", is_flag=True, help="Discard what the folder holds.")
 @click.option(
     "--devices", type=click.IntRange(1), default=1, show_default=True, help="Spread trials over so many devices."
@@ -44,26 +52,46 @@ def _config(path: str) -> dict[str, Any]:
 @click.option(
     "--memory-mib", type=click.IntRange(1), default=None, help="Memory budget per device; default: what is free."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
-def study(config: str, out: str, overwrite: bool, devices: int, memory_mib: int | None, as_json: bool) -> None:
-    """Run a rank ablation, or go on with one, and write its report."""
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON; with --dry-run the plan.")
+def study(
+    config: str,
+    out: str | None,
+    seeds: int | None,
+    dry_run: bool,
+    overwrite: bool,
+    devices: int,
+    memory_mib: int | None,
+    as_json: bool,
+) -> None:
+    """Run a study, go on with one, or let one grow, and write its report."""
     import jax
 
     from lorax_kit.errors import StudyError
     from lorax_kit.parallel import device_mesh
     from lorax_kit.report import read_run, summary_table, write_report
     from lorax_kit.study import Study, run
-    from lorax_kit.workloads import Sentiment
+    from lorax_kit.study.outline import outline
+    from lorax_kit.study.store import finished_trials
+    from lorax_kit.workloads import problem_from
 
+    if out is None and not dry_run:
+        raise click.UsageError("Missing option '--out'.")
     data = _config(config)
     design = Study.from_dict(data.get("study"))
-    workload = Sentiment.from_dict(data.get("problem", {}))
+    if seeds is not None:
+        design = replace(design, seed=range(seeds))
     if devices > len(jax.devices()):
         raise StudyError(f"--devices {devices}: JAX sees {len(jax.devices())}.")
     mesh = None if devices == 1 else device_mesh("trial", jax.devices()[:devices])
     click.echo(f"{len(design.trials())} trials of {design.steps} steps; loading model and data", err=True)
-    problem = workload.build()
+    problem = problem_from(data.get("problem", {}))
     budget = None if memory_mib is None else memory_mib * 2**20
+    if dry_run:
+        done = finished_trials(out) if out else ()
+        planned = outline(design, problem, memory_bytes=budget, devices=devices, done=done)
+        echo(planned) if as_json else click.echo(_planned(planned))
+        return
+    assert out is not None
     command = shlex.join(["lorax-kit", *sys.argv[1:]])
     try:
         results = run(design, problem, out=out, mesh=mesh, memory_bytes=budget, overwrite=overwrite, command=command)
@@ -81,6 +109,32 @@ def study(config: str, out: str, overwrite: bool, devices: int, memory_mib: int 
     tested = format(best[f"test_{problem.metric}"], problem.chief.format)
     click.echo(f"\nbest single trial by validation {problem.metric}: {best['trial']} (test: {tested})")
     click.echo(f"report: {page}\ncheck it: lorax-kit evaluate {Path(out) / best['adapter']}")
+
+
+def _planned(planned: dict[str, Any]) -> str:
+    """The plan of a study as text."""
+    from lorax_kit.benchmarks.timing import table
+
+    rows = [
+        {
+            "program": number,
+            "method": row["method"],
+            "optimizer": row["optimizer"],
+            "trials": row["trials"],
+            "groups": "+".join(map(str, row["groups"])),
+            "ranks": ",".join(map(str, row["ranks"])),
+            "params": "-".join(f"{n:,}" for n in sorted(set(row["params"]))),
+            "MiB a step": round(row["estimated_bytes"] / 2**20),
+            "GFLOP a step": row["flops_per_step"] / 1e9,
+            "minutes": row["expected_seconds"] / 60,
+        }
+        for number, row in enumerate(planned["programs"], 1)
+    ]
+    if not rows:
+        return "every trial is finished: nothing to train"
+    total = f"{len(planned['trials'])} trials to train, {planned['flops'] / 1e12:.3g} TFLOP of products, about "
+    total += f"{planned['expected_seconds'] / 60:.2g} minutes of steps; compilation and tests come on top"
+    return f"{table(rows, list(rows[0]))}\n{total}"
 
 
 @cli.command()

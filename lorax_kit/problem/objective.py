@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from lorax_kit.core.leaves import FactorTree, FullLeaf, penalty
 from lorax_kit.core.paths import Params
 from lorax_kit.core.plan import Plan
 from lorax_kit.problem.check import named_state, outputs_and_state
+from lorax_kit.problem.evaluate import scored
 from lorax_kit.problem.problem import Problem
 from lorax_kit.training.objective import Weighted
 from lorax_kit.training.step import Info, State
@@ -28,20 +29,35 @@ def draws(problem: Problem, plan: Plan) -> bool:
 
 
 def training_loss(
-    problem: Problem, plan: Plan, *, trials: int = 1, whole: Callable[[Any], Params] = lambda base: base
+    problem: Problem,
+    plan: Plan,
+    *,
+    trials: int = 1,
+    whole: Callable[[Any], Params] = lambda base: base,
+    measured: bool = False,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """The loss of adapted training, for `lk.make_step`: (base, factors, batch, key, scale=None) -> (loss, aux).
+    """The loss of adapted training, for `lk.make_step`: (base, factors, batch, key, scale, scalars) -> (loss, aux).
 
     The methods' own penalties are added. The aux holds the state that `train_apply` gave, path -> array.
 
     Args:
       trials: how many trials the loss will be mapped over, as for `lk.adapt`.
       whole: makes params of what is given as `base`.
+      measured: add to the aux each metric that is a mean score, by name.
+
+    The loss takes `scale`, in place of the plan's, and `scalars`, keywords of the problem's own loss: traced or not.
     """
     state = {leaf.path: leaf.dtype for leaf in plan.full if not leaf.trained}
     adapted = adapt(problem.apply if problem.train_apply is None else problem.train_apply, plan, trials=trials)
 
-    def loss(base: Any, factors: FactorTree, batch: Any, key: Array | None = None, scale: Any = None) -> Any:
+    def loss(
+        base: Any,
+        factors: FactorTree,
+        batch: Any,
+        key: Array | None = None,
+        scale: Any = None,
+        scalars: Mapping[str, Any] | None = None,
+    ) -> Any:
         new: dict[str, Array] = {}
         run = adapted if scale is None else replace(adapted, scale=scale)
         if problem.train_apply is None:
@@ -53,10 +69,15 @@ def training_loss(
             if problem.state:
                 outputs, found = outputs_and_state(problem, outputs)
                 new = {path: x.astype(state[path]) for path, x in named_state(problem, found, state).items()}
-        value, extra = problem.loss(outputs, batch), penalty(plan, factors)
+        aux: dict[str, Any] = {STATE: new}
+        if measured:
+            sums, _ = scored(problem, outputs, batch)
+            named = {m.name: m.of or m.name for m in problem.all_metrics[1:] if m.of_outputs is None}
+            aux |= {name: sums[of] for name, of in named.items() if isinstance(of, str) and sums[of].total.ndim == 0}
+        value, extra = problem.loss(outputs, batch, **(scalars or {})), penalty(plan, factors)
         if isinstance(value, Weighted):
-            return Weighted(value.total + extra * value.weight, value.weight), {STATE: new}
-        return value + extra, {STATE: new}
+            return Weighted(value.total + extra * value.weight, value.weight), aux
+        return value + extra, aux
 
     return loss
 

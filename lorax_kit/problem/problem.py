@@ -43,6 +43,8 @@ class Problem:
       train: (seed, start) -> endless batches from step `start`. They may have a few shapes: the step is compiled once
         for each, the first must be the largest, and at one step all seeds must have the same.
       val, test: batches that cover each example once.
+      address: "module:object", by which `lorax-kit` finds the problem of an adapter; `lk.problem_at` sets it. Give it
+        where the problem is made in a module of your own.
       facts: plain data for the report: sizes, sources.
       hints: path -> what starts that look at data read, from `lk.calibrate`; None where the study has no such start.
 
@@ -65,6 +67,7 @@ class Problem:
     train_apply: Callable[[Params, Any, Array], Any] | None = None
     state: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
+    address: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     hints: Mapping[str, Hints] | None = None
 

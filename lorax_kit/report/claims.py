@@ -176,7 +176,7 @@ def more_seeds(summary: Summary) -> tuple[str, str] | None:
 
 
 def add_seeds(run: RunFolder, seeds: int) -> str:
-    """The command line that brings a run to `seeds` seeds: its own with --seeds, or by its folder alone.
+    """The command line that brings a run to `seeds` seeds, its own with --seeds; the call, where Python made the run.
 
     Example:
       >>> add_seeds(read_run("runs/demo"), 6)  # doctest: +SKIP
@@ -186,8 +186,8 @@ def add_seeds(run: RunFolder, seeds: int) -> str:
         words = shlex.split(str(run.study.get("command") or ""))
     except ValueError:
         words = []
-    if words[:2] != ["lorax-kit", "study"] or "--out" not in words:
-        return shlex.join(["lorax-kit", "study", "--out", str(run.path), "--seeds", str(seeds)])
+    if words[:2] != ["lorax-kit", "study"] or not {"--config", "--out"} <= {word.split("=")[0] for word in words}:
+        return f"lk.run(dataclasses.replace(study, seed=range({seeds})), problem, out={str(run.path)!r})"
     kept = [word for word in words if word not in ("--json", "--overwrite") and not word.startswith("--seeds=")]
     while "--seeds" in kept:
         place = kept.index("--seeds")

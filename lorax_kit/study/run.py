@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
@@ -18,10 +18,14 @@ from lorax_kit.core.paths import Params
 from lorax_kit.errors import StudyError
 from lorax_kit.parallel.mesh import TRIAL
 from lorax_kit.problem import Problem
-from lorax_kit.study.design import Study
+from lorax_kit.problem.base import cast
+from lorax_kit.study.design.stopping import Stopping
+from lorax_kit.study.design.study import Study
 from lorax_kit.study.frame import frame
-from lorax_kit.study.groups import available_bytes, grouped
-from lorax_kit.study.packing import kinds, stacks
+from lorax_kit.study.plan import planned_stacks, unfinished
+from lorax_kit.study.programs.forms import DEFAULT, Examples
+from lorax_kit.study.programs.groups import Group, available_bytes, grouped
+from lorax_kit.study.race import Race
 from lorax_kit.study.session import Session
 from lorax_kit.study.store import RunStore, environment
 from lorax_kit.training.fit import direction
@@ -89,7 +93,7 @@ def run(
     command: str = "",
     progress: bool = True,
 ) -> Results:
-    """Run every trial of a study, or those its run folder lacks.
+    """Run every trial of a study, or those its run folder lacks: a folder grows by more seeds, ranks, rates or methods.
 
     Trials are stacked on one axis and trained by one compiled program, in equal groups that fit the memory; a group
     that is filled up repeats a trial whose copy is discarded, so that groups share the program. Each trained
@@ -115,7 +119,6 @@ def run(
     """
     trials = study.trials()
     params = problem.params(jax.random.key(0))
-    batch = next(iter(problem.train(study.streams[0], 0)))
     # Planned for the whole study first: a bad pattern or rank must not surface after an hour, nor leave a folder.
     budget = available_bytes(jax.local_devices()[0]) if memory_bytes is None else memory_bytes
     if mesh is not None and TRIAL not in mesh.shape:
@@ -124,23 +127,30 @@ def run(
             f"  mesh=lk.device_mesh({TRIAL!r})"
         )
     devices = 1 if mesh is None else mesh.shape[TRIAL]
-    planned = [one for kind in kinds(study, trials) for one in stacks(study, problem, kind, params, batch)]
+    examples = Examples(study, problem)
+    planned = planned_stacks(study, problem, trials, params, examples)
     specs = [study.spec(trial, problem.whole_rules) for trial in trials]
-    head = {leaf.path for _, plan in planned for leaf in plan.full}
+    head = {leaf.path for stack in planned for leaf in stack.plan.full}
     leaves = digests(params, head)
-    store = RunStore(out, identity(study, problem, params, batch, head), overwrite=overwrite, leaves=leaves)
-    sizes = store.info.get("sizes")
-    if not isinstance(sizes, list) or [type(x) for x in sizes] != [int] * len(planned) or min(sizes) < 1:
-        sizes = [None] * len(planned)
-    by_kind = [
-        grouped(study, problem, some, plan, params, batch, budget=budget, devices=devices, size=size)
-        for (some, plan), size in zip(planned, sizes, strict=True)
-    ]
-    # A group of which a trial is missing goes on as a whole: the same program, so the same bits.
-    groups = [g for kind in by_kind for g in kind if any(t.name not in store.finished for t in g.trials)]
+    store = RunStore(out, identity(study, problem, params, examples(DEFAULT), head), overwrite=overwrite, leaves=leaves)
+    targets = merged_targets(store.info.get("targets"), study.targets, str(out))
+    records: list[dict[str, Any]] = list(store.info.get("stacks") or [])
+    by_stack: list[list[Group]] = []
+    for stack in planned:
+        for part, size in unfinished(study, problem, stack, store, params, examples(stack.form)):
+            base, batch = cast(params, part.form.dtype), examples(part.form)
+            found = grouped(study, problem, part, base, batch, budget=budget, devices=devices, size=size)
+            record = {"trials": [trial.name for trial in part.trials], "size": found[0].size}
+            records = [record if one["trials"] == record["trials"] else one for one in records]
+            records += [record] if record not in records else []
+            # A group of which a trial is missing goes on as a whole: the same program, so the same bits.
+            if study.stop is None:
+                found = [group for group in found if any(t.name not in store.finished for t in group.trials)]
+            by_stack.append(found)
+    groups = [group for found in by_stack for group in found]
     session = Session(study, problem, params, store, mesh, progress)
     if groups:
-        session.check(groups[0].plan)
+        session.check(groups[0])
     store.create()
     try:
         if store.info.get("started") is None or groups:
@@ -156,15 +166,19 @@ def run(
                 started=store.info.get("started") or _now(),
                 finished=store.info.get("finished") if not groups else None,
                 seconds=store.info.get("seconds"),
-                trials=[t.name for t in trials],
+                trials=list(dict.fromkeys([*(store.info.get("trials") or ()), *(t.name for t in trials)])),
+                targets=targets,
                 compiles=store.info.get("compiles", 0),
                 groups=store.info.get("groups", []),
-                sizes=[kind[0].size for kind in by_kind],
+                stacks=records,
                 leaves=leaves,
             )
-        for i, group in enumerate(groups, 1):
+        if isinstance(study.stop, Stopping) and groups:
+            Race(session, study.stop, by_stack).run()
+        for i, group in enumerate(groups if study.stop is None else (), 1):
             several = f"group {i} of {len(groups)}, " if len(groups) > 1 else ""
             session.run_group(group, f"{several}{len(group.trials)} trials")
+        store.drop_rungs()
         if groups:
             store.write_info(finished=_now())
     finally:
@@ -176,6 +190,22 @@ def run(
     )
 
 
+def merged_targets(earlier: Any, ours: Mapping[str, Sequence[str]], folder: str) -> dict[str, list[str]]:
+    """The target sets of a folder, by name.
+
+    Raises:
+      StudyError: a name that stands for other patterns there.
+    """
+    before = earlier if isinstance(earlier, Mapping) else {}
+    for name, patterns in ours.items():
+        if name in before and list(before[name]) != list(patterns):
+            raise StudyError(
+                f"targets {name!r} are {list(before[name])} in {folder!r}, and {list(patterns)} in this study.\n"
+                "  trials go by the name: choose another for the new patterns"
+            )
+    return {**before, **{name: list(patterns) for name, patterns in ours.items()}}
+
+
 def identity(study: Study, problem: Problem, params: Params, batch: Any, head: Collection[str]) -> dict[str, Any]:
     """What makes two runs the same study: a folder holds only one. Weights and data count by their digests.
 
@@ -184,7 +214,7 @@ def identity(study: Study, problem: Problem, params: Params, batch: Any, head: C
       head: paths of the parameters that every trial draws anew.
     """
     found = {
-        "design": study.to_dict(),
+        **study.common(),
         "problem": problem.name,
         "settings": problem.facts.get("settings"),
         "metrics": [problem.metric, *(metric.name for metric in problem.all_metrics)],

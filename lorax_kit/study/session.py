@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -21,10 +22,14 @@ from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params, flatten, nbytes
 from lorax_kit.core.plan import Plan
 from lorax_kit.problem import LOSS, Evaluator, Problem
-from lorax_kit.study.design import Study, Trial
-from lorax_kit.study.engine import Engine, Progress, Trained
-from lorax_kit.study.groups import Group
-from lorax_kit.study.packing import Pack, pack, trial_plan, unpack
+from lorax_kit.problem.base import based, restored
+from lorax_kit.study.design.study import Study
+from lorax_kit.study.design.trial import Trial
+from lorax_kit.study.programs.engine import Engine
+from lorax_kit.study.programs.forms import Form, stream_of, trial_plan
+from lorax_kit.study.programs.groups import Group
+from lorax_kit.study.programs.packing import Pack, pack, start, unpack
+from lorax_kit.study.programs.progress import Progress, Trained
 from lorax_kit.study.store import RunStore
 
 LEADING = 64  # singular values kept of a delta that is not low-rank, such as DoRA's
@@ -53,6 +58,8 @@ class Session:
         self.earlier_compiles = int(store.info.get("compiles") or 0)
         self.earlier_seconds = float(store.info.get("seconds") or 0.0)
         self.engines: dict[Any, Engine] = {}
+        self.bases: dict[Any, Params] = {}
+        self.packed: tuple[Any, tuple[Engine, Pack]] | None = None
         self.tests: dict[Any, tuple[Evaluator, Evaluator]] = {}
 
     @property
@@ -65,40 +72,92 @@ class Session:
         """Wall time, over all sessions of this run folder."""
         return self.earlier_seconds + perf_counter() - self.began
 
-    def check(self, plan: Plan) -> None:
+    def base_of(self, form: Form, plan: Plan) -> Params:
+        """The base of a form: cast, and quantised at the sites of the plan."""
+        sites = tuple(site.path for site in plan.sites) if form.quantise else ()
+        key = (form.dtype, form.quantise, sites)
+        if key not in self.bases:
+            self.bases[key] = based(self.params, form.dtype, form.quantise, sites)
+        return self.bases[key]
+
+    def check(self, group: Group) -> None:
         """Measure the untrained model on one batch of each kind: what its scores lack is to be known before training.
 
         Raises:
           StudyError: a score out of range, a metric that cannot be computed.
         """
-        for measure in self._tests(plan):
-            measure.check(self.params)
+        base = restored(self.base_of(group.form, group.plan))
+        for measure in self._tests(group.plan, group.form, base):
+            measure.check(base)
 
     def run_group(self, group: Group, label: str) -> None:
         """Train a group, or go on with it, and write what its trials came to."""
         names = [trial.name for trial in group.trials]
         earlier = self.store.load_progress(names, group.size)
-        filled = [*group.trials, *[group.trials[-1]] * (group.size - len(group.trials))]
-        stacked = pack(self.study, self.problem, filled, group.plan, self.params)
-        key = (group.plan, group.size)
-        if key not in self.engines:
-            self.engines[key] = Engine(self.study, self.problem, group.plan, self.params, group.size, self.mesh)
-        trained = self._train(self.engines[key], stacked, group, label, earlier)
-        self._keep_curves(group, trained)
-        if earlier is None or len(earlier.losses) < self.study.steps:
-            self._keep_facts(group, trained)
-        self._keep_trials(group, trained)
+        new = earlier is None or len(earlier.losses) < self.study.steps
+        self.keep(group, self.train_until(group, self.study.steps, label, None), new=new)
         self.store.drop_progress()
 
-    def _batches(self, start: int) -> Iterator[Any]:
-        streams = [self.problem.train(seed, start) for seed in self.study.streams]
+    def train_until(self, group: Group, until: int, label: str, before: Progress | None) -> Progress:
+        """Train a group to a step, from where an interruption left it, or from where it was `before`."""
+        found = self.store.load_progress([trial.name for trial in group.trials], group.size)
+        engine, stacked = self._engine(group)
+        return self._train(engine, stacked, group, until, label, before if found is None else found)
+
+    def keep(self, group: Group, progress: Progress, *, new: bool) -> None:
+        """Write what the trials of a group came to; `new`: the group's own facts, too."""
+        engine, stacked = self._engine(group)
+        trained = engine.finished(stacked, progress)
+        self._keep_curves(group, trained)
+        if new:
+            self._keep_facts(group, trained)
+        self._keep_trials(group, trained)
+
+    def keep_stopped(self, group: Group, trial: Trial, slot: Progress) -> None:
+        """Write the row of a trial that a rule stopped, or that diverged before."""
+        if trial.name in self.store.finished:
+            return
+        alone = group._replace(trials=[trial], size=1)
+        trained = Trained(None, slot.losses, slot.failed, slot.evaluations, slot.seconds, 0.0, 0)
+        self._keep_curves(alone, trained)
+        plan = trial_plan(self.study, self.problem, group.plan, trial, self.base_of(group.form, group.plan))
+        base = self.base_of(group.form, group.plan)
+        shapes = jax.eval_shape(lambda: start(self.problem, plan, trial.seed, base)[1])
+        row = self._row(group, trial, jax.tree.leaves(trained_only(plan, shapes)), trained, 0)
+        if row["status"] == "done":
+            steps = len(slot.losses)
+            last = slot.losses[-max(self.study.steps // 10, 1) :, 0]
+            row |= {"status": "stopped", "stopped_at": steps, "steps": steps, "train_loss": float(last.mean())}
+            row |= self._columns("val", slot.evaluations[-1][1][0])
+        self.store.finish_trial(row)
+
+    def _engine(self, group: Group) -> tuple[Engine, Pack]:
+        """The compiled program of a group, and where its trials start."""
+        names = [trial.name for trial in group.trials]
+        if self.packed is not None and self.packed[0] == (names, group.size):
+            return self.packed[1]
+        filled = [*group.trials, *[group.trials[-1]] * (group.size - len(group.trials))]
+        base = self.base_of(group.form, group.plan)
+        stacked = pack(self.study, self.problem, filled, group.plan, base, group.form)
+        key = (group.plan, group.size, group.form)
+        if key not in self.engines:
+            self.engines[key] = Engine(
+                self.study, self.problem, group.plan, base, group.size, self.mesh, form=group.form
+            )
+        self.packed = ((names, group.size), (self.engines[key], stacked))
+        return self.packed[1]
+
+    def _batches(self, form: Form, start: int) -> Iterator[Any]:
+        streams = [stream_of(self.study, self.problem, form, seed, start) for seed in self.study.streams]
         if self.study.stream == "shared":
             return streams[0]
         return (jax.tree.map(lambda *x: np.stack(x), *together) for together in zip(*streams, strict=False))
 
-    def _train(self, engine: Engine, stacked: Pack, group: Group, label: str, earlier: Progress | None) -> Trained:
+    def _train(
+        self, engine: Engine, stacked: Pack, group: Group, until: int, label: str, earlier: Progress | None
+    ) -> Progress:
         done, count = 0 if earlier is None else len(earlier.losses), len(group.trials)
-        bar = tqdm(total=self.study.steps, initial=done, desc=label, unit="step", disable=not self.progress)
+        bar = tqdm(total=until, initial=done, desc=label, unit="step", disable=not self.progress)
         shown: dict[str, str] = {}
 
         def on_step(number: int, losses: np.ndarray, failed: np.ndarray) -> None:
@@ -123,17 +182,18 @@ class Session:
             self.store.write_info(compiles=self.compiles, seconds=self.seconds)
 
         with bar:
-            if engine.compiles == 0 and done < self.study.steps:
+            if engine.compiles == 0 and done < until:
                 bar.set_postfix_str("compiling the step")
             return engine.train(
                 stacked,
-                self._batches,
+                partial(self._batches, group.form),
                 self.problem.val,
                 progress=earlier,
+                until=until if until < self.study.steps else None,
                 on_step=on_step,
                 on_eval=on_eval,
                 on_save=on_save,
-            )
+            )[1]
 
     def _keep_curves(self, group: Group, trained: Trained) -> None:
         """Losses by step, and validations along the way."""
@@ -177,24 +237,16 @@ class Session:
             self.store.finish_trial(row)
             self.store.write_info(seconds=self.seconds)
 
-    def _trial_row(self, group: Group, trained: Trained, i: int) -> dict[str, Any]:
-        trial, study, problem = group.trials[i], self.study, self.problem
-        plan = trial_plan(study, problem, group.plan, trial, self.params)
+    def _row(self, group: Group, trial: Trial, leaves: list[Any], trained: Trained, i: int) -> dict[str, Any]:
+        """A trial's settings, size and cost; its metrics are empty."""
         failed = int(trained.failed[i]) or None
-        factors = unpack(plan, trained.factors, i, diverged=failed is not None)
-        leaves = jax.tree_util.tree_leaves(trained_only(plan, factors))
-        row: dict[str, Any] = {
+        return {
             "trial": trial.name,
-            "rank": trial.rank,
-            "alpha": trial.alpha,
-            "lr": trial.lr,
-            "seed": trial.seed,
-            "targets": trial.targets,
-            "variant": trial.variant,
+            **trial.columns(),
             "params": sum(x.size for x in leaves),
             "factor_bytes": sum(nbytes(x.shape, x.dtype) for x in leaves),
             "adapter_bytes": None,
-            "steps": failed or study.steps,
+            "steps": failed or self.study.steps,
             "train_loss": None,
             **self._columns("val"),
             **self._columns("test"),
@@ -202,28 +254,39 @@ class Session:
             "compiles": self.compiles,
             "status": "diverged" if failed else "done",
             "failed_step": failed,
+            "stopped_at": None,
             "adapter": None,
         }
+
+    def _trial_row(self, group: Group, trained: Trained, i: int) -> dict[str, Any]:
+        trial, study, problem = group.trials[i], self.study, self.problem
+        base = self.base_of(group.form, group.plan)
+        plan = trial_plan(study, problem, group.plan, trial, base)
+        failed = bool(trained.failed[i])
+        factors = unpack(plan, trained.factors, i, diverged=failed)
+        row = self._row(group, trial, jax.tree_util.tree_leaves(trained_only(plan, factors)), trained, i)
         if failed:
             return row
-        merged = merge(self.params, factors, plan)
-        val, test = (measure(merged) for measure in self._tests(plan))
+        merged = merge(base, factors, plan)
+        val, test = (measure(merged) for measure in self._tests(plan, group.form, merged))
         path = self.store.adapter_path(trial.name)
         save_adapter(
             path,
             plan,
             factors,
-            base=self.params,
+            base=base,
             # As JSON has it: facts may hold tuples.
             meta={
                 "problem": problem.name,
                 "settings": json.loads(json.dumps(problem.facts.get("settings"))),
                 "trial": trial.name,
+                **({"address": problem.address} if problem.address else {}),
+                **self._condition(group),
             },
             overwrite=True,
         )
         last = trained.losses[-max(study.steps // 10, 1) :, i]
-        self._spectra(plan, factors, trial)
+        self._spectra(plan, base, factors, trial)
         return row | {
             "adapter_bytes": adapter_bytes(path),
             "train_loss": float(last.mean()),
@@ -237,19 +300,25 @@ class Session:
         names = [metric.name for metric in self.problem.all_metrics]
         return {f"{part}_{name}": None if found is None else found[name] for name in names}
 
-    def _tests(self, plan: Plan) -> tuple[Evaluator, Evaluator]:
-        """Validation and test of merged params; trials of one target set share them."""
-        if plan.trained not in self.tests:
-            val, test = (
-                Evaluator(self.problem, self.params, plan.trained, part)
-                for part in (self.problem.val, self.problem.test)
-            )
-            self.tests[plan.trained] = (val, test)
-        return self.tests[plan.trained]
+    def _condition(self, group: Group) -> dict[str, Any]:
+        """What `lorax-kit evaluate` needs to make the same base, where it is not as the problem gives it."""
+        form, sites = group.form, [site.path for site in group.plan.sites]
+        if form.dtype is None and form.quantise is None:
+            return {}
+        return {"base_form": {"dtype": form.dtype, "quantise": form.quantise, "paths": sites if form.quantise else []}}
 
-    def _spectra(self, plan: Plan, factors: Any, trial: Trial) -> None:
+    def _tests(self, plan: Plan, form: Form, params: Params) -> tuple[Evaluator, Evaluator]:
+        """Validation and test of merged params; trials of one target set and base share them."""
+        key = (plan.trained, form.dtype, form.quantise)
+        if key not in self.tests:
+            parts = (self.problem.val, self.problem.test)
+            val, test = (Evaluator(self.problem, params, plan.trained, part) for part in parts)
+            self.tests[key] = (val, test)
+        return self.tests[key]
+
+    def _spectra(self, plan: Plan, base: Params, factors: Any, trial: Trial) -> None:
         rows = []
-        named = flatten(self.params)[0]
+        named = flatten(base)[0]
         for site in plan.sites:
             s = site_spectrum(site, dense(named[site.path]), factors[site.path])
             mean = s.reshape(-1, s.shape[-1]).mean(axis=0)

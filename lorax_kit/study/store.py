@@ -6,6 +6,7 @@ curves.jsonl   losses by step, validations                         appended
 spectra.jsonl  singular values of each site's delta                appended
 adapters/      one folder per trial                                each appears whole
 training.npz   the group under way at its last save                replaced atomically, gone at its end
+rungs/         with early stopping, where each group stands        gone at the end
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from lorax_kit.checkpoint.fingerprint import differences, first_difference
 from lorax_kit.checkpoint.staging import sole_writer
 from lorax_kit.errors import StudyError
 from lorax_kit.json_text import parse_json, read_json
-from lorax_kit.study.engine import Progress
+from lorax_kit.study.programs.progress import Progress
 from lorax_kit.version import __version__
 
 TRAINING = "training.npz"
+RUNGS = "rungs"
 JSONL = ("trials.jsonl", "curves.jsonl", "spectra.jsonl")
 
 
@@ -50,6 +52,23 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "x64": jax.config.jax_enable_x64,  # type: ignore[attr-defined]
     }
+
+
+def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """The keys that differ, with both values where they are short."""
+    words = []
+    for key, value in sorted(ours.items()):
+        both = [json.dumps(theirs.get(key)), json.dumps(value)]
+        short = key not in ("base", "data") and max(map(len, both)) <= 40
+        words.append(f"{key}: {both[0]} there, {both[1]} here" if short else key)
+    return ", ".join(words)
+
+
+def finished_trials(path: str | Path) -> tuple[str, ...]:
+    """Names of the trials that a run folder has rows of; none if there is no folder."""
+    file = Path(path) / "trials.jsonl"
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    return tuple(str(parse_json(line)["trial"]) for line in lines)
 
 
 def plain(x: Any) -> Any:
@@ -95,10 +114,11 @@ class RunStore:
             raise StudyError(f"{str(self.path)!r} is not empty and holds no study.\n  choose another folder")
         self._discard = overwrite and previous is not None
         if not overwrite and previous is not None and previous.get("identity") != design:
-            ours = {k: v for k, v in design.items() if previous.get("identity", {}).get(k) != v}
+            theirs = previous["identity"]
+            ours = {k: v for k, v in design.items() if theirs.get(k) != v}
             found = differences(leaves or {}, previous["leaves"]) if isinstance(previous.get("leaves"), dict) else {}
             raise StudyError(
-                f"{str(self.path)!r} holds another study (it differs in {', '.join(sorted(ours)) or 'its keys'}).\n"
+                f"{str(self.path)!r} holds another study (it differs in {_differing(ours, theirs) or 'its keys'}).\n"
                 + (f"  {first_difference(found)}\n" if "base" in ours and found else "")
                 + "  choose another folder, or discard it: overwrite=True, --overwrite"
             )
@@ -121,7 +141,7 @@ class RunStore:
         if self._discard:
             for name in ("study.json", *JSONL, TRAINING, "results.csv", "report.html"):
                 (self.path / name).unlink(missing_ok=True)
-            for name in ("adapters", "plots"):
+            for name in ("adapters", "plots", RUNGS):
                 shutil.rmtree(self.path / name, ignore_errors=True)
         (self.path / "adapters").mkdir(exist_ok=True)
         for name in JSONL:
@@ -184,25 +204,36 @@ class RunStore:
         self.append("trials.jsonl", [row])
         self.finished[row["trial"]] = dict(row)
 
-    def save_progress(self, trials: Sequence[str], progress: Progress) -> None:
-        """Keep the training under way of a group of trials."""
+    def save_progress(self, trials: Sequence[str], progress: Progress, place: str | None = None) -> None:
+        """Keep the training under way of a group of trials, or with a `place` where it stands at a rung."""
+        file = self._progress_file(place)
+        file.parent.mkdir(exist_ok=True)
         facts = {"trials": list(trials), "evaluations": progress.evaluations, "seconds": progress.seconds}
         facts["dtypes"] = [str(x.dtype) for x in progress.running]
         # As bytes: the format knows no bfloat16.
         raw = (np.ascontiguousarray(x).view(np.uint8) for x in progress.running)
         arrays: dict[str, Any] = {f"running_{i}": x for i, x in enumerate(raw)}
-        staged = self.path / f".{TRAINING}.tmp"
-        with open(staged, "wb") as file:
-            np.savez(file, facts=np.array(json.dumps(facts)), losses=progress.losses, failed=progress.failed, **arrays)
-        os.replace(staged, self.path / TRAINING)
+        staged = file.with_name(f".{file.name}.tmp")
+        with open(staged, "wb") as opened:
+            np.savez(
+                opened, facts=np.array(json.dumps(facts)), losses=progress.losses, failed=progress.failed, **arrays
+            )
+        os.replace(staged, file)
 
-    def load_progress(self, trials: Sequence[str], size: int) -> Progress | None:
+    def _progress_file(self, place: str | None) -> Path:
+        return self.path / TRAINING if place is None else self.path / RUNGS / f"{place}.npz"
+
+    def drop_rungs(self) -> None:
+        """Every trial has its row."""
+        shutil.rmtree(self.path / RUNGS, ignore_errors=True)
+
+    def load_progress(self, trials: Sequence[str], size: int, place: str | None = None) -> Progress | None:
         """The training under way of these trials in a pack of `size`, if that is what was interrupted.
 
         Raises:
           StudyError: the file is damaged.
         """
-        file = self.path / TRAINING
+        file = self._progress_file(place)
         if not file.exists():
             return None
         try:

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from tqdm import tqdm
 
-from lorax_kit.checkpoint.adapter import load_adapter, read_document, save_adapter
-from lorax_kit.checkpoint.fingerprint import fingerprint
-from lorax_kit.core.leaves import penalty
-from lorax_kit.core.merge import merge, split
+from lorax_kit.checkpoint.adapter import read_document
+from lorax_kit.core.merge import split
 from lorax_kit.core.paths import paths
 from lorax_kit.core.quantised import quantise
-from lorax_kit.core.setting import Full
 from lorax_kit.core.spec import AnySetting, Spec
 from lorax_kit.errors import AdapterError, PlanError, StudyError
-from lorax_kit.methods import LoRA
 from lorax_kit.models import BertClassifier, Tokenizer, classifier_params, load_bert
-from lorax_kit.problem import Evaluator, Problem, Score
+from lorax_kit.problem import Problem, Score
 from lorax_kit.tasks import (
     Batch,
     Encoded,
@@ -38,7 +30,6 @@ from lorax_kit.tasks import (
     split_reviews,
     train_batches,
 )
-from lorax_kit.training import fit, make_step, partition
 from lorax_kit.transform import adapt, all_linear, explain, resolve
 
 HEAD = ("classifier/{kernel,bias}",)
@@ -145,6 +136,7 @@ class Sentiment:
                 "train": len(train.ids),
                 "val": len(val.ids),
                 "test": len(test.ids),
+                "steps_per_epoch": max(len(train.ids) // self.batch_size, 1),
                 "settings": self.to_dict(),
             },
         )
@@ -166,113 +158,6 @@ def workload_of(adapter: str | Path) -> Sentiment:
     if not isinstance(meta.get("settings"), dict):
         raise AdapterError(f"the adapter at {str(adapter)!r} does not say which problem it was trained on.")
     return Sentiment.from_dict(meta["settings"])
-
-
-def evaluate_adapter(path: str | Path) -> dict[str, Any]:
-    """Test metrics of a saved adapter, by the program that measured it when its study ended.
-
-    Raises:
-      AdapterError: no adapter, a damaged one, or one that names no problem known here.
-    """
-    path = adapter_folder(path)
-    problem = workload_of(path).build()
-    base = problem.params(jax.random.key(0))
-    adapter = load_adapter(path, base=base)
-    measure = Evaluator(problem, base, adapter.plan.trained, problem.test)
-    measured = measure(merge(base, adapter.factors, adapter.plan))
-    named = {f"test_{metric.name}": measured[metric.name] for metric in problem.all_metrics}
-    return {"adapter": str(path), **named, "examples": measured["examples"]}
-
-
-def train_adapter(
-    workload: Sentiment,
-    setting: AnySetting | None = None,
-    *,
-    out: Path,
-    rank: int = 8,
-    alpha: float = 16.0,
-    variant: str = "lora",
-    lr: float,
-    seed: int,
-    targets: Sequence[str],
-    epochs: int,
-    steps_per_epoch: int | None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Train one adapter by `lk.fit` and save it under `out`; the best epoch by validation loss is kept.
-
-    `targets` are patterns, or "all-linear" alone; without a setting it is `LoRA(rank=, alpha=, variant=)`.
-
-    Interrupted, the same call goes on, to the same bits: `out/training.npz` holds the training until the adapter is
-    saved. Each epoch is once in `out/metrics.jsonl`.
-
-    Raises:
-      LoraxError: `out` holds an interrupted training of other settings.
-    """
-    setting = LoRA(rank=rank, alpha=alpha, variant=variant) if setting is None else setting
-    if not 0 < lr < float("inf"):
-        raise StudyError(f"lr is {lr}; it must be a positive number.")
-    if (out / "adapter").exists():
-        raise AdapterError(f"{str(out / 'adapter')!r} exists.\n  choose another folder")
-    problem = workload.build()
-    params = problem.params(jax.random.fold_in(jax.random.key(seed), 0))
-    stream, example = problem.train(seed, 0), next(problem.train(seed, 0))
-    rules = [(p, setting) for p in targets]
-    if tuple(targets) == ("all-linear",):
-        rules = list(all_linear(setting, params, problem.apply, example, exclude=problem.head).rules)  # type: ignore[arg-type]
-    spec = Spec([*((p, Full()) for p in problem.head), *rules])
-    plan = resolve(spec, params, problem.apply, example)
-    base, factors = split(params, plan, jax.random.fold_in(jax.random.key(seed), 1))
-    adapted = adapt(problem.apply, plan)
-    per_epoch = steps_per_epoch or problem.facts["train"] // workload.batch_size
-    schedule = optax.linear_schedule(lr, 0.0, per_epoch * epochs)
-
-    def loss(base: Any, factors: Any, batch: Any, key: Any = None) -> Any:
-        logits = adapted(base, factors, batch, dropout_key=key)
-        right = correct(logits, batch.label, batch.weight) / jnp.sum(batch.weight)
-        return problem.loss(logits, batch) + penalty(plan, factors), {"accuracy": right}
-
-    init, step = make_step(loss, partition(optax.adamw(schedule), plan, clip=1.0))
-    validate, test = (Evaluator(problem, base, plan.trained, part) for part in (problem.val, problem.test))
-
-    def measure(factors: Any) -> dict[str, float]:
-        found = validate(merge(base, factors, plan))
-        return {"loss": found["loss"], "accuracy": found["accuracy"]}
-
-    out.mkdir(parents=True, exist_ok=True)
-    saved, log = out / "training.npz", out / "metrics.jsonl"
-    if saved.exists():
-        tqdm.write(f"{str(out)!r} holds an interrupted training: going on", file=sys.stderr)
-    elif log.exists():
-        tqdm.write(f"{str(log)!r} is of an earlier training without an adapter: beginning anew", file=sys.stderr)
-        log.unlink()
-    settings = {
-        "problem": workload.to_dict(),
-        "base": fingerprint(base, [leaf.path for leaf in plan.full]),
-        "spec": spec.to_dict(),
-        **{"lr": lr, "seed": seed, "steps per epoch": per_epoch},
-    }
-    rounds = [list(itertools.islice(stream, per_epoch)) for _ in range(epochs)]
-    # Without dropout no key is drawn for a step.
-    masks = jax.random.fold_in(jax.random.key(seed), 2) if any(site.dropout > 0 for site in plan.sites) else None
-    state = init(factors, masks)
-    fitted = fit(
-        step, state, base, rounds, evaluate=measure, log=log, progress=progress, saved=saved, settings=settings
-    )
-    if not fitted.history:
-        saved.unlink(missing_ok=True)
-        raise StudyError(f"training gave no usable adapter: {fitted.stopped}.\n  lower the learning rate")
-    final = test(merge(base, fitted.state.factors, plan))
-    meta = {"problem": problem.name, "settings": workload.to_dict()}
-    save_adapter(out / "adapter", plan, fitted.state.factors, base=base, meta=meta)
-    saved.unlink(missing_ok=True)
-    return {
-        "adapter": str(out / "adapter"),
-        "stopped": fitted.stopped,
-        "history": fitted.history,
-        "test_accuracy": final["accuracy"],
-        "test_loss": final["loss"],
-    }
 
 
 def inspect_model(

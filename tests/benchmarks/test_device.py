@@ -14,8 +14,9 @@ from lorax_kit.after import at_once, waits
 from lorax_kit.benchmarks.case import make_case
 from lorax_kit.benchmarks.device import Row, device_rows, run_rows, shown
 from lorax_kit.benchmarks.device.machine import held_bytes
-from lorax_kit.benchmarks.timing import alternate, traced_flops
+from lorax_kit.benchmarks.timing import alternate
 from lorax_kit.cli import cli, main
+from lorax_kit.measure import traced_flops
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import lorax_kit as lk
-from lorax_kit.study.packing import kinds, stacks, trial_plan, unpack
+from lorax_kit.study.programs.forms import kinds, stacks, trial_plan
+from lorax_kit.study.programs.packing import unpack
 from tests import tiny
 from tests.draws import draw, moved, moved_leaves
 from tests.study.test_engine import TOLERANCE, solo, trained
@@ -157,11 +158,11 @@ def check_bfloat16(setting, wide=()):
 def check_stacking(together=True, **changes):
     """Trials equal their solo runs after 20 steps of AdamW; `together` says whether all share one stack."""
     study, problem = tiny.study(**{"rank": [1, 3], "seed": [0], "probe_lr": ()} | changes), tiny.problem()
-    (kind,) = kinds(study, study.trials())
+    ((kind, form),) = kinds(study, problem, study.trials())
     start = problem.params(jax.random.key(0))
-    found = stacks(study, problem, kind, start, next(problem.train(0, 0)))
-    assert [len(some) for some, _ in found] == ([len(kind)] if together else [1] * len(kind))
-    for some, _ in found:
+    found = stacks(study, problem, kind, form, start, next(problem.train(0, 0)))
+    assert [len(some) for some, *_ in found] == ([len(kind)] if together else [1] * len(kind))
+    for some, *_ in found:
         result, trials, plan, base, _ = trained(study, problem, some)
         assert not result.failed.any()
         for i, trial in enumerate(trials):

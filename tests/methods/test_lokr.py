@@ -10,7 +10,8 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.core.method import update_of
 from lorax_kit.methods.lokr import factorization, sizes
-from lorax_kit.study.packing import kinds, pack, union_plan
+from lorax_kit.study.programs.forms import kinds, union_plan
+from lorax_kit.study.programs.packing import pack
 from tests import tiny
 from tests.methods import promises
 
@@ -86,14 +87,14 @@ def test_trials_of_different_form_do_not_stack(standard_promotion):
 
 def test_packing_trials_of_different_form_says_so():
     study, problem = tiny.study(rank=[1, 3], seed=[0], probe_lr=(), variant="lokr"), tiny.problem()
-    (trials,) = kinds(study, study.trials())
+    ((trials, _),) = kinds(study, problem, study.trials())
     params = problem.params(jax.random.key(0))
     plan = union_plan(study, problem, trials, params, next(problem.train(0, 0)))
     with pytest.raises(lk.StudyError) as e:
         pack(study, problem, trials, plan, params)
     assert str(e.value) == (
         "trials of these ranks do not fit one stack: w2 at 'down/kernel' is none in one, (3, 4) in another.\n"
-        "  pack those apart that `lorax_kit.study.packing.stacks` keeps apart"
+        "  pack those apart that `lorax_kit.study.programs.forms.stacks` keeps apart"
     )
 
 

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import lorax_kit as lk
-from lorax_kit.benchmarks.timing import facts
+from lorax_kit.measure import facts
 from lorax_kit.models.layers import attention, gelu
 
 LAYERS, WIDTH, HEADS = 6, 384, 12

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import lorax_kit as lk
-from lorax_kit.study.packing import pack, start, trial_plan, union_plan, unpack
+from lorax_kit.study.programs.forms import trial_plan, union_plan
+from lorax_kit.study.programs.packing import pack, start, unpack
 from tests import tiny
 
 

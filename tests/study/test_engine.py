@@ -7,8 +7,9 @@ import optax
 import pytest
 
 import lorax_kit as lk
-from lorax_kit.study.engine import Engine
-from lorax_kit.study.packing import kinds, pack, start, trial_plan, union_plan, unpack
+from lorax_kit.study.programs.engine import Engine
+from lorax_kit.study.programs.forms import kinds, trial_plan, union_plan
+from lorax_kit.study.programs.packing import pack, start, unpack
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -19,7 +20,7 @@ TOLERANCE = 1e-5
 
 def trained(study, problem=None, trials=None, mesh=None):
     problem = problem or tiny.problem()
-    trials = trials or kinds(study, study.trials())[0]
+    trials = trials or kinds(study, problem, study.trials())[0][0]
     params = problem.params(jax.random.key(0))
     plan = union_plan(study, problem, trials, params, next(problem.train(0, 0)))
     stacked = pack(study, problem, trials, plan, params)
@@ -29,7 +30,7 @@ def trained(study, problem=None, trials=None, mesh=None):
         batches = (jax.tree.map(lambda *x: np.stack(x), *together) for together in zip(*streams, strict=True))
     else:
         batches = problem.train(0, 0)
-    return engine.train(stacked, lambda start: batches, problem.val), trials, plan, params, engine
+    return engine.train(stacked, lambda start: batches, problem.val)[0], trials, plan, params, engine
 
 
 def solo(study, problem, plan, trial, params, seed):
@@ -38,7 +39,7 @@ def solo(study, problem, plan, trial, params, seed):
     base, factors = start(problem, own, trial.seed)
     adapted = lk.adapt(problem.apply, own)
     schedule = optax.linear_schedule(trial.lr, 0.0, study.steps)
-    tx = lk.partition(optax.adamw(schedule, weight_decay=study.weight_decay), own, clip=study.clip)
+    tx = lk.partition(optax.adamw(schedule, weight_decay=trial.weight_decay), own, clip=study.clip)
 
     def loss(base, f, batch):
         return problem.loss(adapted(base, f, batch), batch) + lk.penalty(own, f)

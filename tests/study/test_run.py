@@ -12,8 +12,9 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.report import write_report
-from lorax_kit.study.groups import grouped, step_bytes
-from lorax_kit.study.packing import kinds, pack, union_plan
+from lorax_kit.study.programs.forms import Stack, kinds, union_plan
+from lorax_kit.study.programs.groups import grouped, step_bytes
+from lorax_kit.study.programs.packing import pack
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -143,7 +144,7 @@ def test_going_on_equals_no_interruption(finished, tmp_path, after):
 
 
 def test_going_on_after_a_kill_starts_at_the_last_save(finished, tmp_path, monkeypatch):
-    from lorax_kit.study import engine
+    from lorax_kit.study.programs import engine
 
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
@@ -262,7 +263,7 @@ BAD_RUNS = [
     ({"targets": {"upper": ["zzz/kernel"]}}, {}, {}, "matches no parameter"),
     ({"rank": 9}, {}, {}, "above min(in, out) = 8"),
     ({"variant": "lorra"}, {}, {}, "variant 'lorra' is unknown"),
-    ({"settings": {"lora": {"dropout": 0.5}}}, {}, {}, "ask for dropout, which studies do not draw yet"),
+    ({"settings": {"lora": {"dropout": 0.5}}}, {}, {}, "hold dropout, for which the study has its own key"),
     ({"settings": {"lora": {"variant": "dora"}}}, {}, {}, "hold variant, for which the study has its own key"),
     ({"settings": {"lora": {"start": "eva"}}}, {}, {}, "hold start, for which the study has its own key"),
     ({"settings": {"lora": {"freezea": True}}}, {}, {}, "has the unknown key 'freezea'"),
@@ -380,12 +381,12 @@ def test_a_damaged_results_file_names_its_line(tmp_path):
 
 def test_group_sizes_follow_the_budget_and_divide_over_devices():
     study, problem = tiny.study(seed=range(4)), tiny.problem()
-    trials = kinds(study, study.trials())[0]
+    ((trials, form),) = kinds(study, problem, study.trials())
     params = problem.params(jax.random.key(0))
     batch = next(problem.train(0, 0))
     plan = union_plan(study, problem, trials, params, batch)
     for budget, devices in ((20_000, 1), (40_000, 1), (10**9, 1), (20_000, 4), (10**9, 3)):
-        groups = grouped(study, problem, trials, plan, params, batch, budget=budget, devices=devices)
+        groups = grouped(study, problem, Stack(trials, plan, form), params, batch, budget=budget, devices=devices)
         assert [t for g in groups for t in g.trials] == list(trials)
         assert all(g.size % devices == 0 and len(g.trials) <= g.size for g in groups)
         assert len({g.size for g in groups}) == 1
@@ -415,7 +416,7 @@ def test_the_memory_estimate_is_near_what_xla_allocates():
     def losses(factors):
         return jax.vmap(lambda f: problem.loss(adapted(base, f, batch), batch))(factors)
 
-    from lorax_kit.study.engine import Engine
+    from lorax_kit.study.programs.engine import Engine
 
     engine = Engine(study, problem, plan, base, len(trials))
     running = jax.jit(engine._programs.init)(stacked.factors, stacked.scalars)

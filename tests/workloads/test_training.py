@@ -6,26 +6,17 @@ import jax
 import pytest
 
 import lorax_kit as lk
-import lorax_kit.workloads.sentiment as module
+import lorax_kit.workloads.training as module
 from lorax_kit.workloads import train_adapter
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
-class Workload:
-    batch_size = 16
-
-    def build(self):
-        return tiny.problem(facts={"train": 64})
-
-    def to_dict(self):
-        return {}
-
-
-def train(out, **changes):
+def train(out, problem=None, **changes):
     settings = {"setting": lk.LoRA(rank=2, alpha=4), "lr": 1e-2, "seed": 0, "targets": ["up/kernel"], "epochs": 2}
-    return train_adapter(Workload(), out=out, steps_per_epoch=2, progress=False, **{**settings, **changes})
+    options = {"out": out, "steps_per_epoch": 2, "progress": False}
+    return train_adapter(problem or tiny.problem(facts={}), **{**options, **settings, **changes})
 
 
 def test_dropout_and_the_penalty_of_the_method_act(tmp_path):
@@ -65,3 +56,24 @@ def test_an_interrupted_training_goes_on_and_each_epoch_is_logged_once(tmp_path,
     assert "without an adapter: beginning anew" in capsys.readouterr().err
     assert len((tmp_path / "old" / "metrics.jsonl").read_text().splitlines()) == 1
     assert jax.tree.leaves(lk.load_adapter(tmp_path / "old" / "adapter", base=tiny.params(jax.random.key(0))).factors)
+
+
+def test_a_problem_with_state_and_keys_is_trained_and_chosen_by_its_metric(tmp_path):
+    from tests.problem.test_problems import normalising
+
+    problem = normalising()
+    found = train(tmp_path / "o", problem, targets=["params/up/kernel"], epochs=3)
+    assert {"loss", "val_loss", "val_accuracy", "accuracy"} <= set(found["history"][0])
+    best = max(row["val_accuracy"] for row in found["history"])
+    base = problem.params(jax.random.key(0))
+    adapter = lk.load_adapter(tmp_path / "o" / "adapter", base=base)
+    merged = lk.merge(base, adapter.factors, adapter.plan)
+    assert float(abs(merged["batch_stats"]["mean"]).max()) > 0
+    right = [(problem.apply(merged, b).argmax(-1) == b.label).mean() for b in problem.val]
+    assert best == pytest.approx(float(right[0]))
+
+
+def test_an_epoch_of_unknown_length_says_so(tmp_path):
+    with pytest.raises(lk.StudyError, match="problem 'points' does not say how many steps an epoch has"):
+        train(tmp_path / "o", steps_per_epoch=None)
+    assert not (tmp_path / "o").exists()

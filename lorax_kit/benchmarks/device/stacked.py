@@ -18,10 +18,12 @@ from lorax_kit.benchmarks.step import RATE, stepping
 from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.core.plan import Plan
 from lorax_kit.problem import Problem, Score
-from lorax_kit.study.design import Study, Trial
-from lorax_kit.study.engine import optimizer, programs
-from lorax_kit.study.groups import available_bytes, pack_bytes
-from lorax_kit.study.packing import pack, start, trial_plan, union_plan
+from lorax_kit.study.design import Study
+from lorax_kit.study.design.trial import Trial
+from lorax_kit.study.programs.engine import optimizer, programs
+from lorax_kit.study.programs.forms import DEFAULT, Stack, trial_plan, union_plan
+from lorax_kit.study.programs.groups import available_bytes, pack_bytes
+from lorax_kit.study.programs.packing import pack, start
 from lorax_kit.tasks import correct, cross_entropies
 from lorax_kit.training import make_step
 from lorax_kit.transform import adapt
@@ -74,7 +76,7 @@ class Stacks:
         ranks = [RANKS[i % len(RANKS)] for i in range(count)]
         trials = [Trial(rank=r, alpha=16.0, lr=RATE, seed=i // len(RANKS), targets="all") for i, r in enumerate(ranks)]
         plan = union_plan(study, problem, trials, case.params, case.batch)
-        estimated = pack_bytes(study, problem, trials[0], plan, case.params, case.batch, count)
+        estimated = pack_bytes(study, problem, Stack(trials, plan, DEFAULT), case.params, case.batch, count)
         available = available_bytes(jax.devices()[0])
         memory = {"row": "memory", **self.shape.facts(), "trials": count, "estimated_bytes": estimated}
         memory |= {"available_bytes": available}
@@ -84,7 +86,7 @@ class Stacks:
         stacked = pack(study, problem, trials, plan, case.params)
         base, _ = start(problem, plan, 0)
         made = programs(study, problem, plan, count)
-        running = jax.jit(made.init)(stacked.factors)
+        running = jax.jit(made.init)(stacked.factors, stacked.scalars)
         state = sum(x.nbytes for x in jax.tree.leaves(running))
         step = jax.jit(made.step, donate_argnums=(0,)).trace(running, stacked.scalars, base, case.batch)
         solos = self._solo_programs(sorted(set(ranks)), plan)

@@ -16,9 +16,10 @@ from lorax_kit.after import at_once
 from lorax_kit.benchmarks.case import Case, make_case
 from lorax_kit.benchmarks.device.machine import held_bytes, precision
 from lorax_kit.benchmarks.step import RATE, Contender, contenders, peaks, stepping
-from lorax_kit.benchmarks.timing import alternate, facts, ratio, traced_flops
+from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.benchmarks.torch_peer import lacking, peak_bytes, torch_steps
 from lorax_kit.core.merge import split
+from lorax_kit.measure import facts, traced_flops
 from lorax_kit.transform import adapt, explain
 
 

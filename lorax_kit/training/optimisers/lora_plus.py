@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import optax
+from jax import Array
 
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.method import method_of, trained_leaves
 from lorax_kit.core.plan import Plan
+from lorax_kit.core.setting import is_number
 from lorax_kit.errors import PlanError
 
 
 def lora_plus(
-    tx: optax.GradientTransformation, plan: Plan, *, ratio: float = 16.0
+    tx: optax.GradientTransformation, plan: Plan, *, ratio: float | Array = 16.0
 ) -> optax.GradientTransformationExtraArgs:
     """Give the leaves on the side of the outputs `ratio` times the rate: LoRA's `b`, VeRA's `v`, LoHa's `b1` and `b2`.
 
@@ -22,7 +24,7 @@ def lora_plus(
     Args:
       tx: the optimiser, at the rate of `a` and of everything else.
       plan: from `lk.resolve`.
-      ratio: lr_B / lr_A; the paper finds 2^4 best for RoBERTa on GLUE.
+      ratio: lr_B / lr_A, which may be traced; the paper finds 2^4 best for RoBERTa on GLUE.
 
     Returns:
       An `optax.GradientTransformation` over the factor tree, for `lk.partition`.
@@ -41,7 +43,7 @@ def lora_plus(
       >>> float(updates["w"].a[0, 0]), float(updates["w"].b[0, 0])
       (-0.5, -8.0)
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < float("inf"):
+    if not isinstance(ratio, Array) and not (is_number(ratio) and ratio > 0):
         raise PlanError(f"ratio is {ratio!r}; it must be a positive number.")
     faster = {
         site.path: [name for name in trained_leaves(site) if name in method_of(site.setting).outputs]
@@ -56,7 +58,7 @@ def lora_plus(
         for path, names in faster.items():
             leaves = {name: getattr(updates[path], name) for name in names}
             mine = {k: x for k, x in leaves.items() if not isinstance(x, optax.MaskedNode)}
-            out[path] = updates[path]._replace(**{k: ratio * x for k, x in mine.items()})
+            out[path] = updates[path]._replace(**{k: (ratio * x).astype(x.dtype) for k, x in mine.items()})
         return out
 
     return optax.chain(tx, optax.stateless(scaled))

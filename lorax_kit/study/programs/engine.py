@@ -6,7 +6,7 @@ A trial's arithmetic is that of `lk.make_step` with its own rank, scale and rate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -26,9 +26,11 @@ from lorax_kit.parallel.mesh import TRIAL
 from lorax_kit.problem import Problem
 from lorax_kit.problem.evaluate import scored, summarised
 from lorax_kit.problem.objective import draws, training_loss, with_state
-from lorax_kit.study.design import Study
-from lorax_kit.study.packing import Pack, Scalars
-from lorax_kit.training.optimisers.partition import partition
+from lorax_kit.study.design.study import Study
+from lorax_kit.study.programs.forms import DEFAULT, Form
+from lorax_kit.study.programs.optimiser import evaluated, keywords_of, transformation
+from lorax_kit.study.programs.packing import Pack, Scalars
+from lorax_kit.study.programs.progress import Progress, Trained
 from lorax_kit.training.step import Info, State, make_step
 from lorax_kit.transform.adapt import adapt
 
@@ -59,22 +61,31 @@ def rate(study: Study, peak: Array | float) -> Callable[[Array], Array]:
     return schedule
 
 
-def optimizer(study: Study, plan: Plan, peak: Array | float) -> optax.GradientTransformation:
-    """The optimiser of one trial; `peak` may be traced."""
-    return partition(optax.adamw(rate(study, peak), weight_decay=study.weight_decay), plan, clip=study.clip)
+def optimizer(
+    study: Study, plan: Plan, peak: Array | float, form: Form = DEFAULT, scalars: Mapping[str, Any] | None = None
+) -> optax.GradientTransformation:
+    """The optimiser of one trial; `peak` and the scalars that it reads may be traced."""
+    values = {"weight_decay": 0.0, "lr_ratio": 1.0} | dict(scalars or {})
+    return transformation(study, plan, form.recipe, rate(study, peak), values)
 
 
 class Programs(NamedTuple):
     """Functions of a pack, not yet compiled: `init(factors, scalars)`, `step(running, scalars, base, batch)`,
-    `score(factors, scalars, base, batch)`."""
+    `finish(running)` -> factors as they are measured and saved, `score(factors, scalars, base, batch)`."""
 
     init: Callable[[Any, Scalars], Running]
     step: Callable[[Running, Scalars, Params, Any], tuple[Running, Info]]
+    finish: Callable[[Running], Any]
     score: Callable[[Any, Scalars, Params, Any], Any]
 
 
 def programs(
-    study: Study, problem: Problem, plan: Plan, trials: int, whole: Callable[[Any], Params] = lambda base: base
+    study: Study,
+    problem: Problem,
+    plan: Plan,
+    trials: int,
+    whole: Callable[[Any], Params] = lambda base: base,
+    form: Form = DEFAULT,
 ) -> Programs:
     """The programs of a pack of `trials`. With a stream per seed, `batch` holds one batch per stream.
 
@@ -86,15 +97,21 @@ def programs(
         training_loss(problem, plan, trials=trials, whole=whole),
     )
 
-    def solo_init(factors: Any, key: Array) -> State:
-        init, _ = make_step(lambda *_: None, optimizer(study, plan, 1.0), jit=False)
-        return init(factors, key if draws(problem, plan) else None)
+    read = keywords_of(problem.loss, skip=2)
+
+    def solo_init(factors: Any, scalars: Scalars) -> State:
+        init, _ = make_step(lambda *_: None, optimizer(study, plan, scalars.lr, form, scalars.more), jit=False)
+        return init(factors, scalars.key if draws(problem, plan) else None)
 
     def solo_step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
-        loss = partial(training, scale=scalars.scale)
-        _, step = make_step(loss, optimizer(study, plan, scalars.lr), jit=False)
+        own = {name: x for name, x in scalars.more.items() if name in read}
+        loss = partial(training, scale=scalars.scale, scalars=own)
+        tx = optimizer(study, plan, scalars.lr, form, scalars.more)
+        _, step = make_step(loss, tx, accumulate=form.accumulate, jit=False)
         state, info = step(running.state, base, batch)
         state = with_state(state, info)
+        if form.held:
+            state = state._replace(factors=_held(state.factors, scalars.rows))
         state = jax.tree.map(lambda new, old: jnp.where(running.alive, new, old), state, running.state)
         return Running(state, running.alive & info.finite), info
 
@@ -103,7 +120,7 @@ def programs(
         return scored(problem, outputs, batch)
 
     def init(factors: Any, scalars: Scalars) -> Running:
-        return Running(jax.vmap(solo_init)(factors, scalars.key), jnp.ones((trials,), bool))
+        return Running(jax.vmap(solo_init)(factors, scalars), jnp.ones((trials,), bool))
 
     def step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
         own = study.stream == "seed"
@@ -111,43 +128,23 @@ def programs(
             batch = jax.tree.map(lambda x: jnp.asarray(x)[scalars.stream], batch)
         return jax.vmap(solo_step, in_axes=(0, 0, None, 0 if own else None))(running, scalars, base, batch)
 
-    return Programs(init, step, jax.vmap(solo_score, in_axes=(0, 0, None, None)))
+    def finish(running: Running) -> Any:
+        return jax.vmap(lambda state: evaluated(plan, state.opt_state, state.factors))(running.state)
+
+    return Programs(init, step, finish, jax.vmap(solo_score, in_axes=(0, 0, None, None)))
 
 
-class Progress(NamedTuple):
-    """A training under way, on the host: all that going on needs.
+def _held(factors: Any, rows: Mapping[str, Mapping[str, Array]]) -> Any:
+    """The factors with zeros in the rows that a trial does not have."""
 
-    Attributes:
-      running: the leaves of `Running`, but the trials' keys, which their seeds give.
-      losses, failed, evaluations, seconds: as in `Trained`, so far.
-    """
+    def cut(x: Array, count: Array) -> Array:
+        own = jnp.arange(x.shape[0]) < count
+        return jnp.where(own.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
 
-    running: list[np.ndarray]
-    losses: np.ndarray
-    failed: np.ndarray
-    evaluations: list[tuple[int, list[dict[str, float]]]]
-    seconds: float
-
-
-class Trained(NamedTuple):
-    """What a pack came to.
-
-    Attributes:
-      factors: stacked, as trained.
-      losses: fp32 (steps, trials).
-      failed: int (trials,): the first step (from 1) whose loss or gradient was not finite; 0 for none.
-      evaluations: (step, list of one metrics dict per trial).
-      seconds, compile_seconds: wall time of the steps, and of compiling them.
-      temp_bytes: temporaries of the compiled step, as XLA counts them; of the largest, when batches differ in shape.
-    """
-
-    factors: Any
-    losses: np.ndarray
-    failed: np.ndarray
-    evaluations: list[tuple[int, list[dict[str, float]]]]
-    seconds: float
-    compile_seconds: float
-    temp_bytes: int
+    return {
+        path: leaves._replace(**{name: cut(getattr(leaves, name), n) for name, n in rows.get(path, {}).items()})
+        for path, leaves in factors.items()
+    }
 
 
 def _without_key(running: Running) -> Running:
@@ -162,6 +159,7 @@ class Engine:
       base: the frozen params, shared by all trials.
       trials: the size of every pack.
       mesh: with an axis "trial", packs are spread over its devices; None for one device.
+      form: what the step is compiled for.
     """
 
     def __init__(
@@ -172,10 +170,11 @@ class Engine:
         base: Params,
         trials: int,
         mesh: Mesh | None = None,
+        form: Form = DEFAULT,
     ) -> None:
         self.study, self.problem, self.plan, self.compiles = study, problem, plan, 0
         arrays, put_back = arrays_only(base)
-        self._programs = programs(study, problem, plan, trials, put_back)
+        self._programs = programs(study, problem, plan, trials, put_back, form)
         stacked = whole = None
         if mesh is not None:
             stacked, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(TRIAL), PartitionSpec()))
@@ -185,7 +184,7 @@ class Engine:
         if mesh is not None:
             shardings = {"in_shardings": (stacked, stacked, whole, whole), "out_shardings": (stacked, stacked)}
         self._step = jax.jit(self._programs.step, donate_argnums=(0,), **shardings)
-        self._score = jax.jit(self._programs.score)
+        self._score, self._finish = jax.jit(self._programs.score), jax.jit(self._programs.finish)
         self._compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
         self.compile_seconds = 0.0
         self.temp_bytes = 0
@@ -197,17 +196,19 @@ class Engine:
         val: Any = (),
         *,
         progress: Progress | None = None,
+        until: int | None = None,
         on_step: Callable[[int, np.ndarray, np.ndarray], None] = lambda *_: None,
         on_eval: Callable[[int, list[dict[str, float]]], None] = lambda *_: None,
         on_save: Callable[[Progress], None] = lambda _: None,
-    ) -> Trained:
-        """Train a pack to the end of the study's steps.
+    ) -> tuple[Trained, Progress]:
+        """Train a pack to the end of the study's steps, or to an earlier one.
 
         Args:
           pack: the trials.
           batches: step -> the batches from there on.
           val: batches to validate on.
           progress: where an interrupted training goes on, to the same bits.
+          until: the step to train to, which is validated, too; None: the study's last.
           on_step, on_eval: called after each step and validation.
           on_save: given the progress every half minute, at the end, and when an exception ends the training.
         """
@@ -224,6 +225,7 @@ class Engine:
         if self._stacked is not None:
             running, scalars = jax.device_put((running, scalars), self._stacked)
         began = saved = perf_counter()
+        last = self.study.steps if until is None else until
 
         def snapshot() -> Progress:
             arrays = [np.asarray(x) for x in jax.tree.leaves(_without_key(running))]
@@ -234,15 +236,16 @@ class Engine:
             """Validate where it is due and was not done; seconds it took."""
             at, every = perf_counter(), self.study.eval_every
             due = val and every and number and (number % every == 0 or number == self.study.steps)
+            due = due or (val and number == until)
             if due and number not in [n for n, _ in evaluations]:
-                evaluations.append((number, self.evaluate(running.state.factors, scalars, val)))
+                evaluations.append((number, self.evaluate(self._finish(running), scalars, val)))
                 on_eval(*evaluations[-1])
             return perf_counter() - at
 
         paused += validate(len(losses))
-        stream = batches(len(losses)) if len(losses) < self.study.steps else iter(())
+        stream = batches(len(losses)) if len(losses) < last else iter(())
         try:
-            for number in range(len(losses) + 1, self.study.steps + 1):
+            for number in range(len(losses) + 1, last + 1):
                 batch = next(stream, None)
                 if batch is None:
                     raise StudyError(
@@ -270,8 +273,15 @@ class Engine:
             raise
         done = snapshot()
         on_save(done)
-        factors = jax.device_get(running.state.factors)
-        return Trained(factors, done.losses, failed, evaluations, done.seconds, self.compile_seconds, self.temp_bytes)
+        factors = jax.device_get(self._finish(running))
+        trained = Trained(
+            factors, done.losses, failed, evaluations, done.seconds, self.compile_seconds, self.temp_bytes
+        )
+        return trained, done
+
+    def finished(self, pack: Pack, progress: Progress) -> Trained:
+        """What a pack came to that was trained before."""
+        return self.train(pack, lambda _: iter(()), progress=progress, until=len(progress.losses))[0]
 
     def _compile(self, running: Running, scalars: Scalars, batch: Any) -> Any:
         """Compile ahead of time: the executable cannot be compiled again behind our back, only replaced here."""

@@ -6,9 +6,7 @@ all zero. `unpack` checks that they did. Which leaves have rows, a method says (
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -18,15 +16,15 @@ from jax import Array
 
 from lorax_kit.core.leaves import FullLeaf
 from lorax_kit.core.merge import split
-from lorax_kit.core.method import METHODS, frozen_leaves, leaf_shapes
-from lorax_kit.core.paths import Params
-from lorax_kit.core.plan import Plan, match
-from lorax_kit.core.setting import Full, Setting
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.method import METHODS, leaf_shapes
+from lorax_kit.core.paths import Params, flatten, unflatten
+from lorax_kit.core.plan import Plan
 from lorax_kit.errors import StudyError
 from lorax_kit.problem import Problem
-from lorax_kit.study.design import Study, Trial
-from lorax_kit.transform.resolve import resolve
+from lorax_kit.study.design.study import Study
+from lorax_kit.study.design.trial import Trial
+from lorax_kit.study.programs.forms import DEFAULT, Form, trial_plan
+from lorax_kit.study.programs.optimiser import scalars_of
 
 
 class Scalars(NamedTuple):
@@ -34,6 +32,8 @@ class Scalars(NamedTuple):
 
     Attributes:
       lr, scale: fp32.
+      more: name -> fp32, what the optimiser and the loss read.
+      rows: path -> leaf -> int32, how many of its rows are the trial's own; empty where no mask holds the others.
       stream: int32, with a stream per seed, which of the stacked batches a trial reads.
       key: random keys, of the seeds, from which each step's are folded.
     """
@@ -42,6 +42,8 @@ class Scalars(NamedTuple):
     scale: Array
     stream: Array
     key: Array
+    more: dict[str, Array]
+    rows: dict[str, dict[str, Array]]
 
 
 class Pack(NamedTuple):
@@ -60,92 +62,19 @@ class Pack(NamedTuple):
     scalars: Scalars
 
 
-def kinds(study: Study, trials: Sequence[Trial]) -> list[list[Trial]]:
-    """Trials that may share a stack: of one method, and for methods that train more than rows, one target set.
+def start(problem: Problem, plan: Plan, seed: int, base: Params | None = None) -> tuple[Params, dict[str, Any]]:
+    """(base, factors) of a trial before its first step: all that a seed decides, but the order of the data.
 
-    The probe joins the first kind: it is a trial of rank 0.
+    Args:
+      base: the shared one, where it is not as the problem gives it: cast or quantised. Its head is not the seed's.
     """
-    grouped: dict[Any, list[Trial]] = {}
-    for trial in trials:
-        if trial.rank > 0:
-            across = _rows_only(study.setting(trial))
-            grouped.setdefault((trial.variant, None if across else trial.targets), []).append(trial)
-    probes = [trial for trial in trials if trial.rank == 0]
-    joined = next((kind for (_, targets), kind in grouped.items() if targets is None), None)
-    if joined is not None:
-        joined += probes
-    elif probes:
-        grouped["probe"] = probes
-    return list(grouped.values())
-
-
-def stacks(
-    study: Study, problem: Problem, trials: Sequence[Trial], params: Params, batch: Any
-) -> list[tuple[list[Trial], Plan]]:
-    """The stacks of one kind of trials, each with its `union_plan`: those whose leaves differ in rows only share one.
-
-    At another rank a method may hold other leaves, such as a dense matrix for factors. The probe joins the first.
-    """
-    plan = union_plan(study, problem, trials, params, batch)
-    apart: dict[Any, list[Trial]] = {}
-    for trial in sorted(trials, key=lambda trial: trial.rank == 0):
-        form = _form(study, plan, trial) if trial.rank > 0 else next(iter(apart), None)
-        apart.setdefault(form, []).append(trial)
-    if len(apart) == 1:
-        return [(list(trials), plan)]
-    return [(some, union_plan(study, problem, some, params, batch)) for some in apart.values()]
-
-
-def _form(study: Study, plan: Plan, trial: Trial) -> Any:
-    """Which leaves a trial has at the sites of a plan, and the shapes of those that no zero rows extend."""
-    setting = study.setting(trial)
-    rows = METHODS[setting.kind].rows
-    found = []
-    for site in plan.sites:
-        leaves = leaf_shapes(replace(site, setting=setting))._asdict()
-        found.append(tuple(None if x is None else name in rows or (x.shape, x.dtype) for name, x in leaves.items()))
-    return tuple(found)
-
-
-def _rows_only(setting: Setting) -> bool:
-    """Whether a site whose rows are all zero is one that is not adapted."""
-    method = METHODS[setting.kind]
-    return set(method.leaves._fields) <= method.rows | frozen_leaves(setting)
-
-
-def union_plan(study: Study, problem: Problem, trials: Sequence[Trial], params: Params, batch: Any) -> Plan:
-    """The plan of every site that any of the trials adapts, at their highest rank.
-
-    Raises:
-      PlanError: a pattern that matches nothing, a rank above min(in, out), a target that is never used.
-    """
-    rank = max(trial.rank for trial in trials)
-    rules: list[tuple[str, Setting | Full]] = list(problem.whole_rules)
-    if rank == 0:
-        return resolve(Spec(rules), params, problem.apply, batch)
-    adapted = [trial for trial in trials if trial.rank > 0]
-    setting = study.setting(max(adapted, key=lambda trial: trial.rank))
-    seen: dict[str, None] = {}
-    for name in dict.fromkeys(trial.targets for trial in adapted):
-        one = Spec([*rules, *((pattern, setting) for pattern in study.targets[name])])
-        seen.update({path: None for path, s in match(one, params).items() if isinstance(s, Setting)})
-    rules += [(f"re:{re.escape(path)}", setting) for path in seen]
-    return resolve(Spec(rules), params, problem.apply, batch)
-
-
-def trial_plan(study: Study, problem: Problem, plan: Plan, trial: Trial, params: Params) -> Plan:
-    """The plan of one trial alone, from the union's."""
-    spec = study.spec(trial, problem.whole_rules)
-    settings = match(spec, params)
-    chosen = ((site, settings.get(site.path)) for site in plan.sites)
-    sites = tuple(replace(site, setting=s) for site, s in chosen if isinstance(s, Setting))
-    return replace(plan, sites=sites, spec=spec)
-
-
-def start(problem: Problem, plan: Plan, seed: int) -> tuple[Params, dict[str, Any]]:
-    """(base, factors) of a trial before its first step: all that a seed decides, but the order of the data."""
     key = jax.random.key(seed)
     params = problem.params(jax.random.fold_in(key, 0))
+    if base is not None:
+        shared, treedef = flatten(base)
+        whole = {leaf.path for leaf in plan.full}
+        own = {path: x if path in whole else shared[path] for path, x in flatten(params)[0].items()}
+        params = unflatten(own, treedef)
     return split(params, plan, jax.random.fold_in(key, 1), hints=problem.hints)
 
 
@@ -154,22 +83,43 @@ def training_key(seed: int) -> Array:
     return jax.random.fold_in(jax.random.key(seed), 2)
 
 
-def pack(study: Study, problem: Problem, trials: Sequence[Trial], plan: Plan, params: Params) -> Pack:
+def pack(
+    study: Study, problem: Problem, trials: Sequence[Trial], plan: Plan, params: Params, form: Form = DEFAULT
+) -> Pack:
     """Stack the trials' starting points on one axis."""
-    stacks, scales = [], []
+    stacks, scales, rows = [], [], []
     for trial in trials:
         own = trial_plan(study, problem, plan, trial, params)
-        _, factors = start(problem, own, trial.seed)
+        _, factors = start(problem, own, trial.seed, params)
         stacks.append({path: _padded(plan, path, factors.get(path)) for path in plan.trained})
         scales.append(own.sites[0].scale if own.sites else 0.0)
+        rows.append(_rows(plan, factors) if form.held else {})
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacks)
+    more = [scalars_of(trial) for trial in trials]
     scalars = Scalars(
         lr=jnp.asarray([trial.lr for trial in trials], jnp.float32),
         scale=jnp.asarray(scales, jnp.float32),
         stream=jnp.asarray([study.stream_of(trial) for trial in trials], jnp.int32),
         key=jnp.stack([training_key(trial.seed) for trial in trials]),
+        more={name: jnp.asarray([one[name] for one in more], jnp.float32) for name in more[0]},
+        rows=jax.tree.map(lambda *counts: jnp.asarray(counts, jnp.int32), *rows),
     )
     return Pack(tuple(trials), plan, stacked, scalars)
+
+
+def _rows(plan: Plan, factors: Any) -> dict[str, dict[str, int]]:
+    """How many rows of each leaf a trial has of its own, none where it leaves a site out."""
+    out: dict[str, dict[str, int]] = {}
+    for site in plan.sites:
+        leaves = factors.get(site.path)
+        rows = METHODS[site.setting.kind].rows
+        shapes = leaf_shapes(site)._asdict()
+        out[site.path] = {
+            name: 0 if leaves is None else getattr(leaves, name).shape[0]
+            for name, shape in shapes.items()
+            if name in rows and shape is not None
+        }
+    return out
 
 
 def _padded(plan: Plan, path: str, leaves: Any) -> Any:
@@ -186,7 +136,7 @@ def _padded(plan: Plan, path: str, leaves: Any) -> Any:
             have, want = ("none" if v is None else v.shape for v in (x, s))
             raise StudyError(
                 f"trials of these ranks do not fit one stack: {name} at {path!r} is {have} in one, {want} in another.\n"
-                "  pack those apart that `lorax_kit.study.packing.stacks` keeps apart"
+                "  pack those apart that `lorax_kit.study.programs.packing.stacks` keeps apart"
             )
     return jax.tree.map(
         lambda x, s: jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, s.shape, strict=True)]) if x.ndim else x,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +15,10 @@ from lorax_kit.core.plan import Plan
 from lorax_kit.errors import StudyError
 from lorax_kit.problem import Problem
 from lorax_kit.problem.objective import training_loss
-from lorax_kit.study.design import Study, Trial
-from lorax_kit.study.packing import pack
+from lorax_kit.study.design.study import Study
+from lorax_kit.study.design.trial import Trial
+from lorax_kit.study.programs.forms import Form, Stack
+from lorax_kit.study.programs.packing import pack
 from lorax_kit.training.objective import Weighted
 
 
@@ -27,20 +29,23 @@ class Group(NamedTuple):
       trials: at most `size` of them; a smaller group is filled up with copies that are discarded.
       size: of the pack, the same for all groups of a kind, so that they share one compiled program.
       plan: of all their sites, at the highest rank.
+      form: what its program is compiled for.
       estimated_bytes: of one training step beyond the base, per device.
+      devices: over which the trials are spread.
     """
 
     trials: list[Trial]
     size: int
     plan: Plan
+    form: Form
     estimated_bytes: int
+    devices: int = 1
 
 
 def grouped(
     study: Study,
     problem: Problem,
-    trials: Sequence[Trial],
-    plan: Plan,
+    stack: Stack,
     params: Params,
     batch: Any,
     *,
@@ -57,18 +62,22 @@ def grouped(
     Raises:
       StudyError: not even one trial fits the budget.
     """
-    one, two = (pack_bytes(study, problem, trials[0], plan, params, batch, n) for n in (1, 2))
+    trials, plan, form = stack
+    one, two = (pack_bytes(study, problem, stack, params, batch, n) for n in (1, 2))
     largest = group_size(one, two, len(trials), budget, devices)
     if size is None or size > largest or size % devices:
         size = largest
     estimated = one + (size // devices - 1) * max(two - one, 0)
-    return [Group(list(trials[i : i + size]), size, plan, estimated) for i in range(0, len(trials), size)]
+    return [
+        Group(list(trials[i : i + size]), size, plan, form, estimated, devices) for i in range(0, len(trials), size)
+    ]
 
 
-def pack_bytes(study: Study, problem: Problem, trial: Trial, plan: Plan, params: Params, batch: Any, count: int) -> int:
-    """Estimated peak bytes beyond the base of one training step of `count` trials like `trial`."""
+def pack_bytes(study: Study, problem: Problem, stack: Stack, params: Params, batch: Any, count: int) -> int:
+    """Estimated peak bytes beyond the base of one training step of `count` trials like the first of a stack."""
+    (trial, *_), plan, form = stack
     training = training_loss(problem, plan, trials=count)
-    shapes = jax.eval_shape(lambda: pack(study, problem, [trial], plan, params).factors)
+    shapes = jax.eval_shape(lambda: pack(study, problem, [trial], plan, params, form).factors)
     factors = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), shapes)
     own = study.stream == "seed"
 

@@ -1,0 +1,91 @@
+"""What a compiled or traced program costs: FLOPs, bytes, temporaries; and how fast the device multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+
+def facts(compiled: Any) -> dict[str, float]:
+    """What XLA says of a compiled program: `flops`, `bytes`, `temp_bytes`, and the `peak_bytes` it holds at most.
+
+    It counts the body of a loop once, however often that runs: see `product_flops`. A backend that does not tell
+    (what libraries run counts as nothing on some) is given zeros.
+    """
+    memory = compiled.memory_analysis()
+    try:
+        cost = compiled.cost_analysis() or {}
+    except (NotImplementedError, jax.errors.JaxRuntimeError):
+        cost = {}
+    counted = cost[0] if isinstance(cost, list) else cost
+    peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return {
+        "flops": float(counted.get("flops", 0)),
+        "bytes": float(counted.get("bytes accessed", 0)),
+        "temp_bytes": int(memory.temp_size_in_bytes),
+        "peak_bytes": int(peak - memory.alias_size_in_bytes),
+    }
+
+
+def product_flops(fn: Callable[..., Any], *args: Any) -> int:
+    """FLOPs of the dot products in `fn(*args)`: of a scan as often as it runs, of a while once, of a cond all branches.
+
+    Products that the results do not need are not counted.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> power = lambda w: jax.lax.scan(lambda h, _: (h @ w, None), w, length=5)[0]
+      >>> product_flops(power, jnp.eye(3))
+      270
+      >>> product_flops(lambda w: (w @ w, w)[1], jnp.eye(3))
+      0
+    """
+    return traced_flops(jax.make_jaxpr(fn)(*args))
+
+
+def traced_flops(program: Any) -> int:
+    """`product_flops` of a traced program (a closed jaxpr)."""
+    return _products(program.jaxpr, [True] * len(program.jaxpr.outvars))[0]
+
+
+def _products(jaxpr: Any, wanted: Sequence[bool]) -> tuple[int, list[bool]]:
+    """FLOPs of the wanted outputs, and which inputs those need."""
+    total, needed = 0, {v for v, w in zip(jaxpr.outvars, wanted, strict=True) if w and not isinstance(v, jex.Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        outs = [v in needed for v in eqn.outvars]
+        if not any(outs) and not eqn.effects:
+            continue
+        reads = [True] * len(eqn.invars)
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            sizes = [eqn.invars[0].aval.shape[i] for i in contracted]
+            total += 2 * prod(sizes) * eqn.outvars[0].aval.size
+        elif eqn.primitive.name in ("jit", "pjit") and not eqn.effects:
+            within, reads = _products(eqn.params["jaxpr"].jaxpr, outs)
+            total += within
+        else:
+            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            inner = [getattr(j, "jaxpr", j) for j in jex.jaxprs_in_params(eqn.params)]
+            total += times * sum(_products(j, [True] * len(j.outvars))[0] for j in inner)
+        needed |= {v for v, r in zip(eqn.invars, reads, strict=True) if r and not isinstance(v, jex.Literal)}
+    return total, [v in needed for v in jaxpr.invars]
+
+
+def matrix_rate(size: int = 1024, rounds: int = 5) -> float:
+    """FLOPs per second of a square fp32 product on the default device, the median of a few."""
+    x = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul).lower(x, x).compile()
+    jax.block_until_ready(product(x, x))
+    times = []
+    for _ in range(rounds):
+        began = perf_counter()
+        jax.block_until_ready(product(x, x))
+        times.append(perf_counter() - began)
+    return 2 * size**3 / median(times)

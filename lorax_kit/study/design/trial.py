@@ -1,0 +1,140 @@
+"""One point of a study, and the axes whose values make it: what each may hold, and how it stands in a trial's name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lorax_kit.core.quantised import METHODS as QUANTISERS
+from lorax_kit.core.setting import is_int, is_number, plain, shown
+from lorax_kit.errors import StudyError
+
+PROBE = "probe"
+FLOAT32_MAX = 3.4e38
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Axis(NamedTuple):
+    """What the values of an axis may be.
+
+    Attributes:
+      ok: whether a value may stand.
+      words: what it must be, for errors.
+      default: the value of a study that does not say; trials' names leave it out.
+      tag: what precedes another value in a trial's name.
+    """
+
+    ok: Callable[[Any], bool]
+    words: str
+    default: Any = None
+    tag: str = ""
+
+
+def positive(x: Any) -> bool:
+    """Whether `x` is a positive number of float32's range."""
+    return is_number(x) and 0 < x < FLOAT32_MAX
+
+
+def _text(x: Any) -> bool:
+    return isinstance(x, str) and x != ""
+
+
+AXES: dict[str, Axis] = {
+    "variant": Axis(_text, "the name of a method", "lora"),
+    "targets": Axis(_text, "the name of one of the study's targets"),
+    "rank": Axis(lambda x: is_int(x) and x >= 1, "at least 1"),
+    "alpha": Axis(lambda x: x is None or positive(x), "a positive number of float32's range, or None"),
+    "start": Axis(_text, "the name of a start", "kaiming", "start-"),
+    "dropout": Axis(lambda x: is_number(x) and 0 <= x < 1, "a number in [0, 1)", 0.0, "do"),
+    "optimizer": Axis(_text, "the name of an optimiser", "adamw", "opt-"),
+    "weight_decay": Axis(lambda x: is_number(x) and 0 <= x < FLOAT32_MAX, "a number of at least 0", 0.0, "wd"),
+    "lr_ratio": Axis(positive, "a positive number of float32's range", 1.0, "ratio"),
+    "dtype": Axis(lambda x: x is None or x in DTYPES, f"None, {', '.join(DTYPES)}", None, ""),
+    "quantise": Axis(lambda x: x is None or x in QUANTISERS, f"None, {', '.join(QUANTISERS)}", None, ""),
+    "batch_size": Axis(lambda x: x is None or (is_int(x) and x >= 1), "an integer of at least 1, or None", None, "b"),
+    "accumulate": Axis(lambda x: is_int(x) and x >= 1, "an integer of at least 1", 1, "acc"),
+    "lr": Axis(positive, "a positive number of float32's range"),
+    "seed": Axis(lambda x: is_int(x) and 0 <= x < 2**31, "an integer in [0, 2^31)"),
+}
+"""The axes of a study, in the order of its trials: the last varies fastest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One point of a study. Rank 0 is the frozen-encoder probe: only what is trained in full learns.
+
+    Attributes:
+      hyper: (name, value) of the scalars that the optimiser or the loss reads, by name.
+      settings: (name, JSON text) of further settings of its method, by name.
+      The others are the axes of `lk.Study`.
+    """
+
+    rank: int
+    alpha: float
+    lr: float
+    seed: int
+    targets: str
+    variant: str = "lora"
+    start: str = "kaiming"
+    dropout: float = 0.0
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    lr_ratio: float = 1.0
+    dtype: str | None = None
+    quantise: str | None = None
+    batch_size: int | None = None
+    accumulate: int = 1
+    hyper: tuple[tuple[str, float], ...] = ()
+    settings: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """A file name that says every setting: unique, whatever study the trial is part of."""
+        more = [_tagged(axis.tag, getattr(self, name)) for name, axis in AXES.items() if self._differs(name, axis)]
+        more += [_tagged(f"{name}-", value) for name, value in self.hyper]
+        more += [_tagged(f"{name}-", json.loads(value)) for name, value in self.settings]
+        rest = "".join(f"_{part}" for part in more)
+        if self.rank == 0:
+            return f"{PROBE}_lr{self.lr:g}{rest}_s{self.seed}"
+        variant = "" if self.variant == "lora" else f"{self.variant}_"
+        return f"{variant}r{self.rank}_a{self.alpha:g}_lr{self.lr:g}_{self.targets}{rest}_s{self.seed}"
+
+    def _differs(self, name: str, axis: Axis) -> bool:
+        named = name in ("variant", "targets", "rank", "alpha", "lr", "seed")
+        return not named and getattr(self, name) != axis.default
+
+    def columns(self) -> dict[str, Any]:
+        """The settings as columns of a row; scalars of the optimiser or the loss as `hyper_<name>`."""
+        own = {name: getattr(self, name) for name in AXES}
+        return (
+            own
+            | {f"hyper_{name}": value for name, value in self.hyper}
+            | ({"settings": {name: json.loads(value) for name, value in self.settings}} if self.settings else {})
+        )
+
+
+def _tagged(tag: str, value: Any) -> str:
+    text = f"{value:g}" if is_number(value) else str(value).lower() if isinstance(value, bool) else str(value)
+    return tag + "".join(c if c.isalnum() or c in ".-+" else "-" for c in text)
+
+
+def values_of(name: str, given: Any) -> tuple:
+    """The values of an axis, one or several.
+
+    Raises:
+      StudyError: none, a repeated one, or one that cannot stand.
+    """
+    several = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
+    values = tuple(plain(x) for x in (given if several else [given]))
+    if not values:
+        raise StudyError(f"study {name} is empty; give at least one value.")
+    axis = AXES[name]
+    for x in values:
+        if not axis.ok(x):
+            hint = "\n  for the frozen probe give probe_lr" if name == "rank" and x == 0 else ""
+            raise StudyError(f"study {name} holds {shown(x)}; it must be {axis.words}.{hint}")
+    if len(set(values)) < len(values):
+        raise StudyError(f"study {name} repeats a value: {shown(list(values))}.")
+    return values

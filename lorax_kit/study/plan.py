@@ -1,0 +1,59 @@
+"""What a call of `lk.run` will train: stacks of trials, those of an earlier call as they were planned then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lorax_kit.core.paths import Params
+from lorax_kit.problem import Problem
+from lorax_kit.problem.base import cast
+from lorax_kit.study.design.study import Study
+from lorax_kit.study.design.trial import Trial
+from lorax_kit.study.programs.forms import Examples, Stack, kinds, stacks, union_plan
+from lorax_kit.study.store import RunStore
+
+
+def planned_stacks(
+    study: Study, problem: Problem, trials: Sequence[Trial], params: Params, examples: Examples
+) -> list[Stack]:
+    """The stacks of all trials: what shares a program.
+
+    Raises:
+      StudyError, PlanError: settings that do not fit the problem, the optimiser or the model.
+    """
+    out = []
+    for some, form in kinds(study, problem, trials):
+        base = cast(params, form.dtype)
+        out += stacks(study, problem, some, form, base, examples(form))
+    return out
+
+
+def unfinished(
+    study: Study, problem: Problem, stack: Stack, store: RunStore, params: Params, batch: Any
+) -> list[tuple[Stack, int | None]]:
+    """What of a stack is to be trained: parts that an earlier call began as they were planned then, and what is new.
+
+    A part is planned once, by the trials that were missing when it was: so a folder that grows goes on with what was
+    under way by the same program, to the same bits.
+    """
+    by_name = {trial.name: trial for trial in stack.trials}
+    missing = [name for name in by_name if name not in store.finished]
+    out: list[tuple[list[Trial], int | None]] = []
+    for record in store.info.get("stacks") or ():
+        names = record["trials"]
+        if set(names) <= set(by_name) and set(names) & set(missing):
+            out.append(([by_name[name] for name in names], record["size"]))
+            missing = [name for name in missing if name not in names]
+    if missing:
+        out.append(([by_name[name] for name in missing], None))
+    base = cast(params, stack.form.dtype)
+    return [
+        (
+            stack
+            if len(some) == len(stack.trials)
+            else stack._replace(trials=some, plan=union_plan(study, problem, some, base, batch)),
+            size,
+        )
+        for some, size in out
+    ]

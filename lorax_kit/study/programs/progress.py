@@ -1,0 +1,73 @@
+"""Where a training stands, on the host: of a pack, or of each of its trials alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Progress(NamedTuple):
+    """A training under way, on the host: all that going on needs.
+
+    Attributes:
+      running: the leaves of `Running`, but the trials' keys, which their seeds give.
+      losses, failed, evaluations, seconds: as in `Trained`, so far.
+    """
+
+    running: list[np.ndarray]
+    losses: np.ndarray
+    failed: np.ndarray
+    evaluations: list[tuple[int, list[dict[str, float]]]]
+    seconds: float
+
+
+class Trained(NamedTuple):
+    """What a pack came to.
+
+    Attributes:
+      factors: stacked, as trained.
+      losses: fp32 (steps, trials).
+      failed: int (trials,): the first step (from 1) whose loss or gradient was not finite; 0 for none.
+      evaluations: (step, list of one metrics dict per trial).
+      seconds, compile_seconds: wall time of the steps, and of compiling them.
+      temp_bytes: temporaries of the compiled step, as XLA counts them; of the largest, when batches differ in shape.
+    """
+
+    factors: Any
+    losses: np.ndarray
+    failed: np.ndarray
+    evaluations: list[tuple[int, list[dict[str, float]]]]
+    seconds: float
+    compile_seconds: float
+    temp_bytes: int
+
+
+def parted(progress: Progress, count: int) -> list[Progress]:
+    """The progress of each of the first `count` trials of a pack, alone."""
+    return [
+        Progress(
+            [x[i : i + 1] for x in progress.running],
+            progress.losses[:, i : i + 1],
+            progress.failed[i : i + 1],
+            [(step, [found[i]]) for step, found in progress.evaluations],
+            progress.seconds / count,
+        )
+        for i in range(count)
+    ]
+
+
+def joined(slots: Sequence[Progress], size: int) -> Progress:
+    """Trials that were trained equally far, as the progress of one pack; filled up with copies of the last."""
+    slots = [*slots, *[slots[-1]] * (size - len(slots))]
+    return Progress(
+        [np.concatenate(leaves) for leaves in zip(*(slot.running for slot in slots), strict=True)],
+        np.concatenate([slot.losses for slot in slots], axis=1),
+        np.concatenate([slot.failed for slot in slots]),
+        [
+            (together[0][0], [found[0] for _, found in together])
+            for together in zip(*(slot.evaluations for slot in slots), strict=True)
+        ],
+        sum(slot.seconds for slot in slots),
+    )

@@ -1,0 +1,91 @@
+"""Trains trials rung by rung and stops those that a rule gives up; their places are filled by those that go on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lorax_kit.study.design.stopping import Stopping
+from lorax_kit.study.design.trial import Trial
+from lorax_kit.study.programs.groups import Group
+from lorax_kit.study.programs.progress import Progress, joined, parted
+from lorax_kit.study.session import Session
+
+
+class Race:
+    """The groups of a study under an early-stopping rule.
+
+    All trials that are still in are trained to a rung before the rule decides; then they are packed anew, into groups
+    of the same size, which the same compiled program goes on with. A stack of which half a group or less is left is
+    packed into one of just so many.
+
+    Args:
+      session: that trains.
+      rule: that stops.
+      stacks: the groups of each stack.
+    """
+
+    def __init__(self, session: Session, rule: Stopping, stacks: Sequence[Sequence[Group]]) -> None:
+        self.session, self.rule, self.store = session, rule, session.store
+        self.groups = [list(groups) for groups in stacks]
+        self.slots: dict[str, Progress] = {}
+        self.histories: dict[str, list[float]] = {}
+
+    def run(self) -> None:
+        """Train to the end, and write the row of every trial."""
+        steps = self.session.study.steps
+        rungs = self.rule.rungs(steps)
+        for number, until in enumerate(rungs):
+            in_play = [group for groups in self.groups for group in groups]
+            for i, group in enumerate(in_play, 1):
+                label = f"to step {until}, group {i} of {len(in_play)}, {len(group.trials)} trials"
+                self._train(group, until, f"{number}_{i}", label)
+            if until < steps:
+                self._decide([trial for group in in_play for trial in group.trials], until)
+        for groups in self.groups:
+            for group in groups:
+                self.session.keep(group, joined([self.slots[t.name] for t in group.trials], group.size), new=True)
+        self.store.drop_rungs()
+
+    def _train(self, group: Group, until: int, place: str, label: str) -> None:
+        names = [trial.name for trial in group.trials]
+        found = self.store.load_progress(names, group.size, place)
+        if found is None:
+            before = joined([self.slots[n] for n in names], group.size) if names[0] in self.slots else None
+            found = self.session.train_until(group, until, label, before)
+            self.store.save_progress(names, found, place)
+            self.store.drop_progress()
+        self.slots |= dict(zip(names, parted(found, len(names)), strict=True))
+
+    def _decide(self, trials: list[Trial], until: int) -> None:
+        """Stop the diverged, ask the rule, and pack those that go on."""
+        metric = self.session.problem.chief
+        for trial in trials:
+            slot = self.slots[trial.name]
+            value = math.nan if slot.failed[0] else metric.sign * slot.evaluations[-1][1][0][metric.name]
+            self.histories.setdefault(trial.name, []).append(value)
+        left = [trial for trial in trials if not self.slots[trial.name].failed[0]]
+        going = self.rule.survivors(left, self.histories) if left else set()
+        for i, groups in enumerate(self.groups):
+            if not groups:
+                continue
+            members = [trial for group in groups for trial in group.trials]
+            for trial in members:
+                if trial.name not in going:
+                    self.session.keep_stopped(groups[0], trial, self.slots[trial.name])
+            self.groups[i] = _packed([trial for trial in members if trial.name in going], groups[0])
+
+
+def _packed(trials: Sequence[Trial], like: Group) -> list[Group]:
+    """Groups of the size of `like`, or of one as small as is left where that is half of it or less."""
+    devices = max(1, like.devices)
+    size = like.size
+    if len(trials) <= size // 2:
+        size = -(-len(trials) // devices) * devices
+    return [like._replace(trials=list(trials[i : i + size]), size=size) for i in range(0, len(trials), max(size, 1))]
+
+
+def summary(rows: Sequence[dict[str, Any]], steps: int) -> dict[str, int]:
+    """Trial-steps that were taken, and that a study without stopping would have taken."""
+    return {"trial_steps": sum(row["steps"] for row in rows), "full_steps": steps * len(rows)}

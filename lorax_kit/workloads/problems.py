@@ -1,0 +1,60 @@
+"""The problem that a configuration or a saved adapter names: one of the package's own, or a user's by its address."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorax_kit.checkpoint.adapter import read_document
+from lorax_kit.errors import AdapterError, StudyError
+from lorax_kit.problem import Problem, problem_at
+from lorax_kit.workloads.sentiment import Sentiment, adapter_folder
+
+OWN = {"sentiment": Sentiment}
+
+
+def problem_from(data: Any) -> Problem:
+    """Load a problem.
+
+    Args:
+      data: "module:object"; or an object of settings with "address", or with the "name" of one of the package's own
+        ("sentiment", which is the default).
+
+    Raises:
+      StudyError: an unknown name, an address that leads nowhere, settings that it does not take.
+    """
+    if isinstance(data, str):
+        return problem_at(data)
+    if not isinstance(data, Mapping):
+        raise StudyError(f"a problem must be an object or 'module:object', not {type(data).__name__}.")
+    settings = dict(data)
+    if "address" in settings:
+        return problem_at(settings.pop("address"), settings)
+    name = settings.pop("name", "sentiment")
+    if name not in OWN:
+        raise StudyError(f"problem {name!r} is unknown; choose from {', '.join(OWN)}, or give an address.")
+    return OWN[name].from_dict(settings).build()
+
+
+def problem_of(adapter: str | Path, address: str | None = None) -> Problem:
+    """The problem that a saved adapter was trained on.
+
+    Args:
+      address: in place of the one that the adapter remembers.
+
+    Raises:
+      AdapterError: no adapter, a damaged one, or one that does not say.
+      StudyError: an address that leads nowhere.
+    """
+    path = adapter_folder(adapter)
+    meta = read_document(path)["meta"]
+    settings = meta.get("settings")
+    if address is not None or meta.get("address"):
+        return problem_at(address or meta["address"], settings if isinstance(settings, Mapping) else None)
+    if not isinstance(settings, Mapping) or meta.get("problem") not in OWN:
+        raise AdapterError(
+            f"the adapter at {str(path)!r} does not say which problem it was trained on.\n"
+            "  give its address: --problem module:object"
+        )
+    return OWN[meta["problem"]].from_dict(dict(settings)).build()

@@ -1,0 +1,142 @@
+"""`train`: one adapter on any problem, by `lk.fit`."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from tqdm import tqdm
+
+from lorax_kit.checkpoint.adapter import save_adapter
+from lorax_kit.checkpoint.fingerprint import fingerprint
+from lorax_kit.core.merge import merge, split
+from lorax_kit.core.paths import Params
+from lorax_kit.core.plan import Plan
+from lorax_kit.core.setting import is_int
+from lorax_kit.core.spec import AnySetting, Spec
+from lorax_kit.errors import AdapterError, StudyError
+from lorax_kit.methods import LoRA
+from lorax_kit.problem import Evaluator, Problem
+from lorax_kit.problem.objective import STATE, draws, training_loss, with_state
+from lorax_kit.training import Info, State, fit, make_step, partition
+from lorax_kit.transform import all_linear, resolve
+from lorax_kit.workloads.sentiment import Sentiment
+
+
+def train_adapter(
+    problem: Problem | Sentiment,
+    setting: AnySetting | None = None,
+    *,
+    out: Path,
+    rank: int = 8,
+    alpha: float = 16.0,
+    variant: str = "lora",
+    lr: float,
+    seed: int,
+    targets: Sequence[str],
+    epochs: int,
+    steps_per_epoch: int | None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train one adapter by `lk.fit` and save it under `out`; the epoch that is best by the problem's metric is kept.
+
+    Interrupted, the same call goes on, to the same bits: `out/training.npz` holds the training until the adapter is
+    saved. Each epoch is once in `out/metrics.jsonl`.
+
+    Args:
+      problem: what to train on.
+      setting: of the method; None: `LoRA(rank=, alpha=, variant=)`.
+      targets: patterns, or "all-linear" alone.
+      steps_per_epoch: None: the problem's fact of that name.
+
+    Returns:
+      {"adapter", "stopped", "history", "test_<metric>"...}.
+
+    Raises:
+      StudyError: a rate that is not positive, no number of steps, a training that gave nothing.
+      AdapterError: `out` holds an adapter.
+      LoraxError: `out` holds an interrupted training of other settings.
+    """
+    setting = LoRA(rank=rank, alpha=alpha, variant=variant) if setting is None else setting
+    if not 0 < lr < float("inf"):
+        raise StudyError(f"lr is {lr}; it must be a positive number.")
+    if (out / "adapter").exists():
+        raise AdapterError(f"{str(out / 'adapter')!r} exists.\n  choose another folder")
+    problem = problem.build() if isinstance(problem, Sentiment) else problem
+    per_epoch: Any = steps_per_epoch or problem.facts.get("steps_per_epoch")
+    if not is_int(per_epoch) or per_epoch < 1:
+        raise StudyError(
+            f"problem {problem.name!r} does not say how many steps an epoch has.\n"
+            "  give --steps-per-epoch, or Problem(facts={'steps_per_epoch': ...})"
+        )
+    params = problem.params(jax.random.fold_in(jax.random.key(seed), 0))
+    stream, example = problem.train(seed, 0), next(iter(problem.train(seed, 0)))
+    rules = [(p, setting) for p in targets]
+    if tuple(targets) == ("all-linear",):
+        own = (*problem.head, *problem.state)
+        rules = list(all_linear(setting, params, problem.apply, example, exclude=own).rules)  # type: ignore[arg-type]
+    spec = Spec([*problem.whole_rules, *rules])
+    plan = resolve(spec, params, problem.apply, example)
+    base, factors = split(params, plan, jax.random.fold_in(jax.random.key(seed), 1))
+    schedule = optax.linear_schedule(lr, 0.0, per_epoch * epochs)
+    init, step = _steps(problem, plan, partition(optax.adamw(schedule), plan, clip=1.0))
+    validate, test = (Evaluator(problem, base, plan.trained, part) for part in (problem.val, problem.test))
+
+    def measure(factors: Any) -> dict[str, float]:
+        return _metrics(problem, validate(merge(base, factors, plan)))
+
+    out.mkdir(parents=True, exist_ok=True)
+    saved, log = out / "training.npz", out / "metrics.jsonl"
+    if saved.exists():
+        tqdm.write(f"{str(out)!r} holds an interrupted training: going on", file=sys.stderr)
+    elif log.exists():
+        tqdm.write(f"{str(log)!r} is of an earlier training without an adapter: beginning anew", file=sys.stderr)
+        log.unlink()
+    settings = {
+        "problem": problem.facts.get("settings") or {},
+        "base": fingerprint(base, [leaf.path for leaf in plan.full]),
+        "spec": spec.to_dict(),
+        **{"lr": lr, "seed": seed, "steps per epoch": per_epoch},
+    }
+    rounds = [list(itertools.islice(stream, per_epoch)) for _ in range(epochs)]
+    # Where nothing is random no key is drawn for a step.
+    state = init(factors, jax.random.fold_in(jax.random.key(seed), 2) if draws(problem, plan) else None)
+    fitted = fit(
+        step, state, base, rounds, evaluate=measure, monitor=f"val_{problem.metric}", better=problem.chief.better,
+        log=log, progress=progress, saved=saved, settings=settings,
+    )  # fmt: skip
+    if not fitted.history:
+        saved.unlink(missing_ok=True)
+        raise StudyError(f"training gave no usable adapter: {fitted.stopped}.\n  lower the learning rate")
+    final = _metrics(problem, test(merge(base, fitted.state.factors, plan)))
+    meta = {"problem": problem.name, "settings": problem.facts.get("settings")}
+    meta |= {"address": problem.address} if problem.address else {}
+    save_adapter(out / "adapter", plan, fitted.state.factors, base=base, meta=meta)
+    saved.unlink(missing_ok=True)
+    return {
+        "adapter": str(out / "adapter"),
+        "stopped": fitted.stopped,
+        "history": fitted.history,
+        **{f"test_{name}": value for name, value in final.items()},
+    }
+
+
+def _metrics(problem: Problem, found: dict[str, float]) -> dict[str, float]:
+    return {metric.name: found[metric.name] for metric in problem.all_metrics}
+
+
+def _steps(problem: Problem, plan: Plan, tx: optax.GradientTransformation) -> tuple[Callable[..., State], Any]:
+    """`init` and the compiled step of a problem's training; the aux holds its metrics over the batch."""
+    init, plain = make_step(training_loss(problem, plan, measured=True), tx, jit=False)
+
+    def step(state: State, base: Params, batch: Any) -> tuple[State, Info]:
+        state, info = plain(state, base, batch)
+        aux = {name: x for name, x in info.aux.items() if name != STATE}
+        return with_state(state, info), info._replace(aux=aux)
+
+    return init, jax.jit(step, donate_argnums=(0,))
