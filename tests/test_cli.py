@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,8 +78,21 @@ def test_report_can_be_written_again(finished, capsys):
     call("report", out, "--json")
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert {row["trial"] for row in rows} == {row["trial"] for row in printed["rows"]}
-    call("report", out)
+    call("report", out, "--margin", "0.02")
     assert "3 of 3 trials" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        call("report", out, "--margin", "0")
+    assert "margin is 0; it must be above zero" in capsys.readouterr().err
+
+
+def test_reports_of_two_runs_stand_side_by_side(finished, tmp_path, capsys):
+    out, _, _ = finished
+    shutil.copytree(out, tmp_path / "again")
+    call("report", out, tmp_path / "again", "--out", tmp_path / "page.html")
+    assert "test accuracy (95 %)" in capsys.readouterr().out
+    assert "1 pairs" in (tmp_path / "page.html").read_text()
+    call("report", out, tmp_path / "again", "--out", tmp_path / "page.html", "--json")
+    assert {row["run"] for row in json.loads(capsys.readouterr().out)["rows"]} == {str(out), str(tmp_path / "again")}
 
 
 def test_inspect_lists_parameters_sites_and_adapters(finished, tmp_path, capsys):
@@ -237,6 +251,8 @@ BAD = [
     (["study", "--config", "{tmp}/none.json", "--out", "{tmp}/run"], "does not exist"),
     (["evaluate", "{tmp}"], "is not an adapter"),
     (["report", "{tmp}"], "is not a run folder"),
+    (["report", "{tmp}", "{tmp}"], "two or more different run folders"),
+    (["report", "{tmp}", "--out", "{tmp}/page.html"], "--out goes with several run folders"),
     (["inspect", "{tmp}/none"], "has no config.json"),
     (["inspect", "minilm", "--tokens", "1"], "is not in the range"),
     (["inspect", "minilm", "--quantise", "nf4"], "give --spec"),

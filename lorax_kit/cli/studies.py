@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from lorax_kit.cli.root import cli, echo
+from lorax_kit.cli.root import cli, echo, refuse_given
 
 
 def _config(path: str) -> dict[str, Any]:
@@ -138,14 +138,45 @@ def _planned(planned: dict[str, Any]) -> str:
 
 
 @cli.command()
-@click.argument("run_folder", type=click.Path(exists=True, file_okay=False))
+@click.argument("run_folders", type=click.Path(exists=True, file_okay=False), nargs=-1, required=True)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False),
+    default=None,
+    help="Page of several folders; side_by_side.html in the first.",
+)
+@click.option(
+    "--margin",
+    type=float,
+    default=None,
+    help="Largest loss of the metric that does not matter, in its units; default: the study's, else 0.01 of a share.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
-def report(run_folder: str, as_json: bool) -> None:
-    """Write the report of a run folder, or of a comparison, anew: report.html, plots and results.csv."""
-    from lorax_kit.report import read_run, summary_table, write_report
-    from lorax_kit.report.compression import comparison_table, read_rows, write_comparison
+def report(run_folders: tuple[str, ...], out: str | None, margin: float | None, as_json: bool) -> None:
+    """Write the report of a run folder, or of a comparison, anew: report.html, plots, tables and results.csv.
 
+    Of several run folders, one page on which they stand side by side.
+    """
+    from lorax_kit.report import read_run, summary_table, write_report, write_side_by_side
+    from lorax_kit.report.claims import not_inferior_text
+    from lorax_kit.report.compression import comparison_table, read_rows, write_comparison
+    from lorax_kit.report.conditions import summarise
+    from lorax_kit.report.tables.together import together_rows, together_table
+    from lorax_kit.report.together import read_together
+
+    if len(run_folders) > 1:
+        page = write_side_by_side(run_folders, out, margin=margin)
+        together = read_together(run_folders, margin=margin)
+        if as_json:
+            echo({"rows": together_rows(together), "report": str(page)})
+            return
+        click.echo(together_table(together))
+        click.echo(f"report: {page}")
+        return
+    (run_folder,) = run_folders
+    refuse_given({"out": "--out"}, "several run folders")
     if (Path(run_folder) / "comparison.json").exists():
+        refuse_given({"margin": "--margin"}, "the folder of a study")
         page = write_comparison(run_folder)
         if as_json:
             echo({"rows": read_rows(Path(run_folder))[0], "report": str(page)})
@@ -153,9 +184,10 @@ def report(run_folder: str, as_json: bool) -> None:
         click.echo(comparison_table(run_folder))
         click.echo(f"report: {page}")
         return
-    page = write_report(run_folder)
+    page = write_report(run_folder, margin=margin)
     if as_json:
         echo({"rows": list(read_run(run_folder).trials), "report": str(page)})
         return
-    click.echo(summary_table(read_run(run_folder)))
-    click.echo(f"report: {page}")
+    run = read_run(run_folder)
+    claim = not_inferior_text(summarise(run, margin=margin))
+    click.echo("\n".join([summary_table(run), *([claim] if claim else []), f"report: {page}"]))

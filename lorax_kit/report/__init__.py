@@ -1,7 +1,17 @@
-"""Reads a run folder and draws tables, plots and the HTML report; never runs anything."""
+"""Reads run folders and draws tables, plots and HTML reports; never runs anything."""
 
-from lorax_kit.report.page import write_report
+from lorax_kit.report.pages.run import write_report
+from lorax_kit.report.pages.together import write_side_by_side
 from lorax_kit.report.run_folder import RunFolder, RunFolderError, read_run
-from lorax_kit.report.tables import summary_table, write_csv
+from lorax_kit.report.tables.summary import summary_table
+from lorax_kit.report.tables.trials import write_csv
 
-__all__ = ["RunFolder", "RunFolderError", "read_run", "summary_table", "write_csv", "write_report"]
+__all__ = [
+    "RunFolder",
+    "RunFolderError",
+    "read_run",
+    "summary_table",
+    "write_csv",
+    "write_report",
+    "write_side_by_side",
+]

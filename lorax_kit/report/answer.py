@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 
 from lorax_kit.analysis.statistics import seeds_needed, smallest_p
+from lorax_kit.report.claims import examples_error, not_inferior_text, power_text, smaller_ranks
 from lorax_kit.report.conditions import Condition, Summary, at_edge_of_grid, rates_tried
-from lorax_kit.report.tables import bytes_text, p_text, plural
+from lorax_kit.report.tables.text import bytes_text, p_text, plural
 
 
 def answer(summary: Summary) -> list[str]:
@@ -27,16 +28,17 @@ def answer(summary: Summary) -> list[str]:
     if best is None:
         if not summary.conditions:
             return ["This run holds only the frozen-encoder probe so far; no rank can be compared yet."]
+        diverged = f"{_of_all(len(summary.failed), len(summary.run.trials))} diverged"
         return [
-            f"No rank can be recommended: {_of_all(len(summary.failed), len(summary.run.trials))} diverged. "
+            f"No rank can be recommended: {diverged if summary.failed else 'no trial finished'}. "
             "A learning rate well below those tried is the first thing to change."
         ]
     if not best.values(summary.metric).size:
         return [f"Trials finished, but none of them recorded the {summary.measure.word}; see the losses below."]
     paragraphs = [_headline(summary, best), _choice_error(summary, best)]
-    smaller = [c for c in summary.ladder if c.rank < best.rank and c.values(summary.metric).size]
+    smaller = smaller_ranks(summary)
     if smaller:
-        paragraphs.append(_against_smaller(summary, best, smaller[-1]))
+        paragraphs += [not_inferior_text(summary), _against_smaller(summary, best, smaller[-1])]
     elif len([c for c in summary.ladder if c.values(summary.metric).size]) > 1:
         advice = "" if best.rank == 1 else "; try smaller ones"
         paragraphs.append(f"Rank {best.rank} is also the smallest rank that finished{advice}.")
@@ -46,6 +48,7 @@ def answer(summary: Summary) -> list[str]:
         paragraphs.append(_cheapest(summary, best, smaller))
     if summary.probe is not None:
         paragraphs.append(_against_probe(summary, best, summary.probe))
+    paragraphs.append(power_text(summary))
     return [paragraph for paragraph in paragraphs if paragraph]
 
 
@@ -66,6 +69,8 @@ def cautions(summary: Summary) -> list[str]:
             "counted as ×n in the figures, and left out of every mean: read a mean beside ×n as conditional "
             "on not diverging."
         )
+    if summary.stopped:
+        found.append(_stopped(summary))
     edges = at_edge_of_grid(summary)
     few = max((rates_tried(summary, condition) for condition in summary.ladder), default=0)
     if len(summary.ladder) > 1 and few < 3:
@@ -131,19 +136,29 @@ def _headline(summary: Summary, best: Condition) -> str:
 
 
 def _choice_error(summary: Summary, best: Condition) -> str:
-    """What the finite validation set leaves open: ranks within one standard error of the best mean."""
-    size = (summary.run.study.get("task") or {}).get("val")
-    mean = best.mean(summary.choice)
-    if not isinstance(size, int) or size < 1 or len(summary.ladder) < 2 or summary.measure.name != "accuracy":
+    """What the finite validation set leaves open: ranks within the interval of the best mean over other examples."""
+    error = examples_error(summary, best, summary.choice)
+    if error is None or len(summary.ladder) < 2:
         return ""
-    error = math.sqrt(mean * (1 - mean) / size)
-    near = [c for c in summary.ladder if c is not best and mean - c.mean(summary.choice) <= error]
+    near = [c for c in summary.ladder if c is not best and c.mean(summary.choice) >= error.low]
     if not near:
         return ""
     ranks = ", ".join(str(c.rank) for c in near)
+    shown = summary.measure.interval(error._replace(method=error.method.replace("examples", "validation examples")))
     return (
-        f"The choice rests on {size:,} validation examples, whose finite number alone gives a standard error of "
-        f"{100 * error:.1f} points: rank {ranks} lie{'s' if len(near) == 1 else ''} within it."
+        f"The choice rests on a finite validation set: its mean accuracy, {shown}, would differ on other examples, "
+        f"whatever the seeds; rank {ranks} lie{'s' if len(near) == 1 else ''} within that interval."
+    )
+
+
+def _stopped(summary: Summary) -> str:
+    """How many trials were stopped early, and when."""
+    steps = [trial.get("stopped_at") or trial.get("steps") for trial in summary.stopped]
+    known = sorted({int(step) for step in steps if step})
+    when = f", at step {known[0]}" if len(known) == 1 else f", at steps {known[0]} to {known[-1]}" if known else ""
+    return (
+        f"Stopped early: {_of_all(len(summary.stopped), len(summary.run.trials))}{when}, for being behind others. They "
+        "enter no mean, so a condition that was stopped at some seeds has fewer of them."
     )
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 from lorax_kit.analysis.statistics import Interval, interval
 from lorax_kit.json_text import parse_json, read_json
-from lorax_kit.report.page import inline_svg, render
+from lorax_kit.report.figures.pareto import pareto_front
+from lorax_kit.report.pages.html import inline_svg, render
 from lorax_kit.report.plots import FAINT, INK, MARKERS, OKABE_ITO, QUIET, Figure, Plot, canvas, legend_below, log_values
 from lorax_kit.report.plots import render as render_plot
 from lorax_kit.report.run_folder import RunFolderError, replace_file
-from lorax_kit.report.tables import bytes_text
+from lorax_kit.report.tables.text import bytes_text
 
 COSTS = {"bytes_ratio": "bytes", "flops_ratio": "FLOPs", "latency_ratio": "latency", "memory_ratio": "peak memory"}
 MOST = 30
@@ -84,17 +85,13 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
 
 def front(lines: Sequence[Line], cost: str) -> list[Line]:
     """Those that no other beats in both the cost and the metric, from the cheapest; a metric must be finite for it."""
-    higher = lines[0].row["metric"] == "accuracy"
-    kept: list[Line] = []
-    finite = [line for line in lines if isfinite(line.best)]
-    for line in sorted(finite, key=lambda x: (x.row[cost], -x.best if higher else x.best)):
-        if not kept or (line.best > kept[-1].best if higher else line.best < kept[-1].best):
-            kept.append(line)
-    return kept
+    better = "higher" if lines[0].row["metric"] == "accuracy" else "lower"
+    kept = pareto_front([line.row[cost] for line in lines], [line.best for line in lines], better)
+    return [lines[i] for i in kept]
 
 
 def write_comparison(folder: str | Path) -> Path:
-    """Write `report.html`, `plots/pareto.{svg,png}` and `results.csv` from a folder's `rows.jsonl`.
+    """Write `report.html`, `plots/pareto.{png,svg,pdf}` and `results.csv` from a folder's `rows.jsonl`.
 
     Returns:
       The path of `report.html`.
@@ -116,8 +113,7 @@ def write_comparison(folder: str | Path) -> Path:
     writer.writeheader()
     writer.writerows(rows)
     replace_file(path / "results.csv", text.getvalue().encode())
-    replace_file(path / "plots" / "pareto.svg", plot.svg.encode())
-    replace_file(path / "plots" / "pareto.png", plot.png)
+    plot.write(path / "plots")
     first = rows[0]
     fronts = {id(line) for line in front(lines, "bytes_ratio")}
     page = render(

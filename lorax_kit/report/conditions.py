@@ -1,7 +1,7 @@
 """Groups trials into conditions, chooses a learning rate per rank, and makes the paired comparisons.
 
-A condition is (targets, variant, alpha policy, rank, learning rate); its trials differ in the seed only. A
-family is a condition without its rank and rate. Per family and rank **the rate is chosen on the metric of the
+A condition is (targets, variant, alpha policy, other settings, rank, learning rate); its trials differ in the seed
+only. A family is a condition without its rank and rate. Per family and rank **the rate is chosen on the metric of the
 validation set and the result is reported on that of the test set**, so choosing does not flatter what is shown.
 """
 
@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -19,14 +19,19 @@ from jaxtyping import Float
 from lorax_kit.analysis.statistics import Comparison, Interval, compare, interval
 from lorax_kit.report.measure import Measure
 from lorax_kit.report.run_folder import Record, RunFolder
+from lorax_kit.report.settings import rest_of, varying
+
+STOPPED = "stopped"
+"""The status of a trial that was stopped early."""
 
 
 class Family(NamedTuple):
-    """What stays fixed along a rank ladder."""
+    """What stays fixed along a rank ladder; `rest` names the other settings that differ within the run."""
 
     targets: str
     variant: str
     policy: str
+    rest: str = ""
 
     def __str__(self) -> str:
         return ", ".join(part for part in self if part) or "all trials"
@@ -40,6 +45,11 @@ class Condition:
     rank: int
     lr: float
     trials: tuple[Record, ...]
+
+    @property
+    def key(self) -> tuple[str | int, ...]:
+        """(targets, variant, policy, rest, rank): its name among the chosen conditions."""
+        return (*self.family, self.rank)
 
     @property
     def done(self) -> tuple[Record, ...]:
@@ -79,7 +89,8 @@ class Summary:
       probe: The rank-0 condition (frozen encoder, trained head) at its best rate, or None.
       best: The chosen condition with the best mean of `choice`, or None if nothing finished.
       comparisons: Every other chosen condition (and the probe) against `best`; `condition` holds
-        (targets, variant, policy, rank).
+        (targets, variant, policy, rest, rank).
+      margin: The largest loss of the metric that does not matter, in its units; None where nobody said.
       notes: What the reader of the report must know about the data, one sentence each.
     """
 
@@ -91,6 +102,7 @@ class Summary:
     probe: Condition | None
     best: Condition | None
     comparisons: tuple[Comparison, ...]
+    margin: float | None
     notes: tuple[str, ...]
 
     @property
@@ -120,8 +132,19 @@ class Summary:
 
     @cached_property
     def failed(self) -> tuple[Record, ...]:
-        """Trials that did not finish with status "done"."""
-        return tuple(trial for trial in self.run.trials if trial["status"] != "done")
+        """Trials that ended otherwise than by finishing or being stopped."""
+        return tuple(trial for trial in self.run.trials if trial["status"] not in ("done", STOPPED))
+
+    @cached_property
+    def stopped(self) -> tuple[Record, ...]:
+        """Trials that were stopped early, for being behind others: they enter no mean."""
+        return tuple(trial for trial in self.run.trials if trial["status"] == STOPPED)
+
+    @property
+    def lost(self) -> str:
+        """What happened to the seeds that no mean holds, in words."""
+        words = ["diverged"] * bool(self.failed or not self.stopped) + ["were stopped early"] * bool(self.stopped)
+        return " or ".join(words)
 
     @property
     def ladder(self) -> tuple[Condition, ...]:
@@ -132,48 +155,91 @@ class Summary:
 
     def comparison(self, condition: Condition) -> Comparison | None:
         """How `condition` compares with `best`; None for `best` itself."""
-        return next((c for c in self.comparisons if c.condition == (*condition.family, condition.rank)), None)
+        return next((c for c in self.comparisons if c.condition == condition.key), None)
 
 
-def summarise(run: RunFolder) -> Summary:
+def summarise(
+    run: RunFolder,
+    *,
+    margin: float | None = None,
+    names: Sequence[str] | None = None,
+    measure: Measure | None = None,
+) -> Summary:
     """Group the trials of a run; see `Summary`.
 
     The rate of a rank is the one with the best mean validation metric among the rates with the most
     finished seeds, so a rate that diverged for some seeds cannot win by its survivors. Of equal means the one with
     fewer parameters counts, then the one with the lower validation loss; `best` likewise.
+
+    Args:
+      margin: The largest loss of the metric that does not matter, in its units; None: what `study.json` says, else a
+        percentage point of a share, else none.
+      names: The settings that families are told apart by; None: those that differ within the run.
+      measure: The metric to choose and report by; None: the run's own.
+
+    Raises:
+      ValueError: A margin that is not above zero.
     """
-    measure = Measure.of(run.study)
+    measure = measure or Measure.of(run.study)
+    margin = measure.margin(run.study) if margin is None else margin
+    if margin is not None and not (margin > 0 and math.isfinite(margin)):
+        raise ValueError(
+            f"margin is {margin:g}; it must be above zero: the largest loss in {measure.name!r} that does not matter."
+        )
+    names = varying(run.trials) if names is None else names
     metric = f"val_{measure.name}"
     if any(t["status"] == "done" and t.get(f"test_{measure.name}") is not None for t in run.trials):
         metric = f"test_{measure.name}"
-    adapted = _conditions([trial for trial in run.trials if trial["rank"] > 0])
-    probes = _conditions([trial for trial in run.trials if trial["rank"] == 0])
+    adapted = _conditions([trial for trial in run.trials if trial["rank"] > 0], names)
+    probes = _conditions([trial for trial in run.trials if trial["rank"] == 0], names)
     by_rank: dict[Family, dict[int, list[Condition]]] = {}
     for condition in adapted:
         by_rank.setdefault(condition.family, {}).setdefault(condition.rank, []).append(condition)
     ladders = {
-        family: tuple(_best(rates, measure) for _, rates in sorted(ranks.items())) for family, ranks in by_rank.items()
+        family: tuple(best_of(rates, measure) for _, rates in sorted(by_rank[family].items())) for family in by_rank
     }
     chosen = [condition for ladder in ladders.values() for condition in ladder]
-    probe = _best(probes, measure) if probes else None
-    best = _best(chosen, measure) if chosen else None
+    probe = best_of(probes, measure) if probes else None
+    best = best_of(chosen, measure) if chosen else None
     if best is not None and not best.done:
         best = None
-    rows: list[Record] = []
     notes = list(run.notes)
-    for condition in [*([probe] if probe else []), *chosen]:
+    compared = [*([probe] if probe else []), *chosen]
+    for condition in compared:
         seeds = [trial["seed"] for trial in condition.trials]
         if len(set(seeds)) < len(seeds):
             notes.append(f"Rank {condition.rank} ({condition.family}) has several trials of the same seed.")
+    comparisons: tuple[Comparison, ...] = ()
+    if best is not None and best.values(metric).size:
+        comparisons = compare_conditions(compared, metric, best)
+    return Summary(run, measure, metric, tuple(adapted), ladders, probe, best, comparisons, margin, tuple(notes))
+
+
+def compare_conditions(conditions: Sequence[Condition], metric: str, best: Condition) -> tuple[Comparison, ...]:
+    """Every other condition against `best`, Holm-corrected over those given; each named by its `key`."""
+    found = compare(paired_rows(conditions), metric, ("condition",), against=(best.key,))
+    return tuple(c._replace(condition=c.condition[0], against=c.against[0]) for c in found)
+
+
+def paired_rows(conditions: Iterable[Condition]) -> list[Record]:
+    """The trials of conditions as rows to compare: "condition" is the `key`, and repeated seeds are numbered."""
+    rows: list[Record] = []
+    for condition in conditions:
+        seeds = [trial["seed"] for trial in condition.trials]
         rows += [
-            trial | {"condition": (*condition.family, condition.rank), "seed": (seed, seeds[:i].count(seed))}
+            trial | {"condition": condition.key, "seed": (seed, seeds[:i].count(seed))}
             for i, (seed, trial) in enumerate(zip(seeds, condition.trials, strict=True))
         ]
-    comparisons: list[Comparison] = []
-    if best is not None and best.values(metric).size:
-        found = compare(rows, metric, ("condition",), against=((*best.family, best.rank),))
-        comparisons = [c._replace(condition=c.condition[0], against=c.against[0]) for c in found]
-    return Summary(run, measure, metric, tuple(adapted), ladders, probe, best, tuple(comparisons), tuple(notes))
+    return rows
+
+
+def differences(one: Condition, other: Condition, metric: str) -> Float[np.ndarray, " pairs"]:
+    """one - other of the metric, over the seeds that finished in both."""
+    found: list[dict[Any, float]] = []
+    for condition in (one, other):
+        done = [row for row in paired_rows([condition]) if row["status"] == "done" and row.get(metric) is not None]
+        found.append({row["seed"]: row[metric] for row in done if math.isfinite(row[metric])})
+    return np.array([found[0][seed] - found[1][seed] for seed in found[0] if seed in found[1]], dtype=np.float64)
 
 
 def rates_tried(summary: Summary, condition: Condition) -> int:
@@ -191,7 +257,8 @@ def at_edge_of_grid(summary: Summary) -> tuple[Condition, ...]:
     return tuple(edges)
 
 
-def _best(conditions: Sequence[Condition], measure: Measure) -> Condition:
+def best_of(conditions: Sequence[Condition], measure: Measure) -> Condition:
+    """The one with the best mean on validation data among those with the most finished seeds; see `summarise`."""
     choice = f"val_{measure.name}"
     most = max(condition.values(choice).size for condition in conditions)
     fullest = [c for c in conditions if c.values(choice).size == most]
@@ -200,27 +267,32 @@ def _best(conditions: Sequence[Condition], measure: Measure) -> Condition:
     return max(fullest, key=lambda c: (measure.sign * c.mean(choice), -(c.first("params") or 0), -c.mean("val_loss")))
 
 
-def _conditions(trials: Sequence[Record]) -> list[Condition]:
+def _conditions(trials: Sequence[Record], names: Sequence[str]) -> list[Condition]:
     groups: dict[tuple[Family, int, float], list[Record]] = {}
-    policies = _alpha_policies(trials)
+    policies = _alpha_policies(trials, names)
     for trial in trials:
-        family = Family(_name(trial["targets"]), _name(trial["variant"]), policies[trial["trial"]])
+        family = Family(*_setting(trial), policies[trial["trial"]], rest_of(trial, names))
         groups.setdefault((family, trial["rank"], trial["lr"]), []).append(trial)
     return [Condition(family, rank, lr, tuple(members)) for (family, rank, lr), members in sorted(groups.items())]
+
+
+def _setting(trial: Record) -> tuple[str, str]:
+    """Its targets and its variant."""
+    return _name(trial["targets"]), _name(trial["variant"])
 
 
 def _name(value: object) -> str:
     return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value or "")
 
 
-def _alpha_policies(trials: Iterable[Record]) -> dict[str, str]:
+def _alpha_policies(trials: Iterable[Record], names: Sequence[str]) -> dict[str, str]:
     """Trial name -> "α = 16" (constant over ranks), "α = 2r" (proportional) or "α set per rank".
 
     The log holds numbers only; the policy is read off as the description with fewer distinct values.
     """
-    groups: dict[tuple[str, str], list[Record]] = {}
+    groups: dict[tuple[str, ...], list[Record]] = {}
     for trial in trials:
-        groups.setdefault((_name(trial["targets"]), _name(trial["variant"])), []).append(trial)
+        groups.setdefault((*_setting(trial), rest_of(trial, names)), []).append(trial)
     policies: dict[str, str] = {}
     for members in groups.values():
         known = [t for t in members if t["alpha"] is not None and t["rank"] > 0]

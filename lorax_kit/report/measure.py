@@ -46,6 +46,18 @@ class Measure:
         return 100.0 if self.share else 1.0
 
     @property
+    def counted(self) -> bool:
+        """Whether it is a share counted over examples, whose error follows from the share alone: accuracy is."""
+        return self.name == "accuracy"
+
+    def margin(self, study: Mapping[str, Any]) -> float | None:
+        """The largest loss that does not matter: what a run says, else a percentage point of a share, else nothing."""
+        said = study.get("margin", (study.get("design") or {}).get("margin"))
+        if isinstance(said, int | float) and not isinstance(said, bool):
+            return float(said)
+        return 0.01 if self.share else None
+
+    @property
     def word(self) -> str:
         """The name in a sentence."""
         return self.name.replace("_", " ")
@@ -90,6 +102,10 @@ class Measure:
         """A difference with its sign: "+0.31" percentage points of a share, three digits of anything else."""
         text = f"{100 * difference:+.2f}" if self.share else f"{difference:+.3g}"
         return "0.00" if float(text) == 0 else text.replace("-", "−")
+
+    def amount(self, difference: float) -> str:
+        """The size of a difference: "1.00 points" of a share, three digits of anything else."""
+        return self.signed(abs(difference)).removeprefix("+") + (" points" if self.share else "")
 
     def difference(self, found: Comparison) -> str:
         """Best - condition with its interval, in percentage points where the metric is a share."""

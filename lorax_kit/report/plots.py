@@ -11,6 +11,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -21,6 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from lorax_kit.report.run_folder import replace_file
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5b5b5b", "#000000")
 MARKERS = "osD^vPXh"
@@ -49,17 +52,27 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a $ in a name is a $
     "svg.hashsalt": "lorax_kit",  # the same run gives the same file
     "svg.fonttype": "path",
+    "pdf.fonttype": 42,  # TrueType, which journals accept; the default, Type 3, they often do not
 }
+
+
+KINDS = ("png", "svg", "pdf")
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure: file stem, caption (plain text), and its two renderings."""
+    """One figure: file stem, caption (plain text), and its renderings."""
 
     name: str
     caption: str
     svg: str
     png: bytes
+    pdf: bytes
+
+    def write(self, folder: Path) -> None:
+        """Write its files, `<name>.png`, `.svg` and `.pdf`, each replaced atomically."""
+        for kind, content in (("png", self.png), ("svg", self.svg.encode()), ("pdf", self.pdf)):
+            replace_file(folder / f"{self.name}.{kind}", content)
 
 
 def render(name: str, make: Callable[[], tuple[Figure, str] | str]) -> Plot | str:
@@ -69,10 +82,11 @@ def render(name: str, make: Callable[[], tuple[Figure, str] | str]) -> Plot | st
         if isinstance(made, str):
             return made
         figure, caption = made
-        svg, png = io.StringIO(), io.BytesIO()
+        svg, png, pdf = io.StringIO(), io.BytesIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
-    return Plot(name, caption, svg.getvalue(), png.getvalue())
+        figure.savefig(pdf, format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    return Plot(name, caption, svg.getvalue(), png.getvalue(), pdf.getvalue())
 
 
 def canvas(height: float) -> Figure:
@@ -137,8 +151,8 @@ def rank_axis(axes: Axes, ranks: Sequence[int], pad: float = 0.45) -> None:
     axes.set_xlabel("rank")
 
 
-def log_axis(axes: Axes, which: str, values: Sequence[float], text: Callable[[float], str]) -> None:
-    """A log axis ("x" or "y") with ticks at (some of) the values themselves, written by `text`."""
+def log_axis(axes: Axes, which: str, values: Sequence[float], text: Callable[[float], str], most: int = 7) -> None:
+    """A log axis ("x" or "y") with ticks at (at most `most` of) the values themselves, written by `text`."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     known = sorted({value for value in values if value > 0})
     axes.set(**{f"{which}scale": "log", f"{which}lim": (known[0] / 1.6, known[-1] * 1.6)})
@@ -146,10 +160,17 @@ def log_axis(axes: Axes, which: str, values: Sequence[float], text: Callable[[fl
     for value in known:  # labels closer than a factor of 1.4 would overlap
         if not ticks or value > 1.4 * ticks[-1]:
             ticks.append(value)
-    step = math.ceil(len(ticks) / 7)
+    step = math.ceil(len(ticks) / most)
     axis.set_ticks(ticks[::step])
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+
+
+def value_axis(axes: Axes, values: Sequence[float], text: Callable[[float], str]) -> None:
+    """An x axis from zero to above the largest value, its ticks written by `text`."""
+    axes.set_xlim(0, 1.12 * max(values))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
 
 
 def log_values(axes: Axes) -> None:

@@ -1,8 +1,9 @@
 """Reads and checks the files of a run folder, and replaces files in it atomically.
 
 A run folder holds `study.json` (what was asked, where and when it ran), `trials.jsonl` (one object per trial
-that ended), `curves.jsonl` (losses by step) and `spectra.jsonl` (singular values by site); the last two may
-be absent. A run that was killed may leave half a line at the end of a file: it is left out and noted.
+that ended), `curves.jsonl` (losses by step), `spectra.jsonl` (singular values by site) and `overlaps.jsonl` (of the
+subspaces of two trials by site); the last three may be absent. A run that was killed may leave half a line at the end
+of a file: it is left out and noted.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ REQUIRED = {
     "trials.jsonl": ("trial", "rank", "lr", "seed", "status"),
     "curves.jsonl": ("trial", "step"),
     "spectra.jsonl": ("trial", "site", "singular_values"),
+    "overlaps.jsonl": ("site", "rank_i", "rank_j", "trial_i", "trial_j", "phi"),
 }
 OPTIONAL_TRIAL_KEYS: Record = {"alpha": None, "targets": "", "variant": ""}
 NUMBERS = ("rank", "lr", "step")
@@ -45,6 +47,8 @@ class RunFolder:
         variant, rank, alpha, lr and seed.
       curves: Records {"trial", "step", and "loss" and/or "val_loss", "val_accuracy"} in order of step.
       spectra: Records {"trial", "site", "rank", "singular_values", "effective_rank", "rank90"}.
+      overlaps: Records {"site", "rank_i", "rank_j", "trial_i", "trial_j", "phi"}: phi[i - 1][j - 1] of the i leading
+        directions of the first trial's delta and the j leading ones of the second's.
       notes: Sentences about what was tolerated while reading, for the reader of the report.
     """
 
@@ -53,6 +57,7 @@ class RunFolder:
     trials: tuple[Record, ...]
     curves: tuple[Record, ...]
     spectra: tuple[Record, ...]
+    overlaps: tuple[Record, ...]
     notes: tuple[str, ...]
 
     @property
@@ -113,6 +118,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFolder:
         trials=tuple(sorted(latest.values(), key=_trial_order)),
         curves=tuple(sorted(curves.values(), key=lambda record: record["step"])),
         spectra=tuple(spectra.values()),
+        overlaps=tuple(_lines(path / "overlaps.jsonl", notes)),
         notes=tuple(notes),
     )
 
@@ -193,6 +199,8 @@ def _record(name: str, line: bytes) -> Record:
     missing = [key for key in REQUIRED[name] if key not in record]
     if missing:
         raise ValueError(f"lacks {', '.join(map(repr, missing))} (has {', '.join(record) or 'nothing'}).")
+    if name == "overlaps.jsonl" and not _is_grid(record["phi"]):
+        raise ValueError("'phi' is no grid of numbers: lists of one length, of numbers or null.")
     measured = [key for key in record if key.startswith(PARTS) and key != "train_seconds"]
     for key in (*NUMBERS, *COSTS, *SCORES, *measured):
         value = record.get(key, 0)
@@ -201,3 +209,11 @@ def _record(name: str, line: bytes) -> Record:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{key!r} is {value!r}, expected a number.")
     return record
+
+
+def _is_grid(rows: Any) -> bool:
+    """Whether it is a list of equal, not empty lists of numbers or null."""
+    if not (isinstance(rows, list) and rows and all(isinstance(row, list) and row for row in rows)):
+        return False
+    numbers = all(x is None or (isinstance(x, int | float) and not isinstance(x, bool)) for row in rows for x in row)
+    return numbers and len({len(row) for row in rows}) == 1

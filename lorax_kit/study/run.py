@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -21,6 +21,7 @@ from lorax_kit.problem import Problem
 from lorax_kit.problem.base import cast
 from lorax_kit.study.design.stopping import Stopping
 from lorax_kit.study.design.study import Study
+from lorax_kit.study.frame import frame
 from lorax_kit.study.plan import planned_stacks, unfinished
 from lorax_kit.study.programs.forms import DEFAULT, Examples
 from lorax_kit.study.programs.groups import Group, available_bytes, grouped
@@ -28,6 +29,9 @@ from lorax_kit.study.race import Race
 from lorax_kit.study.session import Session
 from lorax_kit.study.store import RunStore, environment
 from lorax_kit.training.fit import direction
+
+if TYPE_CHECKING:
+    from lorax_kit.study.frame import DataFrame
 
 
 class Results(NamedTuple):
@@ -64,6 +68,14 @@ class Results(NamedTuple):
         if not done:
             raise StudyError(f"no trial finished with a {metric}; see 'failed_step' in the rows.")
         return max(done, key=lambda row: (sign * row[metric], -row["params"], -row["val_loss"]))
+
+    def table(self) -> DataFrame:
+        """The rows as a pandas data frame, a line per trial: `results.table().groupby("rank")["test_accuracy"].mean()`.
+
+        Raises:
+          StudyError: pandas, the `table` extra, is not installed.
+        """
+        return frame(self.rows)
 
 
 def _finite(x: Any) -> bool:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lorax_kit.analysis.statistics import interval, limits, over_examples, seeds_to_tell, sign_flips
+from lorax_kit.analysis.statistics import interval, limits, over_examples, seeds_to_tell, sign_flips, unpaired
 
 SAMPLES = 20_000
 ERROR = 0.004  # two standard errors of a share of 0.93 among them
@@ -176,3 +176,30 @@ def test_the_power_note_ends_at_the_sign_flip_tests_own_least():
 def test_the_power_note_rejects(values, difference, options, message):
     with pytest.raises(ValueError, match=message):
         seeds_to_tell(values, difference, **options)
+
+
+def test_the_unpaired_interval_is_that_of_scipy():
+    from scipy.stats import ttest_ind
+
+    x, y = np.random.default_rng(0).normal((0.0, 0.5), (1.0, 3.0), (7, 2)).T
+    found = unpaired(x, y[:4])
+    wanted = ttest_ind(x, y[:4], equal_var=False).confidence_interval(0.95)
+    assert found[:3] == pytest.approx((x.mean() - y[:4].mean(), wanted.low, wanted.high))
+    assert found.method == "Welch, n = 7 and 4"
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (3, 6), (6, 12)])
+def test_the_unpaired_interval_covers(sizes):
+    draw, hits = np.random.default_rng(1), 0
+    for _ in range(4000):
+        x, y = draw.normal(0, 1, sizes[0]), draw.normal(0.3, 2, sizes[1])
+        found = unpaired(x, y)
+        hits += found.low <= -0.3 <= found.high
+    assert 0.935 <= hits / 4000 <= 0.975
+
+
+def test_the_unpaired_interval_says_what_it_cannot_tell():
+    assert unpaired([1.0], [2.0, 3.0])[3] == "one value, no interval, n = 1 and 2"
+    assert unpaired([1.0, 1.0], [2.0, 2.0])[3] == "no spread seen, no interval, n = 2 and 2"
+    with pytest.raises(ValueError, match="not finite"):
+        unpaired([1.0, np.nan], [2.0, 2.0])

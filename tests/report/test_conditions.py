@@ -1,12 +1,15 @@
 """Rates are chosen on validation, results reported on test, and diverged trials counted but never averaged."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
 from lorax_kit.report import read_run
+from lorax_kit.report.answer import cautions
 from lorax_kit.report.conditions import Family, at_edge_of_grid, rates_tried, summarise
+from lorax_kit.report.tables.summary import summary_rows
 from tests.report import fake_run
 
 LORA = Family("attention", "lora", "α = 16")
@@ -65,7 +68,7 @@ def test_the_probe_is_apart_from_the_ladder_and_compared(tmp_path):
     assert (found.probe.rank, found.probe.lr) == (0, 1e-2)
     assert (found.ranks, found.rates) == ((1,), (1e-3,))
     (comparison,) = found.comparisons
-    assert comparison.condition == ("head", "lora", "", 0)
+    assert comparison.condition == ("head", "lora", "", "", 0)
     assert comparison.difference == pytest.approx(-0.2)
 
 
@@ -132,3 +135,43 @@ def test_two_trials_of_one_seed_are_noted_not_an_error(tmp_path):
     (other,) = {1, 4} - {found.best.rank}
     assert found.comparisons[0].pairs == 2
     assert found.comparisons[0].difference == pytest.approx(np.mean(values[other] - values[found.best.rank]))
+
+
+def test_every_further_setting_tells_conditions_apart(tmp_path):
+    """Two dropouts and two optimisers at each rank and rate: four families of three seeds each, none mixed."""
+    settings = [
+        {"dropout": d, "optimizer": o, "dtype": None, "hyper_beta": 2.0} for d in (0.0, 0.1) for o in ("adamw", "lion")
+    ]
+    run = fake_run.build(tmp_path, ranks=(1, 4), seeds=12, steps=1, spectra=False, probe=False)
+    rows = [json.loads(line) for line in (run / "trials.jsonl").read_text().splitlines()]
+    rows = [r | settings[r["seed"] // 3] | {"seed": r["seed"] % 3} for r in rows]
+    fake_run.write_lines(run / "trials.jsonl", rows)
+    found = summarise(read_run(run))
+    assert [family.rest for family in found.ladders] == ["", "dropout 0.1", "dropout 0.1, lion", "lion"]
+    assert str(list(found.ladders)[2]) == "attention, lora, α = 16, dropout 0.1, lion"
+    for family, ladder in found.ladders.items():
+        wanted = {
+            "dropout": 0.1 * ("dropout" in family.rest),
+            "optimizer": "lion" if "lion" in family.rest else "adamw",
+        }
+        for condition in ladder:
+            own = [r["test_accuracy"] for r in rows if r["rank"] == condition.rank and wanted.items() <= r.items()]
+            assert condition.values("test_accuracy").tolist() == own
+            assert len(own) == 3
+    assert not found.notes
+
+
+def test_trials_that_were_stopped_early_enter_no_mean(tmp_path):
+    def change(t):
+        behind = t["rank"] == 4 and t["seed"] > 1
+        return {"status": "stopped", "stopped_at": 40 + t["seed"], "val_accuracy": 0.1} if behind else {}
+
+    run = fake_run.build(tmp_path, ranks=(1, 4), seeds=4, steps=50, spectra=False, probe=False, change=change)
+    found = summarise(read_run(run))
+    condition = next(c for c in found.conditions if c.rank == 4)
+    assert condition.values("val_accuracy").size == 2
+    assert min(condition.values("val_accuracy")) > 0.5
+    assert (len(found.stopped), found.failed, found.lost) == (2, (), "were stopped early")
+    assert found.best.rank == 1, "rank 4 has fewer seeds"
+    assert "Stopped early: 2 of 8 trials, at steps 42 to 43" in "\n".join(cautions(found))
+    assert {row["rank"]: row["seeds"] for row in summary_rows(found)} == {"1": "4", "4": "2 (+2 stopped)"}

@@ -5,10 +5,18 @@ import json
 import numpy as np
 import pytest
 
+from lorax_kit.report import RunFolderError, read_run
 from lorax_kit.report import figures as drawn
-from lorax_kit.report import read_run
 from lorax_kit.report.conditions import summarise
-from lorax_kit.report.series import BINS, binned_curves, effective_ranks, mean_spectra, rate_map, short_names
+from lorax_kit.report.figures.series import (
+    BINS,
+    binned_curves,
+    effective_ranks,
+    mean_overlaps,
+    mean_spectra,
+    rate_map,
+    short_names,
+)
 from tests.report import fake_run
 
 
@@ -163,5 +171,41 @@ def test_figures_of_several_settings_name_the_one_they_show(tmp_path):
     summary = summarise(read_run(run))
     for maker in (drawn.loss_curves, drawn.singular_values, drawn.effective_rank_by_site):
         assert f"({summary.best.family})" in maker(summary)[1]
-    _, caption = drawn.metric_by_parameters(summary)
-    assert "Settings are drawn 3 % apart" in caption
+
+
+def overlap(i, j, phi, site="a", ranks=(1, 2)):
+    names = [f"r{rank}_a16_lr0.001_attention_s{seed}" for rank, seed in zip(ranks, (i, j), strict=True)]
+    return {"site": site, "rank_i": ranks[0], "rank_j": ranks[1], "trial_i": names[0], "trial_j": names[1], "phi": phi}
+
+
+def test_overlaps_are_means_over_sites_and_pairs_of_seeds(tmp_path):
+    run = fake_run.build(tmp_path, ranks=(1, 2), seeds=2, steps=1, probe=False, spectra=False)
+    records = [
+        overlap(0, 0, [[0.2, 0.4]]),
+        overlap(1, 1, [[0.4, None]], site="b"),
+        overlap(0, 1, [[0.6], [0.8]], ranks=(2, 1)),  # the other way round
+        overlap(0, 1, [[1.0, 0.5], [0.5, 0.25]], ranks=(2, 2)),
+        overlap(0, 7, [[9.0, 9.0]]),  # of no trial
+    ]
+    fake_run.write_lines(run / "overlaps.jsonl", records)
+    summary = summarise(read_run(run))
+    maps = mean_overlaps(summary)
+    assert list(maps) == [(1, 2), (2, 2)]
+    assert maps[1, 2] == pytest.approx(np.array([[(0.2 + 0.4 + 0.6) / 3, (0.4 + 0.8) / 2]]))
+    assert maps[2, 2] == pytest.approx(np.array([[1.0, 0.5], [0.5, 0.25]]))
+    figure, caption = drawn.overlap_by_rank(summary)
+    first, second = figure.axes[:2]
+    assert (first.get_xlabel(), first.get_ylabel()) == ("directions of rank 2", "directions of rank 1")
+    assert first.images[0].get_array().filled() == pytest.approx(maps[1, 2])
+    assert [t.get_text() for t in second.get_yticklabels()] == ["1", "2"]
+    assert "(of one rank: of two seeds)" in caption
+    run_without = fake_run.build(tmp_path / "none", ranks=(1, 2), seeds=1, steps=1, spectra=False)
+    assert drawn.overlap_by_rank(summarise(read_run(run_without))) == ""
+
+
+@pytest.mark.parametrize("phi", [0.5, [], [[]], [[1.0], [1.0, 2.0]], [["x"]], [[True]]])
+def test_a_damaged_overlap_is_named(tmp_path, phi):
+    run = fake_run.build(tmp_path, ranks=(1, 2), seeds=1, steps=1, probe=False, spectra=False)
+    fake_run.write_lines(run / "overlaps.jsonl", [overlap(0, 0, [[1.0]]), overlap(0, 0, phi), overlap(0, 0, [[1.0]])])
+    with pytest.raises(RunFolderError, match=r"overlaps.jsonl', line 2: 'phi' is no grid of numbers"):
+        read_run(run)

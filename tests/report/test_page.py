@@ -14,6 +14,7 @@ from lorax_kit.report.figures import FIGURES
 from tests.report import fake_run
 
 NAMES = [maker.__name__ for maker in FIGURES]
+OF_ONE_METHOD = [name for name in NAMES if name not in ("methods", "overlap_by_rank")]
 
 
 class Page(HTMLParser):
@@ -142,10 +143,11 @@ def test_the_page_shows_what_was_compiled_and_what_memory_it_took(page):
 def test_the_limits_of_the_intervals_are_said(grid, page):
     _, rows, _ = expected_rows(grid)
     share = max(rows.values(), key=lambda row: row[5])[2]
-    error = 100 * np.sqrt(share * (1 - share) / 1000)
-    assert f"an accuracy of {100 * share:.1f} % has a standard error of {error:.1f} points" in " ".join(
-        page.text.split()
-    )
+    z = 1.959964
+    centre, half = (share + z**2 / 2000) / (1 + z**2 / 1000), z * np.sqrt(share * (1 - share) / 1000 + z**2 / 4e6)
+    low, high = 100 * (centre - half / (1 + z**2 / 1000)), 100 * (centre + half / (1 + z**2 / 1000))
+    wilson = f"an accuracy of {100 * share:.1f} % (95 % interval {low:.1f} to {high:.1f}, Wilson, 1,000 examples)"
+    assert f"over all examples that they were drawn from, {wilson}" in " ".join(page.text.split())
     assert "All trials saw the same batches in the same order" in " ".join(page.text.split())
 
 
@@ -153,9 +155,9 @@ def test_the_limits_of_the_intervals_are_said(grid, page):
 def test_the_page_loads_nothing_from_anywhere(which, grid, hostile):
     page = Page(grid / "report.html" if which == "grid" else hostile)
     tags = Counter(tag for tag, _ in page.elements)
-    assert tags["svg"] == len(NAMES)
+    assert tags["svg"] == (count := len(OF_ONE_METHOD) + (which == "hostile"))
     assert not {"link", "iframe", "img", "object", "embed", "base", "form", "audio", "video", "a"} & set(tags)
-    assert (tags["script"], tags["style"]) == (1, 1 + len(NAMES))  # matplotlib puts a rule into each figure
+    assert (tags["script"], tags["style"]) == (1, 1 + count)  # matplotlib puts a rule into each figure
     for tag, attributes in page.elements:
         for name, value in attributes.items():
             assert not name.startswith("on"), (tag, name)
@@ -197,14 +199,17 @@ def test_hostile_names_stay_text(hostile):
 
 def test_every_figure_is_on_the_page_and_in_files(grid, page):
     figures = [attributes["id"] for tag, attributes in page.elements if tag == "figure"]
-    assert figures == NAMES
+    assert figures == OF_ONE_METHOD
     assert sorted(file.name for file in (grid / "plots").iterdir()) == sorted(
-        f"{name}.{kind}" for name in NAMES for kind in ("png", "svg")
+        f"{name}.{kind}" for name in OF_ONE_METHOD for kind in ("png", "svg", "pdf")
     )
-    for name in NAMES:
+    for name in OF_ONE_METHOD:
         png = (grid / "plots" / f"{name}.png").read_bytes()
         assert png[:8] == b"\x89PNG\r\n\x1a\n"
         assert int.from_bytes(png[16:20]) == 1440  # 7.2 inches at 200 dots
+        pdf = (grid / "plots" / f"{name}.pdf").read_bytes()
+        assert pdf[:5] == b"%PDF-"
+        assert b"/Type3" not in pdf
         assert "</svg>" in (grid / "plots" / f"{name}.svg").read_text()[-20:]
     assert "Left out." not in page.text
 
@@ -212,7 +217,7 @@ def test_every_figure_is_on_the_page_and_in_files(grid, page):
 def test_writing_again_gives_the_same_bytes_and_no_stray_files(grid, tmp_path):
     files = sorted(p.relative_to(grid) for p in grid.rglob("*") if p.is_file())
     before = {name: (grid / name).read_bytes() for name in files}
-    assert len(files) == 4 + 2 + 2 * len(NAMES)
+    assert len(files) == 4 + 3 + 3 * len(OF_ONE_METHOD)
     assert write_report(grid) == grid / "report.html"
     assert {p.relative_to(grid): p.read_bytes() for p in grid.rglob("*") if p.is_file()} == before
 
@@ -258,6 +263,6 @@ def test_a_figure_that_no_longer_applies_leaves_no_old_file(tmp_path):
     write_report(run)
     assert sorted(p.stem for p in (run / "plots").glob("*.png")) == [
         "cost_by_rank",
-        "metric_by_parameters",
         "metric_by_rank",
+        "quality_by_cost",
     ]

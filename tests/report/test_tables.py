@@ -7,8 +7,11 @@ import math
 import pytest
 
 from lorax_kit.report import read_run, summary_table, write_csv
+from lorax_kit.report.claims import more_seeds
 from lorax_kit.report.conditions import summarise
-from lorax_kit.report.tables import bytes_text, count_text, p_text, summary_rows, trial_rows
+from lorax_kit.report.tables.summary import summary_rows
+from lorax_kit.report.tables.text import bytes_text, count_text, p_text
+from lorax_kit.report.tables.trials import trial_rows
 from tests.report import fake_run
 
 WANTED = "rank alpha lr seed targets params adapter_bytes steps val_accuracy test_accuracy train_seconds compiles"
@@ -67,7 +70,7 @@ def test_diverged_trials_are_counted_beside_the_finished_seeds(run):
 
 def test_the_terminal_table_holds_the_rows_of_the_page(run):
     found = read_run(run)
-    first, head, *lines, hint, last = summary_table(found).splitlines()
+    first, head, *lines, hint, command, last = summary_table(found).splitlines()
     assert first == "demo: 9 of 9 trials"
     heads = ["rank", "lr", "seeds", "test accuracy (95 %)", "params", "adapter", "vs chosen (95 %)", "p (Holm)"]
     assert [h.strip() for h in head.replace("  ", "|").split("|") if h] == heads
@@ -75,6 +78,8 @@ def test_the_terminal_table_holds_the_rows_of_the_page(run):
         wanted = [row[k] for k in ("rank", "rate", "seeds", "metric", "params", "size", "difference", "p")]
         assert line.split() == " ".join(wanted).split()
     assert hint.startswith("p cannot fall below 0.05 with fewer than ")
+    assert command == f"more seeds: {more_seeds(summarise(found))[1]}"
+    assert command.startswith("more seeds: lorax-kit study --config experiments/demo.json --out runs/demo --seeds ")
     assert last == "1 trial diverged; left out of the means."
 
 

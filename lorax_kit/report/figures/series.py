@@ -96,6 +96,30 @@ def effective_ranks(summary: Summary) -> tuple[list[str], list[int], Array]:
     return sites, ranks, np.array(means, dtype=np.float64).reshape(len(sites), len(ranks))
 
 
+def mean_overlaps(summary: Summary) -> dict[tuple[int, int], Array]:
+    """(rank, rank) -> phi, the mean over sites and pairs of trials; for the chosen conditions of the best family.
+
+    The first rank is never the larger one. Grids of different sizes are cut to the smallest; an entry that no record
+    has is nan.
+    """
+    names = {trial["trial"] for condition in summary.ladder for trial in condition.done}
+    found: dict[tuple[int, int], list[Array]] = {}
+    for record in summary.run.overlaps:
+        if {record["trial_i"], record["trial_j"]} <= names:
+            phi = np.array(record["phi"], dtype=np.float64)  # null becomes nan
+            ranks = int(record["rank_i"]), int(record["rank_j"])
+            if ranks[0] > ranks[1]:
+                ranks, phi = ranks[::-1], phi.T
+            found.setdefault(ranks, []).append(phi)
+    means = {}
+    for ranks, grids in sorted(found.items()):
+        rows, columns = (min(grid.shape[axis] for grid in grids) for axis in (0, 1))
+        stack = np.stack([grid[:rows, :columns] for grid in grids])
+        count = np.isfinite(stack).sum(axis=0)
+        means[ranks] = np.where(count > 0, np.nansum(stack, axis=0) / np.maximum(count, 1), np.nan)
+    return means
+
+
 def short_names(sites: Sequence[str]) -> list[str]:
     """Site paths without the leading and trailing parts they all share.
 

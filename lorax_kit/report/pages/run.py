@@ -1,72 +1,64 @@
-"""Writes the report of a run: one self-contained HTML page, its plots as files, and results.csv.
-
-The only file that uses jinja2; the pages themselves are in `templates`.
-"""
+"""Writes the report of a run: one self-contained HTML page, its plots as files, and results.csv."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from lorax_kit.report.answer import answer, cautions
+from lorax_kit.report.claims import examples_error, more_seeds
 from lorax_kit.report.conditions import Summary, summarise
-from lorax_kit.report.figures import FIGURES, draw
-from lorax_kit.report.measure import measures
-from lorax_kit.report.plots import Plot
+from lorax_kit.report.figures import FIGURES, STALE, draw
+from lorax_kit.report.pages.html import inline_svg, render
+from lorax_kit.report.plots import KINDS, Plot
 from lorax_kit.report.run_folder import RunFolder, read_run, replace_file
-from lorax_kit.report.tables import CHOSEN, bytes_text, plural, summary_rows, trial_rows, write_csv
+from lorax_kit.report.tables.latex import write_tables
+from lorax_kit.report.tables.methods import REFERENCE, method_rows
+from lorax_kit.report.tables.summary import CHOSEN, setting_head, summary_rows
+from lorax_kit.report.tables.text import bytes_text, plural
+from lorax_kit.report.tables.trials import trial_columns, trial_rows, write_csv
 
 
-def write_report(run_dir: str | os.PathLike[str]) -> Path:
-    """Write `report.html`, `plots/*.png`, `plots/*.svg` and `results.csv` into a run folder.
+def write_report(run_dir: str | os.PathLike[str], *, margin: float | None = None) -> Path:
+    """Write `report.html`, `plots/*.{png,svg,pdf}`, `tables/*.tex` and `results.csv` into a run folder.
 
     Works on a run that is still going or was killed; the page then says how many trials it covers. Every
     file is replaced atomically, so a browser or a second caller never sees half a file.
 
     Args:
       run_dir: A run folder, see `read_run`.
+      margin: The largest loss of the metric that does not matter, in its units (0.01 is a percentage point of a
+        share): smaller ranks that lose less are said to be not inferior. None: what the study says, else 0.01 for
+        shares, else no such claim is made.
 
     Returns:
       The path of `report.html`.
 
     Raises:
       RunFolderError: The folder cannot be read as a run; nothing is written then.
+      ValueError: A margin that is not above zero; likewise.
 
     Example:
       >>> write_report("runs/demo")  # doctest: +SKIP
       PosixPath('runs/demo/report.html')
     """
     run = read_run(run_dir)
-    summary = summarise(run)
+    summary = summarise(run, margin=margin)
     plots, left_out = draw(summary)
     page = render("run.html", **_context(summary, plots, left_out))
     write_csv(run, run.path / "results.csv")
+    write_tables(summary, run.path / "tables")
     for plot in plots:
-        replace_file(run.path / "plots" / f"{plot.name}.svg", plot.svg.encode())
-        replace_file(run.path / "plots" / f"{plot.name}.png", plot.png)
-    for stale in {maker.__name__ for maker in FIGURES} - {plot.name for plot in plots}:
-        for kind in ("svg", "png"):
+        plot.write(run.path / "plots")
+    for stale in {*STALE, *(maker.__name__ for maker in FIGURES)} - {plot.name for plot in plots}:
+        for kind in KINDS:
             (run.path / "plots" / f"{stale}.{kind}").unlink(missing_ok=True)
     target = run.path / "report.html"
     replace_file(target, page.encode())
     return target
-
-
-def render(template: str, **context: Any) -> str:
-    """Fill a page of `templates`; a name that the context lacks is an error."""
-    source = resources.files("lorax_kit.report").joinpath("templates", template).read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(source).render(**context)
 
 
 def _context(summary: Summary, plots: list[Plot], left_out: list[str]) -> dict[str, Any]:
@@ -77,6 +69,7 @@ def _context(summary: Summary, plots: list[Plot], left_out: list[str]) -> dict[s
         "facts": _facts(summary),
         "answer": answer(summary),
         "cautions": cautions(summary),
+        "more_seeds": more_seeds(summary),
         "figures": [
             {
                 "name": plot.name,
@@ -87,15 +80,18 @@ def _context(summary: Summary, plots: list[Plot], left_out: list[str]) -> dict[s
         ],
         "left_out": left_out,
         "rows": summary_rows(summary),
+        "methods": method_rows(summary),
+        "reference": REFERENCE,
         "several": len(summary.ladders) > 1,
         "metric": summary.label,
         "word": summary.measure.word,
         "unit": ", %" if summary.measure.share else "",
-        "measured": _measured(summary),
+        "setting_head": setting_head(summary),
         "chosen": CHOSEN,
         "limits": _limits(summary),
         "trials": trial_rows(summary),
-        "failed": summary.failed,
+        "trial_columns": trial_columns(summary),
+        "failed": [*summary.failed, *summary.stopped],
         "environment": _flat(run.study.get("environment")),
         "task": _flat(run.study.get("task")),
         "compiles": _compiles(run),
@@ -104,21 +100,6 @@ def _context(summary: Summary, plots: list[Plot], left_out: list[str]) -> dict[s
         "design": _json(run.study.get("design")),
         "spec": _json(run.study.get("spec")),
     }
-
-
-def inline_svg(plot: Plot) -> str:
-    """The figure as an `<svg>` element for a page that holds several.
-
-    Without the XML prologue, scaled by its box, with ids made unique to the figure and its caption as label.
-    """
-    body = plot.svg[plot.svg.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(r'\bid="', f'id="{plot.name}-', body)
-    body = re.sub(r'href="#', f'href="#{plot.name}-', body)
-    body = body.replace("url(#", f"url(#{plot.name}-")
-    head, rest = body.split(">", 1)
-    head = re.sub(r'\s(width|height)="[^"]*"', "", head)
-    return f'{head} role="img" aria-labelledby="{plot.name}-caption">{rest}'
 
 
 def _subtitle(run: RunFolder) -> str:
@@ -134,14 +115,12 @@ def _subtitle(run: RunFolder) -> str:
 def _limits(summary: Summary) -> str:
     """What the intervals over seeds leave out: the sample of examples and, with a shared stream, the data order."""
     parts = []
-    part = summary.metric.split("_")[0]
-    count = (summary.run.study.get("task") or {}).get(part)
-    share = summary.best.mean(summary.metric) if summary.best else math.nan
-    if isinstance(count, int) and count > 0 and not math.isnan(share) and summary.measure.name == "accuracy":
-        error = 100 * math.sqrt(share * (1 - share) / count)
+    error = None if summary.best is None else examples_error(summary, summary.best, summary.metric)
+    if error is not None:
         parts.append(
-            f"Every trial is measured on the same {count:,} examples: over another sample of so many, an accuracy of "
-            f"{100 * share:.1f} % has a standard error of {error:.1f} points, which the intervals leave out."
+            f"The {'test' if summary.tested else 'validation'} set has an error of its own, which the intervals leave "
+            "out and more seeds do not narrow, since every trial is measured on the same examples: over all examples "
+            f"that they were drawn from, an {summary.measure.word} of {summary.measure.interval(error)}."
         )
     if (summary.run.study.get("design") or {}).get("stream") == "shared":
         parts.append(
@@ -149,12 +128,6 @@ def _limits(summary: Summary) -> str:
             "not the order of the data."
         )
     return " ".join(parts)
-
-
-def _measured(summary: Summary) -> list[tuple[str, str]]:
-    """(column, head) of the metrics in the table of trials: all of the validation set's, and the test set's own."""
-    columns = [(f"val_{one.name}", f"val {one.word}") for one in measures(summary.run.study)]
-    return [*columns, (f"test_{summary.measure.name}", f"test {summary.measure.word}")]
 
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:

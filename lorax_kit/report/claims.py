@@ -1,0 +1,207 @@
+"""What a run can claim: the smallest rank not inferior, how many seeds would tell, what finite data leave open."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from typing import NamedTuple
+
+from lorax_kit.analysis.statistics import (
+    Comparison,
+    Interval,
+    NonInferior,
+    Rung,
+    SeedsToTell,
+    non_inferior,
+    over_examples,
+    seeds_needed,
+    seeds_to_tell,
+)
+from lorax_kit.report.conditions import Condition, Summary, best_of, compare_conditions, differences, paired_rows
+from lorax_kit.report.run_folder import RunFolder
+from lorax_kit.report.tables.text import plural
+
+LIMITS = "one-sided 97.5 % limit of the paired differences; --margin states another margin"
+
+SENSIBLE = 100
+"""More seeds than that are not proposed: the difference is too small for its spread."""
+
+
+def smaller_ranks(summary: Summary) -> list[Condition]:
+    """The chosen conditions of the best one's ladder below it that have values, the nearest last."""
+    best = summary.best
+    return [c for c in summary.ladder if best is not None and c.rank < best.rank and c.values(summary.metric).size]
+
+
+def smallest_not_inferior(summary: Summary) -> NonInferior | None:
+    """The smallest rank that is not inferior to the best by the run's margin; None without margin or smaller ranks."""
+    smaller = smaller_ranks(summary)[::-1]
+    if summary.best is None or summary.margin is None or not smaller:
+        return None
+    return non_inferior(
+        paired_rows([summary.best, *smaller]),
+        summary.metric,
+        ("condition",),
+        (summary.best.key,),
+        margin=summary.margin,
+        better=summary.measure.better,
+        ladder=[(condition.key,) for condition in smaller],
+    )
+
+
+def not_inferior_text(summary: Summary) -> str:
+    """What can be said of smaller ranks with the margin; how to state one where there is none."""
+    best, measure = summary.best, summary.measure
+    if best is None or not smaller_ranks(summary):
+        return ""
+    found = smallest_not_inferior(summary)
+    if found is None or summary.margin is None:
+        return (
+            f"No margin was stated for the {measure.word}, so no smaller rank is claimed to be as good: "
+            "report again with --margin, the largest loss that does not matter."
+        )
+    held = [rung for rung in found.rungs if rung.holds]
+    failing = next((rung for rung in found.rungs if not rung.holds), None)
+    margin = f"a margin of {measure.amount(summary.margin)}"
+    if not held:
+        failed = "" if failing is None else _rung(summary, failing)
+        return f"No smaller rank is shown to be as good as rank {best.rank} within {margin}: {failed} ({LIMITS})."
+    text = (
+        f"The smallest rank shown to be not inferior to rank {best.rank}, within {margin}, is "
+        f"{held[-1].condition[0][-1]}: {_rung(summary, held[-1])} ({LIMITS})."
+    )
+    return text if failing is None else f"{text} Below it, {_rung(summary, failing)}."
+
+
+def _rung(summary: Summary, rung: Rung) -> str:
+    rank, seeds = rung.condition[0][-1], plural(rung.pairs, "seed")
+    if math.isnan(rung.bound):
+        return f"the difference to rank {rank} has no interval, {seeds}"
+    return f"rank {rank} is at worst {_worse(summary, rung.bound)}, {seeds}"
+
+
+def _worse(summary: Summary, bound: float) -> str:
+    """A limit of (smaller - best) as how much worse that is."""
+    loss = -summary.measure.sign * bound
+    amount = summary.measure.amount(loss)
+    return f"{amount} worse" if loss > 0 else f"{amount} better"
+
+
+class Methods(NamedTuple):
+    """Every method, or other setting, at its own best rank and rate; the best on validation data first.
+
+    `comparisons` are of the others against the reference, Holm-corrected among them, named by their `key`.
+    """
+
+    conditions: tuple[Condition, ...]
+    reference: Condition
+    comparisons: tuple[Comparison, ...]
+
+
+def methods_compared(summary: Summary) -> Methods | None:
+    """Each family at its best rank and rate by validation; None where fewer than two have finished.
+
+    The reference is plain LoRA where it took part, the best LoRA family of several; otherwise the best of all.
+    """
+    sign = summary.measure.sign
+    best = [best_of(ladder, summary.measure) for ladder in summary.ladders.values()]
+    best = [condition for condition in best if condition.values(summary.metric).size]
+    if len(best) < 2:
+        return None
+    most = max(condition.values(summary.choice).size for condition in best)
+    best.sort(key=lambda c: (c.values(summary.choice).size < most, -sign * c.mean(summary.choice)))
+    lora = [c for c in best if c.family.variant == "lora"]
+    plain = [c for c in lora if not c.family.rest]
+    reference = (plain or lora or best)[0]
+    return Methods(tuple(best), reference, compare_conditions(best, summary.metric, reference))
+
+
+def tests_of(summary: Summary) -> int:
+    """How many comparisons Holm's correction is over."""
+    return sum(c.pairs > 0 for c in summary.comparisons)
+
+
+def seeds_of(summary: Summary) -> int:
+    """The most paired seeds of a comparison."""
+    return max((c.pairs for c in summary.comparisons), default=0)
+
+
+def power(summary: Summary) -> tuple[Condition, SeedsToTell] | None:
+    """How many seeds would tell a difference of the margin from the next smaller rank, or from the first other one."""
+    others = smaller_ranks(summary)[-1:] or [c for c in summary.ladder if c is not summary.best]
+    if summary.best is None or summary.margin is None or not others:
+        return None
+    try:
+        gaps = differences(others[0], summary.best, summary.metric)
+        return others[0], seeds_to_tell(gaps, summary.margin, comparisons=max(tests_of(summary), 1))
+    except ValueError:  # fewer than two pairs, or no spread
+        return None
+
+
+def power_text(summary: Summary) -> str:
+    """The power note; empty where the spread of differences is unknown."""
+    found = power(summary)
+    if found is None or summary.margin is None or summary.best is None:
+        return ""
+    other, told = found
+    have = differences(other, summary.best, summary.metric).size
+    tests = tests_of(summary)
+    corrected = f" with Holm's correction over {plural(tests, 'comparison')}" if tests > 1 else ""
+    amount = summary.measure.amount
+    return (
+        f"Power: the paired differences between ranks {summary.best.rank} and {other.rank} have a standard deviation "
+        f"of {amount(told.sd)}. To find a true difference of {amount(summary.margin)} in four of five studies takes "
+        f"about {told.seeds:,} seeds{corrected} ({told.low:,} to {told.high:,}, since {have} pairs say little of that "
+        "deviation)."
+    )
+
+
+def more_seeds(summary: Summary) -> tuple[str, str] | None:
+    """Why more seeds are wanted, and the command that adds them; None where the run has enough."""
+    if summary.best is None or not summary.comparisons:
+        return None
+    have, needed = seeds_of(summary), seeds_needed(tests_of(summary))
+    found = power(summary)
+    asked = found[1].seeds if found and found[1].seeds <= SENSIBLE else 0
+    wanted = max(needed, asked)
+    if have >= wanted:
+        return None
+    if have >= needed:
+        why = f"the spread seen asks for about {wanted}"
+    else:
+        why = f"p can fall below 0.05 from {needed} seeds on"
+        why += f", and the spread seen asks for about {wanted}" * (needed < wanted)
+    sentence = f"More seeds would tell ({why}; this run has {have}). The finished trials are kept:"
+    return sentence, add_seeds(summary.run, wanted)
+
+
+def add_seeds(run: RunFolder, seeds: int) -> str:
+    """The command line that brings a run to `seeds` seeds, its own with --seeds; the call, where Python made the run.
+
+    Example:
+      >>> add_seeds(read_run("runs/demo"), 6)  # doctest: +SKIP
+      'lorax-kit study --config experiments/demo.json --out runs/demo --seeds 6'
+    """
+    try:
+        words = shlex.split(str(run.study.get("command") or ""))
+    except ValueError:
+        words = []
+    if words[:2] != ["lorax-kit", "study"] or not {"--config", "--out"} <= {word.split("=")[0] for word in words}:
+        return f"lk.run(dataclasses.replace(study, seed=range({seeds})), problem, out={str(run.path)!r})"
+    kept = [word for word in words if word not in ("--json", "--overwrite") and not word.startswith("--seeds=")]
+    while "--seeds" in kept:
+        place = kept.index("--seeds")
+        del kept[place : place + 2]
+    return shlex.join([*kept, "--seeds", str(seeds)])
+
+
+def examples_error(summary: Summary, condition: Condition, column: str) -> Interval | None:
+    """Where an accuracy would lie over all examples that those of a column's part were drawn from.
+
+    None for other metrics, whose spread over examples is not recorded, and where the number of examples is unknown.
+    """
+    count = (summary.run.study.get("task") or {}).get(column.split("_")[0])
+    mean = condition.mean(column)
+    if not (isinstance(count, int) and count > 0 and summary.measure.counted and 0 <= mean <= 1):
+        return None
+    return over_examples(mean, count)

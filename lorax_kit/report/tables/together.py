@@ -1,0 +1,66 @@
+"""The conditions that runs have in common, as cells and as text for a terminal."""
+
+from __future__ import annotations
+
+import math
+
+from lorax_kit.report.tables.summary import seeds_text
+from lorax_kit.report.tables.text import p_text
+from lorax_kit.report.together import Cell, Row, Together
+
+
+def together_table(together: Together) -> str:
+    """The conditions in common as aligned plain text."""
+    first = together.sides[0]
+    heads = {
+        "setting": "setting",
+        "run": "run",
+        "rank": "rank",
+        "rate": "lr",
+        "seeds": "seeds",
+        "metric": f"{first.label} (95 %)",
+        "difference": f"vs {together.names[0]}",
+        "p": "p (Holm)",
+        "paired": "",
+    }
+    rows = together_rows(together)
+    widths = {key: max(len(head), *(len(row[key]) for row in rows)) for key, head in heads.items()} if rows else {}
+
+    def line(cells: dict[str, str]) -> str:
+        words = ("setting", "run")
+        return "  ".join(
+            cells[key].ljust(width) if key in words else cells[key].rjust(width) for key, width in widths.items()
+        ).rstrip()
+
+    lines = [" beside ".join(together.names), line(heads), *map(line, rows)]
+    return "\n".join(lines if rows else [lines[0], "no condition in common has finished"])
+
+
+def together_rows(together: Together) -> list[dict[str, str]]:
+    """Formatted cells, one per condition and run: setting, rank, run, rate, seeds, metric, difference, p, paired."""
+    rows = [*together.rows, *([together.best] if together.best else [])]
+    return [_cells(together, row, cell) for row in rows for cell in row.cells]
+
+
+def _cells(together: Together, row: Row, cell: Cell) -> dict[str, str]:
+    side, condition = together.sides[cell.side], cell.condition
+    measure, gap, difference = side.measure, cell.difference, ""
+    if gap is not None:
+        difference = measure.signed(gap.mean)
+        if not math.isnan(gap.low):
+            difference += f" [{measure.signed(gap.low)}, {measure.signed(gap.high)}]"
+    first = cell is row.cells[0]
+    setting = str(condition.family) if together.by_rank or row is together.best else row.setting
+    return {
+        "first": "yes" if first else "",
+        "best": "yes" if row is together.best else "",
+        "setting": setting,
+        "rank": str(condition.rank),
+        "run": together.names[cell.side],
+        "rate": f"{condition.lr:g}",
+        "seeds": seeds_text(condition),
+        "metric": measure.interval(condition.interval(side.metric), short=True),
+        "difference": difference,
+        "p": "" if first else p_text(cell.p_holm),
+        "paired": "" if first else f"{cell.pairs} pairs" if cell.pairs else "unpaired",
+    }
