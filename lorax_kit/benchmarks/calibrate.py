@@ -42,7 +42,7 @@ def calibrate(
     """
     rows = [
         time_forms(shape, rank, rounds=rounds)
-        for shape, rank in tqdm(list(product(shapes, ranks)), desc="calibrate", disable=not progress)
+        for shape, rank in tqdm(list(product(shapes, ranks)), desc="calibrate", disable=None if progress else True)
     ]
     return fitted(rows) | {"rounds": rounds, "shapes": rows}
 

@@ -53,7 +53,9 @@ def bench_forward(
         facts(program) | {"flops": product_flops(*models[name], case.batch)} for name, program in compiled.items()
     )
     runs = {name: calling(program, models[name][1], case.batch) for name, program in compiled.items()}
-    bar = tqdm(range(rounds), desc=f"{width} wide, {batch_size}x{length}, keep {keep:g}", disable=not progress)
+    bar = tqdm(
+        range(rounds), desc=f"{width} wide, {batch_size}x{length}, keep {keep:g}", disable=None if progress else True
+    )
     times = alternate(runs, bar, least_ms=least_ms)
     latency = ratio(times, "small", "dense")
     return {

@@ -71,7 +71,7 @@ def bench_methods(
     chosen = {name: way for name, way in ways.items() if not names or name in {*names, "lora"}}
     case = make_case(width=width, layers=layers, batch_size=batch_size, length=length, rank=rank, targets=targets)
     runs, measured, trained = {}, {}, {}
-    for name in tqdm(chosen, desc="compiling", disable=not progress):
+    for name in tqdm(chosen, desc="compiling", disable=None if progress else True):
         spec = Spec({"classifier/**": Full(), TARGETS[targets]: chosen[name]})
         plan = resolve(spec, case.params, case.apply, case.batch)
         base, factors = split(case.params, plan, jax.random.key(1))
@@ -87,7 +87,7 @@ def bench_methods(
         measured[name] = facts(compiled)
         runs[name] = stepping(compiled, state, base, case.batch)
         trained[name] = sum(x.size for x in jax.tree.leaves(trained_only(plan, factors)))
-    times = alternate(runs, tqdm(range(rounds), desc=f"{width} wide, r={rank}", disable=not progress))
+    times = alternate(runs, tqdm(range(rounds), desc=f"{width} wide, r={rank}", disable=None if progress else True))
     rows = []
     for name, way in chosen.items():
         against = ratio(times, name, "lora")

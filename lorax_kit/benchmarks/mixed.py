@@ -70,7 +70,7 @@ def bench_mixed(
         worst = max(worst, float(jnp.abs(mixed[i] - solo[0]).max()))
     runs = {name: calling(program, *programs[name][1]) for name, program in compiled.items()}
     theirs = torch_mixed(case, [(a.plan.sites[0].rank, a.factors) for a in adapters]) if peer else {}
-    bar = tqdm(range(rounds), desc=f"{width} wide, {rows}x{length}, {targets}", disable=not progress)
+    bar = tqdm(range(rounds), desc=f"{width} wide, {rows}x{length}, {targets}", disable=None if progress else True)
     times = alternate(runs | theirs, bar)
     found = ratio(times, "mixed", "one")
     return {

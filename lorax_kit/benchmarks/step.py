@@ -97,7 +97,7 @@ def bench_step(
     first = {name: float(run()) for name, run in runs.items()}
     if max(first.values()) - min(first.values()) > 1e-3:
         raise ValueError(f"the steps do not start from one loss: {first}.")
-    bar = tqdm(range(rounds), desc=f"{width} wide, {batch_size}x{length}, r={rank}", disable=not progress)
+    bar = tqdm(range(rounds), desc=f"{width} wide, {batch_size}x{length}, r={rank}", disable=None if progress else True)
     times = alternate({**runs, **peaks(SQUARE, LINE)}, bar)
     return (
         {"width": width, "layers": layers, "batch_size": batch_size, "length": length, "tokens": batch_size * length}

@@ -221,7 +221,9 @@ def calibrate(
     sums = {p: _zeros(site) for p, site in sites.items()} if "inputs" in wanted else {}
     means: dict[str, dict[str, Any]] = {p: {} for p in sites}
     n = 0
-    for batch in tqdm(batches_of("the calibration batches", batches), desc="calibration", disable=not progress):
+    for batch in tqdm(
+        batches_of("the calibration batches", batches), desc="calibration", disable=None if progress else True
+    ):
         if any(0 in jnp.shape(x) for x in jax.tree.leaves(batch)):
             raise CompressError(f"calibration batch {n + 1} is empty.")
         if "inputs" in wanted:

@@ -109,7 +109,9 @@ def compare(
         stats = statistics_for(subject, left, batches, allocation=allocation, progress=progress)
         original = subject.quality(subject.apply, subject.params) if todo else None
         count = len(folder.rows) + len(todo)
-        bar = tqdm(todo, desc="methods", unit="row", total=count, initial=len(folder.rows), disable=not progress)
+        bar = tqdm(
+            todo, desc="methods", unit="row", total=count, initial=len(folder.rows), disable=None if progress else True
+        )
         for way, keep, seed, healed in bar:
             bar.set_postfix_str(f"{way.name} {keep:g}, seed {seed}")
             try:

@@ -107,7 +107,7 @@ def distil(
         raise CompressError("there are no batches.")
     spec = Spec({literal(path): Full() for path in _used(fn, params, first)})
     stream = itertools.chain([first], stream)
-    with tqdm(total=steps, desc="distilling", unit="step", disable=not progress) as bar:
+    with tqdm(total=steps, desc="distilling", unit="step", disable=None if progress else True) as bar:
         return trained(fn, params, spec, loss, stream, jax.random.key(0), steps, lr, bar)
 
 

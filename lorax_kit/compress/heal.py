@@ -83,7 +83,7 @@ def heal(
     if steps < len(sides):
         raise CompressError(f"{steps} steps do not fill {rounds} rounds.")
     shapes, stream = paths(params), batches_of("the healing batches", batches)
-    bar = tqdm(total=steps, desc="healing", unit="step", disable=not progress)
+    bar = tqdm(total=steps, desc="healing", unit="step", disable=None if progress else True)
     with bar:
         for i, side in enumerate(sides):
             rules: dict[str, Any] = dict.fromkeys(full, Full())

@@ -64,7 +64,9 @@ def compress_sequentially(
     if not batches:
         raise CompressError("there are no calibration batches.")
     ranks, small = dict(plan.ranks), params
-    for own in tqdm(_grouped(plan.sites.sites, groups), desc="compressing in turn", unit="group", disable=not progress):
+    for own in tqdm(
+        _grouped(plan.sites.sites, groups), desc="compressing in turn", unit="group", disable=None if progress else True
+    ):
         chosen = {site.path: ranks[site.path] for site in own if site.path in ranks}
         if not chosen:
             continue

@@ -157,7 +157,7 @@ class Session:
         self, engine: Engine, stacked: Pack, group: Group, until: int, label: str, earlier: Progress | None
     ) -> Progress:
         done, count = 0 if earlier is None else len(earlier.losses), len(group.trials)
-        bar = tqdm(total=until, initial=done, desc=label, unit="step", disable=not self.progress)
+        bar = tqdm(total=until, initial=done, desc=label, unit="step", disable=None if self.progress else True)
         shown: dict[str, str] = {}
 
         def on_step(number: int, losses: np.ndarray, failed: np.ndarray) -> None:
@@ -214,6 +214,7 @@ class Session:
         """What the group's program needed."""
         described = {
             "trials": len(group.trials),
+            "names": [trial.name for trial in group.trials],
             "size": group.size,
             "estimated_bytes": group.estimated_bytes,
             "temp_bytes": trained.temp_bytes,
@@ -228,7 +229,9 @@ class Session:
 
     def _keep_trials(self, group: Group, trained: Trained) -> None:
         """Each trial: merged and tested alone, saved, its row written."""
-        bar = tqdm(range(len(group.trials)), desc="testing, saving", unit="trial", disable=not self.progress)
+        bar = tqdm(
+            range(len(group.trials)), desc="testing, saving", unit="trial", disable=None if self.progress else True
+        )
         for i in bar:
             if group.trials[i].name in self.store.finished:
                 continue

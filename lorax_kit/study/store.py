@@ -139,9 +139,9 @@ class RunStore:
         if self._lock is None:
             raise StudyError(f"another process is writing to {str(self.path)!r}.\n  wait for it, or stop it")
         if self._discard:
-            for name in ("study.json", *JSONL, TRAINING, "results.csv", "report.html"):
+            for name in ("study.json", *JSONL, TRAINING, "results.csv", "report.html", "overlaps.jsonl"):
                 (self.path / name).unlink(missing_ok=True)
-            for name in ("adapters", "plots", RUNGS):
+            for name in ("adapters", "plots", "tables", RUNGS):
                 shutil.rmtree(self.path / name, ignore_errors=True)
         (self.path / "adapters").mkdir(exist_ok=True)
         for name in JSONL:
