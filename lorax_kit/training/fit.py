@@ -167,8 +167,8 @@ def fit(
         now = now._replace(totals={}, steps=0, seconds=0.0)
         began = kept = time.perf_counter() - running.seconds
         bar = tqdm(
-            itertools.islice(batches, running.steps, None), desc=f"Epoch {number}/{last}", disable=None if progress else True,
-            unit="step", leave=True, initial=running.steps, total=len(batches) if isinstance(batches, Sized) else None,
+            itertools.islice(batches, running.steps, None), desc=f"Epoch {number}/{last}", unit="step",
+            disable=None if progress else True, leave=True, initial=running.steps, total=len(batches) if isinstance(batches, Sized) else None,
         )  # fmt: skip
         failed = None
         for batch in bar:
