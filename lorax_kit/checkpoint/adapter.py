@@ -90,6 +90,7 @@ def save_adapter(
     base: Params,
     meta: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    identity: BaseIdentity | None = None,
     **older: Any,
 ) -> None:
     """Save an adapter: plan + factors, apart from the base.
@@ -105,6 +106,8 @@ def save_adapter(
       meta: JSON data to keep with the adapter: what JSON does not give back equal (tuples, keys that are no strings) is
         refused.
       overwrite: replace an existing adapter, if nothing else lies in its directory; otherwise it is an error.
+      identity: `identity_of(base, plan)`, where many adapters of one base are saved: it is hashed once. None: it is
+        hashed here.
 
     Raises:
       AdapterError: the path exists or cannot be made, the factors do not fit the plan, or are not finite, or `meta` is
@@ -130,14 +133,14 @@ def save_adapter(
     check_factors(plan, factors)
     arrays = named_arrays(factors)
     check_finite(arrays)
-    meta = kept_by_json(meta)
+    meta, identity = kept_by_json(meta), identity or identity_of(base, plan)
     stored, same = _apart(arrays)
     document = {
         "format": FORMAT,
         "spec": plan.spec.to_dict(),
         "axes": {s.path: {**asdict(s.axes), "use": s.use} for s in plan.sites},
-        "base": fingerprint(base, [f.path for f in plan.full]),
-        "leaves": digests(base, [f.path for f in plan.full]),
+        "base": identity.fingerprint,
+        "leaves": identity.leaves,
         "arrays": {n: {"shape": x.shape, "dtype": str(x.dtype)} for n, x in stored.items()},
         "same": same,
         "versions": {"lorax_kit": __version__, **{name: version(name) for name in ("jax", "orbax-checkpoint")}},
@@ -145,6 +148,24 @@ def save_adapter(
     }
     with staged(path, overwrite) as new:
         _write(new, stored, document)
+
+
+class BaseIdentity(NamedTuple):
+    """What tells one base from another, without the parameters that adapters bring their own values for.
+
+    Attributes:
+      fingerprint: of all arrays.
+      leaves: path -> dtype, shape and digest, to say in what another base differs.
+    """
+
+    fingerprint: str
+    leaves: dict[str, list[Any]]
+
+
+def identity_of(base: Params, plan: Plan) -> BaseIdentity:
+    """Hash a base; about a second per GiB."""
+    own = [leaf.path for leaf in plan.full]
+    return BaseIdentity(fingerprint(base, own), digests(base, own))
 
 
 def plan_of(given: Plan | Spec, base: Params, older: Mapping[str, Any], who: str) -> Plan:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from lorax_kit.analysis.spectra import effective_rank, rank_for_energy, site_spectrum
-from lorax_kit.checkpoint.adapter import adapter_bytes, save_adapter
+from lorax_kit.checkpoint.adapter import BaseIdentity, adapter_bytes, identity_of, save_adapter
 from lorax_kit.core.leaves import trained_only
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import merge
@@ -59,6 +59,7 @@ class Session:
         self.earlier_seconds = float(store.info.get("seconds") or 0.0)
         self.engines: dict[Any, Engine] = {}
         self.bases: dict[Any, Params] = {}
+        self.identities: dict[Any, BaseIdentity] = {}
         self.packed: tuple[Any, tuple[Engine, Pack]] | None = None
         self.tests: dict[Any, tuple[Evaluator, Evaluator]] = {}
 
@@ -278,6 +279,7 @@ class Session:
             plan,
             factors,
             base=base,
+            identity=self._identity(group.form, plan, base),
             # As JSON has it: facts may hold tuples.
             meta={
                 "problem": problem.name,
@@ -302,6 +304,13 @@ class Session:
         """The columns of a part's metrics; empty where none were measured."""
         names = [metric.name for metric in self.problem.all_metrics]
         return {f"{part}_{name}": None if found is None else found[name] for name in names}
+
+    def _identity(self, form: Form, plan: Plan, base: Params) -> BaseIdentity:
+        """Of a base, hashed once for all its adapters."""
+        key = (form.dtype, form.quantise, tuple(leaf.path for leaf in plan.full), id(base))
+        if key not in self.identities:
+            self.identities[key] = identity_of(base, plan)
+        return self.identities[key]
 
     def _condition(self, group: Group) -> dict[str, Any]:
         """What `lorax-kit evaluate` needs to make the same base, where it is not as the problem gives it."""

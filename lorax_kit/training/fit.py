@@ -168,7 +168,8 @@ def fit(
         began = kept = time.perf_counter() - running.seconds
         bar = tqdm(
             itertools.islice(batches, running.steps, None), desc=f"Epoch {number}/{last}", unit="step",
-            disable=None if progress else True, leave=True, initial=running.steps, total=len(batches) if isinstance(batches, Sized) else None,
+            disable=None if progress else True, leave=True, initial=running.steps,
+            total=len(batches) if isinstance(batches, Sized) else None,
         )  # fmt: skip
         failed = None
         for batch in bar:
