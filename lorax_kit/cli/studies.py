@@ -45,6 +45,12 @@ def _config(path: str) -> dict[str, Any]:
 @click.option(
     "--dry-run", is_flag=True, help="Print programs, trials, parameters, memory, FLOPs and time; train nothing."
 )
+@click.option(
+    "--track",
+    type=click.Choice(["tensorboard", "wandb"]),
+    multiple=True,
+    help="Log to OUT/tensorboard, or to offline runs in OUT/wandb; needs the track extra.",
+)
 @click.option("--overwrite", is_flag=True, help="Discard what the folder holds.")
 @click.option(
     "--devices", type=click.IntRange(1), default=1, show_default=True, help="Spread trials over so many devices."
@@ -58,6 +64,7 @@ def study(
     out: str | None,
     seeds: int | None,
     dry_run: bool,
+    track: tuple[str, ...],
     overwrite: bool,
     devices: int,
     memory_mib: int | None,
@@ -92,9 +99,19 @@ def study(
         echo(planned) if as_json else click.echo(_planned(planned))
         return
     assert out is not None
+    trackers = [_tracker(name, Path(out)) for name in track]
     command = shlex.join(["lorax-kit", *sys.argv[1:]])
     try:
-        results = run(design, problem, out=out, mesh=mesh, memory_bytes=budget, overwrite=overwrite, command=command)
+        results = run(
+            design,
+            problem,
+            out=out,
+            mesh=mesh,
+            memory_bytes=budget,
+            overwrite=overwrite,
+            command=command,
+            trackers=trackers,
+        )
     except KeyboardInterrupt:
         if (Path(out) / "trials.jsonl").exists():
             click.echo(f"the finished trials are in {write_report(out)}", err=True)
@@ -109,6 +126,12 @@ def study(
     tested = format(best[f"test_{problem.metric}"], problem.chief.format)
     click.echo(f"\nbest single trial by validation {problem.metric}: {best['trial']} (test: {tested})")
     click.echo(f"report: {page}\ncheck it: lorax-kit evaluate {Path(out) / best['adapter']}")
+
+
+def _tracker(name: str, out: Path) -> Any:
+    from lorax_kit.study.trackers import tensorboard, wandb
+
+    return tensorboard(out / "tensorboard") if name == "tensorboard" else wandb(out.name, out / "wandb")
 
 
 def _planned(planned: dict[str, Any]) -> str:

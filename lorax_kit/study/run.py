@@ -28,6 +28,7 @@ from lorax_kit.study.programs.groups import Group, available_bytes, grouped
 from lorax_kit.study.race import Race
 from lorax_kit.study.session import Session
 from lorax_kit.study.store import RunStore, environment
+from lorax_kit.study.trackers import Tracker
 from lorax_kit.training.fit import direction
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def run(
     overwrite: bool = False,
     command: str = "",
     progress: bool = True,
+    trackers: Sequence[Tracker] = (),
 ) -> Results:
     """Run every trial of a study, or those its run folder lacks: a folder grows by more seeds, ranks, rates or methods.
 
@@ -107,7 +109,9 @@ def run(
       memory_bytes: budget per device; None: what is free.
       overwrite: discard what the folder holds.
       command: the command line, for the report.
-      progress: draw bars.
+      progress: draw bars, where stderr is a terminal.
+      trackers: functions that are told of steps, validations and rows while the study runs:
+        `lorax_kit.study.trackers` has TensorBoard and Weights & Biases.
 
     Returns:
       `Results`.
@@ -148,7 +152,7 @@ def run(
                 found = [group for group in found if any(t.name not in store.finished for t in group.trials)]
             by_stack.append(found)
     groups = [group for found in by_stack for group in found]
-    session = Session(study, problem, params, store, mesh, progress)
+    session = Session(study, problem, params, store, mesh, progress, trackers)
     if groups:
         session.check(groups[0])
     store.create()

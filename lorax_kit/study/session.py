@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -31,6 +31,7 @@ from lorax_kit.study.programs.groups import Group
 from lorax_kit.study.programs.packing import Pack, pack, start, unpack
 from lorax_kit.study.programs.progress import Progress, Trained
 from lorax_kit.study.store import RunStore
+from lorax_kit.study.trackers import Tracker
 
 LEADING = 64  # singular values kept of a delta that is not low-rank, such as DoRA's
 
@@ -48,13 +49,21 @@ class Session:
       study, problem, params, store: what to train, and where results go.
       mesh: as for `lk.run`.
       progress: draw bars.
+      trackers: told of what happens.
     """
 
     def __init__(
-        self, study: Study, problem: Problem, params: Params, store: RunStore, mesh: Mesh | None, progress: bool
+        self,
+        study: Study,
+        problem: Problem,
+        params: Params,
+        store: RunStore,
+        mesh: Mesh | None,
+        progress: bool,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self.study, self.problem, self.params, self.store = study, problem, params, store
-        self.mesh, self.progress, self.began = mesh, progress, perf_counter()
+        self.mesh, self.progress, self.began, self.trackers = mesh, progress, perf_counter(), trackers
         self.earlier_compiles = int(store.info.get("compiles") or 0)
         self.earlier_seconds = float(store.info.get("seconds") or 0.0)
         self.engines: dict[Any, Engine] = {}
@@ -130,7 +139,7 @@ class Session:
             last = slot.losses[-max(self.study.steps // 10, 1) :, 0]
             row |= {"status": "stopped", "stopped_at": steps, "steps": steps, "train_loss": float(last.mean())}
             row |= self._columns("val", slot.evaluations[-1][1][0])
-        self.store.finish_trial(row)
+        self._finish(row)
 
     def _engine(self, group: Group) -> tuple[Engine, Pack]:
         """The compiled program of a group, and where its trials start."""
@@ -160,6 +169,7 @@ class Session:
         done, count = 0 if earlier is None else len(earlier.losses), len(group.trials)
         bar = tqdm(total=until, initial=done, desc=label, unit="step", disable=None if self.progress else True)
         shown: dict[str, str] = {}
+        names = [trial.name for trial in group.trials]
 
         def on_step(number: int, losses: np.ndarray, failed: np.ndarray) -> None:
             own = losses[:count][failed[:count] == 0]
@@ -171,12 +181,16 @@ class Session:
                 )
             bar.update()
             bar.set_postfix(shown)
+            if self.trackers:
+                alive = [i for i in range(count) if failed[i] in (0, number)]
+                self._tell("step", step=number, losses={names[i]: float(losses[i]) for i in alive})
 
         def on_eval(number: int, metrics: list[dict[str, float]]) -> None:
             for metric in {"loss": LOSS, self.problem.metric: self.problem.chief}.values():
                 mean = np.mean([m[metric.name] for m in metrics[:count]])
                 shown[f"val_{metric.name}"] = format(mean, metric.format)
             bar.set_postfix(shown)
+            self._tell("validation", step=number, metrics=dict(zip(names, metrics[:count], strict=True)))
 
         def on_save(progress: Progress) -> None:
             self.store.save_progress([trial.name for trial in group.trials], progress)
@@ -238,8 +252,16 @@ class Session:
                 continue
             row = self._trial_row(group, trained, i)
             bar.set_postfix_str(f"{row['trial']}: {_result(row, self.problem)}")
-            self.store.finish_trial(row)
+            self._finish(row)
             self.store.write_info(seconds=self.seconds)
+
+    def _finish(self, row: dict[str, Any]) -> None:
+        self.store.finish_trial(row)
+        self._tell("trial", row=row)
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        for tracker in self.trackers:
+            tracker({"event": event, **facts})
 
     def _row(self, group: Group, trial: Trial, leaves: list[Any], trained: Trained, i: int) -> dict[str, Any]:
         """A trial's settings, size and cost; its metrics are empty."""

@@ -201,7 +201,7 @@ def test_a_diverged_trial_is_kept_apart_and_says_its_step(tmp_path):
         assert good["status"] == "done"
     assert results.best()["lr"] < 1
     page = write_report(results.path).read_text()
-    assert "Failed trials" in page
+    assert "Trials that did not finish" in page
     assert "diverged" in page
 
 
