@@ -40,7 +40,17 @@ from lorax_kit.peft import load_peft, save_peft
 from lorax_kit.problem import Metric, Problem, Score, problem_at, problem_builder
 from lorax_kit.starts import loftq
 from lorax_kit.study import Halving, MedianRule, Results, Sample, Study, run
-from lorax_kit.training import Weighted, adalora_budget, fit, lora_plus, make_step, partition, riemannian
+from lorax_kit.training import (
+    Weighted,
+    adalora_budget,
+    first_rows,
+    fit,
+    lora_plus,
+    make_step,
+    nested,
+    partition,
+    riemannian,
+)
 from lorax_kit.transform import adapt, all_linear, explain, resolve
 from lorax_kit.version import __version__
 
@@ -95,6 +105,7 @@ __all__ = [
     "device_mesh",
     "explain",
     "fingerprint",
+    "first_rows",
     "fit",
     "load_adapter",
     "load_peft",
@@ -102,6 +113,7 @@ __all__ = [
     "lora_plus",
     "make_step",
     "merge",
+    "nested",
     "partition",
     "paths",
     "penalty",
