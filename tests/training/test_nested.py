@@ -51,7 +51,7 @@ def test_rows_beyond_the_drawn_rank_get_no_gradient_and_all_ranks_are_drawn():
 
 
 def test_one_training_comes_near_the_best_of_every_rank():
-    """A linear map whose delta has singular values 3, 1 and 1/3: the best of rank r leaves the squares of the others."""
+    """A linear map whose delta has singular values 3, 1 and 1/3: the best of rank r leaves the others' squares."""
     rng = np.random.default_rng(0)
     u, v = (np.linalg.qr(rng.normal(size=(8, 8)))[0] for _ in range(2))
     s = np.array([3, 1, 1 / 3, 0, 0, 0, 0, 0])
