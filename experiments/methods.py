@@ -12,6 +12,7 @@ the difference to LoRA is paired by seed, and its p is Holm's over all methods.
 
 import csv
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -53,7 +54,7 @@ def trained(method: str, rank: int, problem: lk.Problem) -> int:
     return sum(x.size for x in jax.tree.leaves(trained_only(plan, factors)))
 
 
-def study_of(method: str, rank: int) -> lk.Study:
+def study_of(method: str, rank: int, rates: Sequence[float] = RATES) -> lk.Study:
     """The study of one method at one rank."""
     setting = METHOD_TABLE[method].setting
     has = setting.__dataclass_fields__
@@ -62,7 +63,7 @@ def study_of(method: str, rank: int) -> lk.Study:
         settings={method: METHODS[method][0]},
         rank=rank if "rank" in has else 1,
         alpha=rank if "alpha" in has else None,
-        lr=RATES,
+        lr=rates,
         seed=SEEDS,
         targets=TARGETS,
         steps=STEPS,
@@ -99,8 +100,20 @@ def best_rate(rows: list[dict]) -> list[dict]:
         values = [row["val_accuracy"] for row in rows if row["lr"] == lr and row["status"] == "done"]
         return sum(values) / len(values) if len(values) == len(SEEDS) else 0.0
 
-    chosen = max(RATES, key=mean)
+    chosen = max(sorted({row["lr"] for row in rows}), key=mean)
     return sorted((row for row in rows if row["lr"] == chosen), key=lambda row: row["seed"])
+
+
+def swept(method: str, rank: int, problem: lk.Problem) -> tuple[list[dict], list[float]]:
+    """The trials of the best rate, and the rates tried: the folder grows by one where the best is the sweep's end."""
+    rates = list(RATES)
+    while True:
+        study = study_of(method, rank, rates)
+        rows = best_rate(lk.run(study, problem, out=OUT / method, command="python experiments/methods.py").rows)
+        best = rows[0]["lr"]
+        if len(rates) >= len(RATES) + 2 or min(rates) < best < max(rates):
+            return rows, rates
+        rates = sorted([*rates, best * 5 if best == max(rates) else best / 5])
 
 
 def main(names: list[str]) -> None:
@@ -110,11 +123,10 @@ def main(names: list[str]) -> None:
     for name in names:
         rank = equal_rank(name, wanted, problem)
         print(f"{name}: rank {rank}, {trained(name, rank, problem):,} of {wanted:,} parameters", file=sys.stderr)
-        study = study_of(name, rank)
-        results = lk.run(study, problem, out=OUT / name, command="python experiments/methods.py")
-        runs[name] = (rank, best_rate(results.rows), trained(name, rank, problem))
+        rows, rates = swept(name, rank, problem)
+        runs[name] = (rank, rows, trained(name, rank, problem), rates)
     table, reference = [], runs.get("lora")
-    for name, (rank, rows, size) in runs.items():
+    for name, (rank, rows, size, rates) in runs.items():
         tests = [row["test_accuracy"] for row in rows]
         spread = interval(tests)
         paired = None if reference is None or name == "lora" else [row["test_accuracy"] for row in reference[1]]
@@ -125,6 +137,7 @@ def main(names: list[str]) -> None:
                 "rank": rank,
                 "params": size,
                 "lr": rows[0]["lr"],
+                "rates": " ".join(f"{lr:g}" for lr in rates),
                 "test_accuracy": spread.mean,
                 "low": spread.low,
                 "high": spread.high,
@@ -145,10 +158,13 @@ def main(names: list[str]) -> None:
     for row in table:
         against = "" if row["p"] is None else f"  {100 * row['against_lora']:+.1f} points, p {row['p_holm']:.3f}"
         interval_text = f"{row['test_accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-        edge = "" if min(RATES) < row["lr"] < max(RATES) else " (the end of the sweep)"
+        tried = [float(lr) for lr in row["rates"].split()]
+        edge = "" if min(tried) < row["lr"] < max(tried) else " (the end of the sweep)"
         rate = f"lr {row['lr']:g}{edge}"
         print(f"{row['method']:9} rank {row['rank']:3} {row['params']:8,} {rate}  {interval_text}{against}")
 
 
 if __name__ == "__main__":
+    if unknown := sorted(set(sys.argv[1:]) - set(METHODS)):
+        sys.exit(f"method {unknown[0]!r} is unknown; choose from {', '.join(METHODS)}.")
     main(sys.argv[1:] or list(METHODS))
