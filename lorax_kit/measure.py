@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from math import prod
 from statistics import median
@@ -89,3 +90,25 @@ def matrix_rate(size: int = 1024, rounds: int = 5) -> float:
         jax.block_until_ready(product(x, x))
         times.append(perf_counter() - began)
     return 2 * size**3 / median(times)
+
+
+_COLLECTIVE = re.compile(
+    r"= (\([^)]*\)|\S+) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+_SHAPE = re.compile(r"([a-z]+)(\d+)(?:e\d+m\d+\w*)?\[([\d,]*)\]")
+
+
+def collective_bytes(compiled: Any) -> int:
+    """Bytes of what the collectives of a compiled program give to one device, each counted once however often it runs.
+
+    Read from XLA's text of the program: 0 where there is none.
+    """
+    try:
+        text = compiled.as_text()
+    except (NotImplementedError, jax.errors.JaxRuntimeError):
+        return 0
+    total = 0
+    for found in _COLLECTIVE.finditer(text or ""):
+        for _, bits, sizes in _SHAPE.findall(found[1]):
+            total += prod(int(n) for n in sizes.split(",") if n) * max(int(bits) // 8, 1)
+    return total

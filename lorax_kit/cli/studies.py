@@ -56,6 +56,9 @@ def _config(path: str) -> dict[str, Any]:
     "--devices", type=click.IntRange(1), default=1, show_default=True, help="Spread trials over so many devices."
 )
 @click.option(
+    "--data", type=click.IntRange(1), default=1, show_default=True, help="Split each batch over so many devices, too."
+)
+@click.option(
     "--memory-mib", type=click.IntRange(1), default=None, help="Memory budget per device; default: what is free."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON; with --dry-run the plan.")
@@ -67,6 +70,7 @@ def study(
     track: tuple[str, ...],
     overwrite: bool,
     devices: int,
+    data: int,
     memory_mib: int | None,
     as_json: bool,
 ) -> None:
@@ -74,7 +78,7 @@ def study(
     import jax
 
     from lorax_kit.errors import StudyError
-    from lorax_kit.parallel import device_mesh
+    from lorax_kit.parallel import study_mesh
     from lorax_kit.report import read_run, summary_table, write_report
     from lorax_kit.study import Study, run
     from lorax_kit.study.outline import outline
@@ -83,15 +87,15 @@ def study(
 
     if out is None and not dry_run:
         raise click.UsageError("Missing option '--out'.")
-    data = _config(config)
-    design = Study.from_dict(data.get("study"))
+    read = _config(config)
+    design = Study.from_dict(read.get("study"))
     if seeds is not None:
         design = replace(design, seed=range(seeds))
-    if devices > len(jax.devices()):
-        raise StudyError(f"--devices {devices}: JAX sees {len(jax.devices())}.")
-    mesh = None if devices == 1 else device_mesh("trial", jax.devices()[:devices])
+    if devices * data > len(jax.devices()):
+        raise StudyError(f"--devices {devices} --data {data} needs {devices * data}: JAX sees {len(jax.devices())}.")
+    mesh = None if devices * data == 1 else study_mesh(devices, data)
     click.echo(f"{len(design.trials())} trials of {design.steps} steps; loading model and data", err=True)
-    problem = problem_from(data.get("problem", {}))
+    problem = problem_from(read.get("problem", {}))
     budget = None if memory_mib is None else memory_mib * 2**20
     if dry_run:
         done = finished_trials(out) if out else ()

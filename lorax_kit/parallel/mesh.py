@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
 from lorax_kit.core.paths import is_array
+from lorax_kit.core.setting import is_int
 from lorax_kit.errors import LoraxError
 from lorax_kit.training.step import Init, Loss, Step, make_step
 
@@ -22,6 +23,28 @@ TRIAL = "trial"
 def device_mesh(axis: str = DATA, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A one-axis mesh over all devices, or the given ones: axis "data" for batches, "trial" for studies."""
     return Mesh(np.asarray(jax.devices() if devices is None else devices), (axis,))
+
+
+def study_mesh(trials: int = 1, data: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh for `lk.run`: trials spread over an axis "trial", the examples of each batch over an axis "data".
+
+    Args:
+      trials, data: devices along each axis.
+      devices: at least trials x data of them; None: all.
+
+    Raises:
+      LoraxError: fewer devices.
+
+    Example:
+      >>> dict(study_mesh(trials=1, data=1).shape)
+      {'trial': 1, 'data': 1}
+    """
+    given = list(jax.devices() if devices is None else devices)
+    if not (is_int(trials) and is_int(data) and trials >= 1 and data >= 1):
+        raise LoraxError(f"a mesh of {trials!r} x {data!r} devices; both must be integers of at least 1.")
+    if len(given) < trials * data:
+        raise LoraxError(f"a mesh of {trials} x {data} devices needs {trials * data}; there are {len(given)}.")
+    return Mesh(np.asarray(given[: trials * data]).reshape(trials, data), (TRIAL, DATA))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -105,7 +105,8 @@ def run(
     Args:
       study, problem: what to train.
       out: the run folder.
-      mesh: with an axis "trial", trials are spread over its devices (`lk.device_mesh("trial")`).
+      mesh: with an axis "trial", trials are spread over its devices (`lk.device_mesh("trial")`); with an axis "data",
+        too, so is each batch (`lk.study_mesh(trials=2, data=4)`).
       memory_bytes: budget per device; None: what is free.
       overwrite: discard what the folder holds.
       command: the command line, for the report.

@@ -233,6 +233,7 @@ class Session:
             "size": group.size,
             "estimated_bytes": group.estimated_bytes,
             "temp_bytes": trained.temp_bytes,
+            "collective_bytes": trained.collective_bytes,
             "seconds": trained.seconds,
             "compile_seconds": trained.compile_seconds,
         }

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import lorax_kit as lk
+from lorax_kit.core.paths import flatten
 from lorax_kit.study.programs.engine import Engine
 from lorax_kit.study.programs.forms import kinds, trial_plan, union_plan
 from lorax_kit.study.programs.packing import pack, start, unpack
@@ -192,6 +193,42 @@ def test_trials_sharded_over_devices_equal_one_device():
     np.testing.assert_allclose(spread.losses, alone.losses, atol=TOLERANCE)
     for x, y in zip(jax.tree.leaves(spread.factors), jax.tree.leaves(alone.factors), strict=True):
         np.testing.assert_allclose(x, y, atol=TOLERANCE)
+
+
+MESHES = [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1)]
+
+
+@pytest.mark.parametrize("stream", ["shared", "seed"])
+def test_trials_and_data_on_one_mesh_equal_one_device(stream):
+    """What devices send each other is the gradient of the factors, once per trial: never the base's."""
+    study = tiny.study(rank=[1, 2, 3], probe_lr=3e-2, stream=stream, clip=None)
+    alone, trials, *_ = trained(study)
+    params = flatten(tiny.params(jax.random.key(0)))[0]
+    for shape in MESHES:
+        spread, *_, engine = trained(study, mesh=lk.study_mesh(*shape))
+        assert engine.compiles == 1, shape
+        np.testing.assert_allclose(spread.losses, alone.losses, atol=TOLERANCE, err_msg=str(shape))
+        for x, y in zip(jax.tree.leaves(spread.factors), jax.tree.leaves(alone.factors), strict=True):
+            np.testing.assert_allclose(x, y, atol=TOLERANCE, err_msg=str(shape))
+        local = len(trials) // shape[0]
+        grads = sum(x.nbytes for x in jax.tree.leaves(alone.factors)) // shape[0]
+        few = 4 * 8 * local  # the losses and norms of its trials
+        if shape[1] == 1:
+            assert engine.collective_bytes <= 4 * len(trials), shape
+        else:
+            assert grads <= engine.collective_bytes <= grads + few, shape
+        assert engine.collective_bytes < grads + sum(x.nbytes for x in params.values())
+
+
+def test_batches_that_do_not_split_over_the_mesh_are_named():
+    def stream(seed, start):
+        while True:
+            yield tiny.points(0, 15)
+
+    with pytest.raises(lk.StudyError, match="a batch of 15 examples of problem 'points' does not split over 2 devices"):
+        trained(tiny.study(), tiny.problem(train=stream), mesh=lk.study_mesh(1, 2))
+    with pytest.raises(lk.LoraxError, match="a mesh of 64 x 1 devices needs 64"):
+        lk.study_mesh(64)
 
 
 def test_base_is_bitwise_unchanged():

@@ -22,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lorax_kit.core.paths import Params, arrays_only
 from lorax_kit.core.plan import Plan
 from lorax_kit.errors import StudyError
-from lorax_kit.parallel.mesh import TRIAL
+from lorax_kit.measure import collective_bytes
+from lorax_kit.parallel.mesh import DATA, TRIAL
 from lorax_kit.problem import Problem
 from lorax_kit.problem.evaluate import scored, summarised
 from lorax_kit.problem.objective import draws, training_loss, with_state
@@ -158,7 +159,8 @@ class Engine:
       study, problem, plan: what to train.
       base: the frozen params, shared by all trials.
       trials: the size of every pack.
-      mesh: with an axis "trial", packs are spread over its devices; None for one device.
+      mesh: with an axis "trial", over which packs are spread, and perhaps "data", over which each batch is; None for
+        one device.
       form: what the step is compiled for.
     """
 
@@ -180,14 +182,36 @@ class Engine:
             stacked, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(TRIAL), PartitionSpec()))
         self._stacked = stacked
         self._base = arrays if whole is None else jax.device_put(arrays, whole)
-        shardings: dict[str, Any] = {}
-        if mesh is not None:
-            shardings = {"in_shardings": (stacked, stacked, whole, whole), "out_shardings": (stacked, stacked)}
+        self._mesh = mesh
+        shardings: dict[str, Any] = {} if mesh is None else {"out_shardings": (stacked, stacked)}
         self._step = jax.jit(self._programs.step, donate_argnums=(0,), **shardings)
         self._score, self._finish = jax.jit(self._programs.score), jax.jit(self._programs.finish)
         self._compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
         self.compile_seconds = 0.0
-        self.temp_bytes = 0
+        self.temp_bytes = self.collective_bytes = 0
+
+    def _placed(self, batch: Any) -> Any:
+        """A batch on the mesh: its examples split over an axis "data" where there is one.
+
+        Raises:
+          StudyError: examples that the devices do not divide.
+        """
+        if self._mesh is None:
+            return batch
+        mesh, at = self._mesh, 1 if self.study.stream == "seed" else 0
+        parts = mesh.shape.get(DATA, 1)
+
+        def sharding(x: Any) -> NamedSharding:
+            if parts == 1 or np.ndim(x) <= at:
+                return NamedSharding(mesh, PartitionSpec())
+            if x.shape[at] % parts:
+                raise StudyError(
+                    f"a batch of {x.shape[at]} examples of problem {self.problem.name!r} does not split over {parts} "
+                    "devices.\n  choose a batch size that they divide, or fewer devices along 'data'"
+                )
+            return NamedSharding(mesh, PartitionSpec(*(None,) * at, DATA))
+
+        return jax.device_put(batch, jax.tree.map(sharding, batch))
 
     def train(
         self,
@@ -252,6 +276,7 @@ class Engine:
                         f"the training batches of problem {self.problem.name!r} end before step {number} of "
                         f"{self.study.steps}.\n  its train(seed, start) must be endless: begin the data anew"
                     )
+                batch = self._placed(batch)
                 shapes = tuple(np.shape(x) for x in jax.tree.leaves(batch))
                 if shapes not in self._compiled:
                     began_compiling = perf_counter()
@@ -275,7 +300,14 @@ class Engine:
         on_save(done)
         factors = jax.device_get(self._finish(running))
         trained = Trained(
-            factors, done.losses, failed, evaluations, done.seconds, self.compile_seconds, self.temp_bytes
+            factors,
+            done.losses,
+            failed,
+            evaluations,
+            done.seconds,
+            self.compile_seconds,
+            self.temp_bytes,
+            self.collective_bytes,
         )
         return trained, done
 
@@ -289,6 +321,7 @@ class Engine:
         compiled = self._step.lower(running, scalars, self._base, batch).compile()
         self.compiles += 1
         self.compile_seconds += perf_counter() - began
+        self.collective_bytes = max(self.collective_bytes, collective_bytes(compiled))
         memory = compiled.memory_analysis()
         self.temp_bytes = max(self.temp_bytes, int(getattr(memory, "temp_size_in_bytes", 0)))
         return compiled

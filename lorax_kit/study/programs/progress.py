@@ -33,6 +33,7 @@ class Trained(NamedTuple):
       evaluations: (step, list of one metrics dict per trial).
       seconds, compile_seconds: wall time of the steps, and of compiling them.
       temp_bytes: temporaries of the compiled step, as XLA counts them; of the largest, when batches differ in shape.
+      collective_bytes: what a device sends or receives in a step; of the largest, too.
     """
 
     factors: Any
@@ -42,6 +43,7 @@ class Trained(NamedTuple):
     seconds: float
     compile_seconds: float
     temp_bytes: int
+    collective_bytes: int = 0
 
 
 def parted(progress: Progress, count: int) -> list[Progress]:
