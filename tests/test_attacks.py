@@ -150,14 +150,14 @@ def test_an_adapter_whose_digests_were_torn_is_replaced(tmp_path):
 def test_a_path_written_meanwhile_is_not_replaced(tmp_path, monkeypatch):
     from lorax_kit.checkpoint import adapter
 
-    write = adapter._write
+    write = adapter.write_files
 
     def slow(path, arrays, document):
         write(path, arrays, document)
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "other").write_text("another process")
 
-    monkeypatch.setattr(adapter, "_write", slow)
+    monkeypatch.setattr(adapter, "write_files", slow)
     with pytest.raises(lk.AdapterError, match="by another process"):
         lk.save_adapter(tmp_path / "a", PLAN, FACTORS, base=BASE)
     assert (tmp_path / "a" / "other").read_text() == "another process"

@@ -67,7 +67,7 @@ ONE_FILE = {
     "wandb": {"study/trackers"},
     "scipy": {"analysis/intervals", "study/design/sampling"},
     "pandas": {"study/frame"},
-    "orbax": {"checkpoint/adapter"},
+    "orbax": {"checkpoint/orbax_files"},
     "tokenizers": {"models/tokenizer"},
     "gguf": {"models/gguf"},
     "jax2onnx": {"serve/onnx"},

@@ -7,7 +7,6 @@ versions that wrote it; and the digests of all files. Nothing of the base is sto
 from __future__ import annotations
 
 import hashlib
-import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -17,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from lorax_kit.checkpoint.document import axes_of, check_arrays, check_document, kept_by_json
 from lorax_kit.checkpoint.fingerprint import (
@@ -28,6 +26,7 @@ from lorax_kit.checkpoint.fingerprint import (
     statistics,
     whole_fingerprint,
 )
+from lorax_kit.checkpoint.orbax_files import read_arrays, read_json_item, write_files
 from lorax_kit.checkpoint.seal import SEAL, check_seal, damaged, seal, sealed_files
 from lorax_kit.checkpoint.staging import place, refuse_existing, staged
 from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors
@@ -147,7 +146,8 @@ def save_adapter(
         "meta": meta,
     }
     with staged(path, overwrite) as new:
-        _write(new, stored, document)
+        write_files(new, stored, document)
+        seal(new)
 
 
 class BaseIdentity(NamedTuple):
@@ -224,24 +224,6 @@ def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     return shapes | {f"{leaf.path}:value": leaf.shape for leaf in plan.full}
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray], document: dict[str, Any]) -> None:
-    with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        items = ocp.args.Composite(factors=ocp.args.StandardSave(arrays), spec=ocp.args.JsonSave(document))
-        checkpointer.save(path, items)
-    seal(path)
-
-
-class _quiet:
-    """Orbax logs every save at INFO through absl; an adapter is small, and callers have their own progress."""
-
-    def __enter__(self) -> None:
-        self._level = logging.getLogger("absl").level
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("absl").setLevel(self._level)
-
-
 def read_document(path: str | Path) -> dict[str, Any]:
     """The JSON beside an adapter's factors: spec, fingerprint, arrays, versions, meta.
 
@@ -259,8 +241,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
         )
     check_seal(path)
     try:
-        with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            document = checkpointer.restore(path, ocp.args.Composite(spec=ocp.args.JsonRestore()))["spec"]
+        document = read_json_item(path)
         if (path / "spec" / "metadata").is_file():  # orbax takes the last of two keys alike
             read_json(path / "spec" / "metadata")
         if isinstance(document, dict) and is_int(document.get("format")) and document["format"] not in READ:
@@ -295,12 +276,8 @@ def load_adapter(path: str | Path, *, base: Params) -> Adapter:
     check_arrays(path, document, _shapes(plan))
     stored, same = document["arrays"], document.get("same", {})
     target = {n: jax.ShapeDtypeStruct(tuple(x["shape"]), np.dtype(x["dtype"])) for n, x in stored.items()}
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for n, x in target.items()}
     try:
-        with _quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            items = ocp.args.Composite(factors=ocp.args.StandardRestore(target))
-            arrays = checkpointer.restore(path, items)["factors"]
+        arrays = read_arrays(path, target)
     except Exception as e:
         raise damaged(path, _first_line(e)) from e
     arrays |= {name: arrays[other] for name, other in same.items()}

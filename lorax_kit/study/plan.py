@@ -11,6 +11,7 @@ from lorax_kit.problem.base import cast
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.design.trial import Trial
 from lorax_kit.study.programs.forms import Examples, Stack, kinds, stacks, union_plan
+from lorax_kit.study.shared_store import SharedStore
 from lorax_kit.study.store import RunStore
 
 
@@ -30,7 +31,7 @@ def planned_stacks(
 
 
 def unfinished(
-    study: Study, problem: Problem, stack: Stack, store: RunStore, params: Params, batch: Any
+    study: Study, problem: Problem, stack: Stack, store: RunStore | SharedStore, params: Params, batch: Any
 ) -> list[tuple[Stack, int | None]]:
     """What of a stack is to be trained: parts that an earlier call began as they were planned then, and what is new.
 

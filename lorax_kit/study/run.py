@@ -25,8 +25,10 @@ from lorax_kit.study.frame import frame
 from lorax_kit.study.plan import planned_stacks, unfinished
 from lorax_kit.study.programs.forms import DEFAULT, Examples
 from lorax_kit.study.programs.groups import Group, available_bytes, grouped
+from lorax_kit.study.programs.processes import several, told
 from lorax_kit.study.race import Race
 from lorax_kit.study.session import Session
+from lorax_kit.study.shared_store import SharedStore
 from lorax_kit.study.store import RunStore, environment
 from lorax_kit.study.trackers import Tracker
 from lorax_kit.training.fit import direction
@@ -125,7 +127,12 @@ def run(
     trials = study.trials()
     params = problem.params(jax.random.key(0))
     # Planned for the whole study first: a bad pattern or rank must not surface after an hour, nor leave a folder.
-    budget = available_bytes(jax.local_devices()[0]) if memory_bytes is None else memory_bytes
+    budget = told(lambda: available_bytes(jax.local_devices()[0])) if memory_bytes is None else memory_bytes
+    if several() and (mesh is None or mesh.devices.size < jax.device_count()):
+        raise StudyError(
+            f"there are {jax.process_count()} processes, and the mesh does not reach over the devices of all.\n"
+            f"  mesh=lk.study_mesh(trials={jax.device_count()})"
+        )
     if mesh is not None and TRIAL not in mesh.shape:
         raise StudyError(
             f"the mesh has the axes {', '.join(map(repr, mesh.shape))}; a study spreads trials over {TRIAL!r}.\n"
@@ -137,7 +144,12 @@ def run(
     specs = [study.spec(trial, problem.whole_rules) for trial in trials]
     head = {leaf.path for stack in planned for leaf in stack.plan.full}
     leaves = digests(params, head)
-    store = RunStore(out, identity(study, problem, params, examples(DEFAULT), head), overwrite=overwrite, leaves=leaves)
+    about = identity(study, problem, params, examples(DEFAULT), head)
+    store: RunStore | SharedStore
+    if several():
+        store = SharedStore(lambda: RunStore(out, about, overwrite=overwrite, leaves=leaves))
+    else:
+        store = RunStore(out, about, overwrite=overwrite, leaves=leaves)
     targets = merged_targets(store.info.get("targets"), study.targets, str(out))
     records: list[dict[str, Any]] = list(store.info.get("stacks") or [])
     by_stack: list[list[Group]] = []
@@ -181,8 +193,8 @@ def run(
         if isinstance(study.stop, Stopping) and groups:
             Race(session, study.stop, by_stack).run()
         for i, group in enumerate(groups if study.stop is None else (), 1):
-            several = f"group {i} of {len(groups)}, " if len(groups) > 1 else ""
-            session.run_group(group, f"{several}{len(group.trials)} trials")
+            place = f"group {i} of {len(groups)}, " if len(groups) > 1 else ""
+            session.run_group(group, f"{place}{len(group.trials)} trials")
         store.drop_rungs()
         if groups:
             store.write_info(finished=_now())

@@ -21,6 +21,7 @@ from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params, flatten, nbytes
 from lorax_kit.core.plan import Plan
+from lorax_kit.errors import StudyError
 from lorax_kit.problem import LOSS, Evaluator, Problem
 from lorax_kit.problem.base import based, restored
 from lorax_kit.study.design.study import Study
@@ -29,7 +30,9 @@ from lorax_kit.study.programs.engine import Engine
 from lorax_kit.study.programs.forms import Form, stream_of, trial_plan
 from lorax_kit.study.programs.groups import Group
 from lorax_kit.study.programs.packing import Pack, pack, start, unpack
+from lorax_kit.study.programs.processes import told
 from lorax_kit.study.programs.progress import Progress, Trained
+from lorax_kit.study.shared_store import SharedStore
 from lorax_kit.study.store import RunStore
 from lorax_kit.study.trackers import Tracker
 
@@ -57,7 +60,7 @@ class Session:
         study: Study,
         problem: Problem,
         params: Params,
-        store: RunStore,
+        store: RunStore | SharedStore,
         mesh: Mesh | None,
         progress: bool,
         trackers: Sequence[Tracker] = (),
@@ -251,7 +254,7 @@ class Session:
         for i in bar:
             if group.trials[i].name in self.store.finished:
                 continue
-            row = self._trial_row(group, trained, i)
+            row = told(partial(self._trial_row, group, trained, i), StudyError)
             bar.set_postfix_str(f"{row['trial']}: {_result(row, self.problem)}")
             self._finish(row)
             self.store.write_info(seconds=self.seconds)

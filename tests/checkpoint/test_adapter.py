@@ -142,13 +142,13 @@ def test_an_existing_path_is_kept(tmp_path):
 def test_a_save_that_breaks_leaves_the_old_adapter(tmp_path, monkeypatch):
     base, factors = make()
     lk.save_adapter(tmp_path / "a", PLAN, factors, base=base)
-    write = module._write
+    write = module.write_files
 
     def breaks(path, arrays, document):
         write(path, arrays, document)
         raise OSError("disk full")
 
-    monkeypatch.setattr(module, "_write", breaks)
+    monkeypatch.setattr(module, "write_files", breaks)
     with pytest.raises(OSError, match="disk full"):
         lk.save_adapter(tmp_path / "a", PLAN, make(seed=1)[1], base=base, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]

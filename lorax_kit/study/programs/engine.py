@@ -31,6 +31,7 @@ from lorax_kit.study.design.study import Study
 from lorax_kit.study.programs.forms import DEFAULT, Form
 from lorax_kit.study.programs.optimiser import evaluated, keywords_of, transformation
 from lorax_kit.study.programs.packing import Pack, Scalars
+from lorax_kit.study.programs.processes import gathered, several, spread, told
 from lorax_kit.study.programs.progress import Progress, Trained
 from lorax_kit.training.step import Info, State, make_step
 from lorax_kit.transform.adapt import adapt
@@ -127,7 +128,8 @@ def programs(
         own = study.stream == "seed"
         if own:
             batch = jax.tree.map(lambda x: jnp.asarray(x)[scalars.stream], batch)
-        return jax.vmap(solo_step, in_axes=(0, 0, None, 0 if own else None))(running, scalars, base, batch)
+        running, info = jax.vmap(solo_step, in_axes=(0, 0, None, 0 if own else None))(running, scalars, base, batch)
+        return running, info._replace(finite=running.alive)
 
     def finish(running: Running) -> Any:
         return jax.vmap(lambda state: evaluated(plan, state.opt_state, state.factors))(running.state)
@@ -181,11 +183,14 @@ class Engine:
         if mesh is not None:
             stacked, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(TRIAL), PartitionSpec()))
         self._stacked = stacked
-        self._base = arrays if whole is None else jax.device_put(arrays, whole)
+        self._base = arrays if whole is None else spread(arrays, whole)
         self._mesh = mesh
-        shardings: dict[str, Any] = {} if mesh is None else {"out_shardings": (stacked, stacked)}
+        shardings: dict[str, Any] = {} if mesh is None else {"out_shardings": (stacked, whole)}
         self._step = jax.jit(self._programs.step, donate_argnums=(0,), **shardings)
-        self._score, self._finish = jax.jit(self._programs.score), jax.jit(self._programs.finish)
+        everywhere: dict[str, Any] = {} if mesh is None else {"out_shardings": whole}
+        self._whole = whole
+        self._score = jax.jit(self._programs.score, **everywhere)
+        self._finish = jax.jit(self._programs.finish, **everywhere)
         self._compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
         self.compile_seconds = 0.0
         self.temp_bytes = self.collective_bytes = 0
@@ -211,7 +216,7 @@ class Engine:
                 )
             return NamedSharding(mesh, PartitionSpec(*(None,) * at, DATA))
 
-        return jax.device_put(batch, jax.tree.map(sharding, batch))
+        return spread(batch, jax.tree.map(sharding, batch))
 
     def train(
         self,
@@ -247,12 +252,12 @@ class Engine:
             losses, failed = list(progress.losses), progress.failed
             evaluations, earlier = list(progress.evaluations), progress.seconds
         if self._stacked is not None:
-            running, scalars = jax.device_put((running, scalars), self._stacked)
+            running, scalars = spread((running, scalars), self._stacked)
         began = saved = perf_counter()
         last = self.study.steps if until is None else until
 
         def snapshot() -> Progress:
-            arrays = [np.asarray(x) for x in jax.tree.leaves(_without_key(running))]
+            arrays = gathered(jax.tree.leaves(_without_key(running)))
             seconds = earlier + perf_counter() - began - paused
             return Progress(arrays, np.stack(losses), failed, evaluations, seconds)
 
@@ -284,16 +289,21 @@ class Engine:
                     paused += perf_counter() - began_compiling
                 running, info = self._compiled[shapes](running, scalars, self._base, batch)
                 losses.append(np.asarray(info.loss))
-                failed = np.where((failed == 0) & ~np.asarray(running.alive), number, failed)
+                failed = np.where((failed == 0) & ~np.asarray(info.finite), number, failed)
                 on_step(number, losses[-1], failed)
                 paused += validate(number)
-                if perf_counter() - saved > SAVE_SECONDS:
+                if self._save_is_due(number, perf_counter() - saved):
                     on_save(snapshot())
                     saved = perf_counter()
         except BaseException:
             # Interrupted inside a step its state is gone or ahead of the losses: then the last save counts.
             leaves = jax.tree.leaves(running)
-            if losses and not any(x.is_deleted() for x in leaves) and int(running.state.step.max()) == len(losses):
+            if (
+                losses
+                and not several()
+                and not any(x.is_deleted() for x in leaves)
+                and int(running.state.step.max()) == len(losses)
+            ):
                 on_save(snapshot())
             raise
         done = snapshot()
@@ -315,6 +325,12 @@ class Engine:
         """What a pack came to that was trained before."""
         return self.train(pack, lambda _: iter(()), progress=progress, until=len(progress.losses))[0]
 
+    def _save_is_due(self, number: int, seconds: float) -> bool:
+        """Whether to keep the training now; several processes agree on it, every tenth step."""
+        if not several():
+            return seconds > SAVE_SECONDS
+        return number % 10 == 0 and told(lambda: seconds > SAVE_SECONDS)
+
     def _compile(self, running: Running, scalars: Scalars, batch: Any) -> Any:
         """Compile ahead of time: the executable cannot be compiled again behind our back, only replaced here."""
         began = perf_counter()
@@ -328,7 +344,8 @@ class Engine:
 
     def evaluate(self, factors: Any, scalars: Scalars, batches: Any) -> list[dict[str, float]]:
         """The metrics of every trial of the pack, by name."""
-        parts = [jax.device_get(self._score(factors, scalars, self._base, batch)) for batch in batches]
+        placed = batches if self._whole is None else [spread(batch, self._whole) for batch in batches]
+        parts = [jax.device_get(self._score(factors, scalars, self._base, batch)) for batch in placed]
         count = len(scalars.lr)
         return [
             summarised(self.problem, jax.tree.map(lambda x: x[i], parts), batches)  # noqa: B023

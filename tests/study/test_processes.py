@@ -1,0 +1,78 @@
+"""Real processes of `jax.distributed` on one study: in each the rows of one process; a killed one loses nothing."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+import lorax_kit as lk
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def together(count, out, dies=0, limit=240):
+    """(return codes, rows of each) of `count` processes of two devices each."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    port = free_port()
+    argv = [sys.executable, str(ROOT / "tests/study/process.py")]
+    procs = [
+        subprocess.Popen(
+            [*argv, str(i), str(count), str(port), str(out), str(dies)], env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    ended = time.monotonic() + limit
+    if dies:
+        procs[-1].wait(timeout=limit)
+        for proc in procs[:-1]:  # they wait for the dead one: the scheduler ends them
+            time.sleep(1)
+            proc.kill()
+    outputs = [proc.communicate(timeout=max(ended - time.monotonic(), 1)) for proc in procs]
+    rows = [
+        next((json.loads(line[5:]) for line in text.splitlines() if line.startswith("ROWS ")), None)
+        for text, _ in outputs
+    ]
+    return [proc.returncode for proc in procs], rows, [error for _, error in outputs]
+
+
+def measured(row):
+    return {k: v for k, v in row.items() if isinstance(v, float) and k.startswith(("train_l", "val_", "test_"))}
+
+
+def test_two_processes_have_the_rows_of_one_and_a_killed_one_loses_nothing(tmp_path, standard_promotion):
+    alone = lk.run(tiny.study(steps=24, eval_every=6), tiny.problem(), out=tmp_path / "alone", progress=False)
+    codes, rows, errors = together(2, tmp_path / "two")
+    assert codes == [0, 0], errors
+    assert rows[0] == rows[1]
+    for ours, theirs in zip(rows[0], alone.rows, strict=True):
+        assert ours["trial"] == theirs["trial"]
+        assert measured(ours) == pytest.approx(measured(theirs), abs=1e-5)
+        base = tiny.params(jax.random.key(0))
+        assert lk.load_adapter(tmp_path / "two" / ours["adapter"], base=base).plan.full
+    info = json.loads((tmp_path / "two" / "study.json").read_text())
+    grads = 8 // 2 * sum(x.size * 4 for x in jax.tree.leaves(lk.load_adapter(
+        tmp_path / "two" / rows[0][5]["adapter"], base=tiny.params(jax.random.key(0))).factors))  # fmt: skip
+    assert info["groups"][0]["collective_bytes"] <= 1.1 * grads
+    codes, rows, _ = together(2, tmp_path / "killed", dies=15)
+    assert codes[1] == 9
+    assert (tmp_path / "killed" / "training.npz").exists()
+    codes, rows, errors = together(2, tmp_path / "killed")
+    assert codes == [0, 0], errors
+    two = (tmp_path / "two" / "trials.jsonl").read_text().splitlines()
+    again = (tmp_path / "killed" / "trials.jsonl").read_text().splitlines()
+    assert [measured(json.loads(x)) for x in again] == [measured(json.loads(x)) for x in two]
