@@ -9,6 +9,7 @@ from lorax_kit.benchmarks.grid import GRID, bench_grid
 from lorax_kit.benchmarks.methods import METHOD_COLUMNS, bench_methods
 from lorax_kit.benchmarks.mixed import MIXED_COLUMNS, bench_mixed
 from lorax_kit.benchmarks.step import COLUMNS, bench_step
+from lorax_kit.benchmarks.study import STUDY_COLUMNS, bench_study
 from lorax_kit.benchmarks.timing import table
 
 __all__ = [
@@ -17,11 +18,13 @@ __all__ = [
     "GRID",
     "METHOD_COLUMNS",
     "MIXED_COLUMNS",
+    "STUDY_COLUMNS",
     "bench_forward",
     "bench_grid",
     "bench_methods",
     "bench_mixed",
     "bench_step",
+    "bench_study",
     "calibrate",
     "table",
 ]

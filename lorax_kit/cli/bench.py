@@ -132,6 +132,23 @@ def methods(as_json: bool, **options: Any) -> None:
 
 
 @bench.command()
+@size_options(width=384, batch_size=16, length=32)
+@click.option("--steps", type=click.IntRange(1), default=40, show_default=True, help="Steps of every trial.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Alternating rounds.")
+@click.option("--no-peer", is_flag=True, help="Leave out torch and PEFT even where they are installed.")
+@click.option("--json", "as_json", is_flag=True, help="Print the row as JSON.")
+def study(as_json: bool, no_peer: bool, **options: Any) -> None:
+    """24 trials of a study in one program, against the same trials one after the other, ours and PEFT's."""
+    from lorax_kit.benchmarks import STUDY_COLUMNS, bench_study, table
+
+    row = bench_study(**options, peer=not no_peer)
+    if as_json:
+        echo(row)
+    else:
+        click.echo(table([row], STUDY_COLUMNS))
+
+
+@bench.command()
 @click.option("--seconds", type=click.FloatRange(0), default=480, show_default=True, help="Begin no row beyond these.")
 @click.option("--small", is_flag=True, help="Tiny shapes: whether it runs, on any processor.")
 @click.option("--no-peer", is_flag=True, help="Leave out torch and PEFT even where they are installed.")

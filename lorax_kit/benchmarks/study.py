@@ -1,0 +1,173 @@
+"""A study's trials stacked in one program, against the same trials one after the other: ours, and PEFT's on torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from lorax_kit.benchmarks.case import TARGETS, Case, make_case
+from lorax_kit.benchmarks.step import RATE, stepping
+from lorax_kit.benchmarks.timing import alternate
+from lorax_kit.benchmarks.torch_peer import torch_steps
+from lorax_kit.core.merge import split
+from lorax_kit.measure import facts, product_flops
+from lorax_kit.problem import Problem, Score
+from lorax_kit.study.design.study import Study
+from lorax_kit.study.design.trial import Trial
+from lorax_kit.study.programs.engine import optimizer, programs
+from lorax_kit.study.programs.forms import trial_plan, union_plan
+from lorax_kit.study.programs.packing import pack, start
+from lorax_kit.tasks import correct, cross_entropies
+from lorax_kit.training import make_step
+from lorax_kit.transform import adapt
+
+RANKS = (1, 2, 4, 8, 16, 32)
+STUDY_COLUMNS = (
+    "trials", "steps", "ours_s", "compile_s", "solo_s", "solo_compile_each_s", "peft_s", "ratio_solo",
+    "ratio_compile_each", "ratio_peft", "ratio_upper_layers",
+)  # fmt: skip
+PEFT_RANK = 8
+
+
+def bench_study(
+    *,
+    width: int = 384,
+    layers: int = 6,
+    batch_size: int = 16,
+    length: int = 32,
+    steps: int = 40,
+    rounds: int = 5,
+    peer: bool = True,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Time 24 trials (ranks 1 to 32, two rates, two seeds) of an all-linear study of a BERT classifier.
+
+    One step of each contender is timed in alternating rounds; times of whole studies are sums of medians, with the
+    compilations that each way needs: `ours_s` one program for all trials, `solo_s` one program for a padded trial that
+    runs 24 times, `solo_compile_each_s` a program for each rank, `peft_s` 24 trials of PEFT at rank 8 in eager torch.
+    `compile_s` is the share of `ours_s` that compiles. `ratio_upper_layers` is a stacked step per trial against a solo
+    step, of adapters in the top third of the layers, without compilations.
+
+    Returns:
+      A dict with `STUDY_COLUMNS`, the milliseconds of each step, FLOPs of the products, temporaries, and the device.
+    """
+    case = make_case(
+        width=width, layers=layers, batch_size=batch_size, length=length, rank=max(RANKS), targets="all-linear"
+    )
+    top = ",".join(str(i) for i in range(layers - max(layers // 3, 1), layers))
+    everywhere = _Way(case, TARGETS["all-linear"])
+    upper = _Way(case, f"encoder/layer_{{{top}}}/**/kernel" if "," in top else f"encoder/layer_{top}/**/kernel")
+    trials = everywhere.study.trials()
+    runs: dict[str, Callable[[], Any]] = {}
+    compiled: dict[str, float] = {}
+    costs: dict[str, Any] = {}
+    wanted = {"stacked": (everywhere, trials), "padded": (everywhere, trials[:1])}
+    wanted |= {"upper": (upper, upper.study.trials()), "upper_solo": (upper, upper.study.trials()[:1])}
+    for name in tqdm([*wanted, *map(str, RANKS)], desc="compiling", disable=None if progress else True):
+        began = perf_counter()
+        if name in wanted:
+            way, some = wanted[name]
+            runs[name], costs[name] = way.stacked(some)
+        else:
+            runs[name] = everywhere.solo(int(name))
+        compiled[name] = perf_counter() - began
+    _, factors = split(case.params, trial_plan_of(everywhere, PEFT_RANK), jax.random.key(0))
+    peft_case = case._replace(plan=trial_plan_of(everywhere, PEFT_RANK))
+    torch = torch_steps(peft_case, factors, RATE) if peer else {}
+    runs |= {"peft": torch["peft"]} if "peft" in torch else {}
+    bar = tqdm(range(rounds), desc=f"{len(trials)} trials", disable=None if progress else True)
+    seconds = {name: median(times) / 1e3 for name, times in alternate(runs, bar).items()}
+    count, each = len(trials), len(trials) // len(RANKS)
+    ours = compiled["stacked"] + steps * seconds["stacked"]
+    solo = compiled["padded"] + count * steps * seconds["padded"]
+    by_rank = sum(compiled[str(r)] + each * steps * seconds[str(r)] for r in RANKS)
+    peft = count * steps * seconds["peft"] if "peft" in seconds else None
+    return {
+        "trials": count,
+        "steps": steps,
+        "ours_s": ours,
+        "compile_s": compiled["stacked"],
+        "solo_s": solo,
+        "solo_compile_each_s": by_rank,
+        "peft_s": peft,
+        "ratio_solo": ours / solo,
+        "ratio_compile_each": ours / by_rank,
+        "ratio_peft": None if peft is None else ours / peft,
+        "ratio_upper_layers": seconds["upper"] / count / seconds["upper_solo"],
+        "step_ms": {name: 1e3 * x for name, x in seconds.items()},
+        **{f"{name}_{key}": x for name in ("stacked", "padded") for key, x in costs[name].items()},
+        "width": width,
+        "tokens": batch_size * length,
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+class _Way:
+    """The study over one set of targets, and its programs."""
+
+    def __init__(self, case: Case, targets: str) -> None:
+        self.case = case
+        self.study = Study(rank=RANKS, alpha=16, lr=(RATE, 3 * RATE), seed=(0, 1), targets={"all": [targets]})
+        self.problem = _problem(case)
+        self.plan = union_plan(self.study, self.problem, self.study.trials(), case.params, case.batch)
+
+    def stacked(self, trials: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
+        """The compiled step of a stack as a call, with its FLOPs and temporaries."""
+        case = self.case
+        packed = pack(self.study, self.problem, trials, self.plan, case.params)
+        made = programs(self.study, self.problem, self.plan, len(trials))
+        running = jax.jit(made.init)(packed.factors, packed.scalars)
+        flops = product_flops(made.step, running, packed.scalars, case.params, case.batch)
+        step = jax.jit(made.step, donate_argnums=(0,)).lower(running, packed.scalars, case.params, case.batch).compile()
+
+        def call(running: Any, base: Any, batch: Any) -> Any:
+            return step(running, packed.scalars, base, batch)
+
+        temporaries = {"flops": flops, "temp_bytes": facts(step)["temp_bytes"]}
+        return stepping(call, running, case.params, case.batch), temporaries
+
+    def solo(self, rank: int) -> Callable[[], Any]:
+        """The compiled step of a trial alone, at its own rank."""
+        case, own = self.case, trial_plan_of(self, rank)
+        base, factors = start(self.problem, own, 0)
+        adapted = adapt(case.apply, own)
+
+        def loss(base: Any, factors: Any, batch: Any) -> Any:
+            return case.loss(adapted(base, factors, batch), batch)
+
+        init, step = make_step(loss, optimizer(self.study, own, RATE), jit=False)
+        state = init(factors)
+        compiled = jax.jit(step, donate_argnums=(0,)).lower(state, base, case.batch).compile()
+        return stepping(compiled, state, base, case.batch)
+
+
+def trial_plan_of(way: _Way, rank: int) -> Any:
+    """The plan of one trial of a rank, alone."""
+    trial = Trial(rank=rank, alpha=16.0, lr=RATE, seed=0, targets="all")
+    return trial_plan(way.study, way.problem, way.plan, trial, way.case.params)
+
+
+def _problem(case: Case) -> Problem:
+    def score(logits: Any, batch: Any) -> Score:
+        losses = jnp.sum(cross_entropies(logits, batch.label) * batch.weight)
+        return Score(losses, correct(logits, batch.label, batch.weight), jnp.sum(batch.weight))
+
+    return Problem(
+        name="random",
+        params=lambda key: case.params,
+        apply=case.apply,
+        loss=case.loss,
+        score=score,
+        head=("classifier/**",),
+        train=lambda seed, at: itertools.repeat(case.batch),
+        val=[case.batch],
+        test=[case.batch],
+    )
