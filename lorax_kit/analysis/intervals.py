@@ -99,7 +99,7 @@ def limits(
         raise ValueError(f"level is {level}; a coverage lies between 0 and 1, e.g. 0.95.")
     x = np.asarray(samples, dtype=np.float64)
     n, mean = x.shape[-1], x.mean(axis=-1)
-    spread = np.ptp(x, axis=-1) > 1e-12 * np.maximum(1.0, np.abs(mean))
+    spread = np.ptp(x, axis=-1) > 1e-12 * np.abs(x).max(axis=-1)
     if n == 1:
         return np.full(mean.shape, np.nan), np.full(mean.shape, np.nan)
     deviation = x - mean[..., None]

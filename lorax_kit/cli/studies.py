@@ -90,6 +90,8 @@ def study(
     read = _config(config)
     design = Study.from_dict(read.get("study"))
     if seeds is not None:
+        if any("seed" in grid for grid in design.grids):
+            raise click.UsageError("--seeds: a grid of the study names its own seeds.")
         design = replace(design, seed=range(seeds))
     if devices * data > len(jax.devices()):
         raise StudyError(f"--devices {devices} --data {data} needs {devices * data}: JAX sees {len(jax.devices())}.")
@@ -98,7 +100,7 @@ def study(
     problem = problem_from(read.get("problem", {}))
     budget = None if memory_mib is None else memory_mib * 2**20
     if dry_run:
-        done = finished_trials(out) if out else ()
+        done = finished_trials(out) if out and not overwrite else ()
         planned = outline(design, problem, memory_bytes=budget, devices=devices, done=done)
         echo(planned) if as_json else click.echo(_planned(planned))
         return

@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from lorax_kit.checkpoint.adapter import load_adapter, read_document
+from lorax_kit.checkpoint.adapter import load_adapter
 from lorax_kit.core.merge import merge
 from lorax_kit.problem import Evaluator
-from lorax_kit.problem.base import based
-from lorax_kit.workloads.problems import problem_of
+from lorax_kit.workloads.problems import base_of, problem_of
 from lorax_kit.workloads.sentiment import adapter_folder
 
 
@@ -25,10 +22,8 @@ def evaluate_adapter(path: str | Path, address: str | None = None) -> dict[str, 
       AdapterError: no adapter, a damaged one, or one that names no problem known here.
     """
     path = adapter_folder(path)
-    problem, form = problem_of(path, address), read_document(path)["meta"].get("base_form") or {}
-    base = based(
-        problem.params(jax.random.key(0)), form.get("dtype"), form.get("quantise"), tuple(form.get("paths", ()))
-    )
+    problem = problem_of(path, address)
+    base = base_of(problem, path)
     adapter = load_adapter(path, base=base)
     merged = merge(base, adapter.factors, adapter.plan)
     measured = Evaluator(problem, merged, adapter.plan.trained, problem.test)(merged)

@@ -27,7 +27,7 @@ from lorax_kit.tasks import Plays
 from lorax_kit.training import Weighted
 from lorax_kit.transform import resolve
 from lorax_kit.workloads.plays import PlaysText
-from lorax_kit.workloads.problems import problem_of
+from lorax_kit.workloads.problems import base_of, problem_of
 from lorax_kit.workloads.sentiment import Sentiment, adapter_folder, workload_of
 
 Apply = Callable[[Params, Any], Any]
@@ -169,7 +169,7 @@ def adapter_subject(adapter: str | Path, problem: Problem, targets: Sequence[str
     Raises:
       AdapterError: no adapter, a damaged one, or one of another base.
     """
-    base = problem.params(jax.random.key(0))
+    base = base_of(problem, adapter)
     loaded = load_adapter(adapter, base=base)
     own = tuple(literal(site.path) for site in loaded.plan.sites)
     params = merge(base, loaded.factors, loaded.plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -30,13 +31,15 @@ def problem_builder(function: Builder) -> Builder:
     return function
 
 
-def problem_at(address: str, settings: Mapping[str, Any] | None = None) -> Problem:
+def problem_at(address: str, settings: Mapping[str, Any] | None = None, *, remembered: bool = False) -> Problem:
     """The problem at an address; its facts and its adapters remember both.
 
     Args:
       address: "module:object", a `Problem` or a function marked by `lk.problem_builder`. The working directory is
         searched, too. Importing a module runs it.
       settings: keywords of the function; JSON data.
+      remembered: the address comes from a saved adapter, and so from anywhere: the working directory, which may be the
+        adapter's own, is not searched.
 
     Raises:
       StudyError: no such module or object, another kind of object, settings that it does not take.
@@ -44,32 +47,32 @@ def problem_at(address: str, settings: Mapping[str, Any] | None = None) -> Probl
     module, _, path = address.partition(":") if isinstance(address, str) else ("", "", "")
     if not module or not path:
         raise StudyError(f"problem address {shown(address)} must be 'module:object'.")
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
+    before, here = list(sys.path), str(Path.cwd())
+    sys.path[:] = [p for p in before if p not in ("", here)] if remembered else [*before, here]
     try:
         found: Any = importlib.import_module(module)
         for part in path.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as e:
-        raise StudyError(f"the problem at {address!r} cannot be imported: {e}.") from None
+    except Exception as e:  # whatever a module raises as it runs
+        hint = f"\n  say that you trust it: --problem {address}" if remembered else ""
+        raise StudyError(f"the problem at {address!r} cannot be imported: {type(e).__name__}: {e}.{hint}") from None
     finally:
-        if added:
-            sys.path.remove(here)
+        sys.path[:] = before
     if isinstance(found, Problem):
-        if settings:
+        if settings and not remembered:
             raise StudyError(f"{address!r} is a problem, which takes no settings; there are {', '.join(settings)}.")
         made = found
     elif callable(found) and getattr(found, MARK, False):
         try:
-            made = found(**(settings or {}))
+            inspect.signature(found).bind(**(settings or {}))
         except TypeError as e:
             raise StudyError(f"the problem at {address!r} does not take these settings: {e}.") from None
+        made = found(**(settings or {}))
         if not isinstance(made, Problem):
             raise StudyError(f"{address!r} builds a {type(made).__name__}, and must build an lk.Problem.")
     else:
         raise StudyError(
             f"{address!r} is neither an lk.Problem nor a function marked to build one.\n  mark it: @lk.problem_builder"
         )
-    return replace(made, address=address, facts={**made.facts, "settings": dict(settings or {})})
+    own = {} if isinstance(found, Problem) else {"settings": dict(settings or {})}
+    return replace(made, address=address, facts={**made.facts, **own})

@@ -40,6 +40,10 @@ def check_problem(problem: Problem) -> bool:
     for part, paths in own.items():
         for pattern in getattr(problem, part):
             paths.update(matched(f"{part} {pattern!r} of {who}", pattern, names))
+    for path in sorted(own["state"]):
+        dtype = flatten(params)[0][path].dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise StudyError(f"{path!r} of {who} is {dtype}; state holds float arrays.\n  keep counters out of it")
     check_base(problem, params, own["head"] | own["state"], jax.random.key(1))
     classifies, means = _check_score(problem, params)
     for metric in problem.metrics or ():

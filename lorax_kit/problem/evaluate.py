@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,7 @@ import jax
 import numpy as np
 
 from lorax_kit.core.paths import Params, arrays_only
-from lorax_kit.errors import StudyError
+from lorax_kit.errors import LoraxError, StudyError
 from lorax_kit.problem.sums import Sums, means_of, sums_of
 from lorax_kit.training.objective import Weighted
 from lorax_kit.training.prefix import Parts, split_prefix
@@ -36,16 +38,22 @@ def scored(problem: Problem, outputs: Any, batch: Any) -> tuple[Sums, Any]:
     return sums, outputs if problem.predict is None else problem.predict(outputs, batch)
 
 
-def summarised(problem: Problem, parts: Sequence[tuple[Sums, Any]], batches: Sequence[Any]) -> dict[str, float]:
+def summarised(
+    problem: Problem, parts: Sequence[tuple[Sums, Any]], batches: Sequence[Any], *, whole: bool = True
+) -> dict[str, float]:
     """Metrics by name, and "examples" (the weight of the loss), from what `scored` gave for each batch."""
-    means, weight = means_of([sums for sums, _ in parts], f"problem {problem.name!r}")
+    means, weight = means_of([sums for sums, _ in parts], f"problem {problem.name!r}", whole=whole)
     found: dict[str, float] = {}
     predictions = [prediction for _, prediction in parts]
     for metric in problem.all_metrics:
-        if metric.of_outputs is None:
-            found[metric.name] = metric(means)
-        else:
-            found[metric.name] = metric.checked(metric.of_outputs(predictions, batches))
+        try:
+            value = metric.computed(means) if metric.of_outputs is None else metric.of_outputs(predictions, batches)
+        except LoraxError:
+            raise
+        except (ArithmeticError, ValueError) as e:  # of a model that is lost: it must not end a study
+            warnings.warn(f"metric {metric.name!r} of {problem.name!r} cannot be computed: {e!r}", stacklevel=2)
+            value = math.nan
+        found[metric.name] = metric.checked(value)
     return found | {"examples": int(weight) if weight == int(weight) else weight}
 
 
@@ -93,15 +101,17 @@ class Evaluator:
         """The metrics of one version by name, and "examples"."""
         return self._over(params, len(self._batches))
 
-    def check(self, params: Params) -> None:
+    def check(self, params: Params) -> dict[str, float]:
         """Measure the first batch alone: a score out of range is to be known before hours of training.
 
         Raises:
           StudyError: what a whole evaluation raises.
         """
-        self._over(params, 1)
+        return self._over(params, 1)
 
     def _over(self, params: Params, count: int) -> dict[str, float]:
         arrays, _ = arrays_only(params)
         found = [self._measured(arrays, number) for number in range(count)]
-        return summarised(self._problem, jax.device_get(found), self._batches[:count])
+        return summarised(
+            self._problem, jax.device_get(found), self._batches[:count], whole=count == len(self._batches)
+        )

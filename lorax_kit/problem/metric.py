@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lorax_kit.core.paths import is_array
 from lorax_kit.core.setting import shown
 from lorax_kit.errors import StudyError
 
@@ -38,7 +39,7 @@ class Metric:
       StudyError: a name that is no column's, an unknown direction, both ways to compute it.
 
     Example:
-      >>> Metric("perplexity", better="lower", of=lambda mean: math.exp(mean["loss"]))({"loss": 0.0})
+      >>> Metric("perplexity", better="lower", of=lambda mean: np.exp(mean["loss"]))({"loss": 0.0})
       1.0
     """
 
@@ -106,7 +107,7 @@ class Metric:
 
     def checked(self, value: Any) -> float:
         """The value as a float, within the bounds."""
-        if np.shape(value) != () or not isinstance(value, int | float | np.number | np.ndarray):
+        if np.shape(value) != () or not (isinstance(value, int | float) or is_array(value)):
             found = f"shape {np.shape(value)}" if np.shape(value) else f"the type {type(value).__name__}"
             raise StudyError(f"metric {self.name!r} came to {found}; it must be one number.")
         number = float(value)

@@ -80,19 +80,25 @@ def sums_of(score: Any, who: str) -> Sums:
     return {name: Weighted(jnp.asarray(x.total), jnp.asarray(x.weight)) for name, x in sums.items()}
 
 
-def means_of(parts: Sequence[Sums], who: str) -> tuple[dict[str, Any], float]:
+def means_of(parts: Sequence[Sums], who: str, *, whole: bool = True) -> tuple[dict[str, Any], float]:
     """(mean scores over all batches, the weight of the loss): sums are added in float64.
 
+    Args:
+      whole: whether these are all batches: then every score must weigh something. Else its mean is NaN.
+
     Raises:
-      StudyError: nothing weighs anything: there are no examples.
+      StudyError: nothing weighs anything: there are no examples; sums whose shapes differ between batches.
     """
     means: dict[str, Any] = {}
     for name in parts[0] if parts else {}:
+        shapes = {np.shape(part[name].total) for part in parts}
+        if len(shapes) > 1:
+            raise StudyError(f"the sums of {name!r} of {who} have the shapes {sorted(shapes)} in different batches.")
         total = sum(np.asarray(part[name].total, np.float64) for part in parts)
         weight = sum(float(part[name].weight) for part in parts)
-        if weight <= 0:
+        if weight <= 0 and whole:
             raise StudyError(f"the examples of {who} weigh {weight:g} in {name!r}: there are none to evaluate.")
-        means[name] = total / weight
+        means[name] = total / weight if weight > 0 else np.full(np.shape(total), np.nan)[()]
     if not means:
         raise StudyError(f"there are no examples of {who} to evaluate.")
     return means, sum(float(part["loss"].weight) for part in parts)

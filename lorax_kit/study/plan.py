@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorax_kit.core.paths import Params
+from lorax_kit.errors import StudyError
 from lorax_kit.problem import Problem
 from lorax_kit.problem.base import cast
 from lorax_kit.study.design.study import Study
@@ -30,6 +31,31 @@ def planned_stacks(
     return out
 
 
+def check_rows(trials: Sequence[Trial], finished: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise `StudyError` where a folder's row of a trial's name is of other settings."""
+    for trial in trials:
+        row = finished.get(trial.name, {})
+        for name, value in trial.columns().items():
+            if name in row and row[name] != value:
+                raise StudyError(
+                    f"trial {trial.name!r} of the folder has {name} {row[name]!r}, and of this study {value!r}: values "
+                    "differ too little to tell by name.\n  choose another folder"
+                )
+
+
+def check_race(trials: Sequence[Trial], info: Mapping[str, Any], folder: str) -> None:
+    """Raise `StudyError` unless a folder with a stopping rule holds these trials, or none yet.
+
+    Trials were stopped beside the others of their race: those that come later would not have been judged alike.
+    """
+    known = {name for record in info.get("stacks") or () for name in record["trials"]}
+    if known and known != {trial.name for trial in trials}:
+        raise StudyError(
+            f"{folder!r} holds a study that stops trials early, and those were compared with each other: it does not "
+            "grow.\n  choose another folder for other trials, or a study without stop"
+        )
+
+
 def unfinished(
     study: Study, problem: Problem, stack: Stack, store: RunStore | SharedStore, params: Params, batch: Any
 ) -> list[tuple[Stack, int | None]]:
@@ -38,6 +64,10 @@ def unfinished(
     A part is planned once, by the trials that were missing when it was: so a folder that grows goes on with what was
     under way by the same program, to the same bits.
     """
+    if study.stop is not None:  # all trials of a race decide who goes on: it is run again as it was planned
+        sizes = {tuple(record["trials"]): record["size"] for record in store.info.get("stacks") or ()}
+        whole = sizes.get(tuple(trial.name for trial in stack.trials))
+        return [(stack, whole)]
     by_name = {trial.name: trial for trial in stack.trials}
     missing = [name for name in by_name if name not in store.finished]
     out: list[tuple[list[Trial], int | None]] = []

@@ -31,6 +31,7 @@ class Race:
         self.groups = [list(groups) for groups in stacks]
         self.slots: dict[str, Progress] = {}
         self.histories: dict[str, list[float]] = {}
+        self.diverged: list[Trial] = []
 
     def run(self) -> None:
         """Train to the end, and write the row of every trial."""
@@ -65,8 +66,14 @@ class Race:
             slot = self.slots[trial.name]
             value = math.nan if slot.failed[0] else metric.sign * slot.evaluations[-1][1][0][metric.name]
             self.histories.setdefault(trial.name, []).append(value)
-        left = [trial for trial in trials if not self.slots[trial.name].failed[0]]
-        going = self.rule.survivors(left, self.histories) if left else set()
+        for trial in self.diverged:  # a condition is judged by all its seeds, the lost ones as the worst
+            self.histories[trial.name].append(math.nan)
+        everyone = [*trials, *self.diverged]
+        lost = {trial.name for trial in everyone if self.slots[trial.name].failed[0]}
+        left = {trial.name for trial in everyone} - lost
+        chosen = self.rule.survivors(everyone, self.histories) if left else set()
+        self.diverged = [trial for trial in everyone if trial.name in chosen & lost]
+        going = chosen - lost
         for i, groups in enumerate(self.groups):
             if not groups:
                 continue

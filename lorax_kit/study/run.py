@@ -22,7 +22,7 @@ from lorax_kit.problem.base import cast
 from lorax_kit.study.design.stopping import Stopping
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.frame import frame
-from lorax_kit.study.plan import planned_stacks, unfinished
+from lorax_kit.study.plan import check_race, check_rows, planned_stacks, unfinished
 from lorax_kit.study.programs.forms import DEFAULT, Examples
 from lorax_kit.study.programs.groups import Group, available_bytes, grouped
 from lorax_kit.study.programs.processes import several, told
@@ -70,7 +70,8 @@ class Results(NamedTuple):
         done = [row for row in self.rows if row["status"] == "done" and _finite(row.get(metric))]
         if not done:
             raise StudyError(f"no trial finished with a {metric}; see 'failed_step' in the rows.")
-        return max(done, key=lambda row: (sign * row[metric], -row["params"], -row["val_loss"]))
+        lost = float("inf")
+        return max(done, key=lambda row: (sign * row[metric], -row["params"], -(row["val_loss"] or lost)))
 
     def table(self) -> DataFrame:
         """The rows as a pandas data frame, a line per trial: `results.table().groupby("rank")["test_accuracy"].mean()`.
@@ -144,7 +145,8 @@ def run(
     specs = [study.spec(trial, problem.whole_rules) for trial in trials]
     head = {leaf.path for stack in planned for leaf in stack.plan.full}
     leaves = digests(params, head)
-    about = identity(study, problem, params, examples(DEFAULT), head)
+    first = examples(DEFAULT) if study.streams[0] == 0 else next(iter(problem.train(0, 0)))
+    about = identity(study, problem, params, first, head)
     store: RunStore | SharedStore
     if several():
         store = SharedStore(lambda: RunStore(out, about, overwrite=overwrite, leaves=leaves))
@@ -153,6 +155,9 @@ def run(
     targets = merged_targets(store.info.get("targets"), study.targets, str(out))
     records: list[dict[str, Any]] = list(store.info.get("stacks") or [])
     by_stack: list[list[Group]] = []
+    check_rows(trials, store.finished)
+    if study.stop is not None:
+        check_race(trials, store.info, str(out))
     for stack in planned:
         for part, size in unfinished(study, problem, stack, store, params, examples(stack.form)):
             base, batch = cast(params, part.form.dtype), examples(part.form)
@@ -164,10 +169,15 @@ def run(
             if study.stop is None:
                 found = [group for group in found if any(t.name not in store.finished for t in group.trials)]
             by_stack.append(found)
+    if study.stop is not None and all(trial.name in store.finished for trial in trials):
+        by_stack = []
     groups = [group for found in by_stack for group in found]
     session = Session(study, problem, params, store, mesh, progress, trackers)
+    baseline = store.info.get("baseline")
     if groups:
-        session.check(groups[0])
+        plain_form = groups[0].form.dtype is None and groups[0].form.quantise is None
+        measured = session.check(groups[0])
+        baseline = check_baseline(baseline, measured) if plain_form else baseline
     store.create()
     try:
         if store.info.get("started") is None or groups:
@@ -188,6 +198,7 @@ def run(
                 compiles=store.info.get("compiles", 0),
                 groups=store.info.get("groups", []),
                 stacks=records,
+                baseline=baseline,
                 leaves=leaves,
             )
         if isinstance(study.stop, Stopping) and groups:
@@ -205,6 +216,22 @@ def run(
     return Results(
         rows, Path(out), int(store.info.get("compiles", 0)), problem.metric, {"train_loss": "lower", **directions}
     )
+
+
+def check_baseline(earlier: Any, ours: dict[str, float]) -> dict[str, float]:
+    """The metrics of the untrained model, which a folder keeps.
+
+    Raises:
+      StudyError: it had others when the folder was made: `apply`, `score` or a metric is another one.
+    """
+    for name, value in ours.items():
+        before = earlier.get(name) if isinstance(earlier, Mapping) else None
+        if before is not None and isfinite(value) and abs(value - before) > 1e-3 * max(abs(value), abs(before)):
+            raise StudyError(
+                f"the untrained model measures {name} {value:g} on the first batch, and {before:g} when the folder was "
+                "made.\n  its apply, score or metrics are others: choose another folder"
+            )
+    return ours if not isinstance(earlier, Mapping) else dict(earlier)
 
 
 def merged_targets(earlier: Any, ours: Mapping[str, Sequence[str]], folder: str) -> dict[str, list[str]]:
@@ -234,7 +261,7 @@ def identity(study: Study, problem: Problem, params: Params, batch: Any, head: C
         **study.common(),
         "problem": problem.name,
         "settings": problem.facts.get("settings"),
-        "metrics": [problem.metric, *(metric.name for metric in problem.all_metrics)],
+        "metrics": [problem.metric, *([m.name, m.better, m.format] for m in problem.all_metrics)],
         "base": fingerprint(params, head),
         "data": whole_fingerprint([batch, *problem.val, *problem.test]),
     }

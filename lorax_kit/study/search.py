@@ -11,7 +11,7 @@ from typing import Any
 from lorax_kit.core.setting import is_int, shown
 from lorax_kit.errors import StudyError
 from lorax_kit.problem import Problem
-from lorax_kit.study.design.sampling import Sample
+from lorax_kit.study.design.sampling import WHOLE, Sample
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.run import Results, run
 
@@ -58,8 +58,8 @@ def search(
     for name, x in (("rounds", rounds), ("conditions", conditions)):
         if not is_int(x) or x < 1:
             raise StudyError(f"search {name} is {shown(x)}; it must be an integer of at least 1.")
-    if study.grids or study.sample:
-        raise StudyError("search draws the settings itself: give it a study without grids and sample.")
+    if study.grids or study.sample or study.stop:
+        raise StudyError("search chooses settings and trials itself: give it a study without grids, sample and stop.")
     checked = Sample(conditions=1, ranges=ranges, kind="random")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     asked = optuna.create_study(
@@ -67,13 +67,14 @@ def search(
         sampler=sampler or optuna.samplers.TPESampler(seed=0),
     )
     grids: list[dict[str, Any]] = []
-    for _ in range(rounds):
+    overwrite = options.pop("overwrite", False)
+    for number in range(rounds):
         points = [asked.ask() for _ in range(conditions)]
         own = [
             _grid({name: _suggested(point, name, given) for name, given in checked.ranges.items()}) for point in points
         ]
         grids += [grid for grid in own if grid not in grids]
-        results = run(replace(study, grids=grids), problem, out=out, **options)
+        results = run(replace(study, grids=grids), problem, out=out, overwrite=overwrite and number == 0, **options)
         values = {row["trial"]: row[f"val_{problem.metric}"] for row in results.rows if row["status"] == "done"}
         for point, grid in zip(points, own, strict=True):
             names = [trial.name for trial in replace(study, grids=[grid], probe_lr=()).trials()]
@@ -89,7 +90,7 @@ def _suggested(point: Any, name: str, given: Any) -> Any:
     if not isinstance(given, Mapping):
         return point.suggest_categorical(name, list(given))
     low, high, log = given["low"], given["high"], bool(given.get("log"))
-    if is_int(low) and is_int(high):
+    if name in WHOLE:
         return point.suggest_int(name, low, high, log=log)
     return float(f"{point.suggest_float(name, low, high, log=log):.4g}")
 

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -35,6 +36,7 @@ from lorax_kit.study.programs.progress import Progress, Trained
 from lorax_kit.study.shared_store import SharedStore
 from lorax_kit.study.store import RunStore
 from lorax_kit.study.trackers import Tracker
+from lorax_kit.training.objective import is_key
 
 LEADING = 64  # singular values kept of a delta that is not low-rank, such as DoRA's
 
@@ -43,6 +45,11 @@ def _result(row: dict[str, Any], problem: Problem) -> str:
     if row["status"] != "done":
         return str(row["status"])
     return f"test {problem.metric} {row[f'test_{problem.metric}']:{problem.chief.format}}"
+
+
+def _together(*x: Any) -> Any:
+    """The leaves of several batches on one axis."""
+    return jnp.stack(x) if is_key(x[0]) else np.stack(x)
 
 
 class Session:
@@ -93,15 +100,18 @@ class Session:
             self.bases[key] = based(self.params, form.dtype, form.quantise, sites)
         return self.bases[key]
 
-    def check(self, group: Group) -> None:
+    def check(self, group: Group) -> dict[str, float]:
         """Measure the untrained model on one batch of each kind: what its scores lack is to be known before training.
+
+        Returns:
+          The metrics of validation and test, which tell another `apply` or `score` from that of an earlier call.
 
         Raises:
           StudyError: a score out of range, a metric that cannot be computed.
         """
         base = restored(self.base_of(group.form, group.plan))
-        for measure in self._tests(group.plan, group.form, base):
-            measure.check(base)
+        found = [measure.check(base) for measure in self._tests(group.plan, group.form, base)]
+        return {f"{part}_{k}": x for part, one in zip(("val", "test"), found, strict=True) for k, x in one.items()}
 
     def run_group(self, group: Group, label: str) -> None:
         """Train a group, or go on with it, and write what its trials came to."""
@@ -164,7 +174,7 @@ class Session:
         streams = [stream_of(self.study, self.problem, form, seed, start) for seed in self.study.streams]
         if self.study.stream == "shared":
             return streams[0]
-        return (jax.tree.map(lambda *x: np.stack(x), *together) for together in zip(*streams, strict=False))
+        return (jax.tree.map(_together, *together) for together in zip(*streams, strict=False))
 
     def _train(
         self, engine: Engine, stacked: Pack, group: Group, until: int, label: str, earlier: Progress | None

@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from lorax_kit.checkpoint.adapter import read_document
+from lorax_kit.core.paths import Params
 from lorax_kit.errors import AdapterError, StudyError
 from lorax_kit.problem import Problem, problem_at
+from lorax_kit.problem.base import based
 from lorax_kit.workloads.plays import PlaysText
 from lorax_kit.workloads.sentiment import Sentiment, adapter_folder
 
@@ -53,7 +57,11 @@ def problem_of(adapter: str | Path, address: str | None = None) -> Problem:
     meta = read_document(path)["meta"]
     settings = meta.get("settings")
     if address is not None or meta.get("address"):
-        return problem_at(address or meta["address"], settings if isinstance(settings, Mapping) else None)
+        given = settings if isinstance(settings, Mapping) else None
+        same = address == meta.get("address")
+        return problem_at(
+            address or meta["address"], given if same or address is None else None, remembered=address is None
+        )
     if not isinstance(settings, Mapping) or meta.get("problem") not in OWN:
         raise AdapterError(
             f"the adapter at {str(path)!r} does not say which problem it was trained on.\n"
@@ -61,3 +69,10 @@ def problem_of(adapter: str | Path, address: str | None = None) -> Problem:
         )
     made: Problem = OWN[meta["problem"]].from_dict(dict(settings)).build()
     return made
+
+
+def base_of(problem: Problem, adapter: str | Path) -> Params:
+    """The base of a saved adapter: the problem's, cast or quantised as its study had it."""
+    form = read_document(adapter)["meta"].get("base_form") or {}
+    params = problem.params(jax.random.key(0))
+    return based(params, form.get("dtype"), form.get("quantise"), tuple(form.get("paths", ())))

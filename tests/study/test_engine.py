@@ -214,7 +214,7 @@ def test_trials_and_data_on_one_mesh_equal_one_device(stream):
         grads = sum(x.nbytes for x in jax.tree.leaves(alone.factors)) // shape[0]
         few = 4 * 8 * local  # the losses and norms of its trials
         if shape[1] == 1:
-            assert engine.collective_bytes <= 4 * len(trials), shape
+            assert engine.collective_bytes <= 16 * len(trials), shape  # losses, norms, whether they are finite
         else:
             assert grads <= engine.collective_bytes <= grads + few, shape
         assert engine.collective_bytes < grads + sum(x.nbytes for x in params.values())

@@ -15,6 +15,8 @@ from lorax_kit.errors import StudyError
 from lorax_kit.study.design.trial import AXES, FLOAT32_MAX
 
 KINDS = ("random", "sobol")
+WHOLE = ("rank", "batch_size", "accumulate")
+"""Axes of whole numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,10 @@ class Sample:
             raise StudyError(
                 f"sample range {name!r} is {shown(dict(given))}; it must be low < high, and with log 0 < low."
             )
-        if name in AXES and not (AXES[name].ok(low) and AXES[name].ok(high) and is_number(AXES[name].default or 1.0)):
+        whole = name not in WHOLE or (is_int(low) and is_int(high))
+        if name in AXES and not (
+            whole and AXES[name].ok(low) and AXES[name].ok(high) and is_number(AXES[name].default or 1.0)
+        ):
             raise StudyError(f"sample range {name!r} is an interval; of that axis give a list of values.")
 
     def points(self) -> tuple[dict[str, Any], ...]:
@@ -83,7 +88,9 @@ class Sample:
             unit = np.random.default_rng(self.seed).random((self.conditions, len(self.ranges)))
         found = {}
         for row in unit:
-            point = {name: _at(given, float(u)) for (name, given), u in zip(self.ranges.items(), row, strict=True)}
+            point = {
+                name: _at(name, given, float(u)) for (name, given), u in zip(self.ranges.items(), row, strict=True)
+            }
             found[repr(point)] = point
         return tuple(found.values())
 
@@ -106,13 +113,15 @@ def _sobol(dimensions: int, count: int, seed: int) -> np.ndarray:
         return qmc.Sobol(dimensions, rng=np.random.default_rng(seed)).random(count)  # type: ignore[no-any-return]
 
 
-def _at(given: Any, u: float) -> Any:
+def _at(name: str, given: Any, u: float) -> Any:
     """The value of a range at `u` in [0, 1)."""
     if not isinstance(given, Mapping):
         return given[min(int(u * len(given)), len(given) - 1)]
     low, high = given["low"], given["high"]
+    if name in WHOLE:
+        if given.get("log"):
+            return min(max(round(low * (high / low) ** u), low), high)
+        return low + min(int(u * (high - low + 1)), high - low)
     if given.get("log"):
         return float(f"{math.exp(math.log(low) + u * (math.log(high) - math.log(low))):.4g}")
-    if is_int(low) and is_int(high):
-        return low + min(int(u * (high - low + 1)), high - low)
     return float(f"{low + u * (high - low):.4g}")

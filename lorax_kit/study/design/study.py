@@ -141,7 +141,7 @@ class Study:
         _check(
             ok and all(isinstance(g, Mapping) for g in self.grids), "study grids must be a list of mappings of axes."
         )
-        put("grids", tuple(dict(grid) for grid in self.grids))
+        put("grids", tuple(self._named_grid(grid) for grid in self.grids))
         if self.sample is not None and not isinstance(self.sample, Sample):
             put("sample", Sample.from_dict(self.sample))
         _check(
@@ -157,7 +157,6 @@ class Study:
         _check(
             len(longest.encode()) <= 200, f"the trial name {longest[:60]!r}... is too long for a file: shorten targets."
         )
-        _check(len(set(names)) == len(names), "two trials of the study have the same name: values differ too little.")
 
     def _named_optimizers(self, given: Any) -> Any:
         """Names of optimisers; functions are kept in `makers`."""
@@ -166,10 +165,18 @@ class Study:
         for one in given if several else [given]:
             if callable(one):
                 name = f"{getattr(one, '__module__', '')}:{getattr(one, '__qualname__', type(one).__name__)}"
+                if self.makers.get(name, one) is not one:
+                    raise StudyError(
+                        f"two optimisers of the study are named {name!r}.\n  name functions apart: def, not lambda"
+                    )
                 self.makers[name] = one  # type: ignore[index]
                 one = name
             names.append(one)
         return tuple(names)
+
+    def _named_grid(self, grid: Mapping[str, Any]) -> dict[str, Any]:
+        named = {"optimizer": list(self._named_optimizers(grid["optimizer"]))} if "optimizer" in grid else {}
+        return {**grid, **named}
 
     def _check_targets(self) -> None:
         _check(isinstance(self.targets, Mapping) and len(self.targets) > 0, "study targets must map names to patterns.")
@@ -188,7 +195,8 @@ class Study:
         out = {}
         for name, values in given.items():
             _check(isinstance(name, str) and name.isidentifier(), f"study hyper {shown(name)} is no name of a keyword.")
-            _check(name not in AXES, f"study hyper holds {name!r}, which is an axis of the study: give it there.")
+            axis = name in AXES or name == "learning_rate"
+            _check(not axis, f"study hyper holds {name!r}, which is an axis of the study: give it there.")
             several = isinstance(values, Sequence)
             numbers = tuple(plain(x) for x in (values if several else [values]))
             ok = len(numbers) > 0 and all(is_number(x) and abs(x) < FLOAT32_MAX for x in numbers)
@@ -201,7 +209,9 @@ class Study:
         ok = isinstance(self.settings, Mapping)
         _check(ok, f"study settings are {shown(self.settings)}; they must map methods to settings.")
         used: set[str] = set()
-        for values, settings in self._grids():
+        drawn = self._drawn()
+        for own, settings in self._grids():
+            values = own | drawn
             used |= set(values["variant"])
             for kind in values["variant"]:
                 self._check_method(kind, values, settings.get(kind, {}))
@@ -213,6 +223,13 @@ class Study:
         seen = {(t.variant, t.rank, t.alpha, t.start, t.dropout, t.settings): t for t in self.trials() if t.rank > 0}
         for trial in seen.values():
             self.setting(trial)  # raises where a method does not take it
+
+    def _drawn(self) -> dict[str, tuple]:
+        """What a sample may draw for each axis: its values, or the ends of its interval."""
+        if not isinstance(self.sample, Sample):
+            return {}
+        ranges = self.sample.ranges
+        return {k: (x["low"], x["high"]) if isinstance(x, Mapping) else tuple(x) for k, x in ranges.items()}
 
     def _check_method(self, kind: str, values: Mapping[str, tuple], more: Any) -> None:
         _check(kind in METHODS, f"variant {shown(kind)} is unknown; choose from {', '.join(sorted(METHODS))}.")
@@ -238,7 +255,9 @@ class Study:
         for number, grid in enumerate(self.grids or ({},), 1):
             given = dict(grid)
             settings: dict[str, Any] = {**self.settings}
-            for kind, more in (given.pop("settings", None) or {}).items():
+            further = given.pop("settings", None) or {}
+            _check(isinstance(further, Mapping), f"settings of grid {number} must map methods to settings.")
+            for kind, more in further.items():
                 settings[kind] = {**settings.get(kind, {}), **more} if isinstance(more, Mapping) else more
             hyper = self._hyper(given.pop("hyper", None) or {})
             unknown = sorted(set(given) - set(AXES))
@@ -288,7 +307,8 @@ class Study:
                 for drawn in self.sample.points() if isinstance(self.sample, Sample) else ({},):
                     trial = _trial({**one, **drawn}, settings)
                     first = first or trial
-                    out.setdefault(trial.name, trial)
+                    same = out.setdefault(trial.name, trial) == trial
+                    _check(same, f"two trials of the study have the same name, {trial.name!r}: rename the targets.")
         assert first is not None
         for lr, seed in product(self.probe_lr, self.seeds):  # type: ignore[arg-type]
             probe = Trial(
@@ -335,7 +355,7 @@ class Study:
 
 def _trial(values: Mapping[str, Any], settings: Mapping[str, Any]) -> Trial:
     own = {name: x for name, x in values.items() if not name.startswith("hyper.")}
-    hyper = {name.removeprefix("hyper."): float(x) for name, x in values.items() if name.startswith("hyper.")}
+    hyper = {name.removeprefix("hyper."): x for name, x in values.items() if name.startswith("hyper.")}
     more: Mapping[str, Any] = settings.get(own["variant"], {})
     own |= {name: float(own[name]) for name in ("lr", "dropout", "weight_decay", "lr_ratio")}
     own |= {"alpha": float(own["rank"] if own["alpha"] is None else own["alpha"]), "start": start_of(own["start"])}

@@ -97,9 +97,10 @@ class Trial:
         more += [_tagged(f"{name}-", json.loads(value)) for name, value in self.settings]
         rest = "".join(f"_{part}" for part in more)
         if self.rank == 0:
-            return f"{PROBE}_lr{self.lr:g}{rest}_s{self.seed}"
+            return f"{PROBE}_lr{number(self.lr)}{rest}_s{self.seed}"
         variant = "" if self.variant == "lora" else f"{self.variant}_"
-        return f"{variant}r{self.rank}_a{self.alpha:g}_lr{self.lr:g}_{self.targets}{rest}_s{self.seed}"
+        scale = f"a{number(self.alpha)}_lr{number(self.lr)}"
+        return f"{variant}r{self.rank}_{scale}_{self.targets}{rest}_s{self.seed}"
 
     def _differs(self, name: str, axis: Axis) -> bool:
         named = name in ("variant", "targets", "rank", "alpha", "lr", "seed")
@@ -115,8 +116,14 @@ class Trial:
         )
 
 
+def number(x: float) -> str:
+    """A number as short as it can be told from others."""
+    short = f"{x:g}"
+    return short if float(short) == x else repr(x)
+
+
 def _tagged(tag: str, value: Any) -> str:
-    text = f"{value:g}" if is_number(value) else str(value).lower() if isinstance(value, bool) else str(value)
+    text = number(value) if is_number(value) else str(value).lower() if isinstance(value, bool) else str(value)
     return tag + "".join(c if c.isalnum() or c in ".-+" else "-" for c in text)
 
 

@@ -29,10 +29,11 @@ from lorax_kit.problem.evaluate import scored, summarised
 from lorax_kit.problem.objective import draws, training_loss, with_state
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.programs.forms import DEFAULT, Form
-from lorax_kit.study.programs.optimiser import evaluated, keywords_of, transformation
+from lorax_kit.study.programs.optimiser import evaluated, transformation
 from lorax_kit.study.programs.packing import Pack, Scalars
 from lorax_kit.study.programs.processes import gathered, several, spread, told
 from lorax_kit.study.programs.progress import Progress, Trained
+from lorax_kit.training.objective import is_key
 from lorax_kit.training.step import Info, State, make_step
 from lorax_kit.transform.adapt import adapt
 
@@ -99,14 +100,12 @@ def programs(
         training_loss(problem, plan, trials=trials, whole=whole),
     )
 
-    read = keywords_of(problem.loss, skip=2)
-
     def solo_init(factors: Any, scalars: Scalars) -> State:
         init, _ = make_step(lambda *_: None, optimizer(study, plan, scalars.lr, form, scalars.more), jit=False)
         return init(factors, scalars.key if draws(problem, plan) else None)
 
     def solo_step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
-        own = {name: x for name, x in scalars.more.items() if name in read}
+        own = {name: x for name, x in scalars.more.items() if name in form.recipe.loss}
         loss = partial(training, scale=scalars.scale, scalars=own)
         tx = optimizer(study, plan, scalars.lr, form, scalars.more)
         _, step = make_step(loss, tx, accumulate=form.accumulate, jit=False)
@@ -132,7 +131,7 @@ def programs(
         return running, info._replace(finite=running.alive)
 
     def finish(running: Running) -> Any:
-        return jax.vmap(lambda state: evaluated(plan, state.opt_state, state.factors))(running.state)
+        return jax.vmap(lambda state: evaluated(plan, form.recipe, state.opt_state, state.factors))(running.state)
 
     return Programs(init, step, finish, jax.vmap(solo_score, in_axes=(0, 0, None, None)))
 
@@ -148,6 +147,18 @@ def _held(factors: Any, rows: Mapping[str, Mapping[str, Array]]) -> Any:
         path: leaves._replace(**{name: cut(getattr(leaves, name), n) for name, n in rows.get(path, {}).items()})
         for path, leaves in factors.items()
     }
+
+
+def _words(x: Array) -> Array:
+    """A random key of an optimiser's state as its words; anything else as it is."""
+    return jax.random.key_data(x) if is_key(x) else x
+
+
+def _like(x: np.ndarray, fresh: Array) -> Array:
+    """The inverse of `_words`, for a leaf that was `fresh` at the start."""
+    return (
+        jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(fresh)) if is_key(fresh) else jnp.asarray(x)
+    )
 
 
 def _without_key(running: Running) -> Running:
@@ -191,7 +202,7 @@ class Engine:
         self._whole = whole
         self._score = jax.jit(self._programs.score, **everywhere)
         self._finish = jax.jit(self._programs.finish, **everywhere)
-        self._compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
+        self._compiled: dict[Any, Any] = {}
         self.compile_seconds = 0.0
         self.temp_bytes = self.collective_bytes = 0
 
@@ -247,7 +258,9 @@ class Engine:
         failed, earlier, paused = np.zeros(len(pack.trials), int), 0.0, 0.0
         if progress is not None:
             key = running.state.key
-            running = jax.tree.unflatten(jax.tree.structure(_without_key(running)), map(jnp.asarray, progress.running))
+            fresh, tree = jax.tree.flatten(_without_key(running))
+            kept = [_like(x, own) for x, own in zip(progress.running, fresh, strict=True)]
+            running = jax.tree.unflatten(tree, kept)
             running = running._replace(state=running.state._replace(key=key))
             losses, failed = list(progress.losses), progress.failed
             evaluations, earlier = list(progress.evaluations), progress.seconds
@@ -257,7 +270,7 @@ class Engine:
         last = self.study.steps if until is None else until
 
         def snapshot() -> Progress:
-            arrays = gathered(jax.tree.leaves(_without_key(running)))
+            arrays = gathered([_words(x) for x in jax.tree.leaves(_without_key(running))])
             seconds = earlier + perf_counter() - began - paused
             return Progress(arrays, np.stack(losses), failed, evaluations, seconds)
 
@@ -282,7 +295,7 @@ class Engine:
                         f"{self.study.steps}.\n  its train(seed, start) must be endless: begin the data anew"
                     )
                 batch = self._placed(batch)
-                shapes = tuple(np.shape(x) for x in jax.tree.leaves(batch))
+                shapes = tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in jax.tree.leaves(batch))
                 if shapes not in self._compiled:
                     began_compiling = perf_counter()
                     self._compiled[shapes] = self._compile(running, scalars, batch)

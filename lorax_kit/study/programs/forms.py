@@ -79,8 +79,8 @@ def kinds(study: Study, problem: Problem, trials: Sequence[Trial]) -> list[tuple
     grouped: dict[tuple[Any, ...], list[Trial]] = {}
     forms: dict[Any, Form] = {}
     for trial in trials:
-        decays = trial.weight_decay != 0
-        key = (trial.optimizer, trial.hyper, decays, trial.dtype, trial.quantise, trial.batch_size, trial.accumulate)
+        key: tuple[Any, ...] = (trial.optimizer, trial.hyper, trial.weight_decay)
+        key = (*key, trial.dtype, trial.quantise, trial.batch_size, trial.accumulate)
         if key not in forms:
             forms[key] = form_of(study, problem, trial)
         form = forms[key]

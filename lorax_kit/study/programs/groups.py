@@ -12,11 +12,12 @@ import jax.numpy as jnp
 
 from lorax_kit.core.paths import Params, nbytes
 from lorax_kit.core.plan import Plan
-from lorax_kit.errors import StudyError
+from lorax_kit.errors import LoraxError, StudyError
 from lorax_kit.problem import Problem
 from lorax_kit.problem.objective import training_loss
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.design.trial import Trial
+from lorax_kit.study.programs.engine import programs
 from lorax_kit.study.programs.forms import Form, Stack
 from lorax_kit.study.programs.packing import pack
 from lorax_kit.training.objective import Weighted
@@ -63,6 +64,7 @@ def grouped(
       StudyError: not even one trial fits the budget.
     """
     trials, plan, form = stack
+    check_step(study, problem, stack, params, batch)
     one, two = (pack_bytes(study, problem, stack, params, batch, n) for n in (1, 2))
     largest = group_size(one, two, len(trials), budget, devices)
     if size is None or size > largest or size % devices:
@@ -71,6 +73,31 @@ def grouped(
     return [
         Group(list(trials[i : i + size]), size, plan, form, estimated, devices) for i in range(0, len(trials), size)
     ]
+
+
+def check_step(study: Study, problem: Problem, stack: Stack, params: Params, batch: Any) -> None:
+    """Trace a whole training step of one trial: what it cannot do is to be known before anything is written.
+
+    Raises:
+      StudyError: what the optimiser, the loss or accumulation raises.
+    """
+    made = programs(study, problem, stack.plan, 1, form=stack.form)
+    own = study.stream == "seed"
+
+    def step(batch: Any) -> Any:
+        packed = pack(study, problem, stack.trials[:1], stack.plan, params, stack.form)
+        running = made.init(packed.factors, packed.scalars)
+        many = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(study.streams), *jnp.shape(x))), batch) if own else batch
+        running, _ = made.step(running, packed.scalars, params, many)
+        return made.finish(running)
+
+    try:
+        jax.eval_shape(step, batch)
+    except LoraxError:
+        raise
+    except Exception as e:  # whatever a user's own functions or optimisers raise
+        text = str(e).splitlines()[0] if str(e) else ""
+        raise StudyError(f"a training step of {stack.trials[0].name!r} fails: {type(e).__name__}: {text}") from e
 
 
 def pack_bytes(study: Study, problem: Problem, stack: Stack, params: Params, batch: Any, count: int) -> int:

@@ -42,12 +42,14 @@ class Recipe(NamedTuple):
       reads: keywords that it is given as traced scalars.
       static: (keyword, value) of those that it cannot take traced.
       ratio: whether leaves on the side of the outputs have a rate of their own.
+      loss: keywords that the problem's loss is given as traced scalars.
     """
 
     name: str = "adamw"
     reads: tuple[str, ...] = ("weight_decay",)
     static: tuple[tuple[str, float], ...] = ()
     ratio: bool = False
+    loss: tuple[str, ...] = ()
 
 
 def maker(study: Study, name: str) -> Callable[..., Any]:
@@ -117,6 +119,7 @@ def recipe_of(study: Study, trial: Trial, loss_reads: frozenset[str] = frozenset
         name=trial.optimizer,
         reads=tuple(name for name in wanted if name not in static),
         static=tuple((name, values[name]) for name in static),
+        loss=tuple(name for name, _ in trial.hyper if name in loss_reads),
     )
 
 
@@ -220,16 +223,22 @@ def _moved(study: Study, trial: Trial, recipe: Recipe, params: np.ndarray, grads
         raise StudyError(f"optimizer {recipe.name!r} fails on a leaf of shape {params.shape}: {e}") from e
 
 
-def evaluated(plan: Plan, opt_state: Any, factors: Any) -> Any:
+def evaluated(plan: Plan, recipe: Recipe, opt_state: Any, factors: Any) -> Any:
     """The factors at which a model is measured and saved: of schedule-free optimisers their average, else `factors`.
 
     Raises:
-      StudyError: a schedule-free optimiser of leaves that it is handed as deviations from their start (DoRA's).
+      StudyError: a schedule-free optimiser with lr_ratio, or of leaves that it is handed as deviations from their start
+        (DoRA's).
     """
     free = optax.contrib.ScheduleFreeState
     states = [s for s in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, free)) if isinstance(s, free)]
     if states and (gains := [site for site in plan.sites if METHODS[site.setting.kind].gains]):
         raise StudyError(f"schedule-free optimisers do not average the gains of {gains[0].setting.kind}.")
+    if states and recipe.ratio:
+        raise StudyError(
+            f"lr_ratio scales updates, and those of {recipe.name!r} are not proportional to its rate.\n"
+            "  leave lr_ratio out, or choose another optimiser"
+        )
     leaves, tree = jax.tree.flatten(factors, is_leaf=lambda x: x is None)
     for state in states:
         others = jax.tree.leaves(state.z, is_leaf=lambda x: x is None or isinstance(x, optax.MaskedNode))

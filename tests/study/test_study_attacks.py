@@ -1,0 +1,209 @@
+"""What an attack on studies found: wrong numbers in silence, lost work, raw errors. Each stands for a kind."""
+
+import json
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lorax_kit as lk
+from lorax_kit.cli import main
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def study(**changes):
+    return tiny.study(**{"probe_lr": (), "rank": [1, 2], "seed": [0, 1], "steps": 12} | changes)
+
+
+def run(out, one, problem=None, **options):
+    return lk.run(one, problem or tiny.problem(), out=out, progress=False, **options)
+
+
+def breaking(after, error):
+    taken = []
+
+    def stream(seed, start):
+        for batch in tiny.stream(seed, start):
+            taken.append(1)
+            if len(taken) == 3 + after:
+                raise error
+            yield batch
+
+    return stream
+
+
+def test_a_race_of_several_programs_decides_alike_after_a_kill(tmp_path):
+    """All trials of one program are stopped at the first rung; a resumed race must still count them."""
+    one = study(rank=[1, 2], optimizer=["sgd", "adamw"], lr=[1e-2, 3e-2], stop=lk.Halving(first=3), steps=18)
+    whole = run(tmp_path / "whole", one)
+    for after in (6, 8, 9, 12, 15):
+        out = tmp_path / str(after)
+        with pytest.raises(SystemError):
+            run(out, one, tiny.problem(train=breaking(after, SystemError)))
+        again = run(out, one)
+        assert [(r["status"], r["steps"]) for r in again.rows] == [(r["status"], r["steps"]) for r in whole.rows]
+        assert [r["test_loss"] for r in again.rows] == [r["test_loss"] for r in whole.rows]
+
+
+def test_a_race_does_not_grow(tmp_path):
+    one = study(stop=lk.Halving(first=3))
+    first = run(tmp_path / "run", one)
+    assert run(tmp_path / "run", one).rows == first.rows
+    with pytest.raises(lk.StudyError, match="it does not grow"):
+        run(tmp_path / "run", study(stop=lk.Halving(first=3), seed=range(3)))
+
+
+def test_a_condition_with_a_diverged_seed_is_judged_with_it(tmp_path):
+    """Rank 4 loses its second seed: by its survivor alone it would be the best."""
+
+    def loss(logits, batch, poison=0.0):
+        return jnp.mean(tiny.losses(logits, batch)) + jnp.where(poison > 0.5, jnp.inf, 0.0)
+
+    grids = [{"rank": [1, 2]}, {"rank": 4, "seed": 0}, {"rank": 4, "seed": 1, "hyper": {"poison": 1.0}}]
+    problem = tiny.problem(loss=loss)
+    rows = run(tmp_path / "run", study(grids=grids, stop=lk.Halving(first=3, keep=0.5)), problem).rows
+    lost = [row["status"] for row in rows if row["rank"] == 4]
+    assert sorted(lost) == ["diverged", "stopped"]
+    assert all(math.isfinite(row["val_loss"]) for row in rows if row["status"] == "done")
+
+
+def staged(learning_rate, weight_decay=0.0):
+    """An optimiser that compares its decay in Python, so that it cannot be traced."""
+    return optax.adamw(learning_rate, weight_decay=weight_decay) if weight_decay > 0 else optax.adam(learning_rate)
+
+
+def test_scalars_that_cannot_be_traced_are_each_trials_own(tmp_path):
+    one = study(optimizer=staged, weight_decay=[0.1, 5.0], rank=[2], seed=[0])
+    together = {row["weight_decay"]: row["test_loss"] for row in run(tmp_path / "both", one).rows}
+    alone = run(tmp_path / "one", study(optimizer=staged, weight_decay=5.0, rank=[2], seed=[0])).rows[0]
+    assert together[5.0] == pytest.approx(alone["test_loss"], abs=1e-6)
+    assert together[0.1] != together[5.0]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_scalar_of_the_loss_in_one_grid_alone_is_read_there(tmp_path, first):
+    def loss(logits, batch, weight=1.0):
+        return weight * jnp.mean(tiny.losses(logits, batch))
+
+    grids = [{"rank": 1}, {"rank": 2, "hyper": {"weight": 6.0}}]
+    one = study(grids=grids if first else grids[::-1], seed=[0], steps=2)
+    rows = {row["rank"]: row["train_loss"] for row in run(tmp_path / "run", one, tiny.problem(loss=loss)).rows}
+    assert rows[2] > 4 * rows[1]
+
+
+def test_trials_that_differ_have_names_that_differ():
+    rates = [1e-3, 1.0000001e-3, 1.000002e-3]
+    assert len({t.name for t in study(lr=rates, rank=1, seed=0).trials()}) == 3
+    assert len(study(hyper={"b2": [0.9999990, 0.9999991]}, rank=1, seed=0).trials()) == 2
+    with pytest.raises(lk.StudyError, match="two trials of the study have the same name"):
+        study(targets={"u": ["up/kernel"], "u_b8": ["up/kernel"]}, batch_size=[None, 8])
+
+
+CHANGED = [
+    {"apply": lambda p, b: 2.0 * tiny.apply(p, b)},
+    {"metrics": [lk.Metric("accuracy", better="lower", of="correct")]},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGED, ids=["apply", "direction"])
+def test_a_folder_refuses_another_model_or_metric(tmp_path, changes):
+    run(tmp_path / "run", study(rank=[1], seed=[0], steps=2))
+    with pytest.raises(lk.StudyError, match=r"differs in metrics|the untrained model measures"):
+        run(tmp_path / "run", study(rank=[1, 2], seed=[0], steps=2), tiny.problem(**changes))
+
+
+def test_intervals_draw_whole_numbers_on_axes_of_whole_numbers_alone():
+    ranges = {"weight_decay": {"low": 0, "high": 1}, "rank": {"low": 1, "high": 8, "log": True}}
+    points = lk.Sample(conditions=16, ranges=ranges).points()
+    assert all(isinstance(p["rank"], int) and 1 <= p["rank"] <= 8 for p in points)
+    assert len({p["weight_decay"] for p in points}) > 8
+    with pytest.raises(lk.StudyError, match="of that axis give a list"):
+        lk.Sample(conditions=2, ranges={"rank": {"low": 1.5, "high": 4}})
+
+
+def test_a_metric_that_cannot_be_computed_does_not_end_a_study(tmp_path):
+    def risky(predictions, batches):
+        value = float(np.abs(np.concatenate(predictions)).max())
+        if value > 1:
+            raise ValueError("no such value")
+        return value
+
+    problem = tiny.problem(metrics=["accuracy", lk.Metric("largest", better="lower", of_outputs=risky)])
+    with pytest.warns(UserWarning, match="metric 'largest' of 'points' cannot be computed"):
+        rows = run(tmp_path / "run", study(lr=[1e-3, 1.0], rank=[1], seed=[0], clip=None), problem).rows
+    assert len(rows) == 2
+    assert all(row["test_accuracy"] is not None for row in rows)
+    assert json.loads((tmp_path / "run" / "trials.jsonl").read_text().splitlines()[1])["test_largest"] is None
+
+
+EARLY = [
+    (study(variant="dora", optimizer="schedule_free_adamw"), "do not average the gains of dora"),
+    (study(lr_ratio=4.0, optimizer="schedule_free_adamw"), "lr_ratio scales updates"),
+    (study(accumulate=5), "does not divide into accumulate=5"),
+    (study(hyper={"nothing": 1.0}), "is read by nothing"),
+]
+
+
+@pytest.mark.parametrize(("one", "says"), EARLY, ids=[says[:20] for _, says in EARLY])
+def test_what_a_step_cannot_do_is_known_before_anything_is_written(tmp_path, one, says):
+    with pytest.raises(lk.LoraxError, match=says):
+        run(tmp_path / "run", one)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_optimiser_with_a_random_state_goes_on_to_the_same_bits(tmp_path):
+    one = study(optimizer="noisy_sgd", lr=1e-2, rank=[1], seed=[0], schedule="constant")
+    whole = run(tmp_path / "whole", one)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", one, tiny.problem(train=breaking(7, KeyboardInterrupt)))
+    assert run(tmp_path / "run", one).rows[0]["test_loss"] == whole.rows[0]["test_loss"]
+
+
+def test_functions_in_grids_have_names_and_two_of_one_name_are_refused(tmp_path):
+    one = study(grids=[{"optimizer": staged, "rank": 1}], seed=[0], steps=2)
+    assert run(tmp_path / "run", one).rows[0]["optimizer"].endswith(":staged")
+    with pytest.raises(lk.StudyError, match="two optimisers of the study are named"):
+        study(optimizer=[partial(optax.sgd, momentum=0.1), partial(optax.sgd, momentum=0.9)])
+
+
+def test_what_a_sample_draws_is_checked():
+    for ranges, says in (
+        ({"variant": ["lora", "nope"]}, "variant 'nope' is unknown"),
+        ({"targets": ["upper", "nope"]}, "targets 'nope' of a grid are unknown"),
+    ):
+        with pytest.raises(lk.StudyError, match=says):
+            study(sample={"conditions": 4, "ranges": ranges})
+
+
+def test_a_seed_stream_grows_by_a_smaller_seed(tmp_path):
+    run(tmp_path / "run", study(rank=[1], seed=[2], stream="seed", steps=3))
+    assert len(run(tmp_path / "run", study(rank=[1], seed=[0, 2], stream="seed", steps=3)).rows) == 2
+
+
+def test_an_adapters_own_folder_is_not_searched_for_its_problem(tmp_path, monkeypatch, capsys):
+    params = tiny.params(jax.random.key(0))
+    plan = lk.resolve(lk.Spec({"up/kernel": lk.LoRA(rank=1)}), params, tiny.apply, tiny.points(0, 4))
+    base, factors = lk.split(params, plan, jax.random.key(0))
+    meta = {"problem": "x", "settings": {}, "address": "evil_module_of_adapter:x"}
+    lk.save_adapter(tmp_path / "a", plan, factors, base=base, meta=meta)
+    (tmp_path / "a" / "evil_module_of_adapter.py").write_text("raise SystemExit('ran')")
+    monkeypatch.chdir(tmp_path / "a")
+    with pytest.raises(SystemExit) as e:
+        main(["evaluate", "."])
+    assert e.value.code == 2
+    assert "say that you trust it: --problem evil_module_of_adapter:x" in capsys.readouterr().err
+
+
+def test_an_adapter_of_a_quantised_study_is_compressed(tmp_path):
+    from lorax_kit.commands import adapter_subject
+
+    found = run(tmp_path / "run", study(quantise="int8", rank=[2], seed=[0], steps=2))
+    subject = adapter_subject(found.path / found.rows[0]["adapter"], tiny.problem())
+    quality = subject.quality(subject.apply, subject.params)
+    assert quality.value("accuracy") == pytest.approx(found.rows[0]["test_accuracy"])
