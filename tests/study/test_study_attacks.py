@@ -1,8 +1,8 @@
 """What an attack on studies found: wrong numbers in silence, lost work, raw errors. Each stands for a kind."""
 
 import json
-import math
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,10 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.cli import main
+from lorax_kit.study.design.trial import Trial
+from lorax_kit.study.programs.groups import Group
+from lorax_kit.study.programs.progress import Progress
+from lorax_kit.study.race import Race
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -59,18 +63,24 @@ def test_a_race_does_not_grow(tmp_path):
         run(tmp_path / "run", study(stop=lk.Halving(first=3), seed=range(3)))
 
 
-def test_a_condition_with_a_diverged_seed_is_judged_with_it(tmp_path):
-    """Rank 4 loses its second seed: by its survivor alone it would be the best."""
-
-    def loss(logits, batch, poison=0.0):
-        return jnp.mean(tiny.losses(logits, batch)) + jnp.where(poison > 0.5, jnp.inf, 0.0)
-
-    grids = [{"rank": [1, 2]}, {"rank": 4, "seed": 0}, {"rank": 4, "seed": 1, "hyper": {"poison": 1.0}}]
-    problem = tiny.problem(loss=loss)
-    rows = run(tmp_path / "run", study(grids=grids, stop=lk.Halving(first=3, keep=0.5)), problem).rows
-    lost = [row["status"] for row in rows if row["rank"] == 4]
-    assert sorted(lost) == ["diverged", "stopped"]
-    assert all(math.isfinite(row["val_loss"]) for row in rows if row["status"] == "done")
+def test_a_condition_with_a_diverged_seed_is_judged_with_it():
+    """Rank 4 has the best seed and loses the other: by its survivor alone it would be the best condition."""
+    trials = [Trial(rank=r, alpha=1, lr=1e-3, seed=s, targets="t") for r in (1, 2, 4) for s in (0, 1)]
+    accuracy = {1: 0.6, 2: 0.5, 4: 0.9}
+    stopped = []
+    session = SimpleNamespace(
+        problem=tiny.problem(),
+        store=None,
+        keep_stopped=lambda group, trial, slot: stopped.append((trial.rank, trial.seed)),
+    )
+    race = Race(session, lk.Halving(first=2), [[Group(trials, 6, None, None, 0)]])
+    for trial in trials:
+        failed = int(trial.rank == 4 and trial.seed == 1)
+        evaluations = [(2, [{"accuracy": accuracy[trial.rank]}])]
+        race.slots[trial.name] = Progress([], np.zeros((2, 1)), np.array([failed]), evaluations, 0.0)
+    race._decide(trials, 2)
+    assert {trial.rank for group in race.groups[0] for trial in group.trials} == {1}
+    assert sorted(stopped) == [(2, 0), (2, 1), (4, 0), (4, 1)]
 
 
 def staged(learning_rate, weight_decay=0.0):
