@@ -89,7 +89,7 @@ STUDIES = [
     ({"rank": 10**5000}, "study rank holds a int too large to write; it must be at least 1"),
     ({"lr": 10**400}, "it must be a positive number of float32's range"),
     ({"steps": 10**400}, "(401 characters); it must be an integer of at least 1"),
-    ({"seed": 10**5000}, "study seed holds a int too large to write; it must lie in [0, 2^31)"),
+    ({"seed": 10**5000}, "study seed holds a int too large to write; it must be an integer in [0, 2^31)"),
     ({"warmup": 10**5000}, "study warmup is a int too large to write"),
     ({"schedule": ["linear"]}, "study schedule is ['linear']; choose from constant, linear, cosine"),
     ({"targets": {"a": [3]}}, "study targets 'a' must be a list of patterns"),

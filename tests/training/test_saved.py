@@ -18,8 +18,11 @@ PLAN = lk.resolve(lk.Spec({"head/bias": lk.Full(), "up/kernel": lk.LoRA(rank=2, 
 ADAPTED = lk.adapt(tiny.apply, PLAN)
 
 
+PROBLEM = tiny.problem()
+
+
 def loss(base, factors, batch, key):
-    return tiny.problem().loss(ADAPTED(base, factors, batch, dropout_key=key), batch), {"count": jax.numpy.float32(1)}
+    return PROBLEM.loss(ADAPTED(base, factors, batch, dropout_key=key), batch), {"count": jax.numpy.float32(1)}
 
 
 INIT, STEP = lk.make_step(loss, lk.partition(optax.adamw(1e-2), PLAN))

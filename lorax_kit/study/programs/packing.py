@@ -136,7 +136,7 @@ def _padded(plan: Plan, path: str, leaves: Any) -> Any:
             have, want = ("none" if v is None else v.shape for v in (x, s))
             raise StudyError(
                 f"trials of these ranks do not fit one stack: {name} at {path!r} is {have} in one, {want} in another.\n"
-                "  pack those apart that `lorax_kit.study.programs.packing.stacks` keeps apart"
+                "  pack those apart that `lorax_kit.study.programs.forms.stacks` keeps apart"
             )
     return jax.tree.map(
         lambda x, s: jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, s.shape, strict=True)]) if x.ndim else x,
