@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -16,7 +17,8 @@ from lorax_kit.core.setting import Full
 from lorax_kit.core.spec import Spec
 from lorax_kit.methods import LoRA
 from lorax_kit.models import BertClassifier, BertConfig
-from lorax_kit.tasks import Batch, cross_entropy
+from lorax_kit.problem import Problem, Score
+from lorax_kit.tasks import Batch, correct, cross_entropies, cross_entropy
 from lorax_kit.transform import resolve
 
 TARGETS = {"all-linear": "encoder/layer_*/**/kernel", "qv": "encoder/layer_*/attention/{query,value}/kernel"}
@@ -49,6 +51,25 @@ class Case(NamedTuple):
     def loss(self, logits: Array, batch: Any) -> Array:
         """Mean cross entropy."""
         return cross_entropy(logits, batch.label, batch.weight)
+
+    def problem(self) -> Problem:
+        """The case as a study takes it: its one batch for training, validation and test."""
+
+        def score(logits: Any, batch: Any) -> Score:
+            losses = jnp.sum(cross_entropies(logits, batch.label) * batch.weight)
+            return Score(losses, correct(logits, batch.label, batch.weight), jnp.sum(batch.weight))
+
+        return Problem(
+            name="random",
+            params=lambda key: self.params,
+            apply=self.apply,
+            loss=self.loss,
+            score=score,
+            head=("classifier/**",),
+            train=lambda seed, at: itertools.repeat(self.batch),
+            val=[self.batch],
+            test=[self.batch],
+        )
 
 
 def make_case(

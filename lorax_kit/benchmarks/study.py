@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from tqdm import tqdm
 
 from lorax_kit.benchmarks.case import TARGETS, Case, make_case
@@ -18,13 +16,11 @@ from lorax_kit.benchmarks.timing import alternate
 from lorax_kit.benchmarks.torch_peer import torch_steps
 from lorax_kit.core.merge import split
 from lorax_kit.measure import facts, product_flops
-from lorax_kit.problem import Problem, Score
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.design.trial import Trial
 from lorax_kit.study.programs.engine import optimizer, programs
 from lorax_kit.study.programs.forms import trial_plan, union_plan
 from lorax_kit.study.programs.packing import pack, start
-from lorax_kit.tasks import correct, cross_entropies
 from lorax_kit.training import make_step
 from lorax_kit.transform import adapt
 
@@ -116,7 +112,7 @@ class _Way:
     def __init__(self, case: Case, targets: str) -> None:
         self.case = case
         self.study = Study(rank=RANKS, alpha=16, lr=(RATE, 3 * RATE), seed=(0, 1), targets={"all": [targets]})
-        self.problem = _problem(case)
+        self.problem = case.problem()
         self.plan = union_plan(self.study, self.problem, self.study.trials(), case.params, case.batch)
 
     def stacked(self, trials: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
@@ -153,21 +149,3 @@ def trial_plan_of(way: _Way, rank: int) -> Any:
     """The plan of one trial of a rank, alone."""
     trial = Trial(rank=rank, alpha=16.0, lr=RATE, seed=0, targets="all")
     return trial_plan(way.study, way.problem, way.plan, trial, way.case.params)
-
-
-def _problem(case: Case) -> Problem:
-    def score(logits: Any, batch: Any) -> Score:
-        losses = jnp.sum(cross_entropies(logits, batch.label) * batch.weight)
-        return Score(losses, correct(logits, batch.label, batch.weight), jnp.sum(batch.weight))
-
-    return Problem(
-        name="random",
-        params=lambda key: case.params,
-        apply=case.apply,
-        loss=case.loss,
-        score=score,
-        head=("classifier/**",),
-        train=lambda seed, at: itertools.repeat(case.batch),
-        val=[case.batch],
-        test=[case.batch],
-    )

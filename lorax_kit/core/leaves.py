@@ -53,6 +53,12 @@ def trained_only(plan: Plan, factors: FactorTree) -> dict[str, Any]:
     return {path: leaves._replace(**frozen.get(path, {})) for path, leaves in factors.items()}
 
 
+def keep_rows(x: Array, count: Any) -> Array:
+    """A leaf with zeros in all rows after the first `count`, which may be traced."""
+    kept = jnp.arange(x.shape[0]) < count
+    return jnp.where(kept.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
+
+
 def penalty(plan: Plan, factors: Any) -> Array:
     """The sum of the methods' own terms of the loss (AdaLoRA's orthogonality), fp32 (); zero where none has one.
 

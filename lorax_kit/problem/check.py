@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from lorax_kit.core.paths import Params, arrays_only, flatten, is_array, is_state
 from lorax_kit.core.plan import matched
 from lorax_kit.errors import LoraxError, StudyError
+from lorax_kit.problem.evaluate import score_of
 from lorax_kit.problem.metric import Metric, standard
 from lorax_kit.problem.sums import Score, sums_of
 from lorax_kit.training.objective import Weighted
@@ -50,6 +51,18 @@ def check_problem(problem: Problem) -> bool:
         _check_metric(standard(metric), means)
     _check_loss(problem, params, batch, own["state"])
     return classifies
+
+
+@contextlib.contextmanager
+def told_in_words(what: str) -> Iterator[None]:
+    """Raise what a user's own functions raise, which may be anything, as one line that begins with `what`."""
+    try:
+        yield
+    except LoraxError:
+        raise
+    except Exception as e:
+        text = str(e).splitlines()[0] if str(e) else ""
+        raise StudyError(f"{what}: {type(e).__name__}: {text}") from e
 
 
 def check_batches(problem: Problem) -> None:
@@ -145,16 +158,7 @@ def _check_score(problem: Problem, params: Params) -> tuple[bool, Mapping[str, A
     def score(arrays: Mapping[str, Any], batch: Any) -> Any:
         nonlocal classifies
         outputs = problem.apply(whole(arrays), batch)
-        if problem.score is None:
-            loss = problem.loss(outputs, batch)
-            found: Any = {"loss": loss} if isinstance(loss, Weighted) else None
-            if found is None:
-                raise StudyError(
-                    f"problem {problem.name!r} has no score, and its loss is a mean of which nobody knows the weight.\n"
-                    "  give score=, or return lk.Weighted(sum of losses, their weight) from the loss"
-                )
-        else:
-            found = problem.score(outputs, batch)
+        found = score_of(problem, outputs, batch)
         classifies = isinstance(found, Score)
         if problem.predict is not None:
             problem.predict(outputs, batch)
@@ -162,15 +166,8 @@ def _check_score(problem: Problem, params: Params) -> tuple[bool, Mapping[str, A
 
     for part in ("val", "test"):
         batch = getattr(problem, part)[0]
-        try:
+        with told_in_words(f"apply or score of problem {problem.name!r} fails on the first batch of {part}"):
             shapes = jax.eval_shape(score, arrays, batch)
-        except LoraxError:
-            raise
-        except Exception as e:  # the user's own functions may raise anything
-            raise StudyError(
-                f"apply or score of problem {problem.name!r} fails on the first batch of {part}: "
-                f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-            ) from e
     return classifies, {name: np.ones(x.total.shape) for name, x in shapes.items()}
 
 
@@ -198,15 +195,8 @@ def _check_loss(problem: Problem, params: Params, batch: Any, state: Collection[
                 named_state(problem, new, state)
         return problem.loss(outputs, batch)
 
-    try:
+    with told_in_words(f"apply or loss of problem {problem.name!r} fails on the first training batch"):
         found = jax.eval_shape(loss, arrays, batch)
-    except LoraxError:
-        raise
-    except Exception as e:  # the user's own functions may raise anything
-        raise StudyError(
-            f"apply or loss of problem {problem.name!r} fails on the first training batch: "
-            f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-        ) from e
     total = found.total if isinstance(found, Weighted) else found
     if not is_array(total) or total.shape != () or not jnp.issubdtype(total.dtype, jnp.floating):
         what = f"shape {total.shape} and dtype {total.dtype}" if is_array(total) else f"type {type(total).__name__}"

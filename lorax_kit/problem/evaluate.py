@@ -20,19 +20,26 @@ if TYPE_CHECKING:
     from lorax_kit.problem.problem import Problem
 
 
+def score_of(problem: Problem, outputs: Any, batch: Any) -> Any:
+    """What the problem's `score` gives for a batch; without one, its loss.
+
+    Raises:
+      StudyError: there is no score, and the loss does not say what it weighs.
+    """
+    if problem.score is not None:
+        return problem.score(outputs, batch)
+    loss = problem.loss(outputs, batch)
+    if not isinstance(loss, Weighted):
+        raise StudyError(
+            f"problem {problem.name!r} has no score, and its loss is a mean of which nobody knows the weight.\n"
+            "  give score=, or return lk.Weighted(sum of losses, their weight) from the loss"
+        )
+    return {"loss": loss}
+
+
 def scored(problem: Problem, outputs: Any, batch: Any) -> tuple[Sums, Any]:
     """(sums of a batch, predictions or None where no metric reads them); traced."""
-    who = f"problem {problem.name!r}"
-    if problem.score is not None:
-        sums = sums_of(problem.score(outputs, batch), who)
-    else:
-        loss = problem.loss(outputs, batch)
-        if not isinstance(loss, Weighted):
-            raise StudyError(
-                f"{who} has no score, and its loss is a mean of which nobody knows the weight.\n"
-                "  give score=, or return lk.Weighted(sum of losses, their weight) from the loss"
-            )
-        sums = sums_of({"loss": loss}, who)
+    sums = sums_of(score_of(problem, outputs, batch), f"problem {problem.name!r}")
     if not problem.reads_outputs:
         return sums, None
     return sums, outputs if problem.predict is None else problem.predict(outputs, batch)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from lorax_kit.study.design.stopping import Stopping
 from lorax_kit.study.design.trial import Trial
@@ -46,7 +45,8 @@ class Race:
                 self._decide([trial for group in in_play for trial in group.trials], until)
         for groups in self.groups:
             for group in groups:
-                self.session.keep(group, joined([self.slots[t.name] for t in group.trials], group.size), new=True)
+                slots = joined([self.slots[trial.name] for trial in group.trials], group.size)
+                self.session.keep(group, self.session.finished(group, slots), new=True)
         self.store.drop_rungs()
 
     def _train(self, group: Group, until: int, place: str, label: str) -> None:
@@ -91,8 +91,3 @@ def _packed(trials: Sequence[Trial], like: Group) -> list[Group]:
     if len(trials) <= size // 2:
         size = -(-len(trials) // devices) * devices
     return [like._replace(trials=list(trials[i : i + size]), size=size) for i in range(0, len(trials), max(size, 1))]
-
-
-def summary(rows: Sequence[dict[str, Any]], steps: int) -> dict[str, int]:
-    """Trial-steps that were taken, and that a study without stopping would have taken."""
-    return {"trial_steps": sum(row["steps"] for row in rows), "full_steps": steps * len(rows)}

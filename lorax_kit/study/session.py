@@ -117,20 +117,24 @@ class Session:
         """Train a group, or go on with it, and write what its trials came to."""
         names = [trial.name for trial in group.trials]
         earlier = self.store.load_progress(names, group.size)
-        new = earlier is None or len(earlier.losses) < self.study.steps
-        self.keep(group, self.train_until(group, self.study.steps, label, None), new=new)
+        engine, stacked = self._engine(group)
+        trained, _ = self._train(engine, stacked, group, self.study.steps, label, earlier)
+        self.keep(group, trained, new=earlier is None or len(earlier.losses) < self.study.steps)
         self.store.drop_progress()
 
     def train_until(self, group: Group, until: int, label: str, before: Progress | None) -> Progress:
         """Train a group to a step, from where an interruption left it, or from where it was `before`."""
         found = self.store.load_progress([trial.name for trial in group.trials], group.size)
         engine, stacked = self._engine(group)
-        return self._train(engine, stacked, group, until, label, before if found is None else found)
+        return self._train(engine, stacked, group, until, label, before if found is None else found)[1]
 
-    def keep(self, group: Group, progress: Progress, *, new: bool) -> None:
-        """Write what the trials of a group came to; `new`: the group's own facts, too."""
+    def finished(self, group: Group, progress: Progress) -> Trained:
+        """What a group came to whose trials were trained before, in other groups perhaps."""
         engine, stacked = self._engine(group)
-        trained = engine.finished(stacked, progress)
+        return engine.finished(stacked, progress)
+
+    def keep(self, group: Group, trained: Trained, *, new: bool) -> None:
+        """Write what the trials of a group came to; `new`: the group's own facts, too."""
         self._keep_curves(group, trained)
         if new:
             self._keep_facts(group, trained)
@@ -143,8 +147,8 @@ class Session:
         alone = group._replace(trials=[trial], size=1)
         trained = Trained(None, slot.losses, slot.failed, slot.evaluations, slot.seconds, 0.0, 0)
         self._keep_curves(alone, trained)
-        plan = trial_plan(self.study, self.problem, group.plan, trial, self.base_of(group.form, group.plan))
         base = self.base_of(group.form, group.plan)
+        plan = trial_plan(self.study, self.problem, group.plan, trial, base)
         shapes = jax.eval_shape(lambda: start(self.problem, plan, trial.seed, base)[1])
         row = self._row(group, trial, jax.tree.leaves(trained_only(plan, shapes)), trained, 0)
         if row["status"] == "done":
@@ -178,7 +182,7 @@ class Session:
 
     def _train(
         self, engine: Engine, stacked: Pack, group: Group, until: int, label: str, earlier: Progress | None
-    ) -> Progress:
+    ) -> tuple[Trained, Progress]:
         done, count = 0 if earlier is None else len(earlier.losses), len(group.trials)
         bar = tqdm(total=until, initial=done, desc=label, unit="step", disable=None if self.progress else True)
         shown: dict[str, str] = {}
@@ -206,7 +210,7 @@ class Session:
             self._tell("validation", step=number, metrics=dict(zip(names, metrics[:count], strict=True)))
 
         def on_save(progress: Progress) -> None:
-            self.store.save_progress([trial.name for trial in group.trials], progress)
+            self.store.save_progress(names, progress)
             self.store.write_info(compiles=self.compiles, seconds=self.seconds)
 
         with bar:
@@ -221,7 +225,7 @@ class Session:
                 on_step=on_step,
                 on_eval=on_eval,
                 on_save=on_save,
-            )[1]
+            )
 
     def _keep_curves(self, group: Group, trained: Trained) -> None:
         """Losses by step, and validations along the way."""

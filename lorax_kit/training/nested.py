@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.core.leaves import FactorTree
+from lorax_kit.core.leaves import FactorTree, keep_rows
 from lorax_kit.core.method import method_of
 from lorax_kit.core.plan import Plan, plan_of_sites
 from lorax_kit.core.setting import is_int, shown
@@ -116,11 +116,7 @@ def _of_rank(site: Site, rank: int) -> Any:
 def _masked(plan: Plan, factors: FactorTree, rank: Array) -> dict[str, Any]:
     out = dict(factors)
     for site in plan.sites:
-        leaves, own = factors[site.path], {}
-        for name in method_of(site.setting).rows:
-            x = getattr(leaves, name)
-            if x is not None:
-                kept = jnp.arange(x.shape[0]) < rank
-                own[name] = jnp.where(kept.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
-        out[site.path] = leaves._replace(**own)
+        leaves = factors[site.path]
+        held = [name for name in method_of(site.setting).rows if getattr(leaves, name) is not None]
+        out[site.path] = leaves._replace(**{name: keep_rows(getattr(leaves, name), rank) for name in held})
     return out

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from statistics import median
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lorax_kit.benchmarks.case import TARGETS, Case, make_case
 from lorax_kit.benchmarks.device.machine import held_bytes
@@ -17,14 +15,13 @@ from lorax_kit.benchmarks.device.steps import Program, Shape, Timing, compiled_p
 from lorax_kit.benchmarks.step import RATE, stepping
 from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.core.plan import Plan
-from lorax_kit.problem import Problem, Score
+from lorax_kit.problem import Problem
 from lorax_kit.study.design import Study
 from lorax_kit.study.design.trial import Trial
 from lorax_kit.study.programs.engine import optimizer, programs
 from lorax_kit.study.programs.forms import DEFAULT, Stack, trial_plan, union_plan
 from lorax_kit.study.programs.groups import available_bytes, pack_bytes
 from lorax_kit.study.programs.packing import pack, start
-from lorax_kit.tasks import correct, cross_entropies
 from lorax_kit.training import make_step
 from lorax_kit.transform import adapt
 
@@ -52,23 +49,7 @@ class Stacks:
     @cached_property
     def problem(self) -> Problem:
         """The case as a study takes it."""
-        case = self.case
-
-        def score(logits: Any, batch: Any) -> Score:
-            losses = jnp.sum(cross_entropies(logits, batch.label) * batch.weight)
-            return Score(losses, correct(logits, batch.label, batch.weight), jnp.sum(batch.weight))
-
-        return Problem(
-            name="random",
-            params=lambda key: case.params,
-            apply=case.apply,
-            loss=case.loss,
-            score=score,
-            head=("classifier/**",),
-            train=lambda seed, at: itertools.repeat(case.batch),
-            val=[case.batch],
-            test=[case.batch],
-        )
+        return self.case.problem()
 
     def rows(self, count: int) -> Iterator[dict[str, Any]]:
         """The row of a stack of `count`, and that of its memory. Where the estimate does not fit, only the latter."""

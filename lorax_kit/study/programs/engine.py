@@ -19,6 +19,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lorax_kit.core.leaves import keep_rows
 from lorax_kit.core.paths import Params, arrays_only
 from lorax_kit.core.plan import Plan
 from lorax_kit.errors import StudyError
@@ -95,10 +96,8 @@ def programs(
     Args:
       whole: makes the base of what the programs are given as `base`: its arrays, where it holds other leaves, too.
     """
-    adapted, training = (
-        adapt(problem.apply, plan, trials=trials),
-        training_loss(problem, plan, trials=trials, whole=whole),
-    )
+    adapted = adapt(problem.apply, plan, trials=trials)
+    training = training_loss(problem, plan, trials=trials, whole=whole)
 
     def solo_init(factors: Any, scalars: Scalars) -> State:
         init, _ = make_step(lambda *_: None, optimizer(study, plan, scalars.lr, form, scalars.more), jit=False)
@@ -138,13 +137,8 @@ def programs(
 
 def _held(factors: Any, rows: Mapping[str, Mapping[str, Array]]) -> Any:
     """The factors with zeros in the rows that a trial does not have."""
-
-    def cut(x: Array, count: Array) -> Array:
-        own = jnp.arange(x.shape[0]) < count
-        return jnp.where(own.reshape(-1, *(1,) * (x.ndim - 1)), x, 0)
-
     return {
-        path: leaves._replace(**{name: cut(getattr(leaves, name), n) for name, n in rows.get(path, {}).items()})
+        path: leaves._replace(**{name: keep_rows(getattr(leaves, name), n) for name, n in rows.get(path, {}).items()})
         for path, leaves in factors.items()
     }
 

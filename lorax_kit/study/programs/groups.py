@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from lorax_kit.core.paths import Params, nbytes
 from lorax_kit.core.plan import Plan
-from lorax_kit.errors import LoraxError, StudyError
+from lorax_kit.errors import StudyError
 from lorax_kit.problem import Problem
+from lorax_kit.problem.check import told_in_words
 from lorax_kit.problem.objective import training_loss
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.design.trial import Trial
@@ -91,13 +92,8 @@ def check_step(study: Study, problem: Problem, stack: Stack, params: Params, bat
         running, _ = made.step(running, packed.scalars, params, many)
         return made.finish(running)
 
-    try:
+    with told_in_words(f"a training step of {stack.trials[0].name!r} fails"):
         jax.eval_shape(step, batch)
-    except LoraxError:
-        raise
-    except Exception as e:  # whatever a user's own functions or optimisers raise
-        text = str(e).splitlines()[0] if str(e) else ""
-        raise StudyError(f"a training step of {stack.trials[0].name!r} fails: {type(e).__name__}: {text}") from e
 
 
 def pack_bytes(study: Study, problem: Problem, stack: Stack, params: Params, batch: Any, count: int) -> int:
