@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -18,8 +19,9 @@ from lorax_kit.core.merge import split
 from lorax_kit.measure import facts, product_flops
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.design.trial import Trial
-from lorax_kit.study.programs.engine import optimizer, programs
-from lorax_kit.study.programs.forms import trial_plan, union_plan
+from lorax_kit.study.programs.engine import Engine, optimizer, programs
+from lorax_kit.study.programs.forms import DEFAULT, Stack, trial_plan, union_plan
+from lorax_kit.study.programs.groups import available_bytes, grouped
 from lorax_kit.study.programs.packing import pack, start
 from lorax_kit.training import make_step
 from lorax_kit.transform import adapt
@@ -46,10 +48,12 @@ def bench_study(
     """Time 24 trials (ranks 1 to 32, two rates, two seeds) of an all-linear study of a BERT classifier.
 
     One step of each contender is timed in alternating rounds; times of whole studies are sums of medians, with the
-    compilations that each way needs: `ours_s` one program for all trials, `solo_s` one program for a padded trial that
-    runs 24 times, `solo_compile_each_s` a program for each rank, `peft_s` 24 trials of PEFT at rank 8 in eager torch.
-    `compile_s` is the share of `ours_s` that compiles. `ratio_upper_layers` is a stacked step per trial against a solo
-    step, of adapters in the top third of the layers, without compilations.
+    compilations that each way needs: `ours_s` one program for all trials, `solo_s` one program for a trial padded to
+    the highest rank that runs 24 times, `solo_compile_each_s` a program for each rank, `peft_s` 24 trials of PEFT at
+    rank 8 in eager torch. Solo programs are `lk.make_step` of one trial, without a trial axis.
+    `compile_s` is the share of `ours_s` that compiles. Trials are laid out as a study lays them, `*_at_once` side by
+    side. `ratio_upper_layers` is a stacked step per trial against a solo step of the highest rank, of adapters in the
+    top third of the layers, without compilations.
 
     Returns:
       A dict with `STUDY_COLUMNS`, the milliseconds of each step, FLOPs of the products, temporaries, and the device.
@@ -64,16 +68,15 @@ def bench_study(
     runs: dict[str, Callable[[], Any]] = {}
     compiled: dict[str, float] = {}
     costs: dict[str, Any] = {}
-    wanted = {"stacked": (everywhere, trials), "padded": (everywhere, trials[:1])}
-    wanted |= {"upper": (upper, upper.study.trials()), "upper_solo": (upper, upper.study.trials()[:1])}
-    for name in tqdm([*wanted, *map(str, RANKS)], desc="compiling", disable=None if progress else True):
-        began = perf_counter()
-        if name in wanted:
-            way, some = wanted[name]
-            runs[name], costs[name] = way.stacked(some)
-        else:
-            runs[name] = everywhere.solo(int(name))
-        compiled[name] = perf_counter() - began
+    wanted: dict[str, Callable[[], tuple[Callable[[], Any], dict[str, Any]]]] = {
+        "stacked": lambda: everywhere.stacked(trials),
+        "upper": lambda: upper.stacked(upper.study.trials()),
+        "upper_solo": lambda: upper.solo(max(RANKS)),
+        **{str(rank): partial(everywhere.solo, rank) for rank in RANKS},
+    }
+    for name, make in tqdm(wanted.items(), desc="compiling", disable=None if progress else True):
+        runs[name], costs[name] = make()
+        compiled[name] = costs[name]["compile_s"]
     _, factors = split(case.params, trial_plan_of(everywhere, PEFT_RANK), jax.random.key(0))
     peft_case = case._replace(plan=trial_plan_of(everywhere, PEFT_RANK))
     torch = torch_steps(peft_case, factors, RATE) if peer else {}
@@ -82,7 +85,8 @@ def bench_study(
     seconds = {name: median(times) / 1e3 for name, times in alternate(runs, bar).items()}
     count, each = len(trials), len(trials) // len(RANKS)
     ours = compiled["stacked"] + steps * seconds["stacked"]
-    solo = compiled["padded"] + count * steps * seconds["padded"]
+    padded = str(max(RANKS))
+    solo = compiled[padded] + count * steps * seconds[padded]
     by_rank = sum(compiled[str(r)] + each * steps * seconds[str(r)] for r in RANKS)
     peft = count * steps * seconds["peft"] if "peft" in seconds else None
     return {
@@ -98,7 +102,8 @@ def bench_study(
         "ratio_peft": None if peft is None else ours / peft,
         "ratio_upper_layers": seconds["upper"] / count / seconds["upper_solo"],
         "step_ms": {name: 1e3 * x for name, x in seconds.items()},
-        **{f"{name}_{key}": x for name in ("stacked", "padded") for key, x in costs[name].items()},
+        "solo_temp_bytes": costs[padded]["temp_bytes"],
+        **{f"{name}_{key}": x for name in ("stacked", "upper") for key, x in costs[name].items()},
         "width": width,
         "tokens": batch_size * length,
         "backend": jax.default_backend(),
@@ -115,23 +120,37 @@ class _Way:
         self.problem = case.problem()
         self.plan = union_plan(self.study, self.problem, self.study.trials(), case.params, case.batch)
 
-    def stacked(self, trials: Any) -> tuple[Callable[[], Any], dict[str, Any]]:
-        """The compiled step of a stack as a call, with its FLOPs and temporaries."""
-        case = self.case
+    def stacked(self, trials: Sequence[Trial]) -> tuple[Callable[[], Any], dict[str, Any]]:
+        """The compiled step of trials, laid out as a study lays them, as a call, with its FLOPs and temporaries."""
+        case, stack = self.case, Stack(list(trials), self.plan, DEFAULT)
+        budget = available_bytes(jax.devices()[0])
+        group = grouped(self.study, self.problem, stack, case.params, case.batch, budget=budget)[0]
+        engine = Engine(self.study, self.problem, self.plan, case.params, group.layout)
         packed = pack(self.study, self.problem, trials, self.plan, case.params)
+        running, scalars, count = engine.begin(packed)
+        step = engine.compile(running, scalars, count, case.batch)
         made = programs(self.study, self.problem, self.plan, len(trials))
-        running = jax.jit(made.init)(packed.factors, packed.scalars)
-        flops = product_flops(made.step, running, packed.scalars, case.params, case.batch)
-        step = jax.jit(made.step, donate_argnums=(0,)).lower(running, packed.scalars, case.params, case.batch).compile()
+        flops = product_flops(
+            made.step, made.init(packed.factors, packed.scalars), packed.scalars, case.params, case.batch
+        )
 
         def call(running: Any, base: Any, batch: Any) -> Any:
-            return step(running, packed.scalars, base, batch)
+            return step(running, scalars, count, base, batch)
 
-        temporaries = {"flops": flops, "temp_bytes": facts(step)["temp_bytes"]}
-        return stepping(call, running, case.params, case.batch), temporaries
+        costs = {
+            "compile_s": engine.compile_seconds,
+            "flops": flops,
+            "temp_bytes": facts(step)["temp_bytes"],
+            "at_once": group.layout.at_once,
+        }
+        costs |= {
+            "estimated_bytes": group.estimated_bytes,
+            "state_bytes": sum(x.nbytes for x in jax.tree.leaves(running)),
+        }
+        return stepping(call, running, engine.base, case.batch), costs
 
-    def solo(self, rank: int) -> Callable[[], Any]:
-        """The compiled step of a trial alone, at its own rank."""
+    def solo(self, rank: int) -> tuple[Callable[[], Any], dict[str, Any]]:
+        """The compiled step of a trial alone, at its own rank, and what it cost to compile."""
         case, own = self.case, trial_plan_of(self, rank)
         base, factors = start(self.problem, own, 0)
         adapted = adapt(case.apply, own)
@@ -141,8 +160,10 @@ class _Way:
 
         init, step = make_step(loss, optimizer(self.study, own, RATE), jit=False)
         state = init(factors)
+        began = perf_counter()
         compiled = jax.jit(step, donate_argnums=(0,)).lower(state, base, case.batch).compile()
-        return stepping(compiled, state, base, case.batch)
+        seconds = perf_counter() - began
+        return stepping(compiled, state, base, case.batch), {"compile_s": seconds, **facts(compiled)}
 
 
 def trial_plan_of(way: _Way, rank: int) -> Any:

@@ -58,23 +58,23 @@ def check_race(trials: Sequence[Trial], info: Mapping[str, Any], folder: str) ->
 
 def unfinished(
     study: Study, problem: Problem, stack: Stack, store: RunStore | SharedStore, params: Params, batch: Any
-) -> list[tuple[Stack, int | None]]:
+) -> list[tuple[Stack, tuple[int, int] | None]]:
     """What of a stack is to be trained: parts that an earlier call began as they were planned then, and what is new.
 
     A part is planned once, by the trials that were missing when it was: so a folder that grows goes on with what was
-    under way by the same program, to the same bits.
+    under way by the same program, to the same bits: with the (size, at_once) of its pack.
     """
     if study.stop is not None:  # all trials of a race decide who goes on: it is run again as it was planned
-        sizes = {tuple(record["trials"]): record["size"] for record in store.info.get("stacks") or ()}
+        sizes = {tuple(record["trials"]): _sizes(record) for record in store.info.get("stacks") or ()}
         whole = sizes.get(tuple(trial.name for trial in stack.trials))
         return [(stack, whole)]
     by_name = {trial.name: trial for trial in stack.trials}
     missing = [name for name in by_name if name not in store.finished]
-    out: list[tuple[list[Trial], int | None]] = []
+    out: list[tuple[list[Trial], tuple[int, int] | None]] = []
     for record in store.info.get("stacks") or ():
         names = record["trials"]
         if set(names) <= set(by_name) and set(names) & set(missing):
-            out.append(([by_name[name] for name in names], record["size"]))
+            out.append(([by_name[name] for name in names], _sizes(record)))
             missing = [name for name in missing if name not in names]
     if missing:
         out.append(([by_name[name] for name in missing], None))
@@ -88,3 +88,8 @@ def unfinished(
         )
         for some, size in out
     ]
+
+
+def _sizes(record: Mapping[str, Any]) -> tuple[int, int]:
+    """(size, at_once) of a stack's packs; of a folder made before there were slices, all at once."""
+    return record["size"], record.get("at_once", record["size"])

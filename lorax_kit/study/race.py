@@ -9,6 +9,7 @@ from lorax_kit.study.design.stopping import Stopping
 from lorax_kit.study.design.trial import Trial
 from lorax_kit.study.programs.groups import Group
 from lorax_kit.study.programs.progress import Progress, joined, parted
+from lorax_kit.study.programs.slices import Layout
 from lorax_kit.study.session import Session
 
 
@@ -16,8 +17,8 @@ class Race:
     """The groups of a study under an early-stopping rule.
 
     All trials that are still in are trained to a rung before the rule decides; then they are packed anew, into groups
-    of the same size, which the same compiled program goes on with. A stack of which half a group or less is left is
-    packed into one of just so many.
+    of the same layout, which the same compiled program goes on with; it does not compute the empty slices. A stack of
+    which half a slice or less is left is packed into one of just so many.
 
     Args:
       session: that trains.
@@ -85,9 +86,12 @@ class Race:
 
 
 def _packed(trials: Sequence[Trial], like: Group) -> list[Group]:
-    """Groups of the size of `like`, or of one as small as is left where that is half of it or less."""
-    devices = max(1, like.devices)
-    size = like.size
-    if len(trials) <= size // 2:
-        size = -(-len(trials) // devices) * devices
-    return [like._replace(trials=list(trials[i : i + size]), size=size) for i in range(0, len(trials), max(size, 1))]
+    """Groups laid out like `like`, or one of just so many trials where they are half of its slice or less."""
+    layout = like.layout
+    if trials and len(trials) <= layout.width // 2:
+        each = -(-len(trials) // layout.devices)
+        layout = Layout(each * layout.devices, each, layout.devices)
+    return [
+        like._replace(trials=list(trials[i : i + layout.size]), layout=layout)
+        for i in range(0, len(trials), layout.size)
+    ]

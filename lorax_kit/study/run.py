@@ -159,10 +159,15 @@ def run(
     if study.stop is not None:
         check_race(trials, store.info, str(out))
     for stack in planned:
-        for part, size in unfinished(study, problem, stack, store, params, examples(stack.form)):
+        for part, earlier in unfinished(study, problem, stack, store, params, examples(stack.form)):
             base, batch = cast(params, part.form.dtype), examples(part.form)
-            found = grouped(study, problem, part, base, batch, budget=budget, devices=devices, size=size)
-            record = {"trials": [trial.name for trial in part.trials], "size": found[0].size}
+            found = grouped(study, problem, part, base, batch, budget=budget, devices=devices, earlier=earlier)
+            layout = found[0].layout
+            record = {
+                "trials": [trial.name for trial in part.trials],
+                "size": layout.size,
+                "at_once": layout.at_once,
+            }
             records = [record if one["trials"] == record["trials"] else one for one in records]
             records += [record] if record not in records else []
             # A group of which a trial is missing goes on as a whole: the same program, so the same bits.

@@ -33,6 +33,7 @@ from lorax_kit.study.programs.groups import Group
 from lorax_kit.study.programs.packing import Pack, pack, start, unpack
 from lorax_kit.study.programs.processes import told
 from lorax_kit.study.programs.progress import Progress, Trained
+from lorax_kit.study.programs.slices import Layout
 from lorax_kit.study.shared_store import SharedStore
 from lorax_kit.study.store import RunStore
 from lorax_kit.study.trackers import Tracker
@@ -144,7 +145,7 @@ class Session:
         """Write the row of a trial that a rule stopped, or that diverged before."""
         if trial.name in self.store.finished:
             return
-        alone = group._replace(trials=[trial], size=1)
+        alone = group._replace(trials=[trial], layout=Layout(1, 1))
         trained = Trained(None, slot.losses, slot.failed, slot.evaluations, slot.seconds, 0.0, 0)
         self._keep_curves(alone, trained)
         base = self.base_of(group.form, group.plan)
@@ -161,17 +162,16 @@ class Session:
     def _engine(self, group: Group) -> tuple[Engine, Pack]:
         """The compiled program of a group, and where its trials start."""
         names = [trial.name for trial in group.trials]
-        if self.packed is not None and self.packed[0] == (names, group.size):
+        if self.packed is not None and self.packed[0] == (names, group.layout):
             return self.packed[1]
-        filled = [*group.trials, *[group.trials[-1]] * (group.size - len(group.trials))]
         base = self.base_of(group.form, group.plan)
-        stacked = pack(self.study, self.problem, filled, group.plan, base, group.form)
-        key = (group.plan, group.size, group.form)
+        stacked = pack(self.study, self.problem, group.trials, group.plan, base, group.form, group.size)
+        key = (group.plan, group.layout, group.form)
         if key not in self.engines:
             self.engines[key] = Engine(
-                self.study, self.problem, group.plan, base, group.size, self.mesh, form=group.form
+                self.study, self.problem, group.plan, base, group.layout, self.mesh, form=group.form
             )
-        self.packed = ((names, group.size), (self.engines[key], stacked))
+        self.packed = ((names, group.layout), (self.engines[key], stacked))
         return self.packed[1]
 
     def _batches(self, form: Form, start: int) -> Iterator[Any]:
@@ -248,6 +248,7 @@ class Session:
             "trials": len(group.trials),
             "names": [trial.name for trial in group.trials],
             "size": group.size,
+            "at_once": group.layout.at_once,
             "estimated_bytes": group.estimated_bytes,
             "temp_bytes": trained.temp_bytes,
             "collective_bytes": trained.collective_bytes,

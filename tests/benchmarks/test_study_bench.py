@@ -18,5 +18,6 @@ def test_the_small_form_runs_and_its_sums_add_up(capsys):
     assert row["ours_s"] == pytest.approx(row["compile_s"] + 3 * ms["stacked"] / 1e3)
     assert row["ratio_solo"] == pytest.approx(row["ours_s"] / row["solo_s"])
     assert row["ratio_upper_layers"] == pytest.approx(ms["upper"] / 24 / ms["upper_solo"])
-    # A stacked step does what 24 padded ones do, but for what precedes the first site: the embeddings, no products.
-    assert row["stacked_flops"] == pytest.approx(24 * row["padded_flops"], rel=0.02)
+    assert row["solo_s"] > 24 * 3 * ms["32"] / 1e3
+    assert row["stacked_flops"] > row["upper_flops"] > 0
+    assert 24 % row["stacked_at_once"] == 0

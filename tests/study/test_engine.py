@@ -1,5 +1,7 @@
 """Stacked trials against solo ones: the same numbers, one program, one copy of what they share."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from lorax_kit.core.paths import flatten
 from lorax_kit.study.programs.engine import Engine
 from lorax_kit.study.programs.forms import kinds, trial_plan, union_plan
 from lorax_kit.study.programs.packing import pack, start, unpack
+from lorax_kit.study.programs.slices import Layout, laid_out
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -19,13 +22,21 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 TOLERANCE = 1e-5
 
 
-def trained(study, problem=None, trials=None, mesh=None):
+def pack_of(study, trials, problem=None, size=None):
+    problem = problem or tiny.problem()
+    params = problem.params(jax.random.key(0))
+    plan = union_plan(study, problem, trials, params, next(problem.train(0, 0)))
+    return pack(study, problem, trials, plan, params, size=size)
+
+
+def trained(study, problem=None, trials=None, mesh=None, layout=None):
     problem = problem or tiny.problem()
     trials = trials or kinds(study, problem, study.trials())[0][0]
     params = problem.params(jax.random.key(0))
-    plan = union_plan(study, problem, trials, params, next(problem.train(0, 0)))
-    stacked = pack(study, problem, trials, plan, params)
-    engine = Engine(study, problem, plan, params, len(trials), mesh)
+    layout = layout or Layout(len(trials), len(trials))
+    stacked = pack_of(study, trials, problem, layout.size)
+    plan = stacked.plan
+    engine = Engine(study, problem, plan, params, layout, mesh)
     if study.stream == "seed":
         streams = [problem.train(seed, 0) for seed in study.streams]
         batches = (jax.tree.map(lambda *x: np.stack(x), *together) for together in zip(*streams, strict=True))
@@ -77,6 +88,40 @@ def test_stacked_trial_equals_its_solo_run_after_20_steps(changes):
         for path in mine:
             for x, y in zip(jax.tree.leaves(mine[path]), jax.tree.leaves(alone[path]), strict=True):
                 np.testing.assert_allclose(x, y, atol=TOLERANCE, err_msg=f"{trial.name} {path}")
+
+
+@pytest.mark.parametrize("stream", ["shared", "seed"])
+def test_slice_after_slice_equals_all_at_once(stream):
+    """Packs that slices fill, and packs whose last slices are copies, which are not computed."""
+    study = tiny.study(rank=[1, 2, 3], probe_lr=3e-2, stream=stream, eval_every=10)
+    whole, trials, *_ = trained(study)
+    assert len(trials) == 8
+    for layout in (Layout(8, 2), Layout(8, 1), Layout(9, 3), Layout(16, 4)):
+        sliced, *_, engine = trained(study, layout=layout)
+        assert engine.compiles == 1
+        np.testing.assert_allclose(sliced.losses[:, :8], whole.losses, atol=TOLERANCE, err_msg=str(layout))
+        for x, y in zip(jax.tree.leaves(sliced.factors), jax.tree.leaves(whole.factors), strict=True):
+            np.testing.assert_allclose(x[:8], y, atol=TOLERANCE, err_msg=str(layout))
+        for (step, ours), (again, theirs) in zip(sliced.evaluations, whole.evaluations, strict=True):
+            assert step == again
+            assert [m["loss"] for m in ours] == pytest.approx([m["loss"] for m in theirs], abs=TOLERANCE)
+        untouched = [x[12:] for x in jax.tree.leaves(sliced.factors) if layout.size == 16]
+        start = [x[-1] for x in jax.tree.leaves(pack_of(study, trials).factors)]
+        for x, y in zip(untouched, start, strict=False):
+            np.testing.assert_array_equal(x, np.broadcast_to(y, x.shape))
+
+
+def test_layouts_fit_and_waste_few_places():
+    for trials, most, devices in itertools.product(range(1, 40), range(1, 12), (1, 3)):
+        for at_once in range(1, most + 1):
+            layout = laid_out(trials, most, at_once, devices)
+            case = (trials, most, devices, at_once, layout)
+            assert layout.size % layout.width == 0, case
+            assert 1 <= layout.at_once <= at_once, case
+            assert layout.size <= most * devices, case
+            assert -(-trials // layout.size) == -(-trials // (most * devices)), case
+    assert laid_out(24, 100, 5) == Layout(24, 4)
+    assert laid_out(25, 100, 2) == Layout(25, 1)
 
 
 def test_batches_of_two_shapes_compile_twice_and_equal_the_solo_run():
@@ -132,15 +177,15 @@ def test_unpack_refuses_rows_that_moved():
         unpack(trial_plan(study, problem, plan, trials[0], params), bad, 0)
 
 
-def flops(study, problem, trials):
+def compiled(study, problem, trials, layout=None):
+    stacked = pack_of(study, trials, problem)
     params = problem.params(jax.random.key(0))
-    batch = next(problem.train(0, 0))
-    plan = union_plan(study, problem, trials, params, batch)
-    stacked = pack(study, problem, trials, plan, params)
-    engine = Engine(study, problem, plan, params, len(trials))
-    running = jax.jit(engine._programs.init)(stacked.factors, stacked.scalars)
-    cost = engine._step.lower(running, stacked.scalars, engine._base, batch).compile().cost_analysis()
-    return cost["flops"]
+    engine = Engine(study, problem, stacked.plan, params, layout or Layout(len(trials), len(trials)))
+    return engine.compile(*engine.begin(stacked), next(problem.train(0, 0)))
+
+
+def flops(study, problem, trials):
+    return compiled(study, problem, trials).cost_analysis()["flops"]
 
 
 def test_the_frozen_prefix_is_computed_once_for_all_trials():
@@ -161,6 +206,10 @@ def test_the_frozen_prefix_is_computed_once_for_all_trials():
     # Eight trials add the same work with and without the prefix: it is not among what is repeated.
     assert eight - one == pytest.approx(without[1] - without[0], rel=0.02)
     assert one - without[0] >= 10 * 2 * 16 * 6 * 6
+    # Slice after slice, too: XLA takes the ten products out of the loop over slices.
+    entry = compiled(study, problem, trials, Layout(8, 2)).as_text().partition("ENTRY ")[2]
+    assert " while(" in entry
+    assert entry.count("= f32[16,6]") >= 10
 
 
 def test_a_nan_stops_its_trial_and_only_that():
@@ -205,14 +254,16 @@ def test_trials_and_data_on_one_mesh_equal_one_device(stream):
     alone, trials, *_ = trained(study)
     params = flatten(tiny.params(jax.random.key(0)))[0]
     for shape in MESHES:
-        spread, *_, engine = trained(study, mesh=lk.study_mesh(*shape))
+        # On two devices the trials of each follow each other two by two.
+        layout = Layout(8, 2, 2) if shape[0] == 2 else None
+        spread, *_, engine = trained(study, mesh=lk.study_mesh(*shape), layout=layout)
         assert engine.compiles == 1, shape
         np.testing.assert_allclose(spread.losses, alone.losses, atol=TOLERANCE, err_msg=str(shape))
         for x, y in zip(jax.tree.leaves(spread.factors), jax.tree.leaves(alone.factors), strict=True):
             np.testing.assert_allclose(x, y, atol=TOLERANCE, err_msg=str(shape))
         local = len(trials) // shape[0]
         grads = sum(x.nbytes for x in jax.tree.leaves(alone.factors)) // shape[0]
-        few = 4 * 8 * local  # the losses and norms of its trials
+        few = 4 * 8 * local * engine.layout.slices  # the losses and norms of its trials
         if shape[1] == 1:
             assert engine.collective_bytes <= 16 * len(trials), shape  # losses, norms, whether they are finite
         else:

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 CHECKED = 3
 """Batches that are read when a problem is made."""
-THREE_EACH = 22_000
-"""Bytes in which three trials fit."""
+THREE_EACH = 12_000
+"""Bytes in which three trials fit, one of them at a time."""
 RATES = [1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 
 

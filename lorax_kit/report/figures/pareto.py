@@ -47,16 +47,17 @@ def pareto_front(costs: Sequence[float], values: Sequence[float], better: str) -
 def cost_of(run: RunFolder, condition: Condition, cost: str) -> float:
     """A cost of a condition, the mean over its seeds; nan where it was not recorded.
 
-    Memory is a trial's share of the temporaries of the program that trained its group, where the groups of
-    `study.json` name their trials ("names").
+    Memory is a trial's share of the temporaries of the program that trained its group, among those that it computes
+    side by side ("at_once"), where the groups of `study.json` name their trials ("names").
     """
     if cost != "memory":
         return condition.mean(cost) if cost == "train_seconds" else condition.first(cost) or math.nan
     shares = []
     for group in run.study.get("groups") or ():
         names = set(group.get("names") or ())
-        if group.get("temp_bytes") and group.get("size"):
-            shares += [group["temp_bytes"] / group["size"] for trial in condition.done if trial["trial"] in names]
+        at_once = group.get("at_once") or group.get("size")
+        if group.get("temp_bytes") and at_once:
+            shares += [group["temp_bytes"] / at_once for trial in condition.done if trial["trial"] in names]
     return sum(shares) / len(shares) if shares else math.nan
 
 

@@ -34,6 +34,7 @@ from lorax_kit.study.programs.optimiser import evaluated, transformation
 from lorax_kit.study.programs.packing import Pack, Scalars
 from lorax_kit.study.programs.processes import gathered, several, spread, told
 from lorax_kit.study.programs.progress import Progress, Trained
+from lorax_kit.study.programs.slices import Layout, in_slices
 from lorax_kit.training.objective import is_key
 from lorax_kit.training.step import Info, State, make_step
 from lorax_kit.transform.adapt import adapt
@@ -91,9 +92,10 @@ def programs(
     whole: Callable[[Any], Params] = lambda base: base,
     form: Form = DEFAULT,
 ) -> Programs:
-    """The programs of a pack of `trials`. With a stream per seed, `batch` holds one batch per stream.
+    """The programs of a pack. With a stream per seed, `batch` holds one batch per stream.
 
     Args:
+      trials: of the pack, side by side or slice after slice; more than one share the base's products.
       whole: makes the base of what the programs are given as `base`: its arrays, where it holds other leaves, too.
     """
     adapted = adapt(problem.apply, plan, trials=trials)
@@ -120,7 +122,7 @@ def programs(
         return scored(problem, outputs, batch)
 
     def init(factors: Any, scalars: Scalars) -> Running:
-        return Running(jax.vmap(solo_init)(factors, scalars), jnp.ones((trials,), bool))
+        return Running(jax.vmap(solo_init)(factors, scalars), jnp.ones(scalars.lr.shape, bool))
 
     def step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
         own = study.stream == "seed"
@@ -165,7 +167,7 @@ class Engine:
     Args:
       study, problem, plan: what to train.
       base: the frozen params, shared by all trials.
-      trials: the size of every pack.
+      layout: of every pack.
       mesh: with an axis "trial", over which packs are spread, and perhaps "data", over which each batch is; None for
         one device.
       form: what the step is compiled for.
@@ -177,25 +179,36 @@ class Engine:
         problem: Problem,
         plan: Plan,
         base: Params,
-        trials: int,
+        layout: Layout,
         mesh: Mesh | None = None,
         form: Form = DEFAULT,
     ) -> None:
-        self.study, self.problem, self.plan, self.compiles = study, problem, plan, 0
+        self.study, self.problem, self.plan, self.layout, self.compiles = study, problem, plan, layout, 0
         arrays, put_back = arrays_only(base)
-        self._programs = programs(study, problem, plan, trials, put_back, form)
+        made = programs(study, problem, plan, layout.size, put_back, form)
         stacked = whole = None
         if mesh is not None:
-            stacked, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(TRIAL), PartitionSpec()))
-        self._stacked = stacked
-        self._base = arrays if whole is None else spread(arrays, whole)
-        self._mesh = mesh
-        shardings: dict[str, Any] = {} if mesh is None else {"out_shardings": (stacked, whole)}
-        self._step = jax.jit(self._programs.step, donate_argnums=(0,), **shardings)
-        everywhere: dict[str, Any] = {} if mesh is None else {"out_shardings": whole}
-        self._whole = whole
-        self._score = jax.jit(self._programs.score, **everywhere)
-        self._finish = jax.jit(self._programs.finish, **everywhere)
+            stacked, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(None, TRIAL), PartitionSpec()))
+        self._mesh, self._stacked, self._whole = mesh, stacked, whole
+        self.base = self._shared(arrays)
+
+        def score(read: tuple[Any, Scalars], count: Array, base: Params, batch: Any) -> Any:
+            def one(_: Any, read: tuple[Any, Scalars], *shared: Any) -> tuple[Any, Any]:
+                return (), made.score(*read, *shared)
+
+            return in_slices(one, layout)((), read, (base, batch), count)[1]
+
+        def step(running: Running, scalars: Scalars, count: Array, base: Params, batch: Any) -> tuple[Running, Info]:
+            out: tuple[Running, Info] = in_slices(made.step, layout)(running, scalars, (base, batch), count)
+            return out
+
+        def placed(*where: Any) -> dict[str, Any]:
+            return {} if mesh is None else {"out_shardings": where if len(where) > 1 else where[0]}
+
+        self._init = jax.jit(lambda factors, scalars: layout.fold(made.init(factors, scalars)))
+        self._step = jax.jit(step, donate_argnums=(0,), **placed(stacked, whole))
+        self._score = jax.jit(score, **placed(whole))
+        self._finish = jax.jit(jax.vmap(made.finish), **placed(stacked))
         self._compiled: dict[Any, Any] = {}
         self.compile_seconds = 0.0
         self.temp_bytes = self.collective_bytes = 0
@@ -223,6 +236,24 @@ class Engine:
 
         return spread(batch, jax.tree.map(sharding, batch))
 
+    def begin(self, pack: Pack, progress: Progress | None = None) -> tuple[Running, Scalars, Any]:
+        """(running, scalars, slices to compute) at the start, or where a training stands: folded, and on the mesh."""
+        running = self._init(pack.factors, pack.scalars)
+        if progress is not None:
+            key = running.state.key
+            fresh, tree = jax.tree.flatten(_without_key(running))
+            kept = [_like(x, like) for x, like in zip(progress.running, fresh, strict=True)]
+            running = jax.tree.unflatten(tree, self.layout.fold(kept))
+            running = running._replace(state=running.state._replace(key=key))
+        count = self._shared(np.int32(self.layout.needed(len(pack.trials))))
+        return self._spread(running), self._spread(self.layout.fold(pack.scalars)), count
+
+    def _spread(self, tree: Any) -> Any:
+        return tree if self._stacked is None else spread(tree, self._stacked)
+
+    def _shared(self, tree: Any) -> Any:
+        return tree if self._whole is None else spread(tree, self._whole)
+
     def train(
         self,
         pack: Pack,
@@ -246,25 +277,19 @@ class Engine:
           on_step, on_eval: called after each step and validation.
           on_save: given the progress every half minute, at the end, and when an exception ends the training.
         """
-        running, scalars = jax.jit(self._programs.init)(pack.factors, pack.scalars), pack.scalars
+        layout, own = self.layout, len(pack.trials)
+        running, scalars, count = self.begin(pack, progress)
         losses: list[np.ndarray] = []
         evaluations: list[tuple[int, list[dict[str, float]]]] = []
-        failed, earlier, paused = np.zeros(len(pack.trials), int), 0.0, 0.0
+        failed, earlier, paused = np.zeros(layout.size, int), 0.0, 0.0
         if progress is not None:
-            key = running.state.key
-            fresh, tree = jax.tree.flatten(_without_key(running))
-            kept = [_like(x, own) for x, own in zip(progress.running, fresh, strict=True)]
-            running = jax.tree.unflatten(tree, kept)
-            running = running._replace(state=running.state._replace(key=key))
             losses, failed = list(progress.losses), progress.failed
             evaluations, earlier = list(progress.evaluations), progress.seconds
-        if self._stacked is not None:
-            running, scalars = spread((running, scalars), self._stacked)
         began = saved = perf_counter()
         last = self.study.steps if until is None else until
 
         def snapshot() -> Progress:
-            arrays = gathered([_words(x) for x in jax.tree.leaves(_without_key(running))])
+            arrays = layout.unfold(gathered([_words(x) for x in jax.tree.leaves(_without_key(running))]))
             seconds = earlier + perf_counter() - began - paused
             return Progress(arrays, np.stack(losses), failed, evaluations, seconds)
 
@@ -274,7 +299,7 @@ class Engine:
             due = val and every and number and (number % every == 0 or number == self.study.steps)
             due = due or (val and number == until)
             if due and number not in [n for n, _ in evaluations]:
-                evaluations.append((number, self.evaluate(self._finish(running), scalars, val)))
+                evaluations.append((number, self._evaluate((self._finish(running), scalars), count, own, val)))
                 on_eval(*evaluations[-1])
             return perf_counter() - at
 
@@ -292,11 +317,11 @@ class Engine:
                 shapes = tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in jax.tree.leaves(batch))
                 if shapes not in self._compiled:
                     began_compiling = perf_counter()
-                    self._compiled[shapes] = self._compile(running, scalars, batch)
+                    self._compiled[shapes] = self.compile(running, scalars, count, batch)
                     paused += perf_counter() - began_compiling
-                running, info = self._compiled[shapes](running, scalars, self._base, batch)
-                losses.append(np.asarray(info.loss))
-                failed = np.where((failed == 0) & ~np.asarray(info.finite), number, failed)
+                running, info = self._compiled[shapes](running, scalars, count, self.base, batch)
+                losses.append(layout.unfold(np.asarray(info.loss)))
+                failed = np.where((failed == 0) & ~layout.unfold(np.asarray(info.finite)), number, failed)
                 on_step(number, losses[-1], failed)
                 paused += validate(number)
                 if self._save_is_due(number, perf_counter() - saved):
@@ -315,7 +340,7 @@ class Engine:
             raise
         done = snapshot()
         on_save(done)
-        factors = jax.device_get(self._finish(running))
+        factors = layout.unfold(gathered(self._finish(running)))
         trained = Trained(
             factors,
             done.losses,
@@ -338,23 +363,22 @@ class Engine:
             return seconds > SAVE_SECONDS
         return number % 10 == 0 and told(lambda: seconds > SAVE_SECONDS)
 
-    def _compile(self, running: Running, scalars: Scalars, batch: Any) -> Any:
+    def compile(self, running: Running, scalars: Scalars, count: Any, batch: Any) -> Any:
         """Compile ahead of time: the executable cannot be compiled again behind our back, only replaced here."""
         began = perf_counter()
-        compiled = self._step.lower(running, scalars, self._base, batch).compile()
+        compiled = self._step.lower(running, scalars, count, self.base, batch).compile()
         self.compiles += 1
         self.compile_seconds += perf_counter() - began
-        self.collective_bytes = max(self.collective_bytes, collective_bytes(compiled))
+        self.collective_bytes = max(self.collective_bytes, self.layout.slices * collective_bytes(compiled))
         memory = compiled.memory_analysis()
         self.temp_bytes = max(self.temp_bytes, int(getattr(memory, "temp_size_in_bytes", 0)))
         return compiled
 
-    def evaluate(self, factors: Any, scalars: Scalars, batches: Any) -> list[dict[str, float]]:
-        """The metrics of every trial of the pack, by name."""
-        placed = batches if self._whole is None else [spread(batch, self._whole) for batch in batches]
-        parts = [jax.device_get(self._score(factors, scalars, self._base, batch)) for batch in placed]
-        count = len(scalars.lr)
+    def _evaluate(self, read: tuple[Any, Scalars], count: Any, own: int, batches: Any) -> list[dict[str, float]]:
+        """The metrics of the first `own` trials of a pack, by name."""
+        placed = [self._shared(batch) for batch in batches]
+        parts = [self.layout.unfold(jax.device_get(self._score(read, count, self.base, batch))) for batch in placed]
         return [
             summarised(self.problem, jax.tree.map(lambda x: x[i], parts), batches)  # noqa: B023
-            for i in range(count)
+            for i in range(own)
         ]

@@ -21,27 +21,34 @@ from lorax_kit.study.design.trial import Trial
 from lorax_kit.study.programs.engine import programs
 from lorax_kit.study.programs.forms import Form, Stack
 from lorax_kit.study.programs.packing import pack
+from lorax_kit.study.programs.slices import Layout, laid_out
 from lorax_kit.training.objective import Weighted
+
+CACHED = {"cpu": 40 * 2**20}
+"""Bytes that trials side by side are to need at most, by backend: where they outgrow the caches, each takes longer."""
 
 
 class Group(NamedTuple):
     """Trials that train together.
 
     Attributes:
-      trials: at most `size` of them; a smaller group is filled up with copies that are discarded.
-      size: of the pack, the same for all groups of a kind, so that they share one compiled program.
+      trials: at most `layout.size` of them; a smaller group is filled up with copies that are discarded.
+      layout: of the pack, the same for all groups of a kind, so that they share one compiled program.
       plan: of all their sites, at the highest rank.
       form: what its program is compiled for.
       estimated_bytes: of one training step beyond the base, per device.
-      devices: over which the trials are spread.
     """
 
     trials: list[Trial]
-    size: int
+    layout: Layout
     plan: Plan
     form: Form
     estimated_bytes: int
-    devices: int = 1
+
+    @property
+    def size(self) -> int:
+        """Places of the pack."""
+        return self.layout.size
 
 
 def grouped(
@@ -53,13 +60,13 @@ def grouped(
     *,
     budget: int,
     devices: int = 1,
-    size: int | None = None,
+    earlier: tuple[int, int] | None = None,
 ) -> list[Group]:
     """Equal groups of one kind of trials, from the memory that one and two stacked trials need.
 
     Args:
       budget: bytes per device.
-      size: that of an earlier session: kept if it still fits, so that going on gives the same bits.
+      earlier: (size, at_once) of an earlier session: kept if it still fits, so that going on gives the same bits.
 
     Raises:
       StudyError: not even one trial fits the budget.
@@ -67,12 +74,16 @@ def grouped(
     trials, plan, form = stack
     check_step(study, problem, stack, params, batch)
     one, two = (pack_bytes(study, problem, stack, params, batch, n) for n in (1, 2))
-    largest = group_size(one, two, len(trials), budget, devices)
-    if size is None or size > largest or size % devices:
-        size = largest
-    estimated = one + (size // devices - 1) * max(two - one, 0)
+    needs = Needs(one, max(two - one, 1), held_bytes(study, problem, stack, params))
+    cached = CACHED.get(jax.default_backend())
+    layout = layout_of(needs, len(trials), budget, devices, cached)
+    if earlier is not None and not earlier[0] % (earlier[1] * devices):
+        before = Layout(*earlier, devices)
+        layout = before if needs.of(before) <= budget else layout
+    estimated = needs.of(layout)
     return [
-        Group(list(trials[i : i + size]), size, plan, form, estimated, devices) for i in range(0, len(trials), size)
+        Group(list(trials[i : i + layout.size]), layout, plan, form, estimated)
+        for i in range(0, len(trials), layout.size)
     ]
 
 
@@ -157,22 +168,53 @@ def available_bytes(device: jax.Device) -> int:
     return int(0.6 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def group_size(one: int, two: int, trials: int, budget: int, devices: int = 1) -> int:
-    """The size of equal groups of `trials` that fit `budget` bytes per device, from the estimates of one and two.
+def held_bytes(study: Study, problem: Problem, stack: Stack, params: Params) -> int:
+    """Bytes of a trial that waits for its turn: its factors, and what the optimiser keeps of them."""
+    made = programs(study, problem, stack.plan, 1, form=stack.form)
 
-    A pack of n is estimated at fixed + n * slope. Groups are balanced: 15 trials that fit by 8 run as 8 and 7.
+    def begin() -> Any:
+        packed = pack(study, problem, stack.trials[:1], stack.plan, params, stack.form)
+        return made.init(packed.factors, packed.scalars)
+
+    return _tree_bytes(jax.eval_shape(begin))
+
+
+class Needs(NamedTuple):
+    """Bytes beyond the base that a step needs, per device.
+
+    Attributes:
+      one: of one trial alone.
+      more: for each that is computed beside it.
+      held: for each that waits for its turn.
+    """
+
+    one: int
+    more: int
+    held: int
+
+    def of(self, layout: Layout) -> int:
+        """Of a pack."""
+        each = layout.size // layout.devices
+        return self.one + (layout.at_once - 1) * self.more + (each - layout.at_once) * self.held
+
+
+def layout_of(needs: Needs, trials: int, budget: int, devices: int = 1, cached: int | None = None) -> Layout:
+    """The layout of equal packs of `trials` that fit `budget` bytes per device: 15 that fit by 8 run as 8 and 7.
+
+    Args:
+      cached: what trials side by side are to need at most, though two may always be; None: as much as the budget.
 
     Raises:
       StudyError: not even one trial fits.
     """
-    slope = max(two - one, 1)
-    fixed = max(one - slope, 0)
-    if fixed + slope > budget:
+    if needs.one > budget:
         raise StudyError(
-            f"one trial needs about {(fixed + slope) / 2**20:.0f} MiB, the budget is {budget / 2**20:.0f} MiB.\n"
+            f"one trial needs about {needs.one / 2**20:.0f} MiB, the budget is {budget / 2**20:.0f} MiB.\n"
             "  use a smaller batch, shorter inputs or lower ranks, or raise the budget: memory_bytes=, --memory-mib"
         )
-    most = min((budget - fixed) // slope * devices, trials)
-    groups = -(-trials // most)
-    size = -(-trials // groups)
-    return min(-(-size // devices) * devices, max(most // devices * devices, devices))
+    at_once = 1 + (budget - needs.one) // needs.more
+    if cached is None:
+        return laid_out(trials, at_once, at_once, devices)
+    at_once = min(at_once, max(2, 1 + (cached - needs.one) // needs.more))
+    most = at_once + (budget - needs.one - (at_once - 1) * needs.more) // max(needs.held, 1)
+    return laid_out(trials, most, at_once, devices)

@@ -50,7 +50,7 @@ class Pack(NamedTuple):
     """Stacked trials.
 
     Attributes:
-      trials: in the order of the stack.
+      trials: in the order of the stack; its other places hold copies of the last.
       plan: of all their sites, at the highest rank.
       factors: every leaf with a leading trial axis.
       scalars: per-trial rates and scales.
@@ -84,9 +84,15 @@ def training_key(seed: int) -> Array:
 
 
 def pack(
-    study: Study, problem: Problem, trials: Sequence[Trial], plan: Plan, params: Params, form: Form = DEFAULT
+    study: Study,
+    problem: Problem,
+    trials: Sequence[Trial],
+    plan: Plan,
+    params: Params,
+    form: Form = DEFAULT,
+    size: int | None = None,
 ) -> Pack:
-    """Stack the trials' starting points on one axis."""
+    """Stack the trials' starting points on one axis, of length `size`; None: of as many as there are."""
     stacks, scales, rows = [], [], []
     for trial in trials:
         own = trial_plan(study, problem, plan, trial, params)
@@ -94,15 +100,17 @@ def pack(
         stacks.append({path: _padded(plan, path, factors.get(path)) for path in plan.trained})
         scales.append(own.sites[0].scale if own.sites else 0.0)
         rows.append(_rows(plan, factors) if form.held else {})
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacks)
-    more = [scalars_of(trial) for trial in trials]
+    places = [*range(len(trials)), *[len(trials) - 1] * ((size or 0) - len(trials))]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack([leaves[i] for i in places]), *stacks)
+    everyone = [trials[i] for i in places]
+    more = [scalars_of(trial) for trial in everyone]
     scalars = Scalars(
-        lr=jnp.asarray([trial.lr for trial in trials], jnp.float32),
-        scale=jnp.asarray(scales, jnp.float32),
-        stream=jnp.asarray([study.stream_of(trial) for trial in trials], jnp.int32),
-        key=jnp.stack([training_key(trial.seed) for trial in trials]),
+        lr=jnp.asarray([trial.lr for trial in everyone], jnp.float32),
+        scale=jnp.asarray([scales[i] for i in places], jnp.float32),
+        stream=jnp.asarray([study.stream_of(trial) for trial in everyone], jnp.int32),
+        key=jnp.stack([training_key(trial.seed) for trial in everyone]),
         more={name: jnp.asarray([one[name] for one in more], jnp.float32) for name in more[0]},
-        rows=jax.tree.map(lambda *counts: jnp.asarray(counts, jnp.int32), *rows),
+        rows=jax.tree.map(lambda *counts: jnp.asarray([counts[i] for i in places], jnp.int32), *rows),
     )
     return Pack(tuple(trials), plan, stacked, scalars)
 

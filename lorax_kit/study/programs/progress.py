@@ -30,7 +30,7 @@ class Trained(NamedTuple):
       factors: stacked, as trained.
       losses: fp32 (steps, trials).
       failed: int (trials,): the first step (from 1) whose loss or gradient was not finite; 0 for none.
-      evaluations: (step, list of one metrics dict per trial).
+      evaluations: (step, list of one metrics dict per trial; none for the copies that fill a pack).
       seconds, compile_seconds: wall time of the steps, and of compiling them.
       temp_bytes: temporaries of the compiled step, as XLA counts them; of the largest, when batches differ in shape.
       collective_bytes: what a device sends or receives in a step; of the largest, too.
@@ -62,6 +62,7 @@ def parted(progress: Progress, count: int) -> list[Progress]:
 
 def joined(slots: Sequence[Progress], size: int) -> Progress:
     """Trials that were trained equally far, as the progress of one pack; filled up with copies of the last."""
+    own = slots
     slots = [*slots, *[slots[-1]] * (size - len(slots))]
     return Progress(
         [np.concatenate(leaves) for leaves in zip(*(slot.running for slot in slots), strict=True)],
@@ -69,7 +70,7 @@ def joined(slots: Sequence[Progress], size: int) -> Progress:
         np.concatenate([slot.failed for slot in slots]),
         [
             (together[0][0], [found[0] for _, found in together])
-            for together in zip(*(slot.evaluations for slot in slots), strict=True)
+            for together in zip(*(slot.evaluations for slot in own), strict=True)
         ],
-        sum(slot.seconds for slot in slots),
+        sum(slot.seconds for slot in own),
     )
