@@ -21,7 +21,7 @@ from tqdm import tqdm
 import lorax_kit as lk
 from lorax_kit.core.paths import flatten
 from lorax_kit.core.patterns import matches
-from lorax_kit.problem import Evaluator
+from lorax_kit.problem import val_and_test
 from lorax_kit.workloads import Sentiment
 
 PROBLEM = Sentiment(batch_size=32, length=32)
@@ -44,7 +44,7 @@ def train(problem, method):
 
     rate = optax.warmup_cosine_decay_schedule(0.0, RATE, WARMUP, STEPS)
     init, step = lk.make_step(loss, lk.partition(optax.adamw(rate), plan, clip=1.0))
-    seeds, tests = [], []
+    seeds, tests = [], ()
     with tqdm(total=len(SEEDS) * STEPS, desc=method, unit="step") as bar:
         for seed in SEEDS:  # decides head, factors and batches, for every base alike
             key = jax.random.key(seed)
@@ -57,7 +57,7 @@ def train(problem, method):
                 bar.update()
                 bar.set_postfix(seed=seed, loss=f"{losses[-1]:.4f}")
             merged = lk.merge(base, state.factors, plan)
-            tests = tests or [Evaluator(problem, merged, plan.trained, part) for part in (problem.val, problem.test)]
+            tests = tests or val_and_test(problem, merged, plan.trained)
             val, test = (measure(merged) for measure in tests)
             found = {"train_loss": float(np.mean(losses[-20:])), "val_loss": val["loss"]}
             seeds.append(found | {"val_accuracy": val["accuracy"], "test_accuracy": test["accuracy"]})

@@ -21,7 +21,7 @@ from lorax_kit.core.setting import is_int
 from lorax_kit.core.spec import AnySetting, Spec
 from lorax_kit.errors import AdapterError, StudyError
 from lorax_kit.methods import LoRA
-from lorax_kit.problem import Evaluator, Problem
+from lorax_kit.problem import Problem, val_and_test
 from lorax_kit.problem.objective import STATE, draws, training_loss, with_state
 from lorax_kit.training import Info, State, fit, make_step, partition
 from lorax_kit.transform import all_linear, resolve
@@ -85,7 +85,7 @@ def train_adapter(
     base, factors = split(params, plan, jax.random.fold_in(jax.random.key(seed), 1))
     schedule = optax.linear_schedule(lr, 0.0, per_epoch * epochs)
     init, step = _steps(problem, plan, partition(optax.adamw(schedule), plan, clip=1.0))
-    validate, test = (Evaluator(problem, base, plan.trained, part) for part in (problem.val, problem.test))
+    validate, test = val_and_test(problem, base, plan.trained)
 
     def measure(factors: Any) -> dict[str, float]:
         return _metrics(problem, validate(merge(base, factors, plan)))

@@ -74,12 +74,20 @@ class Evaluator:
       params: any version.
       trained: paths of the parameters in which versions differ.
       batches: what to evaluate on; the shared part's values stay in memory, about one hidden state per batch.
+      like: an evaluator of the same model on other batches, whose compiled programs this one shares.
 
     Raises:
       StudyError: there are no batches.
     """
 
-    def __init__(self, problem: Problem, params: Params, trained: Collection[str], batches: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        params: Params,
+        trained: Collection[str],
+        batches: Sequence[Any],
+        like: Evaluator | None = None,
+    ) -> None:
         if not batches:
             raise StudyError(f"there are no examples of problem {problem.name!r} to evaluate.")
         self._problem, self._batches = problem, batches
@@ -89,7 +97,7 @@ class Evaluator:
             return scored(problem, problem.apply(whole(arrays), batch), batch)
 
         self._score, self._trained = score, trained
-        self._compiled: dict[Any, Parts] = {}
+        self._compiled: dict[Any, Parts] = {} if like is None else like._compiled
         self._shared: dict[int, list[Any]] = {}
 
     def _measured(self, arrays: dict[str, Any], number: int) -> tuple[Sums, Any]:
@@ -122,3 +130,9 @@ class Evaluator:
         return summarised(
             self._problem, jax.device_get(found), self._batches[:count], whole=count == len(self._batches)
         )
+
+
+def val_and_test(problem: Problem, params: Params, trained: Collection[str]) -> tuple[Evaluator, Evaluator]:
+    """Evaluators of a problem's two sets, which compile once for batches of one shape."""
+    val = Evaluator(problem, params, trained, problem.val)
+    return val, Evaluator(problem, params, trained, problem.test, like=val)

@@ -23,7 +23,7 @@ from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params, flatten, nbytes
 from lorax_kit.core.plan import Plan
 from lorax_kit.errors import StudyError
-from lorax_kit.problem import LOSS, Evaluator, Problem
+from lorax_kit.problem import LOSS, Evaluator, Problem, val_and_test
 from lorax_kit.problem.base import based, restored
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.design.trial import Trial
@@ -364,9 +364,7 @@ class Session:
         """Validation and test of merged params; trials of one target set and base share them."""
         key = (plan.trained, form.dtype, form.quantise)
         if key not in self.tests:
-            parts = (self.problem.val, self.problem.test)
-            val, test = (Evaluator(self.problem, params, plan.trained, part) for part in parts)
-            self.tests[key] = (val, test)
+            self.tests[key] = val_and_test(self.problem, params, plan.trained)
         return self.tests[key]
 
     def _spectra(self, plan: Plan, base: Params, factors: Any, trial: Trial) -> None:
