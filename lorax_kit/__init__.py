@@ -39,7 +39,7 @@ from lorax_kit.parallel import device_mesh, pmap_step, sharded_step, study_mesh
 from lorax_kit.peft import load_peft, save_peft
 from lorax_kit.problem import Metric, Problem, Score, problem_at, problem_builder
 from lorax_kit.starts import loftq
-from lorax_kit.study import Halving, MedianRule, Results, Sample, Study, run
+from lorax_kit.study import Halving, MedianRule, Results, Sample, Study, Workers, run
 from lorax_kit.training import (
     Weighted,
     adalora_budget,
@@ -94,6 +94,7 @@ __all__ = [
     "Update",
     "VeRA",
     "Weighted",
+    "Workers",
     "__version__",
     "adalora_budget",
     "adapt",

@@ -63,6 +63,7 @@ ONE_FILE = {
     "jinja2": {"report/pages/html"},
     "matplotlib": {"report/plots"},
     "optuna": {"study/search"},
+    "ray": {"study/running/cluster"},
     "tensorboard": {"study/trackers"},
     "wandb": {"study/trackers"},
     "scipy": {"analysis/intervals", "study/design/sampling"},

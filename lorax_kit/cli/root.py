@@ -23,14 +23,14 @@ def cli() -> None:
 
 def echo(data: Any) -> None:
     """Facts as JSON; what is not finite as null."""
-    from lorax_kit.study.store import plain
+    from lorax_kit.study.folder.store import plain
 
     click.echo(json.dumps(plain(data), indent=2))
 
 
 def as_line(data: Any) -> str:
     """Facts as one line of JSON."""
-    from lorax_kit.study.store import plain
+    from lorax_kit.study.folder.store import plain
 
     return json.dumps(plain(data))
 

@@ -59,6 +59,14 @@ def _config(path: str) -> dict[str, Any]:
     "--data", type=click.IntRange(1), default=1, show_default=True, help="Split each batch over so many devices, too."
 )
 @click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=None,
+    help="Train groups of trials on so many workers of a Ray cluster: that at RAY_ADDRESS, or this machine.",
+)
+@click.option("--worker-cpus", type=click.FloatRange(0), default=1, show_default=True, help="CPUs of each worker.")
+@click.option("--worker-gpus", type=click.FloatRange(0), default=0, show_default=True, help="GPUs of each worker.")
+@click.option(
     "--memory-mib", type=click.IntRange(1), default=None, help="Memory budget per device; default: what is free."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON; with --dry-run the plan.")
@@ -71,6 +79,9 @@ def study(
     overwrite: bool,
     devices: int,
     data: int,
+    workers: int | None,
+    worker_cpus: float,
+    worker_gpus: float,
     memory_mib: int | None,
     as_json: bool,
 ) -> None:
@@ -80,9 +91,9 @@ def study(
     from lorax_kit.errors import StudyError
     from lorax_kit.parallel import study_mesh
     from lorax_kit.report import read_run, summary_table, write_report
-    from lorax_kit.study import Study, run
+    from lorax_kit.study import Study, Workers, run
+    from lorax_kit.study.folder.store import finished_trials
     from lorax_kit.study.outline import outline
-    from lorax_kit.study.store import finished_trials
     from lorax_kit.workloads import problem_from
 
     if out is None and not dry_run:
@@ -101,7 +112,7 @@ def study(
     budget = None if memory_mib is None else memory_mib * 2**20
     if dry_run:
         done = finished_trials(out) if out and not overwrite else ()
-        planned = outline(design, problem, memory_bytes=budget, devices=devices, done=done)
+        planned = outline(design, problem, memory_bytes=budget, devices=devices, workers=workers or 1, done=done)
         echo(planned) if as_json else click.echo(_planned(planned))
         return
     assert out is not None
@@ -113,6 +124,7 @@ def study(
             problem,
             out=out,
             mesh=mesh,
+            workers=None if workers is None else Workers(workers, worker_cpus, worker_gpus),
             memory_bytes=budget,
             overwrite=overwrite,
             command=command,

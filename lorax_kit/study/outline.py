@@ -24,13 +24,20 @@ SHARE_OF_RATE = 0.5
 
 
 def outline(
-    study: Study, problem: Problem, *, memory_bytes: int | None = None, devices: int = 1, done: Sequence[str] = ()
+    study: Study,
+    problem: Problem,
+    *,
+    memory_bytes: int | None = None,
+    devices: int = 1,
+    workers: int = 1,
+    done: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Plan a study without training it.
 
     Args:
       memory_bytes: budget per device; None: what is free.
       devices: over how many trials are spread.
+      workers: how many train groups at the same time, each taken to be as fast as this process.
       done: names of trials that are finished.
 
     Returns:
@@ -49,8 +56,9 @@ def outline(
     rate = SHARE_OF_RATE * matrix_rate() * devices
     for stack in planned_stacks(study, problem, left, params, examples) if left else []:
         base = based(params, stack.form.dtype, None, ())
-        groups = grouped(study, problem, stack, base, examples(stack.form), budget=budget, devices=devices)
-        flops = _flops(study, problem, stack, base, examples(stack.form), groups[0].size)
+        batch = examples(stack.form)
+        groups = grouped(study, problem, stack, base, batch, budget=budget, devices=devices, parts=workers)
+        flops = _flops(study, problem, stack, base, batch, groups[0].size)
         sizes = [_trained(study, problem, stack, trial, base) for trial in _one_of_each_rank(stack)]
         adapted = [trial for trial in stack.trials if trial.rank > 0]
         rows.append(
@@ -63,7 +71,7 @@ def outline(
                 "params": [min(sizes), max(sizes)],
                 "estimated_bytes": groups[0].estimated_bytes,
                 "flops_per_step": flops,
-                "expected_seconds": flops * study.steps * len(groups) / rate,
+                "expected_seconds": flops * study.steps * -(-len(groups) // workers) / rate,
             }
         )
     return {

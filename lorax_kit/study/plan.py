@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorax_kit.core.paths import Params
 from lorax_kit.errors import StudyError
@@ -11,9 +11,10 @@ from lorax_kit.problem import Problem
 from lorax_kit.problem.base import cast
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.design.trial import Trial
+from lorax_kit.study.folder.shared import SharedStore
+from lorax_kit.study.folder.store import RunStore
 from lorax_kit.study.programs.forms import Examples, Stack, kinds, stacks, union_plan
-from lorax_kit.study.shared_store import SharedStore
-from lorax_kit.study.store import RunStore
+from lorax_kit.study.programs.groups import Group, grouped
 
 
 def planned_stacks(
@@ -29,6 +30,56 @@ def planned_stacks(
         base = cast(params, form.dtype)
         out += stacks(study, problem, some, form, base, examples(form))
     return out
+
+
+class Machines(NamedTuple):
+    """What a study trains on.
+
+    Attributes:
+      budget: bytes per device.
+      devices: over which the trials of a group are spread.
+      workers: that train groups at the same time.
+    """
+
+    budget: int
+    devices: int = 1
+    workers: int = 1
+
+
+def planned_groups(
+    study: Study,
+    problem: Problem,
+    planned: Sequence[Stack],
+    store: RunStore | SharedStore,
+    params: Params,
+    examples: Examples,
+    machines: Machines,
+) -> tuple[list[list[Group]], list[dict[str, Any]]]:
+    """(groups to train, of each stack; records of how stacks were packed, those of earlier calls among them).
+
+    Raises:
+      StudyError: a trial that does not fit the memory.
+    """
+    budget, devices, workers = machines
+    records: list[dict[str, Any]] = list(store.info.get("stacks") or [])
+    by_stack: list[list[Group]] = []
+    for stack in planned:
+        for part, earlier in unfinished(study, problem, stack, store, params, examples(stack.form)):
+            base, batch = cast(params, part.form.dtype), examples(part.form)
+            found = grouped(
+                study, problem, part, base, batch, budget=budget, devices=devices, parts=workers, earlier=earlier
+            )
+            names, layout = [trial.name for trial in part.trials], found[0].layout
+            record = {"trials": names, "size": layout.size, "at_once": layout.at_once}
+            records = [record if one["trials"] == names else one for one in records]
+            records += [record] if record not in records else []
+            # A group of which a trial is missing goes on as a whole: the same program, so the same bits.
+            if study.stop is None:
+                found = [group for group in found if any(t.name not in store.finished for t in group.trials)]
+            by_stack.append(found)
+    if study.stop is not None and all(t.name in store.finished for stack in planned for t in stack.trials):
+        return [], records
+    return by_stack, records
 
 
 def check_rows(trials: Sequence[Trial], finished: Mapping[str, Mapping[str, Any]]) -> None:

@@ -18,18 +18,18 @@ from lorax_kit.core.paths import Params
 from lorax_kit.errors import StudyError
 from lorax_kit.parallel.mesh import TRIAL
 from lorax_kit.problem import Problem
-from lorax_kit.problem.base import cast
 from lorax_kit.study.design.stopping import Stopping
 from lorax_kit.study.design.study import Study
+from lorax_kit.study.folder.shared import SharedStore
+from lorax_kit.study.folder.store import RunStore, environment
 from lorax_kit.study.frame import frame
-from lorax_kit.study.plan import check_race, check_rows, planned_stacks, unfinished
+from lorax_kit.study.plan import Machines, check_race, check_rows, planned_groups, planned_stacks
 from lorax_kit.study.programs.forms import DEFAULT, Examples
-from lorax_kit.study.programs.groups import Group, available_bytes, grouped
+from lorax_kit.study.programs.groups import Group, available_bytes
 from lorax_kit.study.programs.processes import several, told
-from lorax_kit.study.race import Race
-from lorax_kit.study.session import Session
-from lorax_kit.study.shared_store import SharedStore
-from lorax_kit.study.store import RunStore, environment
+from lorax_kit.study.running.cluster import Cluster, Workers
+from lorax_kit.study.running.race import Race
+from lorax_kit.study.running.session import Job, Session
 from lorax_kit.study.trackers import Tracker
 from lorax_kit.training.fit import direction
 
@@ -92,6 +92,7 @@ def run(
     *,
     out: str | Path,
     mesh: Mesh | None = None,
+    workers: int | Workers | None = None,
     memory_bytes: int | None = None,
     overwrite: bool = False,
     command: str = "",
@@ -110,81 +111,53 @@ def run(
       out: the run folder.
       mesh: with an axis "trial", trials are spread over its devices (`lk.device_mesh("trial")`); with an axis "data",
         too, so is each batch (`lk.study_mesh(trials=2, data=4)`).
+      workers: processes of a Ray cluster that each train a group of trials at a time: a number, or `Workers`. A worker
+        that is lost costs the group that it had, which another trains anew, to the same bits.
       memory_bytes: budget per device; None: what is free.
       overwrite: discard what the folder holds.
       command: the command line, for the report.
       progress: draw bars, where stderr is a terminal.
       trackers: functions that are told of steps, validations and rows while the study runs:
-        `lorax_kit.study.trackers` has TensorBoard and Weights & Biases.
+        `lorax_kit.study.trackers` has TensorBoard and Weights & Biases. Of workers they are told rows alone.
 
     Returns:
       `Results`.
 
     Raises:
-      StudyError: a mesh without that axis, a folder that holds something else, an empty data set, a problem that breaks
-        its contract, a trial that cannot fit the memory.
+      StudyError: a mesh without that axis, workers without Ray, a folder that holds something else, an empty data set,
+        a problem that breaks its contract, a trial that cannot fit the memory.
       PlanError: targets that do not fit the model, before anything is written.
     """
-    trials = study.trials()
-    params = problem.params(jax.random.key(0))
+    team = None if workers is None else workers if isinstance(workers, Workers) else Workers(workers)
+    machines = machines_of(mesh, team, memory_bytes)
+    trials, params, examples = study.trials(), problem.params(jax.random.key(0)), Examples(study, problem)
     # Planned for the whole study first: a bad pattern or rank must not surface after an hour, nor leave a folder.
-    budget = told(lambda: available_bytes(jax.local_devices()[0])) if memory_bytes is None else memory_bytes
-    if several() and (mesh is None or mesh.devices.size < jax.device_count()):
-        raise StudyError(
-            f"there are {jax.process_count()} processes, and the mesh does not reach over the devices of all.\n"
-            f"  mesh=lk.study_mesh(trials={jax.device_count()})"
-        )
-    if mesh is not None and TRIAL not in mesh.shape:
-        raise StudyError(
-            f"the mesh has the axes {', '.join(map(repr, mesh.shape))}; a study spreads trials over {TRIAL!r}.\n"
-            f"  mesh=lk.device_mesh({TRIAL!r})"
-        )
-    devices = 1 if mesh is None else mesh.shape[TRIAL]
-    examples = Examples(study, problem)
     planned = planned_stacks(study, problem, trials, params, examples)
     specs = [study.spec(trial, problem.whole_rules) for trial in trials]
     head = {leaf.path for stack in planned for leaf in stack.plan.full}
     leaves = digests(params, head)
     first = examples(DEFAULT) if study.streams[0] == 0 else next(iter(problem.train(0, 0)))
     about = identity(study, problem, params, first, head)
-    store: RunStore | SharedStore
-    if several():
-        store = SharedStore(lambda: RunStore(out, about, overwrite=overwrite, leaves=leaves))
-    else:
-        store = RunStore(out, about, overwrite=overwrite, leaves=leaves)
+
+    def opened() -> RunStore:
+        return RunStore(out, about, overwrite=overwrite, leaves=leaves)
+
+    store: RunStore | SharedStore = SharedStore(opened) if several() else opened()
     targets = merged_targets(store.info.get("targets"), study.targets, str(out))
-    records: list[dict[str, Any]] = list(store.info.get("stacks") or [])
-    by_stack: list[list[Group]] = []
     check_rows(trials, store.finished)
     if study.stop is not None:
         check_race(trials, store.info, str(out))
-    for stack in planned:
-        for part, earlier in unfinished(study, problem, stack, store, params, examples(stack.form)):
-            base, batch = cast(params, part.form.dtype), examples(part.form)
-            found = grouped(study, problem, part, base, batch, budget=budget, devices=devices, earlier=earlier)
-            layout = found[0].layout
-            record = {
-                "trials": [trial.name for trial in part.trials],
-                "size": layout.size,
-                "at_once": layout.at_once,
-            }
-            records = [record if one["trials"] == record["trials"] else one for one in records]
-            records += [record] if record not in records else []
-            # A group of which a trial is missing goes on as a whole: the same program, so the same bits.
-            if study.stop is None:
-                found = [group for group in found if any(t.name not in store.finished for t in group.trials)]
-            by_stack.append(found)
-    if study.stop is not None and all(trial.name in store.finished for trial in trials):
-        by_stack = []
+    by_stack, records = planned_groups(study, problem, planned, store, params, examples, machines)
     groups = [group for found in by_stack for group in found]
     session = Session(study, problem, params, store, mesh, progress, trackers)
     baseline = store.info.get("baseline")
     if groups:
         plain_form = groups[0].form.dtype is None and groups[0].form.quantise is None
-        measured = session.check(groups[0])
+        measured = session.outcomes.check(groups[0])
         baseline = check_baseline(baseline, measured) if plain_form else baseline
-    store.create()
+    trainer = session if team is None or not groups else Cluster(session, team)
     try:
+        store.create()
         if store.info.get("started") is None or groups:
             store.write_info(
                 name=Path(out).name,
@@ -207,20 +180,57 @@ def run(
                 leaves=leaves,
             )
         if isinstance(study.stop, Stopping) and groups:
-            Race(session, study.stop, by_stack).run()
-        for i, group in enumerate(groups if study.stop is None else (), 1):
-            place = f"group {i} of {len(groups)}, " if len(groups) > 1 else ""
-            session.run_group(group, f"{place}{len(group.trials)} trials")
+            Race(session, trainer, study.stop, by_stack).run()
+        else:
+            trainer.run(jobs_of(groups, study.steps))
         store.drop_rungs()
         if groups:
             store.write_info(finished=_now())
     finally:
+        trainer.close()
         store.close()
     rows = [store.finished[t.name] for t in trials]
     directions = {f"{part}_{m.name}": m.better for part in ("val", "test") for m in problem.all_metrics}
     return Results(
         rows, Path(out), int(store.info.get("compiles", 0)), problem.metric, {"train_loss": "lower", **directions}
     )
+
+
+def jobs_of(groups: Sequence[Group], steps: int) -> list[Job]:
+    """Groups to train to the end."""
+    places = [f"group {i} of {len(groups)}, " if len(groups) > 1 else "" for i in range(1, len(groups) + 1)]
+    return [
+        Job(group, f"{place}{len(group.trials)} trials", steps) for place, group in zip(places, groups, strict=True)
+    ]
+
+
+def machines_of(mesh: Mesh | None, workers: Workers | None, memory_bytes: int | None) -> Machines:
+    """Where a study trains.
+
+    Raises:
+      StudyError: a mesh without the axis "trial" or not over all processes, workers beside a mesh or processes.
+    """
+    if workers is not None and (mesh is not None or several()):
+        raise StudyError(
+            "workers have devices of their own: they take neither a mesh nor several processes.\n"
+            "  give workers= or mesh=, not both"
+        )
+    if several() and (mesh is None or mesh.devices.size < jax.device_count()):
+        raise StudyError(
+            f"there are {jax.process_count()} processes, and the mesh does not reach over the devices of all.\n"
+            f"  mesh=lk.study_mesh(trials={jax.device_count()})"
+        )
+    if mesh is not None and TRIAL not in mesh.shape:
+        raise StudyError(
+            f"the mesh has the axes {', '.join(map(repr, mesh.shape))}; a study spreads trials over {TRIAL!r}.\n"
+            f"  mesh=lk.device_mesh({TRIAL!r})"
+        )
+    count = 1 if workers is None else workers.count
+    if memory_bytes is None:
+        memory_bytes = told(lambda: available_bytes(jax.local_devices()[0]))
+        if workers is not None and not workers.gpus:  # they share this machine's memory
+            memory_bytes //= count
+    return Machines(memory_bytes, 1 if mesh is None else mesh.shape[TRIAL], count)
 
 
 def check_baseline(earlier: Any, ours: dict[str, float]) -> dict[str, float]:

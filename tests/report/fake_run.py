@@ -1,4 +1,4 @@
-"""Builds run folders with the numbers a small sentiment study would leave, in the form `study.store` writes."""
+"""Builds run folders with the numbers a small sentiment study would leave, in the form `study.folder.store` writes."""
 
 import json
 import math

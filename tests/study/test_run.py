@@ -161,7 +161,7 @@ def test_going_on_after_a_kill_starts_at_the_last_save(finished, tmp_path, monke
 
 
 def test_a_group_interrupted_while_it_was_saved_is_not_trained_again(finished, tmp_path, monkeypatch):
-    from lorax_kit.study import session
+    from lorax_kit.study.running import outcomes
 
     saved = []
 
@@ -172,7 +172,7 @@ def test_a_group_interrupted_while_it_was_saved_is_not_trained_again(finished, t
         return lk.save_adapter(path, *args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(session, "save_adapter", save)
+        patched.setattr(outcomes, "save_adapter", save)
         with pytest.raises(Stop):
             run(tmp_path / "run", memory_bytes=THREE_GROUPS)
     # More memory the second time: the groups stay as they were.

@@ -16,7 +16,7 @@ from lorax_kit.study.design.trial import Trial
 from lorax_kit.study.programs.groups import Group
 from lorax_kit.study.programs.progress import Progress
 from lorax_kit.study.programs.slices import Layout
-from lorax_kit.study.race import Race
+from lorax_kit.study.running.race import Race
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -72,9 +72,9 @@ def test_a_condition_with_a_diverged_seed_is_judged_with_it():
     session = SimpleNamespace(
         problem=tiny.problem(),
         store=None,
-        keep_stopped=lambda group, trial, slot: stopped.append((trial.rank, trial.seed)),
+        outcomes=SimpleNamespace(keep_stopped=lambda group, trial, slot: stopped.append((trial.rank, trial.seed))),
     )
-    race = Race(session, lk.Halving(first=2), [[Group(trials, Layout(6, 6), None, None, 0)]])
+    race = Race(session, session, lk.Halving(first=2), [[Group(trials, Layout(6, 6), None, None, 0)]])
     for trial in trials:
         failed = int(trial.rank == 4 and trial.seed == 1)
         evaluations = [(2, [{"accuracy": accuracy[trial.rank]}])]

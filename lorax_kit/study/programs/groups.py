@@ -60,12 +60,14 @@ def grouped(
     *,
     budget: int,
     devices: int = 1,
+    parts: int = 1,
     earlier: tuple[int, int] | None = None,
 ) -> list[Group]:
     """Equal groups of one kind of trials, from the memory that one and two stacked trials need.
 
     Args:
       budget: bytes per device.
+      parts: how many groups there are to be at least, where there are trials for them.
       earlier: (size, at_once) of an earlier session: kept if it still fits, so that going on gives the same bits.
 
     Raises:
@@ -76,7 +78,8 @@ def grouped(
     one, two = (pack_bytes(study, problem, stack, params, batch, n) for n in (1, 2))
     needs = Needs(one, max(two - one, 1), held_bytes(study, problem, stack, params))
     cached = CACHED.get(jax.default_backend())
-    layout = layout_of(needs, len(trials), budget, devices, cached)
+    most = -(-len(trials) // (parts * devices))
+    layout = layout_of(needs, len(trials), budget, devices, cached, most)
     if earlier is not None and not earlier[0] % (earlier[1] * devices):
         before = Layout(*earlier, devices)
         layout = before if needs.of(before) <= budget else layout
@@ -198,11 +201,14 @@ class Needs(NamedTuple):
         return self.one + (layout.at_once - 1) * self.more + (each - layout.at_once) * self.held
 
 
-def layout_of(needs: Needs, trials: int, budget: int, devices: int = 1, cached: int | None = None) -> Layout:
+def layout_of(
+    needs: Needs, trials: int, budget: int, devices: int = 1, cached: int | None = None, most: int | None = None
+) -> Layout:
     """The layout of equal packs of `trials` that fit `budget` bytes per device: 15 that fit by 8 run as 8 and 7.
 
     Args:
       cached: what trials side by side are to need at most, though two may always be; None: as much as the budget.
+      most: trials of a pack, per device; None: what fits.
 
     Raises:
       StudyError: not even one trial fits.
@@ -212,9 +218,8 @@ def layout_of(needs: Needs, trials: int, budget: int, devices: int = 1, cached: 
             f"one trial needs about {needs.one / 2**20:.0f} MiB, the budget is {budget / 2**20:.0f} MiB.\n"
             "  use a smaller batch, shorter inputs or lower ranks, or raise the budget: memory_bytes=, --memory-mib"
         )
-    at_once = 1 + (budget - needs.one) // needs.more
-    if cached is None:
-        return laid_out(trials, at_once, at_once, devices)
-    at_once = min(at_once, max(2, 1 + (cached - needs.one) // needs.more))
-    most = at_once + (budget - needs.one - (at_once - 1) * needs.more) // max(needs.held, 1)
-    return laid_out(trials, most, at_once, devices)
+    at_once = fitting = 1 + (budget - needs.one) // needs.more
+    if cached is not None:
+        at_once = min(fitting, max(2, 1 + (cached - needs.one) // needs.more))
+        fitting = at_once + (budget - needs.one - (at_once - 1) * needs.more) // max(needs.held, 1)
+    return laid_out(trials, min(fitting, most or fitting), at_once, devices)

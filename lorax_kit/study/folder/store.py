@@ -125,8 +125,8 @@ class RunStore:
         self._lock: IO[str] | None = None
         self.identity = design
         self.info: dict[str, Any] = {} if overwrite else previous or {}
-        self.finished = {} if overwrite else {row["trial"]: row for row in self._rows("trials.jsonl")}
-        self.curves = Counter(() if overwrite else (row["trial"] for row in self._rows("curves.jsonl")))
+        self.finished = {} if overwrite else {row["trial"]: row for row in self.rows("trials.jsonl")}
+        self.curves = Counter(() if overwrite else (row["trial"] for row in self.rows("curves.jsonl")))
 
     def create(self) -> None:
         """Make the folder; discard what was to be overwritten, and half a line that an interruption left.
@@ -165,7 +165,7 @@ class RunStore:
             raise StudyError(f"{str(file)!r} is not JSON: {e}.\n  restore it, or discard the folder") from None
         return found if isinstance(found, dict) else {}
 
-    def _rows(self, name: str) -> list[dict[str, Any]]:
+    def rows(self, name: str) -> list[dict[str, Any]]:
         """Whole lines of a JSONL file: one cut off by an interruption does not count."""
         file = self.path / name
         if not file.exists():

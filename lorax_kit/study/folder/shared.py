@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lorax_kit.errors import StudyError
+from lorax_kit.study.folder.store import RunStore, plain
 from lorax_kit.study.programs.processes import is_writer, told
 from lorax_kit.study.programs.progress import Progress
-from lorax_kit.study.store import RunStore, plain
 
 
 class SharedStore:

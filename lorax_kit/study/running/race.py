@@ -10,7 +10,8 @@ from lorax_kit.study.design.trial import Trial
 from lorax_kit.study.programs.groups import Group
 from lorax_kit.study.programs.progress import Progress, joined, parted
 from lorax_kit.study.programs.slices import Layout
-from lorax_kit.study.session import Session
+from lorax_kit.study.running.cluster import Cluster
+from lorax_kit.study.running.session import Job, Session
 
 
 class Race:
@@ -21,13 +22,16 @@ class Race:
     which half a slice or less is left is packed into one of just so many.
 
     Args:
-      session: that trains.
+      session: that keeps what trials came to.
+      trainer: that trains: the session, or a cluster.
       rule: that stops.
       stacks: the groups of each stack.
     """
 
-    def __init__(self, session: Session, rule: Stopping, stacks: Sequence[Sequence[Group]]) -> None:
-        self.session, self.rule, self.store = session, rule, session.store
+    def __init__(
+        self, session: Session, trainer: Session | Cluster, rule: Stopping, stacks: Sequence[Sequence[Group]]
+    ) -> None:
+        self.session, self.trainer, self.rule, self.store = session, trainer, rule, session.store
         self.groups = [list(groups) for groups in stacks]
         self.slots: dict[str, Progress] = {}
         self.histories: dict[str, list[float]] = {}
@@ -39,26 +43,38 @@ class Race:
         rungs = self.rule.rungs(steps)
         for number, until in enumerate(rungs):
             in_play = [group for groups in self.groups for group in groups]
-            for i, group in enumerate(in_play, 1):
-                label = f"to step {until}, group {i} of {len(in_play)}, {len(group.trials)} trials"
-                self._train(group, until, f"{number}_{i}", label)
+            self._train(in_play, until, number)
             if until < steps:
                 self._decide([trial for group in in_play for trial in group.trials], until)
-        for groups in self.groups:
-            for group in groups:
-                slots = joined([self.slots[trial.name] for trial in group.trials], group.size)
-                self.session.keep(group, self.session.finished(group, slots), new=True)
+        self.trainer.finish(
+            [Job(group, "", steps, self._standing(group)) for groups in self.groups for group in groups]
+        )
         self.store.drop_rungs()
 
-    def _train(self, group: Group, until: int, place: str, label: str) -> None:
-        names = [trial.name for trial in group.trials]
-        found = self.store.load_progress(names, group.size, place)
-        if found is None:
-            before = joined([self.slots[n] for n in names], group.size) if names[0] in self.slots else None
-            found = self.session.train_until(group, until, label, before)
-            self.store.save_progress(names, found, place)
+    def _train(self, groups: Sequence[Group], until: int, rung: int) -> None:
+        """Train groups to a rung, but those that an earlier call has trained."""
+        jobs, places = [], []
+        for i, group in enumerate(groups, 1):
+            place = f"{rung}_{i}"
+            found = self.store.load_progress([trial.name for trial in group.trials], group.size, place)
+            if found is not None:
+                self._stand(group, found)
+                continue
+            label = f"to step {until}, group {i} of {len(groups)}, {len(group.trials)} trials"
+            jobs.append(Job(group, label, until, self._standing(group) if rung else None))
+            places.append(place)
+        for i, found in self.trainer.train(jobs):
+            group = jobs[i].group
+            self.store.save_progress([trial.name for trial in group.trials], found, places[i])
             self.store.drop_progress()
-        self.slots |= dict(zip(names, parted(found, len(names)), strict=True))
+            self._stand(group, found)
+
+    def _standing(self, group: Group) -> Progress:
+        return joined([self.slots[trial.name] for trial in group.trials], group.size)
+
+    def _stand(self, group: Group, progress: Progress) -> None:
+        slots = parted(progress, len(group.trials))
+        self.slots |= {trial.name: slot for trial, slot in zip(group.trials, slots, strict=True)}
 
     def _decide(self, trials: list[Trial], until: int) -> None:
         """Stop the diverged, ask the rule, and pack those that go on."""
@@ -81,7 +97,7 @@ class Race:
             members = [trial for group in groups for trial in group.trials]
             for trial in members:
                 if trial.name not in going:
-                    self.session.keep_stopped(groups[0], trial, self.slots[trial.name])
+                    self.session.outcomes.keep_stopped(groups[0], trial, self.slots[trial.name])
             self.groups[i] = _packed([trial for trial in members if trial.name in going], groups[0])
 
 

@@ -1,18 +1,13 @@
-"""Trains the groups of a study one after the other, and keeps what each trial came to."""
+"""What trials came to: curves, facts of their groups, adapters, spectra, rows."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from lorax_kit.analysis.spectra import effective_rank, rank_for_energy, site_spectrum
@@ -23,83 +18,65 @@ from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params, flatten, nbytes
 from lorax_kit.core.plan import Plan
 from lorax_kit.errors import StudyError
-from lorax_kit.problem import LOSS, Evaluator, Problem, val_and_test
+from lorax_kit.problem import Evaluator, Problem, val_and_test
 from lorax_kit.problem.base import based, restored
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.design.trial import Trial
-from lorax_kit.study.programs.engine import Engine
-from lorax_kit.study.programs.forms import Form, stream_of, trial_plan
+from lorax_kit.study.folder.parcel import Parcel, write_folder
+from lorax_kit.study.folder.shared import SharedStore
+from lorax_kit.study.folder.store import RunStore
+from lorax_kit.study.programs.forms import Form, trial_plan
 from lorax_kit.study.programs.groups import Group
-from lorax_kit.study.programs.packing import Pack, pack, start, unpack
+from lorax_kit.study.programs.packing import start, unpack
 from lorax_kit.study.programs.processes import told
 from lorax_kit.study.programs.progress import Progress, Trained
 from lorax_kit.study.programs.slices import Layout
-from lorax_kit.study.shared_store import SharedStore
-from lorax_kit.study.store import RunStore
-from lorax_kit.study.trackers import Tracker
-from lorax_kit.training.objective import is_key
 
 LEADING = 64  # singular values kept of a delta that is not low-rank, such as DoRA's
 
 
-def _result(row: dict[str, Any], problem: Problem) -> str:
-    if row["status"] != "done":
-        return str(row["status"])
-    return f"test {problem.metric} {row[f'test_{problem.metric}']:{problem.chief.format}}"
+class Bases:
+    """The frozen bases of a study: as the problem gives it, cast, or quantised."""
+
+    def __init__(self, params: Params) -> None:
+        self._params = params
+        self._made: dict[Any, Params] = {}
+
+    def __call__(self, form: Form, plan: Plan) -> Params:
+        """The base of a form: cast, and quantised at the sites of the plan."""
+        sites = tuple(site.path for site in plan.sites) if form.quantise else ()
+        key = (form.dtype, form.quantise, sites)
+        if key not in self._made:
+            self._made[key] = based(self._params, form.dtype, form.quantise, sites)
+        return self._made[key]
 
 
-def _together(*x: Any) -> Any:
-    """The leaves of several batches on one axis."""
-    return jnp.stack(x) if is_key(x[0]) else np.stack(x)
-
-
-class Session:
-    """What the groups of one run share: engines by shape, so that equal groups share a compiled program.
+class Outcomes:
+    """Measures trained trials and writes what they came to.
 
     Args:
-      study, problem, params, store: what to train, and where results go.
-      mesh: as for `lk.run`.
+      study, problem: what was trained.
+      bases: of its forms.
+      store: where results go.
+      spent: () -> (compilations, seconds) of the run folder so far.
+      tell: (event, **facts), told of finished trials.
       progress: draw bars.
-      trackers: told of what happens.
     """
 
     def __init__(
         self,
         study: Study,
         problem: Problem,
-        params: Params,
+        bases: Bases,
         store: RunStore | SharedStore,
-        mesh: Mesh | None,
+        spent: Callable[[], tuple[int, float]],
+        tell: Callable[..., None],
         progress: bool,
-        trackers: Sequence[Tracker] = (),
     ) -> None:
-        self.study, self.problem, self.params, self.store = study, problem, params, store
-        self.mesh, self.progress, self.began, self.trackers = mesh, progress, perf_counter(), trackers
-        self.earlier_compiles = int(store.info.get("compiles") or 0)
-        self.earlier_seconds = float(store.info.get("seconds") or 0.0)
-        self.engines: dict[Any, Engine] = {}
-        self.bases: dict[Any, Params] = {}
-        self.identities: dict[Any, BaseIdentity] = {}
-        self.packed: tuple[Any, tuple[Engine, Pack]] | None = None
-        self.tests: dict[Any, tuple[Evaluator, Evaluator]] = {}
-
-    @property
-    def compiles(self) -> int:
-        """Compilations of the train step, over all sessions of this run folder."""
-        return self.earlier_compiles + sum(engine.compiles for engine in self.engines.values())
-
-    @property
-    def seconds(self) -> float:
-        """Wall time, over all sessions of this run folder."""
-        return self.earlier_seconds + perf_counter() - self.began
-
-    def base_of(self, form: Form, plan: Plan) -> Params:
-        """The base of a form: cast, and quantised at the sites of the plan."""
-        sites = tuple(site.path for site in plan.sites) if form.quantise else ()
-        key = (form.dtype, form.quantise, sites)
-        if key not in self.bases:
-            self.bases[key] = based(self.params, form.dtype, form.quantise, sites)
-        return self.bases[key]
+        self.study, self.problem, self.bases, self.store = study, problem, bases, store
+        self._spent, self._tell, self._progress = spent, tell, progress
+        self._identities: dict[Any, BaseIdentity] = {}
+        self._evaluators: dict[Any, tuple[Evaluator, Evaluator]] = {}
 
     def check(self, group: Group) -> dict[str, float]:
         """Measure the untrained model on one batch of each kind: what its scores lack is to be known before training.
@@ -110,29 +87,9 @@ class Session:
         Raises:
           StudyError: a score out of range, a metric that cannot be computed.
         """
-        base = restored(self.base_of(group.form, group.plan))
+        base = restored(self.bases(group.form, group.plan))
         found = [measure.check(base) for measure in self._tests(group.plan, group.form, base)]
         return {f"{part}_{k}": x for part, one in zip(("val", "test"), found, strict=True) for k, x in one.items()}
-
-    def run_group(self, group: Group, label: str) -> None:
-        """Train a group, or go on with it, and write what its trials came to."""
-        names = [trial.name for trial in group.trials]
-        earlier = self.store.load_progress(names, group.size)
-        engine, stacked = self._engine(group)
-        trained, _ = self._train(engine, stacked, group, self.study.steps, label, earlier)
-        self.keep(group, trained, new=earlier is None or len(earlier.losses) < self.study.steps)
-        self.store.drop_progress()
-
-    def train_until(self, group: Group, until: int, label: str, before: Progress | None) -> Progress:
-        """Train a group to a step, from where an interruption left it, or from where it was `before`."""
-        found = self.store.load_progress([trial.name for trial in group.trials], group.size)
-        engine, stacked = self._engine(group)
-        return self._train(engine, stacked, group, until, label, before if found is None else found)[1]
-
-    def finished(self, group: Group, progress: Progress) -> Trained:
-        """What a group came to whose trials were trained before, in other groups perhaps."""
-        engine, stacked = self._engine(group)
-        return engine.finished(stacked, progress)
 
     def keep(self, group: Group, trained: Trained, *, new: bool) -> None:
         """Write what the trials of a group came to; `new`: the group's own facts, too."""
@@ -141,6 +98,22 @@ class Session:
             self._keep_facts(group, trained)
         self._keep_trials(group, trained)
 
+    def take(self, parcel: Parcel) -> None:
+        """Write what trials came to on a worker."""
+        if parcel.facts is not None:
+            self._keep_group(parcel.facts)
+        for row in parcel.rows:
+            trial = row["trial"]
+            if trial in self.store.finished:
+                continue
+            curves, spectra = ([x for x in rows if x["trial"] == trial] for rows in (parcel.curves, parcel.spectra))
+            if self.store.curves[trial] < len(curves):
+                self.store.append("curves.jsonl", curves)
+            if trial in parcel.adapters:
+                write_folder(self.store.adapter_path(trial), parcel.adapters[trial])
+                self.store.append("spectra.jsonl", spectra)
+            self._finish(row)
+
     def keep_stopped(self, group: Group, trial: Trial, slot: Progress) -> None:
         """Write the row of a trial that a rule stopped, or that diverged before."""
         if trial.name in self.store.finished:
@@ -148,7 +121,7 @@ class Session:
         alone = group._replace(trials=[trial], layout=Layout(1, 1))
         trained = Trained(None, slot.losses, slot.failed, slot.evaluations, slot.seconds, 0.0, 0)
         self._keep_curves(alone, trained)
-        base = self.base_of(group.form, group.plan)
+        base = self.bases(group.form, group.plan)
         plan = trial_plan(self.study, self.problem, group.plan, trial, base)
         shapes = jax.eval_shape(lambda: start(self.problem, plan, trial.seed, base)[1])
         row = self._row(group, trial, jax.tree.leaves(trained_only(plan, shapes)), trained, 0)
@@ -158,74 +131,6 @@ class Session:
             row |= {"status": "stopped", "stopped_at": steps, "steps": steps, "train_loss": float(last.mean())}
             row |= self._columns("val", slot.evaluations[-1][1][0])
         self._finish(row)
-
-    def _engine(self, group: Group) -> tuple[Engine, Pack]:
-        """The compiled program of a group, and where its trials start."""
-        names = [trial.name for trial in group.trials]
-        if self.packed is not None and self.packed[0] == (names, group.layout):
-            return self.packed[1]
-        base = self.base_of(group.form, group.plan)
-        stacked = pack(self.study, self.problem, group.trials, group.plan, base, group.form, group.size)
-        key = (group.plan, group.layout, group.form)
-        if key not in self.engines:
-            self.engines[key] = Engine(
-                self.study, self.problem, group.plan, base, group.layout, self.mesh, form=group.form
-            )
-        self.packed = ((names, group.layout), (self.engines[key], stacked))
-        return self.packed[1]
-
-    def _batches(self, form: Form, start: int) -> Iterator[Any]:
-        streams = [stream_of(self.study, self.problem, form, seed, start) for seed in self.study.streams]
-        if self.study.stream == "shared":
-            return streams[0]
-        return (jax.tree.map(_together, *together) for together in zip(*streams, strict=False))
-
-    def _train(
-        self, engine: Engine, stacked: Pack, group: Group, until: int, label: str, earlier: Progress | None
-    ) -> tuple[Trained, Progress]:
-        done, count = 0 if earlier is None else len(earlier.losses), len(group.trials)
-        bar = tqdm(total=until, initial=done, desc=label, unit="step", disable=None if self.progress else True)
-        shown: dict[str, str] = {}
-        names = [trial.name for trial in group.trials]
-
-        def on_step(number: int, losses: np.ndarray, failed: np.ndarray) -> None:
-            own = losses[:count][failed[:count] == 0]
-            shown["loss"] = f"{own.mean():.4f}" if len(own) else "nan"
-            for i in np.flatnonzero(failed[:count] == number):
-                name = stacked.trials[i].name
-                tqdm.write(
-                    f"{name}: loss is not finite at step {number}; this trial stops, the others go on", file=sys.stderr
-                )
-            bar.update()
-            bar.set_postfix(shown)
-            if self.trackers:
-                alive = [i for i in range(count) if failed[i] in (0, number)]
-                self._tell("step", step=number, losses={names[i]: float(losses[i]) for i in alive})
-
-        def on_eval(number: int, metrics: list[dict[str, float]]) -> None:
-            for metric in {"loss": LOSS, self.problem.metric: self.problem.chief}.values():
-                mean = np.mean([m[metric.name] for m in metrics[:count]])
-                shown[f"val_{metric.name}"] = format(mean, metric.format)
-            bar.set_postfix(shown)
-            self._tell("validation", step=number, metrics=dict(zip(names, metrics[:count], strict=True)))
-
-        def on_save(progress: Progress) -> None:
-            self.store.save_progress(names, progress)
-            self.store.write_info(compiles=self.compiles, seconds=self.seconds)
-
-        with bar:
-            if engine.compiles == 0 and done < until:
-                bar.set_postfix_str("compiling the step")
-            return engine.train(
-                stacked,
-                partial(self._batches, group.form),
-                self.problem.val,
-                progress=earlier,
-                until=until if until < self.study.steps else None,
-                on_step=on_step,
-                on_eval=on_eval,
-                on_save=on_save,
-            )
 
     def _keep_curves(self, group: Group, trained: Trained) -> None:
         """Losses by step, and validations along the way."""
@@ -255,16 +160,16 @@ class Session:
             "seconds": trained.seconds,
             "compile_seconds": trained.compile_seconds,
         }
-        self.store.write_info(
-            compiles=self.compiles,
-            groups=[*self.store.info.get("groups", []), described],
-            seconds=self.seconds,
-        )
+        self._keep_group(described)
+
+    def _keep_group(self, facts: dict[str, Any]) -> None:
+        compiles, seconds = self._spent()
+        self.store.write_info(compiles=compiles, groups=[*self.store.info.get("groups", []), facts], seconds=seconds)
 
     def _keep_trials(self, group: Group, trained: Trained) -> None:
         """Each trial: merged and tested alone, saved, its row written."""
         bar = tqdm(
-            range(len(group.trials)), desc="testing, saving", unit="trial", disable=None if self.progress else True
+            range(len(group.trials)), desc="testing, saving", unit="trial", disable=None if self._progress else True
         )
         for i in bar:
             if group.trials[i].name in self.store.finished:
@@ -272,15 +177,11 @@ class Session:
             row = told(partial(self._trial_row, group, trained, i), StudyError)
             bar.set_postfix_str(f"{row['trial']}: {_result(row, self.problem)}")
             self._finish(row)
-            self.store.write_info(seconds=self.seconds)
+            self.store.write_info(seconds=self._spent()[1])
 
     def _finish(self, row: dict[str, Any]) -> None:
         self.store.finish_trial(row)
         self._tell("trial", row=row)
-
-    def _tell(self, event: str, **facts: Any) -> None:
-        for tracker in self.trackers:
-            tracker({"event": event, **facts})
 
     def _row(self, group: Group, trial: Trial, leaves: list[Any], trained: Trained, i: int) -> dict[str, Any]:
         """A trial's settings, size and cost; its metrics are empty."""
@@ -296,7 +197,7 @@ class Session:
             **self._columns("val"),
             **self._columns("test"),
             "train_seconds": trained.seconds / len(group.trials),
-            "compiles": self.compiles,
+            "compiles": self._spent()[0],
             "status": "diverged" if failed else "done",
             "failed_step": failed,
             "stopped_at": None,
@@ -305,7 +206,7 @@ class Session:
 
     def _trial_row(self, group: Group, trained: Trained, i: int) -> dict[str, Any]:
         trial, study, problem = group.trials[i], self.study, self.problem
-        base = self.base_of(group.form, group.plan)
+        base = self.bases(group.form, group.plan)
         plan = trial_plan(study, problem, group.plan, trial, base)
         failed = bool(trained.failed[i])
         factors = unpack(plan, trained.factors, i, diverged=failed)
@@ -349,9 +250,9 @@ class Session:
     def _identity(self, form: Form, plan: Plan, base: Params) -> BaseIdentity:
         """Of a base, hashed once for all its adapters."""
         key = (form.dtype, form.quantise, tuple(leaf.path for leaf in plan.full), id(base))
-        if key not in self.identities:
-            self.identities[key] = identity_of(base, plan)
-        return self.identities[key]
+        if key not in self._identities:
+            self._identities[key] = identity_of(base, plan)
+        return self._identities[key]
 
     def _condition(self, group: Group) -> dict[str, Any]:
         """What `lorax-kit evaluate` needs to make the same base, where it is not as the problem gives it."""
@@ -363,9 +264,9 @@ class Session:
     def _tests(self, plan: Plan, form: Form, params: Params) -> tuple[Evaluator, Evaluator]:
         """Validation and test of merged params; trials of one target set and base share them."""
         key = (plan.trained, form.dtype, form.quantise)
-        if key not in self.tests:
-            self.tests[key] = val_and_test(self.problem, params, plan.trained)
-        return self.tests[key]
+        if key not in self._evaluators:
+            self._evaluators[key] = val_and_test(self.problem, params, plan.trained)
+        return self._evaluators[key]
 
     def _spectra(self, plan: Plan, base: Params, factors: Any, trial: Trial) -> None:
         rows = []
@@ -384,3 +285,9 @@ class Session:
                 }
             )
         self.store.append("spectra.jsonl", rows)
+
+
+def _result(row: dict[str, Any], problem: Problem) -> str:
+    if row["status"] != "done":
+        return str(row["status"])
+    return f"test {problem.metric} {row[f'test_{problem.metric}']:{problem.chief.format}}"
