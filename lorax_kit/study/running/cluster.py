@@ -256,7 +256,11 @@ def library() -> Any:
 
 
 def begin(ray: Any, workers: Workers) -> None:
-    """Connect to the cluster at `RAY_ADDRESS`, or begin one on this machine, which Ray guards by a token."""
+    """Connect to the cluster at `RAY_ADDRESS`, or begin one on this machine, which Ray guards by a token.
+
+    Raises:
+      StudyError: there is none.
+    """
     options: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when a cluster begins: it would report its use
@@ -265,4 +269,9 @@ def begin(ray: Any, workers: Workers) -> None:
     with warnings.catch_warnings():
         # Ray starts its processes by exec after fork, which JAX's threads do not mind.
         warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
-        ray.init(logging_level="warning", **options)
+        try:
+            ray.init(logging_level="warning", **options)
+        except Exception as e:  # of many kinds: a port, a socket's path, an address where nothing is
+            where = os.environ.get("RAY_ADDRESS")
+            what = f"the Ray cluster at RAY_ADDRESS={where!r} cannot be reached" if where else "Ray cannot begin here"
+            raise StudyError(f"{what}: {type(e).__name__}: {e}") from None
