@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,10 @@ def _config(path: str) -> dict[str, Any]:
 )
 @click.option("--overwrite", is_flag=True, help="Discard what the folder holds.")
 @click.option(
-    "--devices", type=click.IntRange(1), default=1, show_default=True, help="Spread trials over so many devices."
+    "--devices",
+    type=click.IntRange(1),
+    default=None,
+    help="Spread trials over so many devices; default: one, and all of several processes.",
 )
 @click.option(
     "--data", type=click.IntRange(1), default=1, show_default=True, help="Split each batch over so many devices, too."
@@ -67,6 +71,14 @@ def _config(path: str) -> dict[str, Any]:
 @click.option("--worker-cpus", type=click.FloatRange(0), default=1, show_default=True, help="CPUs of each worker.")
 @click.option("--worker-gpus", type=click.FloatRange(0), default=0, show_default=True, help="GPUs of each worker.")
 @click.option(
+    "--distributed",
+    is_flag=True,
+    help="This is one of several processes that run the command together, as Slurm, Open MPI or a TPU pod began them.",
+)
+@click.option("--coordinator", default=None, help="HOST:PORT of process 0, where no scheduler tells.")
+@click.option("--processes", type=click.IntRange(1), default=None, help="How many there are.")
+@click.option("--process", type=click.IntRange(0), default=None, help="Which one this is.")
+@click.option(
     "--memory-mib", type=click.IntRange(1), default=None, help="Memory budget per device; default: what is free."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON; with --dry-run the plan.")
@@ -77,11 +89,15 @@ def study(
     dry_run: bool,
     track: tuple[str, ...],
     overwrite: bool,
-    devices: int,
+    devices: int | None,
     data: int,
     workers: int | None,
     worker_cpus: float,
     worker_gpus: float,
+    distributed: bool,
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
     memory_mib: int | None,
     as_json: bool,
 ) -> None:
@@ -89,7 +105,7 @@ def study(
     import jax
 
     from lorax_kit.errors import StudyError
-    from lorax_kit.parallel import study_mesh
+    from lorax_kit.parallel import join, quiet_stdout, study_mesh
     from lorax_kit.report import read_run, summary_table, write_report
     from lorax_kit.study import Study, Workers, run
     from lorax_kit.study.folder.store import finished_trials
@@ -104,10 +120,16 @@ def study(
         if any("seed" in grid for grid in design.grids):
             raise click.UsageError("--seeds: a grid of the study names its own seeds.")
         design = replace(design, seed=range(seeds))
+    if distributed or coordinator is not None:
+        join(coordinator, processes, process)
+    first = jax.process_index() == 0
+    if devices is None:
+        devices = max(len(jax.devices()) // data, 1) if jax.process_count() > 1 else 1
     if devices * data > len(jax.devices()):
         raise StudyError(f"--devices {devices} --data {data} needs {devices * data}: JAX sees {len(jax.devices())}.")
     mesh = None if devices * data == 1 else study_mesh(devices, data)
-    click.echo(f"{len(design.trials())} trials of {design.steps} steps; loading model and data", err=True)
+    if first:
+        click.echo(f"{len(design.trials())} trials of {design.steps} steps; loading model and data", err=True)
     problem = problem_from(read.get("problem", {}))
     budget = None if memory_mib is None else memory_mib * 2**20
     if dry_run:
@@ -116,25 +138,29 @@ def study(
         echo(planned) if as_json else click.echo(_planned(planned))
         return
     assert out is not None
-    trackers = [_tracker(name, Path(out)) for name in track]
+    trackers = [_tracker(name, Path(out)) for name in track] if first else []
     command = shlex.join(["lorax-kit", *sys.argv[1:]])
     try:
-        results = run(
-            design,
-            problem,
-            out=out,
-            mesh=mesh,
-            workers=None if workers is None else Workers(workers, worker_cpus, worker_gpus),
-            memory_bytes=budget,
-            overwrite=overwrite,
-            command=command,
-            trackers=trackers,
-        )
+        with quiet_stdout() if jax.process_count() > 1 else nullcontext():
+            results = run(
+                design,
+                problem,
+                out=out,
+                mesh=mesh,
+                workers=None if workers is None else Workers(workers, worker_cpus, worker_gpus),
+                memory_bytes=budget,
+                overwrite=overwrite,
+                command=command,
+                progress=first,
+                trackers=trackers,
+            )
     except KeyboardInterrupt:
-        if (Path(out) / "trials.jsonl").exists():
+        if first and (Path(out) / "trials.jsonl").exists():
             click.echo(f"the finished trials are in {write_report(out)}", err=True)
         click.echo("the same command goes on from where it stopped", err=True)
         raise
+    if not first:  # one process writes and prints
+        return
     page = write_report(out)
     if as_json:
         echo({"rows": results.rows, "compiles": results.compiles, "report": str(page)})

@@ -164,3 +164,9 @@ def test_without_a_cluster_one_is_begun_here_and_ended(tmp_path):
     assert "os.fork" not in done.stderr
     assert len((tmp_path / "run" / "trials.jsonl").read_text().splitlines()) == 8
     assert not left
+
+
+def test_an_address_where_nothing_is_is_named(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(lk.StudyError, match=r"RAY_ADDRESS='127.0.0.1:1' cannot be reached: ConnectionRefusedError"):
+        cluster.begin(ray, Workers(1))

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 import lorax_kit as lk
+from lorax_kit.parallel import join
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -76,3 +77,29 @@ def test_two_processes_have_the_rows_of_one_and_a_killed_one_loses_nothing(tmp_p
     two = (tmp_path / "two" / "trials.jsonl").read_text().splitlines()
     again = (tmp_path / "killed" / "trials.jsonl").read_text().splitlines()
     assert [measured(json.loads(x)) for x in again] == [measured(json.loads(x)) for x in two]
+
+
+def test_the_command_runs_in_two_processes_and_one_of_them_prints(tmp_path):
+    design = {"rank": [1, 2], "alpha": 8, "lr": 1e-2, "seed": [0, 1], "targets": tiny.TARGETS, "steps": 4}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"problem": {"address": "tests.tiny:built", "rows": 48}, "study": design}))
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    argv = [sys.executable, "-m", "lorax_kit", "study", "--config", str(config), "--json"]
+    alone = subprocess.run([*argv, "--out", str(tmp_path / "alone")], env=env, text=True, capture_output=True)
+    assert alone.returncode == 0, alone.stderr
+    several = [*argv, "--out", str(tmp_path / "run"), "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
+    procs = [
+        subprocess.Popen([*several, "--process", str(i)], env=env, text=True, stdout=-1, stderr=-1) for i in (0, 1)
+    ]
+    outputs = [proc.communicate(timeout=240) for proc in procs]
+    assert [proc.returncode for proc in procs] == [0, 0], outputs
+    assert outputs[1][0] == ""
+    for ours, theirs in zip(json.loads(outputs[0][0])["rows"], json.loads(alone.stdout)["rows"], strict=True):
+        assert measured(ours) == pytest.approx(measured(theirs), abs=1e-5)
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_half_an_address_is_an_error():
+    with pytest.raises(lk.LoraxError, match="go together"):
+        join("127.0.0.1:9", 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import uuid
@@ -262,7 +263,8 @@ def begin(ray: Any, workers: Workers) -> None:
       StudyError: there is none.
     """
     options: dict[str, Any] = {}
-    if not os.environ.get("RAY_ADDRESS"):
+    where = os.environ.get("RAY_ADDRESS")
+    if not where:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when a cluster begins: it would report its use
         cpus = max(math.ceil(workers.cpus * workers.count), 1)
         options = {"num_cpus": cpus, "include_dashboard": False}
@@ -270,8 +272,10 @@ def begin(ray: Any, workers: Workers) -> None:
         # Ray starts its processes by exec after fork, which JAX's threads do not mind.
         warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
         try:
+            host, _, port = (where or "").rpartition(":")
+            if port.isdecimal() and "/" not in host:  # Ray would ask an address where nothing is for minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(logging_level="warning", **options)
         except Exception as e:  # of many kinds: a port, a socket's path, an address where nothing is
-            where = os.environ.get("RAY_ADDRESS")
             what = f"the Ray cluster at RAY_ADDRESS={where!r} cannot be reached" if where else "Ray cannot begin here"
             raise StudyError(f"{what}: {type(e).__name__}: {e}") from None
