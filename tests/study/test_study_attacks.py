@@ -5,6 +5,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -218,3 +219,27 @@ def test_an_adapter_of_a_quantised_study_is_compressed(tmp_path):
     subject = adapter_subject(found.path / found.rows[0]["adapter"], tiny.problem())
     quality = subject.quality(subject.apply, subject.params)
     assert quality.value("accuracy") == pytest.approx(found.rows[0]["test_accuracy"])
+
+
+def test_a_step_that_only_the_compiler_refuses_is_named(tmp_path):
+    odd = jex.Primitive("odd")
+    odd.def_abstract_eval(lambda x: x)
+
+    def loss(logits, batch):
+        return jnp.mean(tiny.losses(logits, batch)) + odd.bind(jnp.float32(0))
+
+    with pytest.raises(
+        lk.StudyError, match="the training step of problem 'points' does not compile: NotImplementedError"
+    ):
+        run(tmp_path / "run", study(), tiny.problem(loss=loss))
+
+
+def test_a_dry_run_over_a_damaged_folder_names_the_line(tmp_path, capsys):
+    design = {"rank": [1], "alpha": 8, "lr": 1e-2, "seed": [0], "targets": tiny.TARGETS, "steps": 4}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"problem": {"address": "tests.tiny:built", "rows": 48}, "study": design}))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "trials.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit):
+        main(["study", "--config", str(config), "--out", str(tmp_path / "run"), "--dry-run"])
+    assert "line 1 is not the JSON of a trial" in capsys.readouterr().err

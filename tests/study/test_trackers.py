@@ -28,6 +28,18 @@ def test_a_function_is_told_every_step_validation_and_row(tmp_path):
     assert [e["row"] for e in told if e["event"] == "trial"] == results.rows
 
 
+def test_a_tracker_that_raises_is_named_and_the_study_goes_on_without_it(tmp_path):
+    def board(event):
+        if event["event"] == "step" and event["step"] == 3:
+            raise ConnectionError("no route to the board")
+
+    study = tiny.study()
+    with pytest.raises(lk.StudyError, match="tracker 'board' fails at a 'step' event: ConnectionError: no route"):
+        lk.run(study, tiny.problem(), out=tmp_path / "run", progress=False, trackers=[board])
+    whole, again = (lk.run(study, tiny.problem(), out=tmp_path / name, progress=False) for name in ("whole", "run"))
+    assert [row["test_loss"] for row in again.rows] == [row["test_loss"] for row in whole.rows]
+
+
 def test_stopped_trials_are_told_of_too(tmp_path):
     told = []
     run(tmp_path / "run", told.append, lr=[1e-3, 1e-2, 3e-2], stop=lk.Halving(first=2))

@@ -64,13 +64,6 @@ def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def finished_trials(path: str | Path) -> tuple[str, ...]:
-    """Names of the trials that a run folder has rows of; none if there is no folder."""
-    file = Path(path) / "trials.jsonl"
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-    return tuple(str(parse_json(line)["trial"]) for line in lines)
-
-
 def plain(x: Any) -> Any:
     """NaN and infinities as null: they are not JSON."""
     if isinstance(x, float) and not math.isfinite(x):
@@ -80,6 +73,37 @@ def plain(x: Any) -> Any:
     if isinstance(x, list | tuple):
         return [plain(v) for v in x]
     return x
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    """Whole lines of a JSONL file about trials, none where there is no file.
+
+    Raises:
+      StudyError: a line is damaged.
+    """
+    if not file.exists():
+        return []
+    text = file.read_bytes()
+    rows = []
+    for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            row = parse_json(line)
+            rows.append(row | {"trial": str(row["trial"])})
+        except (ValueError, TypeError, KeyError) as e:
+            raise StudyError(
+                f"{str(file)!r}, line {number} is not the JSON of a trial: {e!r}.\n"
+                "  delete that line: the trial is then run again"
+            ) from None
+    return rows
+
+
+def finished_trials(path: str | Path) -> tuple[str, ...]:
+    """Names of the trials that a run folder has rows of; none if there is no folder.
+
+    Raises:
+      StudyError: a line of its results is damaged.
+    """
+    return tuple(row["trial"] for row in rows_of(Path(path) / "trials.jsonl"))
 
 
 class RunStore:
@@ -167,21 +191,7 @@ class RunStore:
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Whole lines of a JSONL file: one cut off by an interruption does not count."""
-        file = self.path / name
-        if not file.exists():
-            return []
-        text = file.read_bytes()
-        rows = []
-        for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
-            try:
-                row = parse_json(line)
-                rows.append(row | {"trial": str(row["trial"])})
-            except (ValueError, TypeError, KeyError) as e:
-                raise StudyError(
-                    f"{str(file)!r}, line {number} is not the JSON of a trial: {e!r}.\n"
-                    "  delete that line: the trial is then run again"
-                ) from None
-        return rows
+        return rows_of(self.path / name)
 
     def write_info(self, **values: Any) -> None:
         """Update `study.json`, replaced in one step."""

@@ -26,6 +26,7 @@ from lorax_kit.errors import StudyError
 from lorax_kit.measure import collective_bytes
 from lorax_kit.parallel.mesh import DATA, TRIAL
 from lorax_kit.problem import Problem
+from lorax_kit.problem.check import told_in_words
 from lorax_kit.problem.evaluate import scored, summarised
 from lorax_kit.problem.objective import draws, training_loss, with_state
 from lorax_kit.study.design.study import Study
@@ -366,7 +367,8 @@ class Engine:
     def compile(self, running: Running, scalars: Scalars, count: Any, batch: Any) -> Any:
         """Compile ahead of time: the executable cannot be compiled again behind our back, only replaced here."""
         began = perf_counter()
-        compiled = self._step.lower(running, scalars, count, self.base, batch).compile()
+        with told_in_words(f"the training step of problem {self.problem.name!r} does not compile"):
+            compiled = self._step.lower(running, scalars, count, self.base, batch).compile()
         self.compiles += 1
         self.compile_seconds += perf_counter() - began
         self.collective_bytes = max(self.collective_bytes, self.layout.slices * collective_bytes(compiled))

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lorax_kit.core.paths import Params
 from lorax_kit.problem import LOSS, Problem
+from lorax_kit.problem.check import told_in_words
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.folder.shared import SharedStore
 from lorax_kit.study.folder.store import RunStore
@@ -187,5 +188,11 @@ class Session:
             )
 
     def tell(self, event: str, **facts: Any) -> None:
+        """Tell the trackers.
+
+        Raises:
+          StudyError: what one of them raises; the training is kept, and goes on without it.
+        """
         for tracker in self.trackers:
-            tracker({"event": event, **facts})
+            with told_in_words(f"tracker {getattr(tracker, '__name__', tracker)!r} fails at a {event!r} event"):
+                tracker({"event": event, **facts})
