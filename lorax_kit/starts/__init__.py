@@ -22,9 +22,10 @@ from lorax_kit.starts.lora_ga import lora_ga
 from lorax_kit.starts.olora import olora
 from lorax_kit.starts.orthogonal import orthogonal
 from lorax_kit.starts.pissa import pissa, pissa_fast
+from lorax_kit.starts.ranks import spend_ranks
 from lorax_kit.starts.start import STARTS, Start, start_of
 
 STARTS.update(kaiming=kaiming, normal=normal, orthogonal=orthogonal, pissa=pissa, pissa_fast=pissa_fast, olora=olora)
 STARTS.update(eva=eva, corda_ipm=corda_ipm, corda_kpm=corda_kpm, lora_ga=lora_ga)
 
-__all__ = ["STARTS", "Start", "eva_ranks", "loftq", "start_of"]
+__all__ = ["STARTS", "Start", "eva_ranks", "loftq", "spend_ranks", "start_of"]

@@ -10,19 +10,17 @@ direction i in the inputs is S_i^2 / sum S^2; `eva_ranks` gives ranks to the sit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from math import prod
-from typing import Any
 
 import numpy as np
 from jax import Array
 
-from lorax_kit.core.method import Hints, max_rank
-from lorax_kit.core.plan import Plan, plan_of_sites
-from lorax_kit.core.setting import is_int, is_number
+from lorax_kit.core.method import Hints
+from lorax_kit.core.plan import Plan
 from lorax_kit.core.site import Site
 from lorax_kit.errors import PlanError
 from lorax_kit.starts.matrices import by_matrix, needed, signs
+from lorax_kit.starts.ranks import spend_ranks
 from lorax_kit.starts.start import Start
 
 
@@ -66,29 +64,7 @@ def eva_ranks(plan: Plan, stats: Mapping[str, Hints], *, budget: int | None = No
     chosen = [site for site in plan.sites if getattr(site.setting, "start", None) == "eva"]
     if not chosen:
         raise PlanError("no site of the plan has start='eva', whose ranks could be given out.")
-    if not is_number(rho) or not 1 <= rho < float("inf"):
-        raise PlanError(f"rho is {rho!r}; it must be a number of at least 1.")
-    if budget is not None and (not is_int(budget) or budget < 1):
-        raise PlanError(f"budget is {budget!r}; it must be an integer of at least 1.")
-    prices = {site.path: prod(site.stack_shape) for site in chosen}
-    left = sum(site.rank * prices[site.path] for site in chosen) if budget is None else budget
-    shares = []
-    for site in chosen:
-        most = min(round(rho * site.rank), max_rank(site))
-        shares += [(float(share), site.path) for share in explained(site, stats)[:most]]
-    ranks = dict.fromkeys(prices, 0)
-    for _, path in sorted(shares, key=lambda pair: -pair[0]):
-        if prices[path] <= left:
-            ranks[path] += 1
-            left -= prices[path]
-    if not any(ranks.values()):
-        raise PlanError(f"budget is {budget}, less than the {min(prices.values())} matrices of the smallest stack.")
-    sites = tuple(
-        replace(site, setting=_of_rank(site.setting, ranks[site.path])) if site.path in ranks else site
-        for site in plan.sites
-        if ranks.get(site.path) != 0
-    )
-    return plan_of_sites(sites, plan.full, plan.compute_dtype)
+    return spend_ranks(plan, {site.path: explained(site, stats) for site in chosen}, budget=budget, rho=rho)
 
 
 def explained(site: Site, stats: Mapping[str, Hints]) -> np.ndarray:
@@ -96,10 +72,3 @@ def explained(site: Site, stats: Mapping[str, Hints]) -> np.ndarray:
     gram = np.asarray(needed(site, stats.get(site.path, Hints()), "gram", "eva"), np.float64)
     values = np.maximum(np.linalg.eigvalsh(gram)[:, ::-1], 0.0)
     return np.mean(values / np.maximum(values.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny), axis=0)
-
-
-def _of_rank(setting: Any, rank: int) -> Any:
-    """The setting at another rank and the same scale."""
-    if rank == setting.rank or (setting.alpha is None and not setting.rslora):
-        return replace(setting, rank=rank)
-    return replace(setting, rank=rank, alpha=setting.scale * (rank**0.5 if setting.rslora else rank))

@@ -97,3 +97,18 @@ def test_the_new_plan_splits_saves_and_loads(tmp_path):
 def test_says_what_is_wrong(plan, options, message):
     with pytest.raises(lk.PlanError, match=re.escape(message)):
         lk.starts.eva_ranks(plan(), options.pop("stats", STATS), **options)
+
+
+def test_values_of_any_kind_spend_a_budget_and_what_is_no_value_is_named():
+    plan = resolved()
+    by_energy = lk.starts.spend_ranks(plan, {"flat": [9, 3, 3, 3], "head": [4, 0, 0]}, budget=3)
+    assert (ranks(by_energy)["flat"], ranks(by_energy)["head"]) == (2, 1)
+    for values, message in (
+        ({"nowhere": [1.0]}, "values are of"),
+        ({}, "values are of"),
+        ({"flat": [1.0, 2.0]}, "falling"),
+        ({"flat": [[2.0], [1.0]]}, "falling"),
+        ({"flat": [float("nan")]}, "falling"),
+    ):
+        with pytest.raises(lk.PlanError, match=message):
+            lk.starts.spend_ranks(plan, values)
