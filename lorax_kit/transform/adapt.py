@@ -42,6 +42,7 @@ class Adapted:
     recompute: bool = True
     costs: Costs | None = None
     scale: Any = None
+    dropout: Any = None
 
     def __repr__(self) -> str:
         # JAX writes what it traces into its messages, and a bound method's own text may hold whole arrays.
@@ -81,7 +82,7 @@ class Adapted:
         for site in self.plan.sites:
             # Within shard_map factors may differ by device (their gradients are each device's own), and the base not.
             leaves[site.path], own = alike((leaves[site.path], factors[site.path]))
-            weights[site.path] = _placed_weight(site, leaves[site.path], own, self.scale, key)
+            weights[site.path] = _placed_weight(site, leaves[site.path], own, (self.scale, self.dropout), key)
         sites = set(weights)
         for path, leaf in leaves.items():
             if isinstance(leaf, Quantised) and path not in sites:
@@ -106,25 +107,31 @@ class Adapted:
         return out, ctx
 
 
-def _placed_weight(site: Site, base: Any, leaves: Any, scale: Any, key: Array | None) -> Weight:
-    """The weight of a site; on a mesh with explicit axes its factors and gains lie on all devices."""
+def _placed_weight(site: Site, base: Any, leaves: Any, given: tuple[Any, Any], key: Array | None) -> Weight:
+    """The weight of a site; on a mesh with explicit axes its factors and gains lie on all devices.
+
+    Args:
+      given: (scale, dropout) in place of the site's own; None: its own.
+    """
 
     def placed(weight: Weight) -> Weight:
         place = everywhere((base, leaves))
         rest: Weight = place(replace(weight, w=None))  # type: ignore[arg-type]  # None: no leaf
         return replace(rest, w=place(weight.w) if isinstance(base, Quantised) else base)
 
-    weight: Weight = partitioned(partial(_weight, site), placed, base, leaves, scale, key)
+    weight: Weight = partitioned(partial(_weight, site), placed, base, leaves, given, key)
     return weight
 
 
-def _weight(site: Site, base: Any, leaves: Any, scale: Any, key: Array | None) -> Weight:
-    w, scale = dense(base), site.scale if scale is None else scale
+def _weight(site: Site, base: Any, leaves: Any, given: tuple[Any, Any], key: Array | None) -> Weight:
+    w, (scale, rate) = dense(base), given
+    drops = key is not None and (site.dropout > 0 or rate is not None)
+    scale, rate = (own if x is None else x for own, x in ((site.scale, scale), (site.dropout, rate)))
     update = update_of(site, w, leaves, scale)
-    own = site_key(key, site.path) if key is not None and site.dropout > 0 else None
+    own = site_key(key, site.path) if key is not None and drops else None
     if isinstance(base, Quantised):  # restored where it is used: outside jit all sites at once would be held
-        return make_weight(site, jax.ShapeDtypeStruct(w.shape, w.dtype), Source(base), update, scale, own)
-    return make_weight(site, w, None, update, scale, own)
+        return make_weight(site, jax.ShapeDtypeStruct(w.shape, w.dtype), Source(base), update, scale, own, rate)
+    return make_weight(site, w, None, update, scale, own, rate)
 
 
 @contextmanager
@@ -155,6 +162,7 @@ def adapt(
     recompute: bool = True,
     costs: Costs | None = None,
     scale: Any = None,
+    dropout: Any = None,
 ) -> Adapted:
     """Run any JAX function with low-rank parameters.
 
@@ -170,6 +178,7 @@ def adapt(
       costs: what "auto" weighs, from `Costs.read(FILE)` (`lorax-kit bench calibrate`); default: those measured for the
         kind of backend, or none in particular.
       scale: s of every site, in place of alpha / rank; it may be traced, so that one program serves many.
+      dropout: rate of every site, in place of its own; likewise.
 
     Returns:
       `adapted(base, factors, *inputs, **kwargs)`, to be used under `jit`, `grad`, `vmap` like any function.
@@ -206,7 +215,7 @@ def adapt(
             "the function has a keyword dropout_key, which adapted functions keep for the dropout of their sites.\n"
             "  wrap it: lambda params, *inputs, key: fn(params, *inputs, dropout_key=key)"
         )
-    return Adapted(fn, plan, kernel, trials, recompute, costs, scale)
+    return Adapted(fn, plan, kernel, trials, recompute, costs, scale, dropout)
 
 
 def _keywords(fn: Callable[..., Any]) -> set[str]:

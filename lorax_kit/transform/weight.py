@@ -39,7 +39,6 @@ class Part(NamedTuple):
       shape: of the parameter.
       dims: the original axes that each current dimension holds.
       looked: original axes along which entries were looked up.
-      dropout: rate of the site.
       altered: the operation, if any, after which its inputs may be others, or in another order (while being watched).
     """
 
@@ -47,7 +46,6 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
     dims: tuple[tuple[int, ...], ...]
     looked: tuple[int, ...] = ()
-    dropout: float = 0.0
     altered: str = ""
 
     def axes(self, contracted: tuple[int, ...], free: tuple[int, ...]) -> Axes | None:
@@ -79,6 +77,7 @@ class Weight:
       gain: (*d) multiplier of inputs, outputs or both, in at least fp32, or None.
       scale: scalar.
       key: random key of the site's dropout; None where nothing is dropped.
+      rate: () fp32, of that dropout.
       source: of a quantised base, from which `used` restores `w` once more in the backward pass.
       layer: which of its stacked matrices this is, () int32, where a scan reads them one by one while being watched.
       adapter: () int, of `adapters` whose rows `a` and `b` hold one after the other that whose rows count; else None.
@@ -94,6 +93,7 @@ class Weight:
     gain: Array | None = None
     scale: Array | None = None
     key: Array | None = None
+    rate: Array | None = None
     source: Source | None = None
     layer: Array | None = None
     adapter: Array | None = None
@@ -104,13 +104,13 @@ class Weight:
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Arrays, and what is static."""
         w, later = (None, self.w) if isinstance(self.w, jax.ShapeDtypeStruct) else (self.w, None)
-        arrays = (w, self.a, self.b, self.gain, self.scale, self.key, self.source, self.layer, self.adapter)
+        arrays = (w, self.a, self.b, self.gain, self.scale, self.key, self.rate, self.source, self.layer, self.adapter)
         return arrays, (later, self.parts, self.empty, self.trained_in_full, self.adapters)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], arrays: tuple[Any, ...]) -> Weight:
         """Inverse of `tree_flatten`."""
-        names = ("w", "a", "b", "gain", "scale", "key", "source", "layer", "adapter")
+        names = ("w", "a", "b", "gain", "scale", "key", "rate", "source", "layer", "adapter")
         later, *rest = static
         fixed: dict[str, Any] = dict(zip(("parts", "empty", "trained_in_full", "adapters"), rest, strict=True))
         named = dict(zip(names, arrays, strict=True))
@@ -207,9 +207,10 @@ class Weight:
         """`x` as the low-rank path reads it: after inverted dropout, or as it is where the weight has no key."""
         if self.key is None:
             return x
-        rate = self.parts[0].dropout
-        keep = jax.random.bernoulli(self.key, 1.0 - rate, x.shape)
-        return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+        assert self.rate is not None
+        kept = 1.0 - self.rate
+        keep = jax.random.bernoulli(self.key, kept, x.shape)
+        return jnp.where(keep, x / kept.astype(x.dtype), 0).astype(x.dtype)
 
     def update(self, dtype: Any) -> Array:
         """scale * sum_r a[r] * b[r], of the shape of `w` (or 1 along dimensions that neither factor varies with)."""
@@ -248,6 +249,7 @@ def make_weight(
     update: Update,
     scale: Any,
     key: Array | None,
+    rate: Any = 0.0,
 ) -> Weight:
     """The weight of a site, in the parameter's own layout.
 
@@ -256,6 +258,7 @@ def make_weight(
       update: from the site's method; without rows it is a gain alone.
       scale: s.
       key: random key for dropout, or None.
+      rate: of the dropout, where there is a key.
     """
     inputs, outputs = (*site.axes.stack, *site.axes.inputs), (*site.axes.stack, *site.axes.outputs)
     a, b = update.a, update.b
@@ -267,7 +270,7 @@ def make_weight(
         if gain is not None
     ]
     return Weight(
-        parts=(whole(site.path, site.shape, dropout=site.dropout),),
+        parts=(whole(site.path, site.shape),),
         w=w,
         source=source,
         a=_spread(a, inputs, 1, w.ndim),
@@ -275,6 +278,7 @@ def make_weight(
         gain=reduce(jnp.multiply, gains) if gains else None,
         scale=jnp.asarray(scale, wide(a.dtype)),
         key=key,
+        rate=None if key is None else jnp.asarray(rate, jnp.float32),
     )
 
 
@@ -319,9 +323,9 @@ def frozen_weight(path: str, base: Quantised) -> Weight:
     )
 
 
-def whole(path: str, shape: tuple[int, ...], dropout: float = 0.0) -> Part:
+def whole(path: str, shape: tuple[int, ...]) -> Part:
     """A parameter that fills its weight."""
-    return Part(path, shape, tuple((i,) for i in range(len(shape))), dropout=dropout)
+    return Part(path, shape, tuple((i,) for i in range(len(shape))))
 
 
 def with_base(fn: Callable[[list[Any]], Array], args: Sequence[Any]) -> Partial:

@@ -166,7 +166,7 @@ def sized(seed, start, *, batch_size=16):
 
 
 CONDITIONS = [
-    ({"dropout": [0.0, 0.5]}, 1e-5),
+    ({"dropout": [0.0, 0.25, 0.5]}, 1e-5),
     ({"start": ["kaiming", "pissa"]}, 1e-5),
     ({"batch_size": [8, 16], "rank": 2}, 1e-5),
     ({"accumulate": [1, 4], "rank": 2}, 1e-5),

@@ -101,6 +101,7 @@ def programs(
     """
     adapted = adapt(problem.apply, plan, trials=trials)
     training = training_loss(problem, plan, trials=trials, whole=whole)
+    drops = any(site.dropout > 0 for site in plan.sites)
 
     def solo_init(factors: Any, scalars: Scalars) -> State:
         init, _ = make_step(lambda *_: None, optimizer(study, plan, scalars.lr, form, scalars.more), jit=False)
@@ -108,7 +109,8 @@ def programs(
 
     def solo_step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
         own = {name: x for name, x in scalars.more.items() if name in form.recipe.loss}
-        loss = partial(training, scale=scalars.scale, scalars=own)
+        dropout = scalars.more["dropout"] if drops else None
+        loss = partial(training, scale=scalars.scale, dropout=dropout, scalars=own)
         tx = optimizer(study, plan, scalars.lr, form, scalars.more)
         _, step = make_step(loss, tx, accumulate=form.accumulate, jit=False)
         state, info = step(running.state, base, batch)

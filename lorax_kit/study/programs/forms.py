@@ -86,9 +86,8 @@ def kinds(study: Study, problem: Problem, trials: Sequence[Trial]) -> list[tuple
         form = forms[key]
         if trial.rank > 0:
             across = None if _rows_only(study.setting(trial)) else trial.targets
-            grouped.setdefault((form, trial.variant, trial.settings, trial.start, trial.dropout, across), []).append(
-                trial
-            )
+            own = (form, trial.variant, trial.settings, trial.start, trial.dropout > 0, across)
+            grouped.setdefault(own, []).append(trial)
     for trial in trials:
         if trial.rank == 0:
             form = form_of(study, problem, trial)

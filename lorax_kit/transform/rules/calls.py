@@ -70,9 +70,10 @@ def shard_map(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
 
         whole: Any = None if x.scale is None else PartitionSpec()
         key: Any = None if x.key is None else PartitionSpec()
+        rate: Any = None if x.rate is None else PartitionSpec()
         w: Any = spec
         a, b, gain = cut(x.a, 1), cut(x.b, 1), cut(x.gain, 0)
-        return replace(x, w=w, a=a, b=b, gain=gain, scale=whole, key=key)
+        return replace(x, w=w, a=a, b=b, gain=gain, scale=whole, key=key, rate=rate)
 
     # Where types do not tell along which axes data vary, those count that split an array: devices draw other masks.
     split: set[str] = set()

@@ -57,7 +57,7 @@ def _per_step(weight: Weight) -> tuple[dict[str, Any], dict[str, Any]]:
     n = weight.shape[0]
     source = weight.source
     scanned: dict[str, Any] = {}
-    fixed: dict[str, Any] = {"scale": weight.scale, "source": None}
+    fixed: dict[str, Any] = {"scale": weight.scale, "rate": weight.rate, "source": None}
     arrays: dict[str, tuple[Array | None, int]] = {
         "a": (weight.a, 1),
         "b": (weight.b, 1),
