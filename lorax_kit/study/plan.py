@@ -109,7 +109,7 @@ def check_race(trials: Sequence[Trial], info: Mapping[str, Any], folder: str) ->
 
 def unfinished(
     study: Study, problem: Problem, stack: Stack, store: RunStore | SharedStore, params: Params, batch: Any
-) -> list[tuple[Stack, tuple[int, int] | None]]:
+) -> list[tuple[Stack, tuple[int, int | None] | None]]:
     """What of a stack is to be trained: parts that an earlier call began as they were planned then, and what is new.
 
     A part is planned once, by the trials that were missing when it was: so a folder that grows goes on with what was
@@ -121,7 +121,7 @@ def unfinished(
         return [(stack, whole)]
     by_name = {trial.name: trial for trial in stack.trials}
     missing = [name for name in by_name if name not in store.finished]
-    out: list[tuple[list[Trial], tuple[int, int] | None]] = []
+    out: list[tuple[list[Trial], tuple[int, int | None] | None]] = []
     for record in store.info.get("stacks") or ():
         names = record["trials"]
         if set(names) <= set(by_name) and set(names) & set(missing):
@@ -141,6 +141,6 @@ def unfinished(
     ]
 
 
-def _sizes(record: Mapping[str, Any]) -> tuple[int, int]:
-    """(size, at_once) of a stack's packs; of a folder made before there were slices, all at once."""
-    return record["size"], record.get("at_once", record["size"])
+def _sizes(record: Mapping[str, Any]) -> tuple[int, int | None]:
+    """(size, at_once) of a stack's packs; of a folder made before there were slices, None: all at once."""
+    return record["size"], record.get("at_once")

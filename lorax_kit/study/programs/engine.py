@@ -109,7 +109,7 @@ def programs(
 
     def solo_step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
         own = {name: x for name, x in scalars.more.items() if name in form.recipe.loss}
-        dropout = scalars.more["dropout"] if drops else None
+        dropout = scalars.dropout if drops else None
         loss = partial(training, scale=scalars.scale, dropout=dropout, scalars=own)
         tx = optimizer(study, plan, scalars.lr, form, scalars.more)
         _, step = make_step(loss, tx, accumulate=form.accumulate, jit=False)

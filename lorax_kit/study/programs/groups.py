@@ -61,14 +61,15 @@ def grouped(
     budget: int,
     devices: int = 1,
     parts: int = 1,
-    earlier: tuple[int, int] | None = None,
+    earlier: tuple[int, int | None] | None = None,
 ) -> list[Group]:
     """Equal groups of one kind of trials, from the memory that one and two stacked trials need.
 
     Args:
       budget: bytes per device.
       parts: how many groups there are to be at least, where there are trials for them.
-      earlier: (size, at_once) of an earlier session: kept if it still fits, so that going on gives the same bits.
+      earlier: (size, at_once) of an earlier session, None for all at once: kept if it still fits, so that going on
+        gives the same bits.
 
     Raises:
       StudyError: not even one trial fits the budget.
@@ -80,9 +81,10 @@ def grouped(
     cached = CACHED.get(jax.default_backend())
     most = -(-len(trials) // (parts * devices))
     layout = layout_of(needs, len(trials), budget, devices, cached, most)
-    if earlier is not None and not earlier[0] % (earlier[1] * devices):
-        before = Layout(*earlier, devices)
-        layout = before if needs.of(before) <= budget else layout
+    if earlier is not None:
+        size, at_once = earlier[0], earlier[1] or max(earlier[0] // devices, 1)
+        before = Layout(size, at_once, devices)
+        layout = before if not size % before.width and needs.of(before) <= budget else layout
     estimated = needs.of(layout)
     return [
         Group(list(trials[i : i + layout.size]), layout, plan, form, estimated)

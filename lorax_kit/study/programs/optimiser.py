@@ -125,8 +125,7 @@ def recipe_of(study: Study, trial: Trial, loss_reads: frozenset[str] = frozenset
 
 def scalars_of(trial: Trial) -> dict[str, float]:
     """The scalars of a trial that are no axis of its factors, by name."""
-    own = {"weight_decay": trial.weight_decay, "lr_ratio": trial.lr_ratio, "dropout": trial.dropout}
-    return own | dict(trial.hyper)
+    return {"weight_decay": trial.weight_decay, "lr_ratio": trial.lr_ratio, **dict(trial.hyper)}
 
 
 def _takes_traced(study: Study, trial: Trial, name: str) -> bool:

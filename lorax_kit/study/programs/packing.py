@@ -31,7 +31,7 @@ class Scalars(NamedTuple):
     """What differs between stacked trials beside their factors; each (trials,).
 
     Attributes:
-      lr, scale: fp32.
+      lr, scale, dropout: fp32.
       more: name -> fp32, what the optimiser and the loss read.
       rows: path -> leaf -> int32, how many of its rows are the trial's own; empty where no mask holds the others.
       stream: int32, with a stream per seed, which of the stacked batches a trial reads.
@@ -40,6 +40,7 @@ class Scalars(NamedTuple):
 
     lr: Array
     scale: Array
+    dropout: Array
     stream: Array
     key: Array
     more: dict[str, Array]
@@ -107,6 +108,7 @@ def pack(
     scalars = Scalars(
         lr=jnp.asarray([trial.lr for trial in everyone], jnp.float32),
         scale=jnp.asarray([scales[i] for i in places], jnp.float32),
+        dropout=jnp.asarray([trial.dropout for trial in everyone], jnp.float32),
         stream=jnp.asarray([study.stream_of(trial) for trial in everyone], jnp.int32),
         key=jnp.stack([training_key(trial.seed) for trial in everyone]),
         more={name: jnp.asarray([one[name] for one in more], jnp.float32) for name in more[0]},

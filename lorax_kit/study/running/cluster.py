@@ -49,7 +49,8 @@ class Workers:
     """Workers of a Ray cluster: the one at the address `RAY_ADDRESS`, or this machine.
 
     Each trains one group of trials at a time on devices of its own, and gives rows, curves and adapters to the process
-    that called `lk.run`: the run folder needs no shared file system.
+    that called `lk.run`: the run folder needs no shared file system. Groups are planned for devices like those of that
+    process; where the workers' have another memory, say so by `memory_bytes`.
 
     Attributes:
       count: how many.
