@@ -120,7 +120,7 @@ def study(
         if any("seed" in grid for grid in design.grids):
             raise click.UsageError("--seeds: a grid of the study names its own seeds.")
         design = replace(design, seed=range(seeds))
-    if distributed or coordinator is not None:
+    if distributed or not coordinator is processes is process is None:
         join(coordinator, processes, process)
     first = jax.process_index() == 0
     if devices is None:

@@ -64,6 +64,12 @@ def summarised(
     return found | {"examples": int(weight) if weight == int(weight) else weight}
 
 
+def form_of_batch(batch: Any) -> Any:
+    """What a program is compiled for: the structure of a batch, static fields and all, and the shapes of its arrays."""
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in leaves)
+
+
 class Evaluator:
     """Measures many versions of one model on the same batches, computing once what does not differ between them.
 
@@ -102,11 +108,11 @@ class Evaluator:
 
     def _measured(self, arrays: dict[str, Any], number: int) -> tuple[Sums, Any]:
         batch = self._batches[number]
-        shapes = tuple((np.shape(x), getattr(x, "dtype", type(x))) for x in jax.tree_util.tree_leaves(batch))
-        if shapes not in self._compiled:
+        form = form_of_batch(batch)
+        if form not in self._compiled:
             prefix, suffix = split_prefix(self._score, arrays, self._trained, batch)
-            self._compiled[shapes] = Parts(jax.jit(prefix), jax.jit(suffix))
-        parts = self._compiled[shapes]
+            self._compiled[form] = Parts(jax.jit(prefix), jax.jit(suffix))
+        parts = self._compiled[form]
         if number not in self._shared:
             self._shared[number] = parts.prefix(arrays, batch)
         found: tuple[Sums, Any] = parts.suffix(arrays, batch, self._shared[number])

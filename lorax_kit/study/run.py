@@ -112,7 +112,8 @@ def run(
       mesh: with an axis "trial", trials are spread over its devices (`lk.device_mesh("trial")`); with an axis "data",
         too, so is each batch (`lk.study_mesh(trials=2, data=4)`).
       workers: processes of a Ray cluster that each train a group of trials at a time: a number, or `Workers`. A worker
-        that is lost costs the group that it had, which another trains anew, to the same bits.
+        that is lost costs the group that it had, which another trains anew, to the same bits; an interruption of this
+        process costs the groups that the workers have.
       memory_bytes: budget per device; None: what is free.
       overwrite: discard what the folder holds.
       command: the command line, for the report.
@@ -155,7 +156,9 @@ def run(
         plain_form = groups[0].form.dtype is None and groups[0].form.quantise is None
         measured = session.outcomes.check(groups[0])
         baseline = check_baseline(baseline, measured) if plain_form else baseline
-    trainer = session if team is None or not groups else Cluster(session, team)
+    trainer = (
+        session if team is None or not groups else Cluster(session, team)
+    )  # a cluster that is none leaves no folder
     try:
         store.create()
         if store.info.get("started") is None or groups:

@@ -263,3 +263,17 @@ def test_what_nothing_reads_or_fits_is_refused_before_anything_is_written(tmp_pa
     assert says in str(e.value)
     assert len(str(e.value).splitlines()) <= 4
     assert not (tmp_path / "run").exists()
+
+
+def test_a_quantised_trial_does_not_depend_on_the_other_target_sets(tmp_path):
+    """Its base is quantised where it is adapted, and its tests are of that base."""
+    common = {"quantise": "int8", "rank": 1, "seed": [0]}
+    targets = {"a": ["up/kernel"], "b": ["up/kernel", "first/kernel"]}
+    grids = [{"dropout": 0.0, "targets": ["a", "b"]}, {"dropout": 0.5, "targets": ["a"]}]
+    many = run(tmp_path / "many", study(**common, targets=targets, grids=grids))
+    few = run(tmp_path / "few", study(**common, targets=targets, grids=[grids[0] | {"targets": ["a"]}, grids[1]]))
+    found = {row["trial"]: row for row in many.rows}
+    assert len(found) == 3
+    for row in few.rows:
+        for name in ("train_loss", "val_loss", "test_loss"):
+            assert found[row["trial"]][name] == pytest.approx(row[name], abs=1e-7), (row["trial"], name)

@@ -116,6 +116,29 @@ def test_an_interrupted_study_on_workers_goes_on_here_and_with_more(whole, tmp_p
     assert measured(run(tmp_path / "run", problem)) == measured(whole)
 
 
+def test_a_group_that_was_under_way_here_goes_on_on_a_worker(whole, tmp_path):
+    driver, counted = os.getpid(), tmp_path / "counted"
+    counted.mkdir()
+
+    def stream(seed, start):
+        for number, batch in enumerate(tiny.stream(seed, start), start):
+            if os.getpid() == driver and number == 12 and not (tmp_path / "run" / "training.npz").exists():
+                raise KeyboardInterrupt
+            if os.getpid() != driver:
+                (counted / str(number)).touch()
+            yield batch
+
+    problem = tiny.problem(train=stream)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", problem)
+    assert (tmp_path / "run" / "training.npz").exists()
+    rows = run(tmp_path / "run", problem, workers=1).rows
+    assert min(int(p.name) for p in counted.iterdir()) == 12
+    assert not (tmp_path / "run" / "training.npz").exists()
+    for ours, theirs in zip(rows, whole.rows, strict=True):
+        assert ours["test_loss"] == pytest.approx(theirs["test_loss"], abs=1e-5)
+
+
 def test_a_race_on_workers_decides_as_one_here(tmp_path):
     study = tiny.study(steps=16, stop=lk.Halving(first=4), lr=[1e-4, 1e-3, 1e-2], rank=[1, 2], probe_lr=())
     one, two = (run(tmp_path / name, study=study, **more) for name, more in (("a", {}), ("b", {"workers": 2})))
@@ -132,6 +155,8 @@ def test_what_workers_cannot_be_is_said(tmp_path):
         run(tmp_path / "run", workers=2, mesh=lk.study_mesh(1, 1))
     with pytest.raises(lk.StudyError, match="an integer of at least 1"):
         Workers(0)
+    with pytest.raises(lk.StudyError, match="above 1 it must be a whole number"):
+        Workers(2, gpus=1.5)
     lock = __import__("threading").Lock()
     with pytest.raises(lk.StudyError, match="cannot be sent to workers"):
         run(

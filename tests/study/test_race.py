@@ -151,3 +151,10 @@ def test_rules_that_say_nothing_are_refused(changes, says):
 def test_a_study_with_a_rule_survives_json():
     one = study(stop=lk.Halving(first=2, keep=0.5, within=["rank"], by="trial"))
     assert lk.Study.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+
+
+def test_a_stopped_trial_took_its_own_share_of_the_time(tmp_path):
+    rows = run(tmp_path / "run", study(steps=10, stop=lk.Halving(first=9, keep=0.5))).rows
+    stopped, done = ([row["train_seconds"] for row in rows if row["status"] == s] for s in ("stopped", "done"))
+    # Nine steps of ten; a share of the share of twelve trials would be a twelfth.
+    assert sorted(stopped)[len(stopped) // 2] > 0.15 * sorted(done)[len(done) // 2]

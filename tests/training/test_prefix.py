@@ -1,10 +1,14 @@
 """The cut before the first trained parameter: nothing trained in front, everything shared in front, equal together."""
 
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_kit.problem import Evaluator
+from lorax_kit.problem import Evaluator, val_and_test
 from lorax_kit.training.prefix import split_prefix
 from tests import tiny
 
@@ -42,3 +46,32 @@ def test_scores_are_those_of_the_whole_function():
         np.testing.assert_allclose(found["loss"], -logp[np.arange(106), label].mean(), rtol=1e-5)
         assert found["accuracy"] == (logits.argmax(1) == label).mean()
     assert jnp.isfinite(found["loss"])
+
+
+def test_batches_that_differ_in_static_fields_have_programs_of_their_own():
+    """Validation and test share what is compiled: where the structure differs, they must not."""
+
+    @partial(jax.tree_util.register_dataclass, data_fields=["x", "label"], meta_fields=["sign"])
+    @dataclass(frozen=True)
+    class Signed:
+        x: Any
+        label: Any
+        sign: int
+
+    def apply(p, batch):
+        return batch.sign * tiny.apply(p, batch)
+
+    def signed(sign, seed):
+        points = tiny.points(seed, 16)
+        return Signed(points.x, points.label, sign)
+
+    def train(seed, start):
+        while True:
+            yield signed(1, seed)
+
+    problem = tiny.problem(apply=apply, train=train, val=[signed(1, 1)], test=[signed(-1, 2)])
+    params = problem.params(jax.random.key(0))
+    val, test = val_and_test(problem, params, {"up/kernel"})
+    val(params)
+    assert test(params) == Evaluator(problem, params, {"up/kernel"}, problem.test)(params)
+    assert test(params) != Evaluator(problem, params, {"up/kernel"}, [signed(1, 2)])(params)

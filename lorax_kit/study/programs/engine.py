@@ -27,7 +27,7 @@ from lorax_kit.measure import collective_bytes
 from lorax_kit.parallel.mesh import DATA, TRIAL
 from lorax_kit.problem import Problem
 from lorax_kit.problem.check import told_in_words
-from lorax_kit.problem.evaluate import scored, summarised
+from lorax_kit.problem.evaluate import form_of_batch, scored, summarised
 from lorax_kit.problem.objective import draws, training_loss, with_state
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.programs.forms import DEFAULT, Form
@@ -317,12 +317,12 @@ class Engine:
                         f"{self.study.steps}.\n  its train(seed, start) must be endless: begin the data anew"
                     )
                 batch = self._placed(batch)
-                shapes = tuple((np.shape(x), str(getattr(x, "dtype", type(x)))) for x in jax.tree.leaves(batch))
-                if shapes not in self._compiled:
+                form = form_of_batch(batch)
+                if form not in self._compiled:
                     began_compiling = perf_counter()
-                    self._compiled[shapes] = self.compile(running, scalars, count, batch)
+                    self._compiled[form] = self.compile(running, scalars, count, batch)
                     paused += perf_counter() - began_compiling
-                running, info = self._compiled[shapes](running, scalars, count, self.base, batch)
+                running, info = self._compiled[form](running, scalars, count, self.base, batch)
                 losses.append(layout.unfold(np.asarray(info.loss)))
                 failed = np.where((failed == 0) & ~layout.unfold(np.asarray(info.finite)), number, failed)
                 on_step(number, losses[-1], failed)

@@ -72,7 +72,8 @@ def form_of(study: Study, problem: Problem, trial: Trial) -> Form:
 
 
 def kinds(study: Study, problem: Problem, trials: Sequence[Trial]) -> list[tuple[list[Trial], Form]]:
-    """Trials that may share a stack: of one form and one method, and where more than rows train, one target set.
+    """Trials that may share a stack: of one form and one method, and one target set where more than rows train or the
+    base is quantised.
 
     The probe joins the first kind of its form: it is a trial of rank 0.
     """
@@ -85,7 +86,8 @@ def kinds(study: Study, problem: Problem, trials: Sequence[Trial]) -> list[tuple
             forms[key] = form_of(study, problem, trial)
         form = forms[key]
         if trial.rank > 0:
-            across = None if _rows_only(study.setting(trial)) else trial.targets
+            # A base is quantised at the sites of its program: those of another target set would change a trial's base.
+            across = None if _rows_only(study.setting(trial)) and trial.quantise is None else trial.targets
             own = (form, trial.variant, trial.settings, trial.start, trial.dropout > 0, across)
             grouped.setdefault(own, []).append(trial)
     for trial in trials:

@@ -71,6 +71,8 @@ class Workers:
             x = getattr(self, name)
             if isinstance(x, bool) or not isinstance(x, int | float) or not 0 <= x < float("inf"):
                 raise StudyError(f"workers: {name} is {shown(x)}; it must be a number of at least 0.")
+            if x > 1 and x != int(x):
+                raise StudyError(f"workers: {name} is {shown(x)}; above 1 it must be a whole number.")
 
 
 class Assignment(NamedTuple):
@@ -150,24 +152,33 @@ class Cluster:
             begin(self._ray, workers)
         self._scratch = Path(tempfile.gettempdir()) / f"lorax-kit-{uuid.uuid4().hex}"
         self._idle: list[Any] = []
-        self._check()
+        try:
+            self._check()
+            self._given = self._sent(session)
+            self._actor = self._ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus, max_restarts=0)(Worker)
+        except BaseException:
+            self.close()
+            raise
+
+    def _sent(self, session: Session) -> Any:
+        """What every worker is given, in Ray's store."""
         config = {name: getattr(jax.config, name) for name in SETTINGS if hasattr(jax.config, name)}
         store = session.store
         assert isinstance(store, RunStore), "several processes have no workers"
         given = Assignment(session.study, session.problem, store.identity, config, self._scratch)
         try:
-            self._given = self._ray.put(given)
+            return self._ray.put(given)
         except Exception as e:
-            self.close()
             raise StudyError(
                 f"problem {session.problem.name!r} cannot be sent to workers: {e}\n"
                 "  its functions must be picklable: no open files, locks or generators in them"
             ) from None
-        self._actor = self._ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus, max_restarts=0)(Worker)
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """As `Session.run`."""
+        """As `Session.run`; a group that was under way here goes on there."""
+        jobs = [job._replace(before=self.session.under_way(job)) for job in jobs]
         self._keep(jobs, lambda worker, job: worker.run.remote(job))
+        self.session.store.drop_progress()
 
     def finish(self, jobs: Sequence[Job]) -> None:
         """As `Session.finish`."""
@@ -191,7 +202,6 @@ class Cluster:
         have, each = self._ray.cluster_resources(), self.workers
         for name, key, wanted in (("CPUs", "CPU", each.cpus), ("GPUs", "GPU", each.gpus)):
             if wanted * each.count > have.get(key, 0):
-                self.close()
                 raise StudyError(
                     f"{each.count} workers need {wanted * each.count:g} {name}; the cluster has {have.get(key, 0):g}.\n"
                     f"  fewer workers, or fewer {name} for each"

@@ -124,7 +124,7 @@ class Outcomes:
         base = self.bases(group.form, group.plan)
         plan = trial_plan(self.study, self.problem, group.plan, trial, base)
         shapes = jax.eval_shape(lambda: start(self.problem, plan, trial.seed, base)[1])
-        row = self._row(group, trial, jax.tree.leaves(trained_only(plan, shapes)), trained, 0)
+        row = self._row(alone, trial, jax.tree.leaves(trained_only(plan, shapes)), trained, 0)
         if row["status"] == "done":
             steps = len(slot.losses)
             last = slot.losses[-max(self.study.steps // 10, 1) :, 0]

@@ -96,7 +96,8 @@ class Session:
     def run(self, jobs: Sequence[Job]) -> None:
         """Train groups to their end, or go on with them, and write what their trials came to."""
         for job in jobs:
-            earlier = self._under_way(job)
+            found = self.under_way(job)
+            earlier = job.before if found is None else found
             trained, _ = self._train(job, earlier)
             self.outcomes.keep(job.group, trained, new=earlier is None or len(earlier.losses) < job.until)
             self.store.drop_progress()
@@ -104,7 +105,7 @@ class Session:
     def train(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Progress]]:
         """Train groups to their step: yields the number of each job that is done, and where its trials stand."""
         for i, job in enumerate(jobs):
-            found = self._under_way(job)
+            found = self.under_way(job)
             yield i, self._train(job, job.before if found is None else found)[1]
 
     def finish(self, jobs: Sequence[Job]) -> None:
@@ -117,7 +118,8 @@ class Session:
     def close(self) -> None:
         """Nothing: what trains elsewhere has workers to end."""
 
-    def _under_way(self, job: Job) -> Progress | None:
+    def under_way(self, job: Job) -> Progress | None:
+        """Where an interruption left a group, if that is the one it met."""
         return self.store.load_progress([trial.name for trial in job.group.trials], job.group.size)
 
     def _engine(self, group: Group) -> tuple[Engine, Pack]:
