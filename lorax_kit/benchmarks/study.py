@@ -142,8 +142,6 @@ class _Way:
             "flops": flops,
             "temp_bytes": facts(step)["temp_bytes"],
             "at_once": group.layout.at_once,
-        }
-        costs |= {
             "estimated_bytes": group.estimated_bytes,
             "state_bytes": sum(x.nbytes for x in jax.tree.leaves(running)),
         }

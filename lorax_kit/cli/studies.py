@@ -120,7 +120,7 @@ def study(
         if any("seed" in grid for grid in design.grids):
             raise click.UsageError("--seeds: a grid of the study names its own seeds.")
         design = replace(design, seed=range(seeds))
-    if distributed or not coordinator is processes is process is None:
+    if distributed or any(x is not None for x in (coordinator, processes, process)):
         join(coordinator, processes, process)
     first = jax.process_index() == 0
     if devices is None:

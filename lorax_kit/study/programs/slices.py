@@ -86,10 +86,9 @@ def in_slices(
         empty = jax.tree.map(lambda s: jnp.zeros((layout.slices, *s.shape), s.dtype), shapes)
 
         def one(i: Array, whole: tuple[Any, Any]) -> tuple[Any, Any]:
-            own, also = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), (whole[0], read))
-            return jax.tree.map(
-                lambda x, new: lax.dynamic_update_index_in_dim(x, new, i, 0), whole, step(own, also, *shared)
-            )
+            own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), (whole[0], read))
+            new = step(*own, *shared)
+            return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), whole, new)
 
         return lax.fori_loop(0, count, one, (state, empty))
 
