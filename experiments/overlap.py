@@ -1,0 +1,93 @@
+"""Which directions do adapters share? The overlap figures of the LoRA paper, with what chance gives beside them.
+
+Command:   python experiments/overlap.py     (a second call goes on where the first stopped)
+Hardware:  2 CPU cores
+Time:      TIME
+Result:    RESULT
+Writes:    runs/overlap/study/ (one study), runs/overlap/table.csv, runs/overlap/overlap.png
+
+Hu et al. (arXiv 2106.09685, section 7.2): the top direction of the deltas of rank 8 and 64 overlaps by more than 0.5,
+the others hardly, and two seeds of rank 64 share a few. phi(i, j) is the share that the leading i directions of one
+have in the leading j of the other, a mean over the sites of MiniLM's upper layers. Chance gives max(i, j) / d.
+"""
+
+from itertools import combinations
+from pathlib import Path
+
+import jax
+import numpy as np
+from tables import spread, write
+
+import lorax_kit as lk
+from lorax_kit.analysis import Directions, delta_directions, random_overlap, subspace_overlap
+from lorax_kit.core.paths import flatten
+from lorax_kit.workloads import Sentiment
+
+OUT = Path("runs/overlap")
+RANKS, SEEDS, COUNTS = (8, 64), range(6), (1, 2, 4, 8, 32)
+
+
+def main() -> None:
+    problem = Sentiment(length=32, val=256).build()
+    study = lk.Study(
+        rank=RANKS,
+        alpha=16,
+        rslora=True,
+        lr=2e-3,
+        seed=SEEDS,
+        targets={"upper-linear": ["encoder/layer_{3..5}/**/kernel"]},
+        steps=100,
+        warmup=10,
+    )
+    rows = lk.run(study, problem, out=OUT / "study", command="python experiments/overlap.py").rows
+    base = problem.params(jax.random.key(0))
+    named, _ = flatten(base)
+    spans: dict[tuple[int, int], dict[str, Directions]] = {}
+    for row in rows:
+        adapter = lk.load_adapter(OUT / "study" / row["adapter"], base=base)
+        spans[row["rank"], row["seed"]] = {
+            site.path: delta_directions(site, named[site.path], adapter.factors[site.path])
+            for site in adapter.plan.sites
+        }
+    sites = list(spans[RANKS[0], 0])
+
+    def phi(one: tuple[int, int], other: tuple[int, int], side: str) -> np.ndarray:
+        """(sites, i, j)."""
+        return np.stack([subspace_overlap(getattr(spans[one][s], side), getattr(spans[other][s], side)) for s in sites])
+
+    pairs = {
+        "rank 8 and 64, same seed": [((8, seed), (64, seed)) for seed in SEEDS],
+        "rank 64, two seeds": [((64, one), (64, other)) for one, other in combinations(SEEDS, 2)][::3][:6],
+    }
+    table, maps = [], {}
+    for side in ("inputs", "outputs"):
+        chance = {
+            i: np.mean([random_overlap(i, i, getattr(spans[8, 0][s], side).shape[-2])[0] for s in sites])
+            for i in COUNTS
+        }
+        for name, some in pairs.items():
+            grids = np.stack([phi(*pair, side) for pair in some])  # (pairs, sites, i, j)
+            maps[name, side] = grids.mean(axis=(0, 1))
+            for i in COUNTS:
+                if i <= grids.shape[-2]:
+                    found = spread(grids[:, :, i - 1, i - 1].mean(axis=1))
+                    table.append({"pair": name, "side": side, "i = j": i} | found | {"chance": float(chance[i])})
+    write(OUT / "table.csv", table)
+    draw(maps)
+
+
+def draw(maps: dict) -> None:
+    """Heat maps as in the paper's figures 3 and 4."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots(2, 2)
+    for ax, ((name, side), grid) in zip(axes.T.flat, maps.items(), strict=True):
+        image = ax.imshow(grid, vmin=0, vmax=1, origin="lower", aspect="auto", cmap="viridis")
+        ax.set(title=f"{name}: {side}", xlabel="j", ylabel="i")
+    figure.colorbar(image, ax=axes, label="phi(i, j)")
+    figure.savefig(OUT / "overlap.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
