@@ -127,14 +127,17 @@ def study(
         devices = max(len(jax.devices()) // data, 1) if jax.process_count() > 1 else 1
     if devices * data > len(jax.devices()):
         raise StudyError(f"--devices {devices} --data {data} needs {devices * data}: JAX sees {len(jax.devices())}.")
-    mesh = None if devices * data == 1 else study_mesh(devices, data)
     if first:
         click.echo(f"{len(design.trials())} trials of {design.steps} steps; loading model and data", err=True)
     problem = problem_from(read.get("problem", {}))
-    budget = None if memory_mib is None else memory_mib * 2**20
+    machines: dict[str, Any] = {
+        "mesh": None if devices * data == 1 else study_mesh(devices, data),
+        "workers": None if workers is None else Workers(workers, worker_cpus, worker_gpus),
+        "memory_bytes": None if memory_mib is None else memory_mib * 2**20,
+    }
     if dry_run:
         done = finished_trials(out) if out and not overwrite else ()
-        planned = outline(design, problem, memory_bytes=budget, devices=devices, workers=workers or 1, done=done)
+        planned = outline(design, problem, **machines, done=done)
         echo(planned) if as_json else click.echo(_planned(planned))
         return
     assert out is not None
@@ -146,9 +149,7 @@ def study(
                 design,
                 problem,
                 out=out,
-                mesh=mesh,
-                workers=None if workers is None else Workers(workers, worker_cpus, worker_gpus),
-                memory_bytes=budget,
+                **machines,
                 overwrite=overwrite,
                 command=command,
                 progress=first,

@@ -6,8 +6,8 @@ A setting is a frozen dataclass of plain values, so that it hashes, compares, an
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +119,10 @@ class RankSetting(Setting):
         ok = is_number(self.dropout) and 0 <= self.dropout < 1
         need(ok, f"dropout is {shown(self.dropout)}; it must lie in [0, 1).")
 
+    def of_rank(self, rank: int) -> Self:
+        """The setting at another rank, of the same scale where it has an alpha."""
+        return replace(self, rank=rank)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AlphaSetting(RankSetting):
@@ -142,6 +146,15 @@ class AlphaSetting(RankSetting):
     def effective_alpha(self) -> float:
         """Alpha, or the rank where none was given."""
         return self.rank if self.alpha is None else self.alpha
+
+    def of_rank(self, rank: int) -> Self:
+        """The setting at another rank, of the same scale."""
+        other = replace(self, rank=rank)
+        return (
+            other
+            if other.scale == self.scale
+            else replace(other, alpha=other.effective_alpha * self.scale / other.scale)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -75,15 +75,8 @@ def spend_ranks(
     if not any(ranks.values()):
         raise PlanError(f"budget is {budget}, less than the {min(prices.values())} matrices of the smallest stack.")
     kept = tuple(
-        replace(site, setting=_of_rank(site.setting, ranks[site.path])) if site.path in ranks else site
+        replace(site, setting=site.setting.of_rank(ranks[site.path])) if site.path in ranks else site  # type: ignore[attr-defined]
         for site in plan.sites
         if ranks.get(site.path) != 0
     )
     return plan_of_sites(kept, plan.full, plan.compute_dtype)
-
-
-def _of_rank(setting: Any, rank: int) -> Any:
-    """The setting at another rank and the same scale."""
-    if rank == setting.rank or (getattr(setting, "alpha", None) is None and not getattr(setting, "rslora", False)):
-        return replace(setting, rank=rank)
-    return replace(setting, rank=rank, alpha=setting.scale * (rank**0.5 if setting.rslora else rank))

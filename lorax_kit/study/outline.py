@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from lorax_kit.core.leaves import trained_only
 from lorax_kit.core.paths import Params
@@ -13,11 +14,13 @@ from lorax_kit.measure import matrix_rate, traced_flops
 from lorax_kit.problem import Problem
 from lorax_kit.problem.base import based
 from lorax_kit.study.design.study import Study
+from lorax_kit.study.machines import machines_of
 from lorax_kit.study.plan import planned_stacks
 from lorax_kit.study.programs.engine import programs
 from lorax_kit.study.programs.forms import Examples, Stack, trial_plan
-from lorax_kit.study.programs.groups import available_bytes, grouped
+from lorax_kit.study.programs.groups import grouped
 from lorax_kit.study.programs.packing import pack, start
+from lorax_kit.study.running.cluster import Workers
 
 SHARE_OF_RATE = 0.5
 """Of the rate of a large matrix product, what a training step is taken to reach."""
@@ -27,17 +30,15 @@ def outline(
     study: Study,
     problem: Problem,
     *,
+    mesh: Mesh | None = None,
+    workers: int | Workers | None = None,
     memory_bytes: int | None = None,
-    devices: int = 1,
-    workers: int = 1,
     done: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Plan a study without training it.
 
     Args:
-      memory_bytes: budget per device; None: what is free.
-      devices: over how many trials are spread.
-      workers: how many train groups at the same time, each taken to be as fast as this process.
+      mesh, workers, memory_bytes: as `lk.run` takes them; each worker is taken to be as fast as this process.
       done: names of trials that are finished.
 
     Returns:
@@ -51,13 +52,13 @@ def outline(
     """
     params = problem.params(jax.random.key(0))
     examples, left = Examples(study, problem), [t for t in study.trials() if t.name not in done]
-    budget = available_bytes(jax.local_devices()[0]) if memory_bytes is None else memory_bytes
+    budget, devices, parts = machines_of(mesh, Workers(workers) if isinstance(workers, int) else workers, memory_bytes)
     rows: list[dict[str, Any]] = []
-    rate = SHARE_OF_RATE * matrix_rate() * devices
+    rate = SHARE_OF_RATE * matrix_rate() * (1 if mesh is None else mesh.devices.size)
     for stack in planned_stacks(study, problem, left, params, examples) if left else []:
         base = based(params, stack.form.dtype, None, ())
         batch = examples(stack.form)
-        groups = grouped(study, problem, stack, base, batch, budget=budget, devices=devices, parts=workers)
+        groups = grouped(study, problem, stack, base, batch, budget=budget, devices=devices, parts=parts)
         flops = _flops(study, problem, stack, base, batch, groups[0].size)
         sizes = [_trained(study, problem, stack, trial, base) for trial in _one_of_each_rank(stack)]
         adapted = [trial for trial in stack.trials if trial.rank > 0]
@@ -71,7 +72,7 @@ def outline(
                 "params": [min(sizes), max(sizes)],
                 "estimated_bytes": groups[0].estimated_bytes,
                 "flops_per_step": flops,
-                "expected_seconds": flops * study.steps * -(-len(groups) // workers) / rate,
+                "expected_seconds": flops * study.steps * -(-len(groups) // parts) / rate,
             }
         )
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from lorax_kit.core.paths import Params
 from lorax_kit.errors import StudyError
@@ -13,6 +13,7 @@ from lorax_kit.study.design.study import Study
 from lorax_kit.study.design.trial import Trial
 from lorax_kit.study.folder.shared import SharedStore
 from lorax_kit.study.folder.store import RunStore
+from lorax_kit.study.machines import Machines
 from lorax_kit.study.programs.forms import Examples, Stack, kinds, stacks, union_plan
 from lorax_kit.study.programs.groups import Group, grouped
 
@@ -30,20 +31,6 @@ def planned_stacks(
         base = cast(params, form.dtype)
         out += stacks(study, problem, some, form, base, examples(form))
     return out
-
-
-class Machines(NamedTuple):
-    """What a study trains on.
-
-    Attributes:
-      budget: bytes per device.
-      devices: over which the trials of a group are spread.
-      workers: that train groups at the same time.
-    """
-
-    budget: int
-    devices: int = 1
-    workers: int = 1
 
 
 def planned_groups(

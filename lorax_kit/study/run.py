@@ -16,17 +16,17 @@ from jax.sharding import Mesh
 from lorax_kit.checkpoint.fingerprint import digests, fingerprint, whole_fingerprint
 from lorax_kit.core.paths import Params
 from lorax_kit.errors import StudyError
-from lorax_kit.parallel.mesh import TRIAL
 from lorax_kit.problem import Problem
 from lorax_kit.study.design.stopping import Stopping
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.folder.shared import SharedStore
 from lorax_kit.study.folder.store import RunStore, environment
 from lorax_kit.study.frame import frame
-from lorax_kit.study.plan import Machines, check_race, check_rows, planned_groups, planned_stacks
+from lorax_kit.study.machines import machines_of
+from lorax_kit.study.plan import check_race, check_rows, planned_groups, planned_stacks
 from lorax_kit.study.programs.forms import DEFAULT, Examples
-from lorax_kit.study.programs.groups import Group, available_bytes
-from lorax_kit.study.programs.processes import several, told
+from lorax_kit.study.programs.groups import Group
+from lorax_kit.study.programs.processes import several
 from lorax_kit.study.running.cluster import Cluster, Workers
 from lorax_kit.study.running.race import Race
 from lorax_kit.study.running.session import Job, Session
@@ -129,7 +129,7 @@ def run(
         a problem that breaks its contract, a trial that cannot fit the memory.
       PlanError: targets that do not fit the model, before anything is written.
     """
-    team = None if workers is None else workers if isinstance(workers, Workers) else Workers(workers)
+    team = Workers(workers) if isinstance(workers, int) else workers
     machines = machines_of(mesh, team, memory_bytes)
     trials, params, examples = study.trials(), problem.params(jax.random.key(0)), Examples(study, problem)
     # Planned for the whole study first: a bad pattern or rank must not surface after an hour, nor leave a folder.
@@ -205,35 +205,6 @@ def jobs_of(groups: Sequence[Group], steps: int) -> list[Job]:
     return [
         Job(group, f"{place}{len(group.trials)} trials", steps) for place, group in zip(places, groups, strict=True)
     ]
-
-
-def machines_of(mesh: Mesh | None, workers: Workers | None, memory_bytes: int | None) -> Machines:
-    """Where a study trains.
-
-    Raises:
-      StudyError: a mesh without the axis "trial" or not over all processes, workers beside a mesh or processes.
-    """
-    if workers is not None and (mesh is not None or several()):
-        raise StudyError(
-            "workers have devices of their own: they take neither a mesh nor several processes.\n"
-            "  give workers= or mesh=, not both"
-        )
-    if several() and (mesh is None or mesh.devices.size < jax.device_count()):
-        raise StudyError(
-            f"there are {jax.process_count()} processes, and the mesh does not reach over the devices of all.\n"
-            f"  mesh=lk.study_mesh(trials={jax.device_count()})"
-        )
-    if mesh is not None and TRIAL not in mesh.shape:
-        raise StudyError(
-            f"the mesh has the axes {', '.join(map(repr, mesh.shape))}; a study spreads trials over {TRIAL!r}.\n"
-            f"  mesh=lk.device_mesh({TRIAL!r})"
-        )
-    count = 1 if workers is None else workers.count
-    if memory_bytes is None:
-        memory_bytes = told(lambda: available_bytes(jax.local_devices()[0]))
-        if workers is not None and not workers.gpus:  # they share this machine's memory
-            memory_bytes //= count
-    return Machines(memory_bytes, 1 if mesh is None else mesh.shape[TRIAL], count)
 
 
 def check_baseline(earlier: Any, ours: dict[str, float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ what helps most, and cutting the adapter off after r rows needs no decomposition
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -100,11 +100,7 @@ def _checked(plan: Plan, rank: Any) -> int:
 
 def _of_rank(site: Site, rank: int) -> Any:
     """The setting of a site at another rank, of the same scale."""
-    has = {f.name for f in fields(site.setting)}  # type: ignore[arg-type]
-    change: dict[str, Any] = {"rank": rank}
-    if "alpha" in has:
-        change["alpha"] = site.scale * (rank**0.5 if getattr(site.setting, "rslora", False) else rank)
-    setting = replace(site.setting, **change)  # type: ignore[type-var]
+    setting = site.setting.of_rank(rank)  # type: ignore[attr-defined]
     if abs(setting.scale - site.scale) > 1e-6 * abs(site.scale):
         raise PlanError(
             f"{site.setting.kind} at {site.path!r} scales by its rank alone, so its first rows are no adapter of a "

@@ -40,6 +40,8 @@ def test_a_users_own_problem_is_planned_studied_grown_and_evaluated(config, tmp_
     # By hand: forward, and backward but for the weights of the frozen layers; rank 2 in every trial's products.
     assert program["flops_per_step"] > 6 * 2 * 16 * (8 * 9 + 9 * 8 + 8 * 2) * 1.5
     assert planned["expected_seconds"] > 0
+    shared = call(capsys, "study", "--config", config, "--out", out, "--dry-run", "--json", "--workers", 4)
+    assert shared["budget_bytes"] < 0.5 * planned["budget_bytes"]  # workers on CPUs share this machine's memory
     made = call(capsys, "study", "--config", config, "--out", out, "--json")
     assert [row["trial"] for row in made["rows"]] == planned["trials"]
     again = call(capsys, "study", "--config", config, "--out", out, "--dry-run", "--json", "--seeds", 3)
