@@ -18,6 +18,9 @@ from lorax_kit.cli.root import cli, echo, refuse_given
     required=True,
     help="Params alone; a program for jax alone; a model for ONNX Runtime (the export extra).",
 )
+@click.option(
+    "--problem", metavar="MODULE:OBJECT", default=None, help="The problem; default: the one it was trained on."
+)
 @click.option("--int8", is_flag=True, help="Matrices of the ONNX model in 8 bits.")
 @click.option("--method", help="Compress first, by a method of `lorax-kit compress`; without, the adapter is merged.")
 @click.option(
@@ -51,9 +54,10 @@ from lorax_kit.cli.root import cli, echo, refuse_given
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
 def export(adapter: str, out: str, as_json: bool, **options: Any) -> None:
-    """Export a trained classifier, and measure what was written against JAX on its test reviews.
+    """Export a trained model, and measure what was written against JAX on its problem's test set.
 
-    ADAPTER is a folder of `train` or of a study. The folder --out holds the model, vocab.txt and export.json.
+    ADAPTER is a folder of `train` or of a study. The folder --out holds the model and export.json, and vocab.txt of a
+    classifier of texts.
     """
     from lorax_kit.benchmarks import table
     from lorax_kit.commands.deployment import export_adapter
@@ -70,7 +74,10 @@ def export(adapter: str, out: str, as_json: bool, **options: Any) -> None:
     if as_json:
         echo(row)
         return
-    shown = ("format", "method", "int8", "bytes", "max_difference", "accuracy_jax", "accuracy", "latency_ratio")
+    metric = row["metric"]
+    shown = ("format", "method", "int8", "bytes", "max_difference", f"{metric}_jax", metric, "latency_ratio")
     click.echo(table([row], shown))
+    sizes = "; ".join(f"{name} ({', '.join(map(str, some))})" for name, some in row["sizes"].items())
+    click.echo(f"inputs: {sizes}")
     click.echo(f"adapter {row['adapter_bytes']:,} bytes, base {row['base_bytes']:,}, exported {row['params_bytes']:,}")
-    click.echo(f"{row['examples']} test reviews; {', '.join(row['files'])} in {row['path']}")
+    click.echo(f"{row['examples']:,} test examples; {', '.join(row['files'])} in {row['path']}")

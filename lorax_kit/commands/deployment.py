@@ -1,33 +1,33 @@
-"""Exports a trained classifier as a folder that runs without the project, and measures what was written against JAX."""
+"""Exports a trained model as a folder that runs without the project, and measures what was written against JAX."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import jax
-import jax.export
 import numpy as np
 
 from lorax_kit.benchmarks.timing import alternate, ratio
-from lorax_kit.checkpoint.adapter import adapter_bytes
+from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.commands.compression import load_small
 from lorax_kit.commands.methods import Method, Small, finished, smaller, statistics_for, total_bytes
-from lorax_kit.commands.subjects import Subject, sentiment_subject
+from lorax_kit.commands.subjects import Subject, subject_of
 from lorax_kit.compress.arguments import check_share
-from lorax_kit.core.paths import flatten
+from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import ExportError
 from lorax_kit.json_text import read_json
 from lorax_kit.models import load_bert
+from lorax_kit.problem.evaluate import scored, summarised
 from lorax_kit.serve import load_onnx, load_stablehlo, load_tensors, save_onnx, save_stablehlo, save_tensors
+from lorax_kit.serve.inputs import Inputs, inputs_of
 from lorax_kit.serve.onnx import check_installed
-from lorax_kit.tasks import Batch
 from lorax_kit.version import __version__
 from lorax_kit.workloads.sentiment import adapter_folder, workload_of
 
@@ -35,8 +35,8 @@ FILES = {"safetensors": "model.safetensors", "stablehlo": "model.stablehlo", "on
 """Format -> the file that holds the model."""
 LABELS = ("negative", "positive")
 DOCUMENT, VOCABULARY = "export.json", "vocab.txt"
-Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(ids, mask) (B, T) -> logits (B, C)."""
+Run = Callable[[Any], list[np.ndarray]]
+"""Batch -> the model's outputs, flat."""
 
 
 def export_adapter(
@@ -44,6 +44,7 @@ def export_adapter(
     out: str | Path,
     *,
     form: str,
+    problem: str | None = None,
     method: str | None = None,
     keep: float = 0.5,
     targets: Sequence[str] = (),
@@ -55,15 +56,16 @@ def export_adapter(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write the classifier of an adapter, merged or compressed first, and measure it on its test reviews.
+    """Write the model of an adapter, merged or compressed first, and measure it on its problem's test set.
 
-    The folder holds the model, the words of the tokenizer (vocab.txt) and export.json, which says how to use them and
-    what was measured. It appears whole or not at all; adapter and base are only read.
+    The folder holds the model and export.json, which says what it reads and what was measured; of a classifier of texts
+    the words of its tokenizer (vocab.txt), too. It appears whole or not at all; adapter and base are only read.
 
     Args:
       adapter: a folder of `lorax-kit train` or of a study.
       out: the folder to create.
       form: "safetensors", "stablehlo" or "onnx".
+      problem: address of the problem, in place of the one that the adapter remembers.
       method, keep, targets, batches: compress first, as `compress_subject` takes them; without a method the adapter
         is merged.
       compressed: instead, a folder of `lorax-kit compress ADAPTER --out`, healed or not.
@@ -73,10 +75,11 @@ def export_adapter(
       overwrite: replace an earlier export; otherwise it is an error.
 
     Returns:
-      `format, method, keep, healed, int8, path, files` (name -> bytes), `file, bytes` (of the model), `adapter_bytes`
-      (on disk), `base_bytes` (fp32), `params_bytes` (of what was exported), `max_difference` (of logits, over all test
-      reviews), `accuracy_merged` (before compression), `accuracy_jax, accuracy, agreement, examples`, `batch` (shape),
-      `latency_jax_ms, latency_ms, latency_ratio`.
+      `format, method, keep, healed, int8, path, files` (name -> bytes), `file, bytes` (of the model), `sizes` (input ->
+      sizes, those that may vary by name), `adapter_bytes` (on disk), `base_bytes`, `params_bytes` (of what was
+      exported), `metric` (the problem's), `max_difference` (of outputs, over the test set), `METRIC_merged` (before
+      compression), `METRIC_jax, METRIC, agreement` (where the problem has places), `examples`, `batch` (shape of the
+      first input), `latency_jax_ms, latency_ms, latency_ratio`.
 
     Raises:
       ExportError: an unknown format, int8 of another format, what the writers of `lorax_kit.serve` raise.
@@ -102,10 +105,7 @@ def export_adapter(
     if path.is_dir() and (other := sorted({p.name for p in path.iterdir()} - {*FILES.values(), VOCABULARY, DOCUMENT})):
         raise ExportError(f"{str(path)!r} holds {other[0]!r}, too, which is no part of an export: it is not replaced.")
     adapter = adapter_folder(adapter)
-    workload = workload_of(adapter)
-    pretrained = load_bert(workload.model)
-    words, normaliser = _vocabulary(pretrained.tokenizer_file)
-    subject = sentiment_subject(adapter, targets=targets)
+    subject = subject_of(adapter, targets=targets, address=problem)
     model, healed = Small(subject.apply, subject.params), False
     if compressed is not None:
         kept, model = load_small(compressed, subject)
@@ -115,20 +115,21 @@ def export_adapter(
         model = _compressed(subject, Method.parse(method), keep, batches, progress)
     if int8 and any(isinstance(x, Quantised) for x in flatten(model.params)[0].values()):
         raise ExportError("int8 quantises float params, and these are quantised already.\n  leave int8 out")
+    about, texts = _texts(adapter, model.params)
+    inputs = inputs_of(model.apply, model.params, subject.test[0])
     document = {
         "lorax_kit": __version__,
+        "problem": subject.problem.name,
         "format": form,
         "file": FILES[form],
-        "labels": LABELS,
-        "inputs": ["ids", "mask"],
-        "max_length": max(*workload.buckets, workload.length or 0),
-        "tokenizer": normaliser,
-        "encoder": asdict(pretrained.config) | {"num_hidden_layers": _layers(model.params)},
+        "inputs": list(inputs.shapes),
+        "sizes": inputs.sizes(),
+        **about,
     }
     with staged(path, overwrite) as new:
         new.mkdir()
-        run = _write(new / FILES[form], form, model, int8, platforms)
-        measured = _measured(subject, model, run, rounds)
+        run = _write(new / FILES[form], form, model, inputs, int8, platforms)
+        measured = _measured(subject, model, inputs, run, rounds)
         row = {
             "format": form,
             "method": method,
@@ -136,13 +137,15 @@ def export_adapter(
             "healed": healed,
             "int8": int8,
             "file": FILES[form],
+            "sizes": inputs.sizes(),
             "bytes": (new / FILES[form]).stat().st_size,
             "adapter_bytes": adapter_bytes(adapter),
             "base_bytes": total_bytes(subject.params),
             "params_bytes": total_bytes(model.params),
             **measured,
         }
-        (new / VOCABULARY).write_text("\n".join(words) + "\n", encoding="utf-8")
+        for name, text in texts.items():
+            (new / name).write_text(text, encoding="utf-8")
         (new / DOCUMENT).write_text(json.dumps(document | {"measured": row}, indent=2) + "\n", encoding="utf-8")
         files = {file.name: file.stat().st_size for file in sorted(new.iterdir())}
     return {**row, "path": str(path), "files": files}
@@ -153,65 +156,87 @@ def _compressed(subject: Subject, method: Method, keep: float, batches: int, pro
     return finished(subject, method, smaller(subject, method, keep, stats, progress=progress))
 
 
-def _write(file: Path, form: str, model: Small, int8: bool, platforms: Sequence[str]) -> Run:
+def _write(file: Path, form: str, model: Small, inputs: Inputs, int8: bool, platforms: Sequence[str]) -> Run:
     """Write one format; what is on disk then, as a function."""
     if form == "safetensors":
         save_tensors(file, model.params)
-        loaded, apply = load_tensors(file), jax.jit(lambda params, ids, mask: model.apply(params, _batch(ids, mask)))
-        return lambda ids, mask: np.asarray(apply(loaded, ids, mask))
-
-    def fn(params: Any, ids: Any, mask: Any) -> Any:
-        return model.apply(params, _batch(ids, mask))
-
-    shape = jax.ShapeDtypeStruct((1, 2), np.int32)
-    inputs: Mapping[str, Any] = jax.export.symbolic_args_specs({"ids": shape, "mask": shape}, "batch, length")
+        loaded, apply = load_tensors(file), jax.jit(model.apply)
+        return lambda batch: jax.device_get(jax.tree.leaves(apply(loaded, batch)))
     if form == "stablehlo":
-        save_stablehlo(file, fn, model.params, inputs, platforms=platforms)
+        save_stablehlo(file, inputs.fn, model.params, inputs.shapes, platforms=platforms)
         exported = load_stablehlo(file)
-        return lambda ids, mask: np.asarray(exported(ids, mask)[0])
-    save_onnx(file, fn, model.params, inputs, outputs=("logits",), int8=int8)
+        return lambda batch: jax.device_get(exported(*inputs.of(batch)))
+    save_onnx(file, inputs.fn, model.params, inputs.shapes, outputs=_outputs(model, inputs), int8=int8)
     session = load_onnx(file)
-    return lambda ids, mask: session(ids, mask)[0]
+    return lambda batch: session(*inputs.of(batch))
 
 
-def _batch(ids: Any, mask: Any) -> Batch:
-    """Of what the classifier reads; labels and weights are not its inputs."""
-    return Batch(ids, mask, None, None)  # type: ignore[arg-type]
+def _outputs(model: Small, inputs: Inputs) -> tuple[str, ...]:
+    """Names of the outputs: "logits" of one, or each by its path."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(jax.eval_shape(inputs.fn, model.params, *inputs.shapes.values()))
+    names = [jax.tree_util.keystr(path, simple=True, separator="_") for path, _ in paths]
+    return ("logits",) if names == [""] else tuple(names)
 
 
-def _measured(subject: Subject, model: Small, run: Run, rounds: int) -> dict[str, Any]:
+def _measured(subject: Subject, model: Small, inputs: Inputs, run: Run, rounds: int) -> dict[str, Any]:
     """The exported model against JAX, over every held-out batch."""
-    in_jax = jax.jit(lambda params, ids, mask: model.apply(params, _batch(ids, mask)))
-    difference, sums = 0.0, np.zeros(4)
+    problem, in_jax, difference, agreed = subject.problem, jax.jit(model.apply), 0.0, np.zeros(2)
+    score = jax.jit(lambda outputs, batch: scored(problem, outputs, batch))
+    parts: dict[str, list[Any]] = {"ours": [], "theirs": []}
     for batch in subject.test:
-        label, weight = np.asarray(batch.label), np.asarray(batch.weight)
-        ours, theirs = np.asarray(in_jax(model.params, batch.ids, batch.mask)), run(batch.ids, batch.mask)
-        if not np.isfinite(theirs).all():
+        whole = jax.device_get(in_jax(model.params, batch))
+        ours, treedef = jax.tree.flatten(whole)
+        theirs = [np.asarray(x).astype(y.dtype) for x, y in zip(run(batch), ours, strict=True)]
+        if not all(np.isfinite(x).all() for x in theirs if np.issubdtype(x.dtype, np.floating)):
             raise ExportError("the exported model gives values that are not finite for real inputs.")
-        difference = max(difference, float(np.abs(ours - theirs)[weight > 0].max()))
-        chosen = ours.argmax(-1), theirs.argmax(-1)
-        right = (chosen[0] == label, chosen[1] == label, chosen[0] == chosen[1], np.ones_like(weight))
-        sums += [float(np.sum(x * weight)) for x in right]
-    examples = sums[3]
+        for name, outputs in (("ours", whole), ("theirs", jax.tree.unflatten(treedef, theirs))):
+            parts[name].append(jax.device_get(score(outputs, batch)))
+        weight = None if problem.places is None else np.asarray(problem.places(batch))
+        counted = ... if weight is None else weight > 0
+        for x, y in zip(ours, theirs, strict=True):
+            difference = max(difference, float(np.abs(x.astype(np.float64) - y)[counted].max(initial=0.0)))
+        if weight is not None:
+            same = ours[0].argmax(-1) == theirs[0].argmax(-1)
+            agreed += [float(np.sum(same * weight)), float(np.sum(weight))]
+    found = {name: summarised(problem, some, subject.test) for name, some in parts.items()}
+    metric = subject.metric.name
     out = {
+        "metric": metric,
         "max_difference": difference,
-        "accuracy_merged": subject.quality(subject.apply, subject.params).value("accuracy"),
-        "accuracy_jax": sums[0] / examples,
-        "accuracy": sums[1] / examples,
-        "agreement": sums[2] / examples,
-        "examples": int(examples),
-        "batch": list(subject.test[0].ids.shape),
+        f"{metric}_merged": subject.quality(subject.apply, subject.params).value(metric),
+        f"{metric}_jax": found["ours"][metric],
+        metric: found["theirs"][metric],
+        "agreement": None if problem.places is None else agreed[0] / agreed[1],
+        "examples": found["ours"]["examples"],
+        "batch": list(inputs.of(subject.test[0])[0].shape),
         "latency_jax_ms": None,
         "latency_ms": None,
         "latency_ratio": None,
     }
     if rounds:
-        ids, mask = subject.test[0].ids, subject.test[0].mask
-        runs = {"jax": lambda: np.asarray(in_jax(model.params, ids, mask)), "exported": lambda: run(ids, mask)}
+        batch = subject.test[0]
+        runs = {"jax": lambda: jax.device_get(in_jax(model.params, batch)), "exported": lambda: run(batch)}
         times = alternate(runs, range(rounds))
         out |= {"latency_jax_ms": median(times["jax"]), "latency_ms": median(times["exported"])}
         out |= {"latency_ratio": ratio(times, "exported", "jax").median}
     return out
+
+
+def _texts(adapter: Path, params: Params) -> tuple[dict[str, Any], dict[str, str]]:
+    """(what export.json says of texts, files by name): of a classifier of texts its tokenizer and labels."""
+    meta = read_document(adapter)["meta"]
+    if meta.get("problem") != "sentiment" or meta.get("address"):
+        return {}, {}
+    workload = workload_of(adapter)
+    pretrained = load_bert(workload.model)
+    words, normaliser = _vocabulary(pretrained.tokenizer_file)
+    about = {
+        "labels": LABELS,
+        "max_length": max(*workload.buckets, workload.length or 0),
+        "tokenizer": normaliser,
+        "encoder": asdict(pretrained.config) | {"num_hidden_layers": _layers(params)},
+    }
+    return about, {VOCABULARY: "\n".join(words) + "\n"}
 
 
 def _layers(params: Any) -> int:

@@ -41,14 +41,14 @@ def quicker():
     """Reviews are read once, and programs that hold the model's weights stay out of the compilation cache."""
     least = jax.config.jax_persistent_cache_min_compile_time_secs
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorax_kit.commands.deployment.sentiment_subject", lambda path, **k: subject_of(path, **k))
+        patch.setattr("lorax_kit.commands.deployment.subject_of", subject_of)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
         yield
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 @functools.cache
-def subject_of(adapter, targets=()):
+def subject_of(adapter, targets=(), address=None):
     return sentiment_subject(adapter, targets=targets)
 
 
