@@ -259,3 +259,36 @@ def report(run_folders: tuple[str, ...], out: str | None, margin: float | None, 
     run = read_run(run_folder)
     claim = not_inferior_text(summarise(run, margin=margin))
     click.echo("\n".join([summary_table(run), *([claim] if claim else []), f"report: {page}"]))
+
+
+@cli.command()
+@click.argument("run_folder", type=click.Path(exists=True, file_okay=False))
+@click.option(
+    "--held-out",
+    metavar="PROBLEM",
+    default=None,
+    help="Another problem of the same base, to measure forgetting: MODULE:OBJECT, plays, or sentiment.",
+)
+@click.option("--problem", metavar="MODULE:OBJECT", default=None, help="The study's; default: what its adapters name.")
+@click.option("--seeds", type=click.IntRange(1), default=2, show_default=True, help="How many of each rank.")
+@click.option("--no-intruders", is_flag=True, help="Leave out intruder dimensions, which take an SVD of every matrix.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def analyse(
+    run_folder: str, held_out: str | None, problem: str | None, seeds: int, no_intruders: bool, as_json: bool
+) -> None:
+    """Analyse a study's adapters: shared directions, intruder dimensions, forgetting. The report shows them."""
+    from lorax_kit.commands.analysis import analyse_run, held_out_problem
+    from lorax_kit.workloads import problem_from
+
+    found = analyse_run(
+        run_folder,
+        problem=None if problem is None else problem_from(problem),
+        held_out=held_out_problem(held_out),
+        seeds=seeds,
+        intruders=not no_intruders,
+    )
+    if as_json:
+        echo(found)
+        return
+    click.echo(", ".join(f"{found[name]:,} records of {name}" for name in ("overlaps", "intruders", "forgetting")))
+    click.echo(f"report: {found['report']}")

@@ -1,5 +1,6 @@
-"""What the commands of `lorax-kit` do, as functions: train, evaluate, compress, export, exchange, inspect."""
+"""What the commands of `lorax-kit` do, as functions: train, evaluate, analyse, compress, export, exchange, inspect."""
 
+from lorax_kit.commands.analysis import analyse_run
 from lorax_kit.commands.compression import compress_subject, save_small
 from lorax_kit.commands.evaluation import evaluate_adapter
 from lorax_kit.commands.inspection import inspect_model
@@ -9,6 +10,7 @@ from lorax_kit.commands.training import train_adapter
 __all__ = [
     "Subject",
     "adapter_subject",
+    "analyse_run",
     "compress_subject",
     "evaluate_adapter",
     "inspect_model",

@@ -1,9 +1,9 @@
 """Reads and checks the files of a run folder, and replaces files in it atomically.
 
 A run folder holds `study.json` (what was asked, where and when it ran), `trials.jsonl` (one object per trial
-that ended), `curves.jsonl` (losses by step), `spectra.jsonl` (singular values by site) and `overlaps.jsonl` (of the
-subspaces of two trials by site); the last three may be absent. A run that was killed may leave half a line at the end
-of a file: it is left out and noted.
+that ended), `curves.jsonl` (losses by step), `spectra.jsonl` (singular values by site), and what `lorax-kit analyse`
+adds: `overlaps.jsonl` (of the subspaces of two trials by site), `intruders.jsonl` and `forgetting.jsonl`. All but the
+first two may be absent. A run that was killed may leave half a line at the end of a file: it is left out and noted.
 """
 
 from __future__ import annotations
@@ -23,11 +23,18 @@ REQUIRED = {
     "curves.jsonl": ("trial", "step"),
     "spectra.jsonl": ("trial", "site", "singular_values"),
     "overlaps.jsonl": ("site", "rank_i", "rank_j", "trial_i", "trial_j", "phi"),
+    "intruders.jsonl": ("trial", "site", "top", "epsilon", "adapter", "random", "spread"),
+    "forgetting.jsonl": ("trial", "problem", "metric", "before", "after", "adapted", "of"),
 }
 OPTIONAL_TRIAL_KEYS: Record = {"alpha": None, "targets": "", "variant": ""}
 NUMBERS = ("rank", "lr", "step")
 COSTS = ("alpha", "params", "adapter_bytes", "train_seconds")
 SCORES = ("loss", "effective_rank")
+ANALYSED = {
+    "intruders.jsonl": ("top", "epsilon", "adapter", "random", "spread"),
+    "forgetting.jsonl": ("before", "after"),
+}
+"""Numbers of the files that an analysis adds."""
 PARTS = ("train_", "val_", "test_")
 """What the columns of losses and metrics begin with."""
 
@@ -49,6 +56,8 @@ class RunFolder:
       spectra: Records {"trial", "site", "rank", "singular_values", "effective_rank", "rank90"}.
       overlaps: Records {"site", "rank_i", "rank_j", "trial_i", "trial_j", "phi"}: phi[i - 1][j - 1] of the i leading
         directions of the first trial's delta and the j leading ones of the second's.
+      intruders: Records {"trial", "site", "top", "epsilon", "adapter", "random", "spread"}: counts.
+      forgetting: Records {"trial", "problem", "metric", "before", "after", "adapted", "of"}.
       notes: Sentences about what was tolerated while reading, for the reader of the report.
     """
 
@@ -58,6 +67,8 @@ class RunFolder:
     curves: tuple[Record, ...]
     spectra: tuple[Record, ...]
     overlaps: tuple[Record, ...]
+    intruders: tuple[Record, ...]
+    forgetting: tuple[Record, ...]
     notes: tuple[str, ...]
 
     @property
@@ -119,6 +130,8 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFolder:
         curves=tuple(sorted(curves.values(), key=lambda record: record["step"])),
         spectra=tuple(spectra.values()),
         overlaps=tuple(_lines(path / "overlaps.jsonl", notes)),
+        intruders=tuple(_lines(path / "intruders.jsonl", notes)),
+        forgetting=tuple(_lines(path / "forgetting.jsonl", notes)),
         notes=tuple(notes),
     )
 
@@ -201,7 +214,8 @@ def _record(name: str, line: bytes) -> Record:
         raise ValueError(f"lacks {', '.join(map(repr, missing))} (has {', '.join(record) or 'nothing'}).")
     if name == "overlaps.jsonl" and not _is_grid(record["phi"]):
         raise ValueError("'phi' is no grid of numbers: lists of one length, of numbers or null.")
-    measured = [key for key in record if key.startswith(PARTS) and key != "train_seconds"]
+    measured = [key for key in ANALYSED.get(name, ()) if key in record]
+    measured += [key for key in record if key.startswith(PARTS) and key != "train_seconds"]
     for key in (*NUMBERS, *COSTS, *SCORES, *measured):
         value = record.get(key, 0)
         if value is None and key not in NUMBERS:  # a trial that diverged has none

@@ -9,6 +9,7 @@ from functools import partial
 from lorax_kit.report.conditions import Summary
 from lorax_kit.report.figures.by_rank import cost_by_rank, metric_by_rank, rate_by_rank
 from lorax_kit.report.figures.deltas import effective_rank_by_site, overlap_by_rank, singular_values
+from lorax_kit.report.figures.forgetting import forgetting_by_rank, intruders_by_rank
 from lorax_kit.report.figures.methods import methods
 from lorax_kit.report.figures.pareto import quality_by_cost
 from lorax_kit.report.figures.training import loss_curves
@@ -26,6 +27,8 @@ FIGURES = (
     singular_values,
     effective_rank_by_site,
     overlap_by_rank,
+    intruders_by_rank,
+    forgetting_by_rank,
 )
 
 

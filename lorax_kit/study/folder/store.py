@@ -7,6 +7,8 @@ spectra.jsonl  singular values of each site's delta                appended
 adapters/      one folder per trial                                each appears whole
 training.npz   the group under way at its last save                replaced atomically, gone at its end
 rungs/         with early stopping, where each group stands        gone at the end
+
+`lorax-kit analyse` adds overlaps.jsonl, intruders.jsonl and forgetting.jsonl.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from lorax_kit.version import __version__
 TRAINING = "training.npz"
 RUNGS = "rungs"
 JSONL = ("trials.jsonl", "curves.jsonl", "spectra.jsonl")
+ANALYSIS = ("overlaps.jsonl", "intruders.jsonl", "forgetting.jsonl")
 
 
 def environment() -> dict[str, Any]:
@@ -163,7 +166,7 @@ class RunStore:
         if self._lock is None:
             raise StudyError(f"another process is writing to {str(self.path)!r}.\n  wait for it, or stop it")
         if self._discard:
-            for name in ("study.json", *JSONL, TRAINING, "results.csv", "report.html", "overlaps.jsonl"):
+            for name in ("study.json", *JSONL, *ANALYSIS, TRAINING, "results.csv", "report.html"):
                 (self.path / name).unlink(missing_ok=True)
             for name in ("adapters", "plots", "tables", RUNGS):
                 shutil.rmtree(self.path / name, ignore_errors=True)
