@@ -8,10 +8,12 @@ Writes:    runs/overlap/study/ (one study), runs/overlap/table.csv, runs/overlap
 
 Hu et al. (arXiv 2106.09685, section 7.2): the top direction of the deltas of rank 8 and 64 overlaps by more than 0.5,
 the others hardly, and two seeds of rank 64 share a few. phi(i, j) is the share that the leading i directions of one
-have in the leading j of the other, a mean over the sites of MiniLM's upper layers. Chance gives max(i, j) / d.
+have in the leading j of the other, a mean over the sites of MiniLM's upper layers. Chance gives max(i, j) / d. Ranks of
+one seed start from the same rows of `a`, which move little: what they share on the side of the inputs need not be
+learned, what two seeds share must be. The paper does not say whether its ranks had one seed. Pairs of seeds s and s + 1
+have seeds in common, so their intervals are too narrow by a little.
 """
 
-from itertools import combinations
 from pathlib import Path
 
 import jax
@@ -56,8 +58,9 @@ def main() -> None:
         return np.stack([subspace_overlap(getattr(spans[one][s], side), getattr(spans[other][s], side)) for s in sites])
 
     pairs = {
-        "rank 8 and 64, same seed": [((8, seed), (64, seed)) for seed in SEEDS],
-        "rank 64, two seeds": [((64, one), (64, other)) for one, other in combinations(SEEDS, 2)][::3][:6],
+        "rank 8 and 64, one seed": [((8, seed), (64, seed)) for seed in SEEDS],
+        "rank 8 and 64, two seeds": [((8, seed), (64, (seed + 1) % len(SEEDS))) for seed in SEEDS],
+        "rank 64, two seeds": [((64, seed), (64, (seed + 1) % len(SEEDS))) for seed in SEEDS],
     }
     table, maps = [], {}
     for side in ("inputs", "outputs"):
@@ -80,9 +83,9 @@ def draw(maps: dict) -> None:
     """Heat maps as in the paper's figures 3 and 4."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.subplots(2, 2)
-    for ax, ((name, side), grid) in zip(axes.T.flat, maps.items(), strict=True):
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, 3)
+    for ax, ((name, side), grid) in zip(axes.flat, maps.items(), strict=True):
         image = ax.imshow(grid, vmin=0, vmax=1, origin="lower", aspect="auto", cmap="viridis")
         ax.set(title=f"{name}: {side}", xlabel="j", ylabel="i")
     figure.colorbar(image, ax=axes, label="phi(i, j)")

@@ -104,7 +104,8 @@ def overlap_by_rank(summary: Summary) -> Made:
     return figure, (
         f"Overlap of the subspaces of two ranks{_of_same(shown)}{whose(summary)}: |U_i^T V_j|_F^2 / min(i, j) of their "
         "leading i and j directions (Hu et al. 2021), mean over sites and pairs of seeds. 1: the smaller lies within "
-        f"the larger; random subspaces of d dimensions share max(i, j) / d.{left}"
+        "the larger; random subspaces of d dimensions share max(i, j) / d. Ranks of one seed may start from the same "
+        f"draws, so that part of what they share was never learned; two seeds do not.{left}"
     )
 
 

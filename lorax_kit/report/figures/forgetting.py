@@ -35,7 +35,7 @@ def intruders_by_rank(summary: Summary) -> Made:
     rank_axis(axes, summary.ranks)
     top, epsilon = records[0]["top"], records[0]["epsilon"]
     axes.set_ylabel(f"intruders of {top}")
-    axes.set_ylim(bottom=min(-0.02 * top, axes.get_ylim()[0]))
+    axes.set_ylim(bottom=-0.02 * top)
     legend_below(figure, axes, columns=1)
     return figure, (
         f"Intruder dimensions{whose(summary)}: how many of the {top} leading left singular vectors of an adapted "
@@ -96,7 +96,7 @@ def _draw(axes: Axes, ranks: Sequence[int], by_rank: dict[int, list[float]], k: 
         values = by_rank[rank]
         axes.plot([x - 0.06] * len(values), values, "o", ms=3.2, mew=0, color=colour, alpha=0.5)
         spread = interval(values)
-        if not np.isnan(spread.low):
+        if len(values) > 2:  # of two, an interval is wider than the figure
             axes.plot([x, x], [spread.low, spread.high], lw=1.5, color=colour, solid_capstyle="butt")
     means = [float(np.mean(by_rank[rank])) for rank in places]
     axes.plot(list(places.values()), means, marker + "-", ms=5, lw=0.8, mew=0, color=colour, label=label)
