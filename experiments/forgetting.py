@@ -11,12 +11,13 @@ film reviews, by perplexity on 16 windows of 128 tokens. Biderman et al. (arXiv 
 and forgets less. Shuttleworth et al. (arXiv 2410.21228) lay forgetting to intruder dimensions, singular vectors of W'
 that are like none of W, and scale them down; the dispute is whether a change of the same size elsewhere does the same.
 So each adapter of rank 64 is measured with its intruders removed, with a change of that size in random directions, and
-with the whole delta shrunk to that size. Intruders are counted and scaled at query and output of the attention in four blocks,
-among the leading ten.
+with the whole delta shrunk to that size. Intruders are counted and scaled at query and output of the attention in four
+blocks, among the leading ten.
 """
 
 import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -47,8 +48,8 @@ def reviews(settings: PlaysText) -> lk.Problem:
     return settings.build(Plays(train=["\n".join(texts[:half])], test=["\n".join(texts[half:])]))
 
 
-def full(problem: lk.Problem, rate: float, seed: int) -> dict:
-    """The same matrices trained in full, by the study's optimiser, schedule and batches."""
+def full(problem: lk.Problem, rate: float) -> Iterator[dict]:
+    """The same matrices trained in full for each seed, by the study's optimiser, schedule and batches."""
     params, batch = problem.params(jax.random.key(0)), next(problem.train(0, 0))
     plan = lk.resolve(lk.Spec([(p, lk.Full()) for p in TARGETS["upper-linear"]]), params, problem.apply, batch)
     adapted = lk.adapt(problem.apply, plan)
@@ -58,11 +59,12 @@ def full(problem: lk.Problem, rate: float, seed: int) -> dict:
 
     tx = lk.partition(optax.adamw(peak, weight_decay=0.0), plan, clip=1.0)
     init, step = lk.make_step(lambda base, factors, batch: problem.loss(adapted(base, factors, batch), batch), tx)
-    base, factors = lk.split(params, plan, jax.random.key(seed))
-    state = init(factors)
-    for batch in itertools.islice(problem.train(seed, 0), STEPS):
-        state, _ = step(state, base, batch)
-    return lk.merge(base, state.factors, plan)
+    for seed in tqdm(SEEDS, desc=f"full, {rate:g}", disable=None):
+        base, factors = lk.split(params, plan, jax.random.key(seed))
+        state = init(factors)
+        for batch in itertools.islice(problem.train(seed, 0), STEPS):
+            state, _ = step(state, base, batch)
+        yield lk.merge(base, state.factors, plan)
 
 
 def as_adapter(problem: lk.Problem, base: dict, merged: dict) -> tuple:
@@ -113,10 +115,10 @@ def main() -> None:
             for arm, params in scale_intruders(plan, unflatten(own, treedef), factors, 0.0).items():
                 found.setdefault((f"LoRA 64, {arm}", row["lr"]), []).append(worth(params))
         found.setdefault((f"LoRA {row['rank']}", row["lr"]), []).append(one)
-    for rate, seed in tqdm(list(itertools.product(FULL_RATES, SEEDS)), desc="full", disable=None):
-        merged = full(plays, rate, seed)
-        one = worth(merged) | counts(base, *as_adapter(plays, base, merged))
-        found.setdefault(("full", rate), []).append(one)
+    for rate in FULL_RATES:
+        found["full", rate] = [
+            worth(merged) | counts(base, *as_adapter(plays, base, merged)) for merged in full(plays, rate)
+        ]
     table = [{"method": "base", "plays": before["plays"], "prose": before["prose"]}]
     for (name, rate), some in found.items():
         row = {"method": name, "lr": rate}
