@@ -19,10 +19,11 @@ from lorax_kit.core.merge import split
 from lorax_kit.measure import facts, product_flops
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.design.trial import Trial
-from lorax_kit.study.programs.engine import Engine, optimizer, programs
+from lorax_kit.study.programs.engine import Engine
 from lorax_kit.study.programs.forms import DEFAULT, Stack, trial_plan, union_plan
 from lorax_kit.study.programs.groups import available_bytes, grouped
 from lorax_kit.study.programs.packing import pack, start
+from lorax_kit.study.programs.steps import optimizer, programs
 from lorax_kit.training import make_step
 from lorax_kit.transform import adapt
 

@@ -16,10 +16,10 @@ from lorax_kit.problem.base import based
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.machines import machines_of
 from lorax_kit.study.plan import planned_stacks
-from lorax_kit.study.programs.engine import programs
 from lorax_kit.study.programs.forms import Examples, Stack, trial_plan
 from lorax_kit.study.programs.groups import grouped
 from lorax_kit.study.programs.packing import pack, start
+from lorax_kit.study.programs.steps import programs
 from lorax_kit.study.running.cluster import Workers
 
 SHARE_OF_RATE = 0.5

@@ -18,10 +18,10 @@ from lorax_kit.core.plan import Plan
 from lorax_kit.problem import Problem
 from lorax_kit.study.design import Study
 from lorax_kit.study.design.trial import Trial
-from lorax_kit.study.programs.engine import optimizer, programs
 from lorax_kit.study.programs.forms import DEFAULT, Stack, trial_plan, union_plan
 from lorax_kit.study.programs.groups import available_bytes, pack_bytes
 from lorax_kit.study.programs.packing import pack, start
+from lorax_kit.study.programs.steps import optimizer, programs
 from lorax_kit.training import make_step
 from lorax_kit.transform import adapt
 

@@ -1,25 +1,17 @@
-"""One compiled program that trains a pack of trials: `make_step`, mapped over the trial axis of the factors.
-
-Base and (with a shared stream) batch are not mapped, so XLA computes what precedes the first adapted site once.
-A trial's arithmetic is that of `lk.make_step` with its own rank, scale and rate.
-"""
+"""Compiles the programs of packs of one shape, and trains any number of them, from the start or from a save."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterator
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lorax_kit.core.leaves import keep_rows
 from lorax_kit.core.paths import Params, arrays_only
 from lorax_kit.core.plan import Plan
 from lorax_kit.errors import StudyError
@@ -27,125 +19,18 @@ from lorax_kit.measure import collective_bytes
 from lorax_kit.parallel.mesh import DATA, TRIAL
 from lorax_kit.problem import Problem
 from lorax_kit.problem.check import told_in_words
-from lorax_kit.problem.evaluate import form_of_batch, scored, summarised
-from lorax_kit.problem.objective import draws, training_loss, with_state
+from lorax_kit.problem.evaluate import form_of_batch, summarised
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.programs.forms import DEFAULT, Form
-from lorax_kit.study.programs.optimiser import evaluated, transformation
 from lorax_kit.study.programs.packing import Pack, Scalars
 from lorax_kit.study.programs.processes import gathered, several, spread, told
-from lorax_kit.study.programs.progress import Progress, Trained
+from lorax_kit.study.programs.progress import Course, Progress, Trained
 from lorax_kit.study.programs.slices import Layout, in_slices
+from lorax_kit.study.programs.steps import Running, programs
 from lorax_kit.training.objective import is_key
-from lorax_kit.training.step import Info, State, make_step
-from lorax_kit.transform.adapt import adapt
+from lorax_kit.training.step import Info
 
 SAVE_SECONDS = 30.0
-
-
-class Running(NamedTuple):
-    """State of a pack; every leaf has a leading trial axis.
-
-    Attributes:
-      state: of `make_step`.
-      alive: bool; False once a trial's loss or gradient was not finite. Its factors no longer change.
-    """
-
-    state: State
-    alive: Array
-
-
-def rate(study: Study, peak: Array | float) -> Callable[[Array], Array]:
-    """The learning rate by step: linear warm-up, then the study's decay to zero."""
-
-    def schedule(count: Array) -> Array:
-        t = (count - study.warmup) / max(study.steps - study.warmup, 1)
-        decay = {"constant": jnp.ones_like(t), "linear": 1 - t, "cosine": 0.5 * (1 + jnp.cos(jnp.pi * t))}
-        grown = (count + 1) / max(study.warmup, 1)
-        return peak * jnp.where(count < study.warmup, grown, decay[study.schedule])
-
-    return schedule
-
-
-def optimizer(
-    study: Study, plan: Plan, peak: Array | float, form: Form = DEFAULT, scalars: Mapping[str, Any] | None = None
-) -> optax.GradientTransformation:
-    """The optimiser of one trial; `peak` and the scalars that it reads may be traced."""
-    values = {"weight_decay": 0.0, "lr_ratio": 1.0} | dict(scalars or {})
-    return transformation(study, plan, form.recipe, rate(study, peak), values)
-
-
-class Programs(NamedTuple):
-    """Functions of a pack, not yet compiled: `init(factors, scalars)`, `step(running, scalars, base, batch)`,
-    `finish(running)` -> factors as they are measured and saved, `score(factors, scalars, base, batch)`."""
-
-    init: Callable[[Any, Scalars], Running]
-    step: Callable[[Running, Scalars, Params, Any], tuple[Running, Info]]
-    finish: Callable[[Running], Any]
-    score: Callable[[Any, Scalars, Params, Any], Any]
-
-
-def programs(
-    study: Study,
-    problem: Problem,
-    plan: Plan,
-    trials: int,
-    whole: Callable[[Any], Params] = lambda base: base,
-    form: Form = DEFAULT,
-) -> Programs:
-    """The programs of a pack. With a stream per seed, `batch` holds one batch per stream.
-
-    Args:
-      trials: of the pack, side by side or slice after slice; more than one share the base's products.
-      whole: makes the base of what the programs are given as `base`: its arrays, where it holds other leaves, too.
-    """
-    adapted = adapt(problem.apply, plan, trials=trials)
-    training = training_loss(problem, plan, trials=trials, whole=whole)
-    drops = any(site.dropout > 0 for site in plan.sites)
-
-    def solo_init(factors: Any, scalars: Scalars) -> State:
-        init, _ = make_step(lambda *_: None, optimizer(study, plan, scalars.lr, form, scalars.more), jit=False)
-        return init(factors, scalars.key if draws(problem, plan) else None)
-
-    def solo_step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
-        own = {name: x for name, x in scalars.more.items() if name in form.recipe.loss}
-        dropout = scalars.dropout if drops else None
-        loss = partial(training, scale=scalars.scale, dropout=dropout, scalars=own)
-        tx = optimizer(study, plan, scalars.lr, form, scalars.more)
-        _, step = make_step(loss, tx, accumulate=form.accumulate, jit=False)
-        state, info = step(running.state, base, batch)
-        state = with_state(state, info)
-        if form.held:
-            state = state._replace(factors=_held(state.factors, scalars.rows))
-        state = jax.tree.map(lambda new, old: jnp.where(running.alive, new, old), state, running.state)
-        return Running(state, running.alive & info.finite), info
-
-    def solo_score(factors: Any, scalars: Scalars, base: Params, batch: Any) -> Any:
-        outputs = replace(adapted, scale=scalars.scale)(whole(base), factors, batch)
-        return scored(problem, outputs, batch)
-
-    def init(factors: Any, scalars: Scalars) -> Running:
-        return Running(jax.vmap(solo_init)(factors, scalars), jnp.ones(scalars.lr.shape, bool))
-
-    def step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
-        own = study.stream == "seed"
-        if own:
-            batch = jax.tree.map(lambda x: jnp.asarray(x)[scalars.stream], batch)
-        running, info = jax.vmap(solo_step, in_axes=(0, 0, None, 0 if own else None))(running, scalars, base, batch)
-        return running, info._replace(finite=running.alive)
-
-    def finish(running: Running) -> Any:
-        return jax.vmap(lambda state: evaluated(plan, form.recipe, state.opt_state, state.factors))(running.state)
-
-    return Programs(init, step, finish, jax.vmap(solo_score, in_axes=(0, 0, None, None)))
-
-
-def _held(factors: Any, rows: Mapping[str, Mapping[str, Array]]) -> Any:
-    """The factors with zeros in the rows that a trial does not have."""
-    return {
-        path: leaves._replace(**{name: keep_rows(getattr(leaves, name), n) for name, n in rows.get(path, {}).items()})
-        for path, leaves in factors.items()
-    }
 
 
 def _words(x: Array) -> Array:
@@ -162,6 +47,11 @@ def _like(x: np.ndarray, fresh: Array) -> Array:
 
 def _without_key(running: Running) -> Running:
     return running._replace(state=running.state._replace(key=None))
+
+
+def _is_at(running: Running, step: int) -> bool:
+    """Whether a state is whole and of this step: interrupted inside a step it is gone, or ahead of the losses."""
+    return not any(x.is_deleted() for x in jax.tree.leaves(running)) and int(running.state.step.max()) == step
 
 
 class Engine:
@@ -282,79 +172,67 @@ class Engine:
         """
         layout, own = self.layout, len(pack.trials)
         running, scalars, count = self.begin(pack, progress)
-        losses: list[np.ndarray] = []
-        evaluations: list[tuple[int, list[dict[str, float]]]] = []
-        failed, earlier, paused = np.zeros(layout.size, int), 0.0, 0.0
-        if progress is not None:
-            losses, failed = list(progress.losses), progress.failed
-            evaluations, earlier = list(progress.evaluations), progress.seconds
-        began = saved = perf_counter()
+        course = Course(layout.size, progress)
         last = self.study.steps if until is None else until
 
         def snapshot() -> Progress:
-            arrays = layout.unfold(gathered([_words(x) for x in jax.tree.leaves(_without_key(running))]))
-            seconds = earlier + perf_counter() - began - paused
-            return Progress(arrays, np.stack(losses), failed, evaluations, seconds)
+            return course.progress(layout.unfold(gathered([_words(x) for x in jax.tree.leaves(_without_key(running))])))
 
-        def validate(number: int) -> float:
-            """Validate where it is due and was not done; seconds it took."""
-            at, every = perf_counter(), self.study.eval_every
-            due = val and every and number and (number % every == 0 or number == self.study.steps)
-            due = due or (val and number == until)
-            if due and number not in [n for n, _ in evaluations]:
-                evaluations.append((number, self._evaluate((self._finish(running), scalars), count, own, val)))
-                on_eval(*evaluations[-1])
-            return perf_counter() - at
+        def validate() -> None:
+            number, every = course.steps, self.study.eval_every
+            due = every and number and (number % every == 0 or number == self.study.steps)
+            if val and (due or number == until) and not course.validated(number):
+                found = self._evaluate((self._finish(running), scalars), count, own, val)
+                course.evaluations.append((number, found))
+                on_eval(number, found)
 
-        paused += validate(len(losses))
-        stream = batches(len(losses)) if len(losses) < last else iter(())
+        with course.paused():
+            validate()
+        stream = batches(course.steps) if course.steps < last else iter(())
+        saved = perf_counter()
         try:
-            for number in range(len(losses) + 1, last + 1):
-                batch = next(stream, None)
-                if batch is None:
-                    raise StudyError(
-                        f"the training batches of problem {self.problem.name!r} end before step {number} of "
-                        f"{self.study.steps}.\n  its train(seed, start) must be endless: begin the data anew"
-                    )
-                batch = self._placed(batch)
-                form = form_of_batch(batch)
-                if form not in self._compiled:
-                    began_compiling = perf_counter()
-                    self._compiled[form] = self.compile(running, scalars, count, batch)
-                    paused += perf_counter() - began_compiling
-                running, info = self._compiled[form](running, scalars, count, self.base, batch)
-                losses.append(layout.unfold(np.asarray(info.loss)))
-                failed = np.where((failed == 0) & ~layout.unfold(np.asarray(info.finite)), number, failed)
-                on_step(number, losses[-1], failed)
-                paused += validate(number)
-                if self._save_is_due(number, perf_counter() - saved):
+            while course.steps < last:
+                batch = self._next(stream, course.steps + 1)
+                with course.paused():
+                    step = self._step_for(running, scalars, count, batch)
+                running, info = step(running, scalars, count, self.base, batch)
+                course.note(*(layout.unfold(np.asarray(x)) for x in (info.loss, info.finite)))
+                on_step(course.steps, course.losses[-1], course.failed)
+                with course.paused():
+                    validate()
+                if self._save_is_due(course.steps, perf_counter() - saved):
                     on_save(snapshot())
                     saved = perf_counter()
         except BaseException:
-            # Interrupted inside a step its state is gone or ahead of the losses: then the last save counts.
-            leaves = jax.tree.leaves(running)
-            if (
-                losses
-                and not several()
-                and not any(x.is_deleted() for x in leaves)
-                and int(running.state.step.max()) == len(losses)
-            ):
+            if course.steps and not several() and _is_at(running, course.steps):
                 on_save(snapshot())
             raise
         done = snapshot()
         on_save(done)
         factors = layout.unfold(gathered(self._finish(running)))
-        trained = Trained(
-            factors,
-            done.losses,
-            failed,
-            evaluations,
-            done.seconds,
-            self.compile_seconds,
-            self.temp_bytes,
-            self.collective_bytes,
-        )
-        return trained, done
+        costs = (self.compile_seconds, self.temp_bytes, self.collective_bytes)
+        return Trained(factors, done.losses, done.failed, done.evaluations, done.seconds, *costs), done
+
+    def _next(self, stream: Iterator[Any], number: int) -> Any:
+        """The batch of a step, on the mesh.
+
+        Raises:
+          StudyError: there is none, or the devices do not divide it.
+        """
+        batch = next(stream, None)
+        if batch is None:
+            raise StudyError(
+                f"the training batches of problem {self.problem.name!r} end before step {number} of "
+                f"{self.study.steps}.\n  its train(seed, start) must be endless: begin the data anew"
+            )
+        return self._placed(batch)
+
+    def _step_for(self, running: Running, scalars: Scalars, count: Any, batch: Any) -> Any:
+        """The compiled step for batches of this shape."""
+        form = form_of_batch(batch)
+        if form not in self._compiled:
+            self._compiled[form] = self.compile(running, scalars, count, batch)
+        return self._compiled[form]
 
     def finished(self, pack: Pack, progress: Progress) -> Trained:
         """What a pack came to that was trained before."""

@@ -18,10 +18,10 @@ from lorax_kit.problem.check import told_in_words
 from lorax_kit.problem.objective import training_loss
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.design.trial import Trial
-from lorax_kit.study.programs.engine import programs
 from lorax_kit.study.programs.forms import Form, Stack
 from lorax_kit.study.programs.packing import pack
 from lorax_kit.study.programs.slices import Layout, laid_out
+from lorax_kit.study.programs.steps import programs
 from lorax_kit.training.objective import Weighted
 
 CACHED = {"cpu": 40 * 2**20}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +46,49 @@ class Trained(NamedTuple):
     compile_seconds: float
     temp_bytes: int
     collective_bytes: int = 0
+
+
+class Course:
+    """What a training came to so far, and the time that its steps took; it goes on where `earlier` stands.
+
+    Attributes:
+      losses: (trials,) of each step.
+      failed, evaluations: as in `Trained`.
+    """
+
+    def __init__(self, trials: int, earlier: Progress | None = None) -> None:
+        self.losses = [] if earlier is None else list(earlier.losses)
+        self.failed = np.zeros(trials, int) if earlier is None else earlier.failed
+        self.evaluations = [] if earlier is None else list(earlier.evaluations)
+        self._began, self._earlier = perf_counter(), 0.0 if earlier is None else earlier.seconds
+
+    @property
+    def steps(self) -> int:
+        """How many were trained."""
+        return len(self.losses)
+
+    def note(self, losses: np.ndarray, finite: np.ndarray) -> None:
+        """Add a step."""
+        self.losses.append(losses)
+        self.failed = np.where((self.failed == 0) & ~finite, self.steps, self.failed)
+
+    def validated(self, step: int) -> bool:
+        """Whether that was done."""
+        return any(number == step for number, _ in self.evaluations)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is none of the steps'."""
+        at = perf_counter()
+        try:
+            yield
+        finally:
+            self._began += perf_counter() - at
+
+    def progress(self, running: list[np.ndarray]) -> Progress:
+        """The course so far, with the leaves of the state."""
+        seconds = self._earlier + perf_counter() - self._began
+        return Progress(running, np.stack(self.losses), self.failed, self.evaluations, seconds)
 
 
 def parted(progress: Progress, count: int) -> list[Progress]:
