@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -26,10 +26,11 @@ from lorax_kit.tasks import (
 )
 from lorax_kit.training import Weighted
 from lorax_kit.workloads.layers import fewer_layers
+from lorax_kit.workloads.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlaysText:
+class PlaysText(Settings):
     """Shakespeare's plays, continued by a LLaMA decoder; measured by perplexity on plays that were held out.
 
     Args:
@@ -50,16 +51,6 @@ class PlaysText:
                 raise StudyError(f"problem {name} is {shown(x)}; it must be an integer of at least {low}.")
         if not isinstance(self.model, str):
             raise StudyError(f"problem model is {shown(self.model)}; it must be a string.")
-
-    @classmethod
-    def from_dict(cls, data: Any) -> PlaysText:
-        """From JSON data; unknown keys raise `StudyError`."""
-        known = list(asdict(cls()))
-        if not isinstance(data, Mapping):
-            raise StudyError(f"a problem must be an object, not {type(data).__name__}.")
-        if unknown := sorted(set(data) - set(known)):
-            raise StudyError(f"problem has the unknown key {', '.join(map(repr, unknown))}; known: {', '.join(known)}.")
-        return cls(**data)
 
     def build(self, plays: Plays | None = None) -> Problem:
         """Load weights and texts.

@@ -26,12 +26,13 @@ from lorax_kit.tasks import (
     train_batches,
 )
 from lorax_kit.workloads.layers import fewer_layers
+from lorax_kit.workloads.settings import Settings
 
 HEAD = ("classifier/{kernel,bias}",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sentiment:
+class Sentiment(Settings):
     """Film reviews, classified by a BERT encoder with mean pooling and a linear head.
 
     Args:
@@ -65,17 +66,6 @@ class Sentiment:
         if not ok or not self.buckets:
             raise StudyError(f"problem buckets is {self.buckets!r}; it must be a list of lengths of at least 2.")
         object.__setattr__(self, "buckets", tuple(self.buckets))
-
-    @classmethod
-    def from_dict(cls, data: Any) -> Sentiment:
-        """From JSON data; unknown keys raise `StudyError`."""
-        known = list(asdict(cls()))
-        if not isinstance(data, dict):
-            raise StudyError(f"a problem must be an object, not {type(data).__name__}.")
-        unknown = sorted(set(data) - set(known))
-        if unknown:
-            raise StudyError(f"problem has the unknown key {', '.join(map(repr, unknown))}; known: {', '.join(known)}.")
-        return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; `from_dict` is the inverse."""
