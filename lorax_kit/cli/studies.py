@@ -128,7 +128,10 @@ def study(
     if devices * data > len(jax.devices()):
         raise StudyError(f"--devices {devices} --data {data} needs {devices * data}: JAX sees {len(jax.devices())}.")
     if first:
-        click.echo(f"{len(design.trials())} trials of {design.steps} steps; loading model and data", err=True)
+        names = {trial.name for trial in design.trials()}
+        known = names & set(finished_trials(out)) if out and not overwrite else set()
+        done = f", {len(known)} finished" if known else ""
+        click.echo(f"{len(names)} trials of {design.steps} steps{done}; loading model and data", err=True)
     problem = problem_from(read.get("problem", {}))
     machines: dict[str, Any] = {
         "mesh": None if devices * data == 1 else study_mesh(devices, data),
@@ -136,8 +139,7 @@ def study(
         "memory_bytes": None if memory_mib is None else memory_mib * 2**20,
     }
     if dry_run:
-        done = finished_trials(out) if out and not overwrite else ()
-        planned = outline(design, problem, **machines, done=done)
+        planned = outline(design, problem, **machines, done=finished_trials(out) if out and not overwrite else ())
         echo(planned) if as_json else click.echo(_planned(planned))
         return
     assert out is not None
@@ -169,8 +171,10 @@ def study(
     click.echo(summary_table(read_run(out)))
     best = results.best()
     tested = format(best[f"test_{problem.metric}"], problem.chief.format)
-    click.echo(f"\nbest single trial by validation {problem.metric}: {best['trial']} (test: {tested})")
-    click.echo(f"report: {page}\ncheck it: lorax-kit evaluate {Path(out) / best['adapter']}")
+    of = "" if set(finished_trials(out)) <= names else f" of this configuration's {len(names)}"
+    click.echo(f"\nbest single trial by validation {problem.metric}{of}: {best['trial']} (test: {tested})")
+    address = f" --problem {problem.address}" if problem.address else ""
+    click.echo(f"report: {page}\ncheck it: lorax-kit evaluate {Path(out) / best['adapter']}{address}")
 
 
 def _tracker(name: str, out: Path) -> Any:
@@ -194,14 +198,14 @@ def _planned(planned: dict[str, Any]) -> str:
             "params": "-".join(f"{n:,}" for n in sorted(set(row["params"]))),
             "MiB a step": round(row["estimated_bytes"] / 2**20),
             "GFLOP a step": row["flops_per_step"] / 1e9,
-            "minutes": row["expected_seconds"] / 60,
+            "seconds": row["expected_seconds"],
         }
         for number, row in enumerate(planned["programs"], 1)
     ]
     if not rows:
         return "every trial is finished: nothing to train"
     total = f"{len(planned['trials'])} trials to train, {planned['flops'] / 1e12:.3g} TFLOP of products, about "
-    total += f"{planned['expected_seconds'] / 60:.2g} minutes of steps; compilation and tests come on top"
+    total += f"{planned['expected_seconds']:,.2g} seconds of steps; compilation and tests come on top"
     return f"{table(rows, list(rows[0]))}\n{total}"
 
 
@@ -277,6 +281,7 @@ def analyse(
     run_folder: str, held_out: str | None, problem: str | None, seeds: int, no_intruders: bool, as_json: bool
 ) -> None:
     """Analyse a study's adapters: shared directions, intruder dimensions, forgetting. The report shows them."""
+    from lorax_kit.benchmarks import table
     from lorax_kit.commands.analysis import analyse_run, held_out_problem
     from lorax_kit.workloads import problem_from
 
@@ -290,5 +295,4 @@ def analyse(
     if as_json:
         echo(found)
         return
-    click.echo(", ".join(f"{found[name]:,} records of {name}" for name in ("overlaps", "intruders", "forgetting")))
-    click.echo(f"report: {found['report']}")
+    click.echo(f"{found['setting']}\n{table(found['by_rank'], list(found['by_rank'][0]))}\nreport: {found['report']}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -20,11 +21,12 @@ from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import StudyError
+from lorax_kit.json_text import parse_json
 from lorax_kit.problem import Evaluator, Problem
 from lorax_kit.report import read_run, write_report
 from lorax_kit.report.conditions import summarise
 from lorax_kit.report.run_folder import Record, replace_file
-from lorax_kit.workloads.problems import base_of, problem_of
+from lorax_kit.workloads.problems import OWN, base_of, problem_from, problem_of
 
 LEADING = 16  # directions that overlaps are recorded of
 
@@ -60,13 +62,16 @@ def analyse_run(
       run_folder: of a study.
       problem: of the study; None: the one that its adapters remember.
       held_out: what the base could do before: a problem that has parameters of the study's, by path and shape. Those
-        are replaced by the merged ones; its test set is measured. None: no forgetting.
+        are replaced by the merged ones, but for what the study trains in full (its head); its test set is measured.
+        None: no forgetting.
       seeds: so many of each rank; the fewest first.
       intruders: count them, for which every adapted matrix is decomposed whole.
       progress: draw bars, where stderr is a terminal.
 
     Returns:
-      {"overlaps", "intruders", "forgetting": how many records, "report": its path}.
+      {"setting": whose adapters, "by_rank": means by rank: "top_overlap" (of the first direction with that of the other
+      seeds), "intruders" and those of "random" directions, "before" and "after" of the held-out metric; "overlaps",
+      "intruders", "forgetting": how many records were written, "report": its path}. What is not measured is left out.
 
     Raises:
       RunFolderError: no run folder.
@@ -74,9 +79,10 @@ def analyse_run(
       AdapterError: adapters that are damaged, or of another base.
     """
     run = read_run(run_folder)
+    summary = summarise(run)
     rows = [
         row
-        for condition in summarise(run).ladder
+        for condition in summary.ladder
         for row in sorted(condition.done, key=lambda row: row["seed"])[:seeds]
         if row.get("adapter")
     ]
@@ -91,11 +97,41 @@ def analyse_run(
         "intruders": list(_intruders(base, _bar(chosen, "intruders", progress))) if intruders else [],
         "forgetting": list(_forgetting(base, _bar(chosen, "forgetting", progress), held_out)) if held_out else [],
     }
-    for name, records in found.items():
-        file = run.path / f"{name}.jsonl"
-        if records:
+    files = {run.path / f"{name}.jsonl": records for name, records in found.items() if records}
+    earlier = {file: file.read_bytes() if file.exists() else None for file in files}
+    try:
+        for file, records in files.items():
             replace_file(file, "".join(json.dumps(record) + "\n" for record in records).encode())
-    return {**{name: len(records) for name, records in found.items()}, "report": str(write_report(run.path))}
+        page = write_report(run.path)
+    except BaseException:
+        for file, content in earlier.items():
+            file.unlink(missing_ok=True) if content is None else replace_file(file, content)
+        raise
+    return {
+        "setting": str(summary.ladder[0].family),
+        "by_rank": [_means(rank, chosen, found) for rank in sorted({row["rank"] for row in rows})],
+        **{name: len(records) for name, records in found.items()},
+        "report": str(page),
+    }
+
+
+def _means(rank: int, chosen: Sequence[Chosen], found: Mapping[str, Sequence[Record]]) -> Record:
+    """What the records of a rank come to, in the mean."""
+    names = {one.row["trial"] for one in chosen if one.row["rank"] == rank}
+    out: Record = {"rank": rank, "seeds": len(names)}
+    tops = [r["phi"][0][0] for r in found["overlaps"] if {r["trial_i"], r["trial_j"]} <= names]
+    own = {name: [r for r in found[name] if r["trial"] in names] for name in ("intruders", "forgetting")}
+    if tops := [x for x in tops if x is not None]:
+        out["top_overlap"] = float(np.mean(tops))
+    if own["intruders"]:
+        out["intruders"], out["random"] = (
+            float(np.mean([r[arm] for r in own["intruders"]])) for arm in ("adapter", "random")
+        )
+    if own["forgetting"]:
+        for x in ("before", "after"):
+            known = [r[x] for r in own["forgetting"] if r[x] is not None]
+            out[x] = float(np.mean(known)) if known else None
+    return out
 
 
 def _bar(chosen: Sequence[Chosen], name: str, progress: bool) -> Any:
@@ -111,7 +147,7 @@ def _overlaps(base: Params, chosen: Sequence[Chosen]) -> Iterator[Record]:
     for (one, i), (other, j) in combinations(zip(chosen, spans, strict=True), 2):
         if one.row["seed"] != other.row["seed"] and one.row["rank"] != other.row["rank"]:
             continue
-        for path in i.keys() & j.keys():
+        for path in [path for path in i if path in j]:
             phi = subspace_overlap(i[path].inputs, j[path].inputs)
             grid = phi.reshape(-1, *phi.shape[-2:]).mean(axis=0)
             yield {
@@ -131,7 +167,7 @@ def _intruders(base: Params, chosen: Sequence[Chosen]) -> Iterator[Record]:
             yield {
                 "trial": row["trial"],
                 "site": found.path,
-                "top": TOP,
+                "top": found.adapter.shape[-1],
                 "epsilon": EPSILON,
                 **{name: float(np.mean(count)) for name, count in counts.items()},
             }
@@ -140,7 +176,8 @@ def _intruders(base: Params, chosen: Sequence[Chosen]) -> Iterator[Record]:
 def _forgetting(base: Params, chosen: Sequence[Chosen], held_out: Problem) -> Iterator[Record]:
     own, treedef = flatten(held_out.params(jax.random.key(0)))
     named = flatten(base)[0]
-    shared = [path for path, x in own.items() if path in named and named[path].shape == x.shape]
+    whole = {leaf.path for one in chosen for leaf in one.adapter.plan.full}  # heads: the study's is another task's
+    shared = [path for path, x in own.items() if path in named and named[path].shape == x.shape and path not in whole]
 
     def given(params: Params) -> Params:
         new = flatten(params)[0]
@@ -160,13 +197,18 @@ def _forgetting(base: Params, chosen: Sequence[Chosen], held_out: Problem) -> It
         after = measure(given(merge(base, factors, plan)))
         yield {
             "trial": row["trial"],
-            "problem": held_out.name,
+            "problem": held_out.address or held_out.name,
             "metric": held_out.chief.to_dict(),
-            "before": before[held_out.metric],  # type: ignore[index]
-            "after": after[held_out.metric],
+            "before": _number(before[held_out.metric]),  # type: ignore[index]
+            "after": _number(after[held_out.metric]),
             "adapted": len(adapted),
             "of": len(plan.sites),
         }
+
+
+def _number(x: float) -> float | None:
+    """As JSON has it: none that is not finite."""
+    return x if math.isfinite(x) else None
 
 
 def _like(new: Any, old: Any) -> Any:
@@ -175,9 +217,9 @@ def _like(new: Any, old: Any) -> Any:
 
 
 def held_out_problem(data: Mapping[str, Any] | str | None) -> Problem | None:
-    """What `--held-out` names: "plays", "sentiment", "module:object", or the JSON of a problem."""
-    from lorax_kit.workloads.problems import OWN, problem_from
-
+    """What `--held-out` names: "plays", "sentiment", "module:object", or the JSON of a problem's settings."""
     if data is None:
         return None
+    if isinstance(data, str) and data.lstrip().startswith("{"):
+        data = parse_json(data)
     return problem_from({"name": data} if isinstance(data, str) and data in OWN else data)

@@ -102,7 +102,8 @@ def export_adapter(
             "what is written could not be measured here.\n  add this machine's platform to them"
         )
     refuse_existing(path, overwrite, DOCUMENT, "export")
-    if path.is_dir() and (other := sorted({p.name for p in path.iterdir()} - {*FILES.values(), VOCABULARY, DOCUMENT})):
+    ours = {*FILES.values(), VOCABULARY, DOCUMENT}
+    if path.is_dir() and (other := sorted(p.name for p in path.iterdir() if p.name not in ours or p.is_dir())):
         raise ExportError(f"{str(path)!r} holds {other[0]!r}, too, which is no part of an export: it is not replaced.")
     adapter = adapter_folder(adapter)
     subject = subject_of(adapter, targets=targets, address=problem)
@@ -175,7 +176,8 @@ def _outputs(model: Small, inputs: Inputs) -> tuple[str, ...]:
     """Names of the outputs: "logits" of one, or each by its path."""
     paths, _ = jax.tree_util.tree_flatten_with_path(jax.eval_shape(inputs.fn, model.params, *inputs.shapes.values()))
     names = [jax.tree_util.keystr(path, simple=True, separator="_") for path, _ in paths]
-    return ("logits",) if names == [""] else tuple(names)
+    names = ["logits"] if names == [""] else names
+    return tuple(f"output_{name}" if name in inputs.shapes else name for name in names)
 
 
 def _measured(subject: Subject, model: Small, inputs: Inputs, run: Run, rounds: int) -> dict[str, Any]:
@@ -187,14 +189,12 @@ def _measured(subject: Subject, model: Small, inputs: Inputs, run: Run, rounds: 
         whole = jax.device_get(in_jax(model.params, batch))
         ours, treedef = jax.tree.flatten(whole)
         theirs = [np.asarray(x).astype(y.dtype) for x, y in zip(run(batch), ours, strict=True)]
-        if not all(np.isfinite(x).all() for x in theirs if np.issubdtype(x.dtype, np.floating)):
-            raise ExportError("the exported model gives values that are not finite for real inputs.")
         for name, outputs in (("ours", whole), ("theirs", jax.tree.unflatten(treedef, theirs))):
             parts[name].append(jax.device_get(score(outputs, batch)))
         weight = None if problem.places is None else np.asarray(problem.places(batch))
-        counted = ... if weight is None else weight > 0
         for x, y in zip(ours, theirs, strict=True):
-            difference = max(difference, float(np.abs(x.astype(np.float64) - y)[counted].max(initial=0.0)))
+            counted = ... if weight is None or x.shape[: weight.ndim] != weight.shape else weight > 0
+            difference = max(difference, _difference(x[counted], y[counted]))
         if weight is not None:
             same = ours[0].argmax(-1) == theirs[0].argmax(-1)
             agreed += [float(np.sum(same * weight)), float(np.sum(weight))]
@@ -220,6 +220,19 @@ def _measured(subject: Subject, model: Small, inputs: Inputs, run: Run, rounds: 
         out |= {"latency_jax_ms": median(times["jax"]), "latency_ms": median(times["exported"])}
         out |= {"latency_ratio": ratio(times, "exported", "jax").median}
     return out
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest difference of an output; what is infinite or no number must be so in both.
+
+    Raises:
+      ExportError: it is not.
+    """
+    one, other = ours.astype(np.float64), theirs.astype(np.float64)
+    same = (one == other) | (np.isnan(one) & np.isnan(other))
+    if not (same | (np.isfinite(one) & np.isfinite(other))).all():
+        raise ExportError("the exported model gives values that are not finite, for real inputs, where JAX's are.")
+    return float(np.abs(np.where(same, 0.0, one) - np.where(same, 0.0, other)).max(initial=0.0))
 
 
 def _texts(adapter: Path, params: Params) -> tuple[dict[str, Any], dict[str, str]]:

@@ -163,7 +163,8 @@ def make_plan(spec: Spec, params: Params, axes: dict[str, tuple[Axes, str]] | No
                 raise PlanError(
                     f"rank {site.rank} at {path!r} is above {_limit_of(site, limit)} "
                     f"(in {site.in_shape}, out {site.out_shape}).\n"
-                    "  lower the rank, cap it (Spec(..., cap_ranks=True)), or train this parameter with Full()"
+                    "  lower the rank, leave the parameter out of the pattern, cap ranks (Spec(..., cap_ranks=True)),\n"
+                    "  or train it with Full()"
                 )
             site = _capped(site, limit)
         leaf_shapes(site)  # raises where the method cannot adapt such a parameter

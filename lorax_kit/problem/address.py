@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -39,7 +40,7 @@ def problem_at(address: str, settings: Mapping[str, Any] | None = None, *, remem
         searched, too. Importing a module runs it.
       settings: keywords of the function; JSON data.
       remembered: the address comes from a saved adapter, and so from anywhere: the working directory, which may be the
-        adapter's own, is not searched.
+        adapter's own, is not searched unless PYTHONPATH names it.
 
     Raises:
       StudyError: no such module or object, another kind of object, settings that it does not take.
@@ -48,13 +49,18 @@ def problem_at(address: str, settings: Mapping[str, Any] | None = None, *, remem
     if not module or not path:
         raise StudyError(f"problem address {shown(address)} must be 'module:object'.")
     before, here = list(sys.path), str(Path.cwd())
-    sys.path[:] = [p for p in before if p not in ("", here)] if remembered else [*before, here]
+    said = here in [str(Path(p).absolute()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    sys.path[:] = [*before, here] if not remembered or said else [p for p in before if p not in ("", here)]
     try:
         found: Any = importlib.import_module(module)
         for part in path.split("."):
             found = getattr(found, part)
     except Exception as e:  # whatever a module raises as it runs
-        hint = f"\n  say that you trust it: --problem {address}" if remembered else ""
+        hint = (
+            "\n  for addresses that adapters name the working directory is not searched, since both may come from "
+            f"anywhere: say that you trust it by --problem {address}"
+        )
+        hint = hint if remembered else ""
         raise StudyError(f"the problem at {address!r} cannot be imported: {type(e).__name__}: {e}.{hint}") from None
     finally:
         sys.path[:] = before

@@ -12,6 +12,7 @@ import numpy as np
 
 from lorax_kit.core.paths import Params, arrays_only, flatten, is_array, is_state
 from lorax_kit.core.plan import matched
+from lorax_kit.core.setting import shown
 from lorax_kit.errors import LoraxError, StudyError
 from lorax_kit.problem.evaluate import score_of
 from lorax_kit.problem.metric import Metric, standard
@@ -84,7 +85,8 @@ def check_stream(problem: Problem) -> Any:
     Raises:
       StudyError: no batches, a stream that ends after one, or one that does not begin at `start`.
     """
-    stream = problem.train(0, 0)
+    with told_in_words(f"train(seed, start) of problem {problem.name!r} fails"):
+        stream = problem.train(0, 0)
     if not hasattr(stream, "__iter__"):
         raise StudyError(
             f"train(seed, start) of problem {problem.name!r} gives a {type(stream).__name__}; it must give an "
@@ -214,8 +216,8 @@ def outputs_and_state(problem: Problem, returned: Any) -> tuple[Any, Any]:
     """
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise StudyError(
-            f"train_apply of problem {problem.name!r} gives a {type(returned).__name__}; with state it must give "
-            "(outputs, new state)."
+            f"train_apply of problem {problem.name!r} gives {'one array' if is_array(returned) else shown(returned)}; "
+            "with state it must give (outputs, new state)."
         )
     return returned
 

@@ -10,7 +10,7 @@ from jax import Array
 
 from lorax_kit.core.method import Hints
 from lorax_kit.core.paths import Params
-from lorax_kit.core.setting import Full
+from lorax_kit.core.setting import Full, shown
 from lorax_kit.errors import StudyError
 from lorax_kit.problem.check import check_problem
 from lorax_kit.problem.metric import ACCURACY, Metric, with_loss
@@ -88,8 +88,12 @@ class Problem:
 
         for name in ("head", "state", "targets", "layers"):
             patterns = getattr(self, name)
-            if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
-                raise StudyError(f"{name} of problem {self.name!r} is {patterns!r}; it must be a list of patterns.")
+            listed = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+            if not listed or not all(isinstance(p, str) for p in patterns):
+                raise StudyError(
+                    f"{name} of problem {self.name!r} is {shown(patterns)}; it must be a list of patterns of params, "
+                    "such as ['batch_stats/**']."
+                )
             put(name, tuple(patterns))
         if self.state and self.train_apply is None:
             raise StudyError(f"problem {self.name!r} has state, and no train_apply that gives it anew.")
@@ -104,7 +108,7 @@ class Problem:
         if self.metric not in names:
             raise StudyError(
                 f"metric of problem {self.name!r} is {self.metric!r}, which is not measured; "
-                f"there are {', '.join(names)}."
+                f"there are {', '.join(names)}.\n  give metric=, too, where a problem's metrics are replaced"
             )
 
     @property

@@ -40,7 +40,10 @@ def answer(summary: Summary) -> list[str]:
     if smaller:
         paragraphs += [not_inferior_text(summary), _against_smaller(summary, best, smaller[-1])]
     elif len([c for c in summary.ladder if c.values(summary.metric).size]) > 1:
+        tried = [str(c.rank) for c in summary.ladder if c.rank < best.rank]
         advice = "" if best.rank == 1 else "; try smaller ones"
+        if tried:
+            advice = f"; of rank {', '.join(tried)} all trials {summary.lost}"
         paragraphs.append(f"Rank {best.rank} is also the smallest rank that finished{advice}.")
     else:
         paragraphs.append("Only one rank finished, so nothing can be said about the choice of rank.")
@@ -85,6 +88,13 @@ def cautions(summary: Summary) -> list[str]:
             f"The chosen learning rate is the lowest or highest one tried at rank {ranks}. A better one may "
             "lie outside the grid; compare ranks after widening it."
         )
+    for column in dict.fromkeys((summary.choice, summary.metric)):
+        odd = [t for t in run.trials if t["status"] == "done" and not _finite(t.get(column))]
+        if odd and len(odd) < len(run.trials):
+            found.append(
+                f"{plural(len(odd), 'finished trial')} with no finite {column.replace('_', ' ')}, such as "
+                f"{odd[0]['trial']}: left out of every mean and choice."
+            )
     if not summary.tested and summary.best is not None:
         found.append(
             f"No test {summary.measure.word} was recorded: rates are chosen and results reported on the same "
@@ -221,10 +231,13 @@ def _against_probe(summary: Summary, best: Condition, probe: Condition) -> str:
     found = next((c for c in summary.comparisons if c.condition == (*probe.family, 0)), None)
     if found is None or not found.pairs:
         return ""
+    state = summary.run.study.get("state") or ()
+    moves = f" (its weights are frozen; {', '.join(map(str, state))}, which training updates, is not)" if state else ""
     return (
-        f"The frozen encoder with a trained head reaches {summary.measure.text(probe.mean(summary.metric))}; rank "
-        f"{best.rank} differs from it by {summary.measure.difference(found)}, sign-flip test of this pair alone "
-        f"{_p(found.p)}, {plural(found.pairs, 'seed')}."
+        f"The frozen encoder with a trained head{moves} reaches "
+        f"{summary.measure.text(probe.mean(summary.metric))}; rank {best.rank} differs from it by "
+        f"{summary.measure.difference(found)}, sign-flip test of this pair alone {_p(found.p)}, "
+        f"{plural(found.pairs, 'seed')}."
     )
 
 
@@ -232,6 +245,10 @@ def _p(p: float) -> str:
     """0.031 -> "p = 0.031", 0.0001 -> "p < 0.001"."""
     text = p_text(p)
     return f"p {text}" if text.startswith("<") else f"p = {text}"
+
+
+def _finite(x: object) -> bool:
+    return isinstance(x, int | float) and math.isfinite(x)
 
 
 def _of_all(part: int, whole: int) -> str:

@@ -171,12 +171,23 @@ def more_seeds(summary: Summary) -> tuple[str, str] | None:
     else:
         why = f"p can fall below 0.05 from {needed} seeds on"
         why += f", and the spread seen asks for about {wanted}" * (needed < wanted)
-    sentence = f"More seeds would tell ({why}; this run has {have}). The finished trials are kept:"
-    return sentence, add_seeds(summary.run, wanted)
+    kept = (
+        "A study that stops trials early does not grow: another folder"
+        if stops(summary.run)
+        else "The finished trials are kept"
+    )
+    return f"More seeds would tell ({why}; this run has {have}). {kept}:", add_seeds(summary.run, wanted)
+
+
+def stops(run: RunFolder) -> bool:
+    """Whether a rule stops trials early."""
+    return bool((run.study.get("design") or {}).get("stop"))
 
 
 def add_seeds(run: RunFolder, seeds: int) -> str:
     """The command line that brings a run to `seeds` seeds, its own with --seeds; the call, where Python made the run.
+
+    Of a study that stops trials early it runs anew, in a folder of its own.
 
     Example:
       >>> add_seeds(read_run("runs/demo"), 6)  # doctest: +SKIP
@@ -186,12 +197,16 @@ def add_seeds(run: RunFolder, seeds: int) -> str:
         words = shlex.split(str(run.study.get("command") or ""))
     except ValueError:
         words = []
+    path = f"{run.path}-{seeds}-seeds" if stops(run) else str(run.path)
     if words[:2] != ["lorax-kit", "study"] or not {"--config", "--out"} <= {word.split("=")[0] for word in words}:
-        return f"lk.run(dataclasses.replace(study, seed=range({seeds})), problem, out={str(run.path)!r})"
+        return f"lk.run(dataclasses.replace(study, seed=range({seeds})), problem, out={path!r})"
     kept = [word for word in words if word not in ("--json", "--overwrite") and not word.startswith("--seeds=")]
     while "--seeds" in kept:
         place = kept.index("--seeds")
         del kept[place : place + 2]
+    if stops(run):
+        place = next(i for i, word in enumerate(kept) if word.split("=")[0] == "--out")
+        kept[place : place + (1 if "=" in kept[place] else 2)] = ["--out", path]
     return shlex.join([*kept, "--seeds", str(seeds)])
 
 

@@ -252,7 +252,7 @@ def at_edge_of_grid(summary: Summary) -> tuple[Condition, ...]:
     edges = []
     for condition in summary.ladder:
         tried = sorted(c.lr for c in summary.conditions if (c.family, c.rank) == (condition.family, condition.rank))
-        if len(tried) >= 3 and condition.lr in (tried[0], tried[-1]):
+        if condition.done and len(tried) >= 3 and condition.lr in (tried[0], tried[-1]):
             edges.append(condition)
     return tuple(edges)
 
@@ -262,8 +262,8 @@ def best_of(conditions: Sequence[Condition], measure: Measure) -> Condition:
     choice = f"val_{measure.name}"
     most = max(condition.values(choice).size for condition in conditions)
     fullest = [c for c in conditions if c.values(choice).size == most]
-    if not most:
-        return max(conditions, key=lambda c: len(c.done))
+    if not most:  # of those that never finished, the one that lasted longest
+        return max(conditions, key=lambda c: (len(c.done), sum(trial.get("steps") or 0 for trial in c.trials)))
     return max(fullest, key=lambda c: (measure.sign * c.mean(choice), -(c.first("params") or 0), -c.mean("val_loss")))
 
 

@@ -73,6 +73,7 @@ def rest_of(trial: Mapping[str, Any], names: Sequence[str]) -> str:
     """
     settings = settings_of(trial)
     shown = [name for name in names if not (name in DEFAULTS and _key(settings[name]) == _key(DEFAULTS[name]))]
+    shown = [name for name in shown if not name.startswith(PREFIX) or settings.get(name) is not None]
     return ", ".join(_words(name, settings.get(name)) for name in shown)
 
 

@@ -53,21 +53,21 @@ def inputs_of(apply: Callable[[Params, Any], Any], params: Params, batch: Any) -
     """
     paths, structure = jax.tree_util.tree_flatten_with_path(batch)
     leaves = [leaf for _, leaf in paths]
-    places = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+    numbers = [i for i, leaf in enumerate(leaves) if is_array(leaf) or isinstance(leaf, bool | int | float | complex)]
 
     def whole(arrays: Any) -> Any:
         full = list(leaves)
-        for place, x in zip(places, arrays, strict=True):
+        for place, x in zip(numbers, arrays, strict=True):
             full[place] = x
         return jax.tree.unflatten(structure, full)
 
-    arrays = [jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) for i in places]
+    arrays = [_shape(leaves[i]) for i in numbers]
     before = len(jax.tree.leaves(params))
     try:
         lowered = jax.export.export(jax.jit(lambda params, arrays: apply(params, whole(arrays))))(params, arrays)
     except Exception as e:  # the function is the caller's: it may raise anything
         raise ExportError(f"the model cannot be exported: {first_line(e)}.") from e
-    read = [places[i - before] for i in lowered.module_kept_var_idx if i >= before]
+    read = [numbers[i - before] for i in lowered.module_kept_var_idx if i >= before]
     names = [jax.tree_util.keystr(paths[i][0], simple=True, separator="_") or "x" for i in read]
     if not names:
         raise ExportError("the model reads no array of a batch.")
@@ -81,11 +81,21 @@ def inputs_of(apply: Callable[[Params, Any], Any], params: Params, batch: Any) -
         return apply(params, jax.tree.unflatten(structure, full))
 
     def of(batch: Any) -> list[np.ndarray]:
-        own = jax.tree.leaves(batch)
-        return [np.asarray(own[i]) for i in read]
+        own, other = jax.tree.flatten(batch)
+        if other != structure:  # type: ignore[operator]
+            raise ExportError(
+                f"a batch has another structure than the first, {other} and {structure}: one program cannot read both."
+            )
+        return [np.asarray(own[i]).astype(x.dtype) for i, x in zip(read, fixed.values(), strict=True)]
 
-    fixed = {name: jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) for name, i in zip(names, read, strict=True)}
+    fixed = {name: _shape(leaves[i]) for name, i in zip(names, read, strict=True)}
     return Inputs(fn, _varying(fn, params, fixed), of)
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    """Of an array or a number, as JAX takes it: 64 bits become 32 unless they are enabled."""
+    found = x if is_array(x) else np.asarray(x)
+    return jax.ShapeDtypeStruct(found.shape, jax.dtypes.canonicalize_dtype(found.dtype))
 
 
 def _varying(

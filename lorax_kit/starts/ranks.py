@@ -12,7 +12,7 @@ import numpy as np
 from lorax_kit.core.method import max_rank
 from lorax_kit.core.plan import Plan, plan_of_sites
 from lorax_kit.core.setting import is_int, is_number, shown
-from lorax_kit.errors import PlanError
+from lorax_kit.errors import PlanError, SpecError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -26,14 +26,14 @@ def spend_ranks(
 
     With the squared singular values of the gradients of the full weights (`lorax_kit.analysis.gradient_spectra`) the
     ranks follow as much of the gradients as so many ranks can; with the shares of the inputs' directions they are EVA's
-    (`lk.starts.eva_ranks`). The scale of every site stays: alpha changes with the rank.
+    (`lk.starts.eva_ranks`). The scale of every site that has an alpha stays: alpha changes with the rank.
 
     Args:
       plan: from `lk.resolve`.
       values: site -> what its first direction, its second and so on count for, falling; other sites stay as they are.
       budget: sum of the ranks over all matrices, a stack of S matrices counting S times; None: what the plan spends on
         these sites.
-      rho: no site gets more than `rho` times its own rank, or than it can hold.
+      rho: no site gets more than `rho` times its own rank, rounded as PEFT does, or than it can hold.
 
     Returns:
       A plan whose spec has one rule per path. A site that gets no rank is not in it.
@@ -74,9 +74,12 @@ def spend_ranks(
             left -= prices[path]
     if not any(ranks.values()):
         raise PlanError(f"budget is {budget}, less than the {min(prices.values())} matrices of the smallest stack.")
-    kept = tuple(
-        replace(site, setting=site.setting.of_rank(ranks[site.path])) if site.path in ranks else site  # type: ignore[attr-defined]
-        for site in plan.sites
-        if ranks.get(site.path) != 0
-    )
+    try:
+        kept = tuple(
+            replace(site, setting=site.setting.of_rank(ranks[site.path])) if site.path in ranks else site  # type: ignore[attr-defined]
+            for site in plan.sites
+            if ranks.get(site.path) != 0
+        )
+    except SpecError as e:  # such as an odd rank of HRA
+        raise PlanError(f"the ranks that the values come to do not fit the method: {e}") from None
     return plan_of_sites(kept, plan.full, plan.compute_dtype)

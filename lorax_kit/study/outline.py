@@ -45,7 +45,7 @@ def outline(
       {"trials": names, "programs": [{trials, sizes of groups, method, optimizer, ranks, params, estimated_bytes,
       flops_per_step, expected_seconds}], and the totals "flops", "expected_seconds"}. Bytes are of a step beyond the
       base, FLOPs of the products of a group's step, and seconds those FLOPs at half the rate of a large matrix product,
-      without compilation and tests.
+      without compilation and tests. With a rule that stops trials early both totals are those of nobody stopping.
 
     Raises:
       StudyError, PlanError: what `lk.run` raises before it trains.

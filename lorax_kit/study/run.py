@@ -70,8 +70,11 @@ class Results(NamedTuple):
         done = [row for row in self.rows if row["status"] == "done" and _finite(row.get(metric))]
         if not done:
             raise StudyError(f"no trial finished with a {metric}; see 'failed_step' in the rows.")
-        lost = float("inf")
-        return max(done, key=lambda row: (sign * row[metric], -row["params"], -(row["val_loss"] or lost)))
+
+        def loss(row: dict[str, Any]) -> float:
+            return row["val_loss"] if _finite(row["val_loss"]) else float("inf")
+
+        return max(done, key=lambda row: (sign * row[metric], -row["params"], -loss(row)))
 
     def table(self) -> DataFrame:
         """The rows as a pandas data frame, a line per trial: `results.table().groupby("rank")["test_accuracy"].mean()`.
@@ -169,6 +172,7 @@ def run(
                 spec=max(zip(trials, specs, strict=True), key=lambda pair: pair[0].rank)[1].to_dict(),
                 environment=environment(),
                 task=dict(problem.facts),
+                state=list(problem.state),
                 metric=problem.metric,
                 metrics=[metric.to_dict() for metric in problem.all_metrics],
                 started=store.info.get("started") or _now(),

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.core.leaves import FactorTree, keep_rows
-from lorax_kit.core.method import method_of
+from lorax_kit.core.method import leaf_shapes, method_of
 from lorax_kit.core.plan import Plan, plan_of_sites
 from lorax_kit.core.setting import is_int, shown
 from lorax_kit.core.site import Site
-from lorax_kit.errors import PlanError
+from lorax_kit.errors import PlanError, SpecError
 
 
 def nested(loss_fn: Callable[..., Any], plan: Plan, ranks: Sequence[int]) -> Callable[..., Any]:
@@ -94,13 +94,23 @@ def _checked(plan: Plan, rank: Any) -> int:
         rows = method_of(site.setting).rows
         if not rows or getattr(site.setting, "rank", None) is None:
             raise PlanError(f"{site.setting.kind} at {site.path!r} has no rows that ranks could share.")
-        _of_rank(site, rank)
+        smaller = leaf_shapes(replace(site, setting=_of_rank(site, rank)))._asdict()
+        for name, x in leaf_shapes(site)._asdict().items():
+            cut = None if x is None else (rank, *x.shape[1:]) if name in rows else x.shape
+            if cut != (None if smaller[name] is None else smaller[name].shape):
+                raise PlanError(
+                    f"{site.setting.kind} of rank {site.rank} at {site.path!r}, cut to rank {rank}, is no adapter of "
+                    f"that rank: its {name!r} is not made of rows alone."
+                )
     return int(rank)
 
 
 def _of_rank(site: Site, rank: int) -> Any:
     """The setting of a site at another rank, of the same scale."""
-    setting = site.setting.of_rank(rank)  # type: ignore[attr-defined]
+    try:
+        setting = site.setting.of_rank(rank)  # type: ignore[attr-defined]
+    except SpecError as e:  # such as an odd rank of HRA
+        raise PlanError(f"nested rank {rank} at {site.path!r}: {e}") from None
     if abs(setting.scale - site.scale) > 1e-6 * abs(site.scale):
         raise PlanError(
             f"{site.setting.kind} at {site.path!r} scales by its rank alone, so its first rows are no adapter of a "

@@ -13,6 +13,7 @@ from lorax_kit.cli import main
 from lorax_kit.commands import analyse_run
 from lorax_kit.core.paths import flatten
 from lorax_kit.errors import StudyError
+from lorax_kit.problem import Evaluator
 from lorax_kit.report import read_run
 from tests import tiny
 
@@ -71,7 +72,39 @@ def test_records_are_those_of_the_public_functions_and_the_report_draws_them(run
     for name in ("overlap_by_rank", "intruders_by_rank", "forgetting_by_rank"):
         assert f'<figure id="{name}">' in page
         assert (run / "plots" / f"{name}.png").stat().st_size > 0
-    assert "loss on the held-out task hidden" in page
+    assert f"loss on the held-out task {held_out}" in page
+    assert [row["before"] for row in found["by_rank"]] == [0, 0]
+    assert [row["after"] for row in found["by_rank"]] == pytest.approx(
+        [np.mean([r["after"] for r in folder.forgetting if f"r{rank}_" in r["trial"]]) for rank in (1, 2)]
+    )
+
+
+def test_what_is_not_finite_is_left_out_and_heads_are_not_the_studys(tmp_path):
+    problem = tiny.problem()
+    lk.run(tiny.study(rank=[1], seed=[0], steps=2, probe_lr=()), problem, out=tmp_path / "run", progress=False)
+
+    def other(key):
+        return tiny.params(jax.random.key(7))
+
+    metric = lk.Metric("ppl", better="lower", of=lambda mean: np.exp(1e4 * mean["loss"]))
+    lost = tiny.problem(name="lost", params=other, metrics=[metric])
+    with np.errstate(over="ignore"):
+        found = analyse_run(tmp_path / "run", problem=problem, held_out=lost, intruders=False, progress=False)
+    assert found["by_rank"] == [{"rank": 1, "seeds": 1, "before": None, "after": None}]
+    assert "nothing was measured" in (tmp_path / "run" / "report.html").read_text()
+    own = tiny.problem(name="own", params=other)
+    analyse_run(tmp_path / "run", problem=problem, held_out=own, intruders=False, progress=False)
+    (record,) = read_run(tmp_path / "run").forgetting
+    params = other(None)
+    assert record["before"] == pytest.approx(Evaluator(own, params, ("up/kernel",), own.test)(params)["accuracy"])
+
+
+def test_a_report_that_fails_leaves_the_earlier_records(run, monkeypatch):
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    monkeypatch.setattr("lorax_kit.commands.analysis.write_report", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        analyse_run(run, seeds=1, problem=tiny.problem(), progress=False)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
 def test_bad_calls_change_nothing(run, tmp_path, capsys):

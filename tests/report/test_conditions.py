@@ -2,12 +2,14 @@
 
 import json
 import math
+import shlex
 
 import numpy as np
 import pytest
 
 from lorax_kit.report import read_run
-from lorax_kit.report.answer import cautions
+from lorax_kit.report.answer import answer, cautions
+from lorax_kit.report.claims import more_seeds
 from lorax_kit.report.conditions import Family, at_edge_of_grid, rates_tried, summarise
 from lorax_kit.report.tables.summary import summary_rows
 from tests.report import fake_run
@@ -159,6 +161,44 @@ def test_every_further_setting_tells_conditions_apart(tmp_path):
             assert condition.values("test_accuracy").tolist() == own
             assert len(own) == 3
     assert not found.notes
+
+
+def test_a_rank_that_was_stopped_everywhere_claims_no_rate(tmp_path):
+    def change(t):
+        stopped = t["rank"] == 1 or (t["rank"] == 2 and t["lr"] != 1e-3)
+        return {"status": "stopped", "stopped_at": 5, "steps": int(5e3 * t["lr"])} if stopped else {}
+
+    design = {"design": {"stop": {"kind": "halving", "first": 5}}}
+    run = fake_run.build(
+        tmp_path,
+        ranks=(1, 2, 4),
+        rates=(3e-4, 1e-3, 3e-3),
+        seeds=2,
+        spectra=False,
+        probe=False,
+        change=change,
+        study=design,
+    )
+    found = summarise(read_run(run))
+    row = next(row for row in summary_rows(found) if row["rank"] == "1")
+    assert (row["rate"], row["seeds"]) == ("–", "0 (+6 stopped)")
+    assert next(c for c in found.ladder if c.rank == 1).lr == 3e-3  # which lasted longest
+    text = "\n".join([*answer(found), *cautions(found)])
+    assert "at rank 1" not in text
+    if found.best.rank == 2:
+        assert "of rank 1 all trials were stopped early" in text
+    sentence, command = more_seeds(found)
+    assert "does not grow: another folder" in sentence
+    words = shlex.split(command)
+    assert words[words.index("--out") + 1] == f"{run}-{words[-1]}-seeds"
+
+
+def test_finished_trials_without_a_finite_metric_are_told(tmp_path):
+    def change(t):
+        return {"val_accuracy": None} if t["seed"] == 0 else {}
+
+    run = fake_run.build(tmp_path, ranks=(1, 4), seeds=3, spectra=False, probe=False, change=change)
+    assert "2 finished trials with no finite val accuracy, such as r1_" in "\n".join(cautions(summarise(read_run(run))))
 
 
 def test_trials_that_were_stopped_early_enter_no_mean(tmp_path):

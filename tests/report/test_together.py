@@ -87,7 +87,8 @@ def test_runs_of_different_methods_are_compared_by_rank(tmp_path):
     assert "No setting is the same in two runs" in write_side_by_side(folders).read_text()
     table = together_table(together).splitlines()
     assert table[0] == "lora beside dora"
-    assert len(table) == 2 + 2 * 3
+    assert len(table) == 2 + 2 * 2 + 1 + 2
+    assert table[-3] == "the best of each run:"
 
 
 def test_settings_that_differ_between_runs_tell_conditions_apart(tmp_path):

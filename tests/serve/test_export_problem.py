@@ -1,6 +1,8 @@
 """`lorax-kit export` of adapters of a user's own problem, found by its address."""
 
+import itertools
 import json
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.cli import main
+from lorax_kit.commands import Subject
 from lorax_kit.commands.deployment import export_adapter
 from lorax_kit.errors import ExportError
 from lorax_kit.serve import load_stablehlo, load_tensors
@@ -79,6 +82,52 @@ def test_several_outputs_and_fixed_sizes_are_told(tmp_path, capsys):
 def test_a_users_own_model_runs_in_the_runtime(adapter, tmp_path):
     row = export_adapter(adapter, tmp_path / "onnx", form="onnx", rounds=0, progress=False)
     assert row["max_difference"] <= 1e-5
+    assert row["accuracy"] == row["accuracy_jax"]
+
+
+def measured(tmp_path, **changes):
+    problem = tiny.problem(**changes)
+    adapter = adapter_of(problem, tmp_path / "run")
+    subject = Subject(problem=problem, params=problem.params(jax.random.key(0)), targets=("up/kernel",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lorax_kit.commands.deployment.subject_of", lambda *_, **__: subject)
+        return export_adapter(adapter, tmp_path / "out", form="stablehlo", rounds=0, progress=False)
+
+
+def test_a_batch_of_another_structure_is_refused(tmp_path):
+    class Masked(NamedTuple):
+        mask: object
+        x: object
+        label: object
+
+    def of(seed, mask):
+        return Masked(mask, *tiny.points(seed, 8))
+
+    with pytest.raises(ExportError, match="a batch has another structure than the first"):
+        measured(tmp_path, test=[of(2, None), of(3, np.ones((8, tiny.WIDTH), np.float32))])
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_wide_arrays_and_masked_outputs_are_exported(tmp_path):
+    class Warm(NamedTuple):
+        warmth: float
+        x: object
+        label: object
+
+    def apply(params, batch):
+        logits = tiny.apply(params, tiny.Points(batch.x.astype(jnp.float32), batch.label)) * batch.warmth
+        return jnp.concatenate([logits, jnp.full_like(logits[:, :1], -jnp.inf)], axis=-1)
+
+    def of(seed, warmth):
+        points = tiny.points(seed, 8)
+        return Warm(warmth, points.x.astype(np.float64), points.label)
+
+    def stream(seed, start):
+        return (of(seed + step, 1.0) for step in itertools.count(start))
+
+    row = measured(tmp_path, apply=apply, train=stream, val=[of(1, 1.0)], test=[of(2, 1.0), of(3, 50.0)])
+    assert row["sizes"] == {"warmth": [], "x": ["batch", tiny.WIDTH]}
+    assert row["max_difference"] <= 1e-4
     assert row["accuracy"] == row["accuracy_jax"]
 
 

@@ -140,6 +140,32 @@ def test_rows_that_an_optimiser_would_move_are_held_at_zero(tmp_path):
     check_alone(one, tiny.problem(), results)
 
 
+def clipped(learning_rate, limit):
+    """Mixes the rows of a leaf, but only where the limit is near."""
+    return optax.chain(
+        optax.scale_by_adam(), optax.clip_by_block_rms(limit), optax.scale_by_learning_rate(learning_rate)
+    )
+
+
+@pytest.mark.parametrize("limits", [[1e3, 0.2], [0.2, 1e3]])
+def test_rows_that_some_scalars_mix_have_programs_of_their_own(tmp_path, limits):
+    one = study(optimizer=clipped, hyper={"limit": limits})
+    results = run(tmp_path / "run", one)
+    assert len(groups_of(results)) == len({row["rank"] for row in results.rows})
+    check_alone(one, tiny.problem(), results)
+
+
+def test_rows_that_large_gradients_mix_have_programs_of_their_own(tmp_path):
+    def capped(learning_rate):
+        return optax.chain(optax.clip_by_block_rms(5.0), optax.sgd(learning_rate))
+
+    problem = tiny.problem(loss=lambda logits, batch: 1e4 * jnp.mean(tiny.losses(logits, batch)))
+    one = study(optimizer=capped, clip=None)
+    results = run(tmp_path / "run", one, problem)
+    assert len(groups_of(results)) == len({row["rank"] for row in results.rows})
+    check_alone(one, problem, results)
+
+
 def test_traced_axes_share_one_program(tmp_path):
     """Rates per leaf, decays, seeds, alphas and a scalar of the loss: one compilation for 16 trials."""
 

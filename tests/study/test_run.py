@@ -216,6 +216,8 @@ def test_the_best_trial_is_best_in_the_direction_of_its_metric():
     for metric in ("val_loss", "test_loss", "train_loss", "val_accuracy"):
         assert results.best(metric)["trial"] == "low"
     assert results.best("seconds", better="lower")["trial"] in ("low", "high")
+    perfect = [{**low, "trial": "lost", "val_loss": 0.5}, {**low, "trial": "perfect", "val_loss": 0.0}]
+    assert lk.Results(perfect, Path(), 1, "accuracy", directions).best()["trial"] == "perfect"
     with pytest.raises(lk.LoraxError, match="whether 'seconds' is better when higher or lower is not known"):
         results.best("seconds")
     with pytest.raises(lk.LoraxError, match="'val_loss' is better when lower, and better is 'higher'"):

@@ -86,3 +86,10 @@ def test_what_has_no_rows_or_too_few_says_so():
     _, plan, *_ = made(lk.IA3())
     with pytest.raises(lk.PlanError, match=r"is above the rank|has no rows"):
         nested(loss, plan, [1])
+    _, plan, factors, *_ = made(lk.LoRAXS(rank=2))
+    for call in (lambda: nested(loss, plan, [1]), lambda: first_rows(plan, factors, 1)):
+        with pytest.raises(lk.PlanError, match="cut to rank 1, is no adapter of that rank: its 'r'"):
+            call()
+    _, plan, *_ = made(lk.HRA(rank=2))
+    with pytest.raises(lk.PlanError, match="nested rank 1 at "):
+        nested(loss, plan, [1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -33,7 +34,7 @@ def intruders_by_rank(summary: Summary) -> Made:
     for k, (arm, by_rank) in enumerate(found.items()):
         _draw(axes, summary.ranks, by_rank, k, ARMS[arm], 0.16 * (k - 1))
     rank_axis(axes, summary.ranks)
-    top, epsilon = records[0]["top"], records[0]["epsilon"]
+    top, epsilon = max(record["top"] for record in records), records[0]["epsilon"]
     axes.set_ylabel(f"intruders of {top}")
     axes.set_ylim(bottom=-0.02 * top)
     legend_below(figure, axes, columns=1)
@@ -59,7 +60,8 @@ def forgetting_by_rank(summary: Summary) -> Made:
     axes = figure.add_subplot()
     scaled = {rank: [measure.factor * x for x in values] for rank, values in by_rank.items()}
     _draw(axes, summary.ranks, scaled, 0, "after merging", 0.0)
-    axes.axhline(measure.factor * first["before"], color="#666666", lw=1, ls="--", label="the base")
+    before = math.nan if first["before"] is None else first["before"]
+    axes.axhline(measure.factor * before, color="#666666", lw=1, ls="--", label="the base")
     rank_axis(axes, summary.ranks)
     axes.set_ylabel(f"{measure.word} on {first['problem']}{measure.unit}")
     axes.margins(y=0.15)
@@ -71,19 +73,22 @@ def forgetting_by_rank(summary: Summary) -> Made:
     )
     return figure, (
         f"What the base forgets{whose(summary)}: {measure.word} on the held-out task {first['problem']}, "
-        f"{measure.text(first['before'])} before; {measure.highest} is best. Large markers are means over seeds with "
+        f"{measure.text(before)} before; {measure.highest} is best. Large markers are means over seeds with "
         f"their 95 % intervals.{part}"
     )
 
 
-def _by_rank(summary: Summary, records: Sequence[Record], value: Callable[[Record], float]) -> dict[int, list[float]]:
+def _by_rank(
+    summary: Summary, records: Sequence[Record], value: Callable[[Record], float | None]
+) -> dict[int, list[float]]:
     """Rank -> a value per seed of the chosen condition, the mean over its records."""
 
     def seeds(condition: Condition) -> list[float]:
         found = []
         for trial in condition.done:
             own = [value(record) for record in records if record["trial"] == trial["trial"]]
-            found += [float(np.mean(own))] if own else []
+            known = [x for x in own if x is not None]
+            found += [float(np.mean(known))] if known else []
         return found
 
     return {condition.rank: seeds(condition) for condition in summary.ladder}

@@ -124,8 +124,8 @@ def _limits(summary: Summary) -> str:
         )
     if (summary.run.study.get("design") or {}).get("stream") == "shared":
         parts.append(
-            "All trials saw the same batches in the same order: the seeds vary the initial factors and the head, "
-            "not the order of the data."
+            "All trials saw the same batches in the same order: the seeds vary what is drawn (factors, head, random "
+            "numbers of training), not the order of the data."
         )
     return " ".join(parts)
 

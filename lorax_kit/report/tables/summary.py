@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from lorax_kit.analysis.statistics import seeds_needed
 from lorax_kit.report.claims import more_seeds, seeds_of, tests_of
@@ -92,8 +93,8 @@ def _row(summary: Summary, condition: Condition) -> dict[str, str]:
     return {
         "setting": "frozen encoder" if condition.rank == 0 else str(condition.family),
         "rank": "probe" if condition.rank == 0 else str(condition.rank),
-        "rate": f"{condition.lr:g}",
-        "seeds": seeds_text(condition),
+        "rate": f"{condition.lr:g}" if condition.done else "–",
+        "seeds": seeds_text(condition if condition.done else _all_rates(summary, condition)),
         "metric": measure.interval(condition.interval(summary.metric), short=True),
         "validation": measure.short(condition.mean(summary.choice)),
         "loss": _number(condition.mean("val_loss"), ".4f"),
@@ -102,6 +103,12 @@ def _row(summary: Summary, condition: Condition) -> dict[str, str]:
         "difference": difference,
         "p": p,
     }
+
+
+def _all_rates(summary: Summary, condition: Condition) -> Condition:
+    """The trials of a rank of which none finished, at every rate."""
+    same = [c for c in summary.conditions if (c.family, c.rank) == (condition.family, condition.rank)] or [condition]
+    return replace(condition, trials=tuple(trial for c in same for trial in c.trials))
 
 
 def seeds_text(condition: Condition) -> str:

@@ -24,6 +24,7 @@ def together_table(together: Together) -> str:
         "paired": "",
     }
     rows = together_rows(together)
+    best = [row for row in rows if row["best"]]
     widths = {key: max(len(head), *(len(row[key]) for row in rows)) for key, head in heads.items()} if rows else {}
 
     def line(cells: dict[str, str]) -> str:
@@ -32,8 +33,16 @@ def together_table(together: Together) -> str:
             cells[key].ljust(width) if key in words else cells[key].rjust(width) for key, width in widths.items()
         ).rstrip()
 
-    lines = [" beside ".join(together.names), line(heads), *map(line, rows)]
-    return "\n".join(lines if rows else [lines[0], "no condition in common has finished"])
+    lines = [" beside ".join(together.names)]
+    lines += [f"{section}: {name}: {' | '.join(map(_short, texts))}" for section, name, texts in together.differing]
+    if not rows:
+        return "\n".join([*lines, "no condition in common has finished"])
+    lines += [line(heads), *(line(row) for row in rows if not row["best"])]
+    return "\n".join([*lines, *(["the best of each run:", *map(line, best)] if best else [])])
+
+
+def _short(text: str, most: int = 40) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def together_rows(together: Together) -> list[dict[str, str]]:

@@ -44,7 +44,7 @@ def _text(x: Any) -> bool:
 AXES: dict[str, Axis] = {
     "variant": Axis(_text, "the name of a method", "lora"),
     "targets": Axis(_text, "the name of one of the study's targets"),
-    "rank": Axis(lambda x: is_int(x) and x >= 1, "at least 1"),
+    "rank": Axis(lambda x: is_int(x) and x >= 1, "an integer of at least 1"),
     "alpha": Axis(lambda x: x is None or positive(x), "a positive number of float32's range, or None"),
     "start": Axis(_text, "the name of a start", "kaiming", "start-"),
     "dropout": Axis(lambda x: is_number(x) and 0 <= x < 1, "a number in [0, 1)", 0.0, "do"),

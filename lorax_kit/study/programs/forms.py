@@ -121,8 +121,7 @@ def stacks(
         ranks = [trial.rank for trial in some if trial.rank > 0]
         rows = "kept"
         if len(set(ranks)) > 1:
-            one = next(trial for trial in some if trial.rank == max(ranks))
-            rows = rows_treatment(study, whole, one, form.recipe, (min(ranks), max(ranks)))
+            rows = rows_treatment(study, whole, [trial for trial in some if trial.rank > 0], form.recipe)
         if rows != "mixed":
             own_order = [trial for trial in trials if trial in some]
             out.append(Stack(own_order, whole, form._replace(held=rows == "held")))

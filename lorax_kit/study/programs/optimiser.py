@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ from lorax_kit.training.optimisers.extra import extra_arguments
 from lorax_kit.training.optimisers.lora_plus import lora_plus
 from lorax_kit.training.optimisers.partition import partition
 
+SIZES = (1e-4, 1.0, 1e4)
+"""Of gradients with which the treatment of rows is measured."""
 STEPS = 3
 """Updates over which the treatment of rows is measured: states need two to show in the third."""
 
@@ -163,60 +165,71 @@ def transformation(
     return partition(tx, plan, clip=study.clip)
 
 
-def rows_treatment(study: Study, plan: Plan, trial: Trial, recipe: Recipe, ranks: tuple[int, int]) -> str:
+def rows_treatment(study: Study, plan: Plan, trials: Sequence[Trial], recipe: Recipe) -> str:
     """How the optimiser treats rows of zeros: "kept" at zero, "held" there by a mask, or "mixed" with the others.
 
-    Three updates of a leaf of the first site at the lower rank are compared with those at the higher rank whose last
-    rows, and their gradients, are zero.
+    Three updates of a leaf of the first site at the lowest rank are compared with those at the highest rank whose last
+    rows, and their gradients, are zero: for the scalars of every trial and for gradients of several sizes, since a
+    clip, or noise of some size, acts for some of them alone. The worst answer counts.
 
     Args:
-      ranks: the lowest and the highest of the trials that would share a stack.
+      trials: of rank above 0 that would share a stack.
     """
-    low, high = ranks
+    largest = max(trials, key=lambda trial: trial.rank)
+    low, high = min(trial.rank for trial in trials), largest.rank
     if low == high or not plan.sites:
         return "kept"
     shapes = {}
-    for rank in ranks:
-        setting = replace(study.setting(trial), rank=rank)  # type: ignore[call-arg]
+    for rank in (low, high):
+        setting = study.setting(largest).of_rank(rank)  # type: ignore[attr-defined]
         shapes[rank] = leaf_shapes(replace(plan.sites[0], setting=setting))._asdict()
-    rows = METHODS[trial.variant].rows
+    rows = METHODS[largest.variant].rows
+    values = {name: [scalars_of(trial)[name] for trial in trials] for name in recipe.reads}
+    points = sorted(set(zip(*values.values(), strict=True))) or [()]
+    cases = [dict(zip(values, point, strict=True)) | {"size": size} for point in points for size in SIZES]
     rng = np.random.default_rng(0)
     kept = True
-    with jax.numpy_dtype_promotion("standard"):
-        for name, small in shapes[low].items():
-            large = shapes[high].get(name)
-            if name not in rows or small is None or large is None:
-                continue
-            params = rng.normal(size=small.shape).astype(np.float32)
-            grads = rng.normal(size=(STEPS, *small.shape)).astype(np.float32)
-            pad = [(0, n - m) for m, n in zip(small.shape, large.shape, strict=True)]
-            alone = _moved(study, trial, recipe, params, grads)
-            stacked = _moved(study, trial, recipe, np.pad(params, pad), np.pad(grads, [(0, 0), *pad]))
-            inside = tuple(slice(n) for n in small.shape)
-            if not np.allclose(stacked[inside], alone, rtol=1e-4, atol=1e-7):
-                return "mixed"
-            rest = stacked.copy()
-            rest[inside] = 0
-            kept &= not rest.any()
+    for name, small in shapes[low].items():
+        large = shapes[high].get(name)
+        if name not in rows or small is None or large is None:
+            continue
+        params = rng.normal(size=small.shape).astype(np.float32)
+        grads = rng.normal(size=(STEPS, *small.shape)).astype(np.float32)
+        pad = [(0, n - m) for m, n in zip(small.shape, large.shape, strict=True)]
+        alone = _moved(study, recipe, params, grads, cases)
+        stacked = _moved(study, recipe, np.pad(params, pad), np.pad(grads, [(0, 0), *pad]), cases)
+        inside = (slice(None), *(slice(n) for n in small.shape))
+        if not np.allclose(stacked[inside], alone, rtol=1e-4, atol=1e-7, equal_nan=True):
+            return "mixed"
+        rest = stacked.copy()
+        rest[inside] = 0
+        kept &= not rest.any()
     return "kept" if kept else "held"
 
 
-def _moved(study: Study, trial: Trial, recipe: Recipe, params: np.ndarray, grads: np.ndarray) -> np.ndarray:
-    values = scalars_of(trial)
-    given = {name: values[name] for name in recipe.reads} | dict(recipe.static)
-    tx = optax.with_extra_args_support(maker(study, recipe.name)(1e-2, **given))
+def _moved(
+    study: Study, recipe: Recipe, params: np.ndarray, grads: np.ndarray, cases: Sequence[Mapping[str, float]]
+) -> np.ndarray:
+    """(cases, *shape): where updates take a leaf, for each case's scalars and size of its gradients."""
 
     @jax.jit
-    def run(params: Array, grads: Array) -> Array:
-        state = tx.init(params)
-        for grad in grads:
-            extra = extra_arguments(jnp.float32(1), grad, lambda p: jnp.sum(p * p), lambda p: 2 * p)
-            updates, state = tx.update(grad, state, params, **extra)
-            params = optax.apply_updates(params, updates)
-        return params
+    def run(params: Array, grads: Array, cases: Any) -> Array:
+        def one(case: Mapping[str, Array]) -> Array:
+            given = {name: case[name] for name in recipe.reads} | dict(recipe.static)
+            tx = optax.with_extra_args_support(maker(study, recipe.name)(1e-2, **given))
+            moved, state = params, tx.init(params)
+            for grad in case["size"] * grads:
+                extra = extra_arguments(jnp.float32(1), grad, lambda p: jnp.sum(p * p), lambda p: 2 * p)
+                updates, state = tx.update(grad, state, moved, **extra)
+                moved = optax.apply_updates(moved, updates)
+            return moved
 
+        return jax.lax.map(one, cases)
+
+    stacked = {name: jnp.asarray([case[name] for case in cases], jnp.float32) for name in cases[0]}
     try:
-        return np.asarray(run(jnp.asarray(params), jnp.asarray(grads)))
+        with jax.numpy_dtype_promotion("standard"):
+            return np.asarray(run(jnp.asarray(params), jnp.asarray(grads), stacked))
     except LoraxError:
         raise
     except Exception as e:  # whatever a user's own optimiser raises

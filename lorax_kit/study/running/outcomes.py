@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -215,6 +217,8 @@ class Outcomes:
             return row
         merged = merge(base, factors, plan)
         val, test = (measure(merged) for measure in self._tests(plan, group.form, merged))
+        if not all(math.isfinite(found[problem.metric]) for found in (val, test)):
+            warnings.warn(f"{problem.metric!r} of trial {trial.name} is not finite: it enters no choice.", stacklevel=2)
         path = self.store.adapter_path(trial.name)
         save_adapter(
             path,
