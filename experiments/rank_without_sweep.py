@@ -2,8 +2,19 @@
 
 Command:   python experiments/rank_without_sweep.py     (the ladder goes on where an earlier call stopped)
 Hardware:  2 CPU cores
-Time:      TIME
-Result:    RESULT
+Time:      8 min
+Result:    test accuracy in %, six seeds, intervals of 95 %; the difference to the ladder's adapter is paired by seed
+
+    rank  ladder               nested                truncated              ranks by gradients    by inputs
+    1     77.9 [76.9, 78.7]    -1.2 [-1.9, -0.5]     -1.3 [-2.7, +0.1]
+    2     78.1 [77.3, 78.8]    -0.9 [-1.8, +0.0]     -0.3 [-1.6, +1.0]
+    4     78.9 [78.0, 79.5]    -1.2 [-2.1, -0.5]     -0.1 [-1.5, +1.3]      -0.5 [-1.5, +0.7]     -0.1 [-0.6, +0.6]
+    8     78.6 [78.0, 79.4]    -1.1 [-2.3, -0.1]     +0.1 [-0.4, +1.0]
+    16    78.8 [78.1, 79.5]    -2.3 [-6.4, -0.1]
+
+           Rank 16 cut by SVD is as good as a ladder from rank 2 on, for a fifth of the training; one nested run, which
+           costs as much, is a point behind at every rank (each rank has but a fifth of its steps). Ranks by spectra are
+           no better than equal ranks at this budget.
 Writes:    runs/rank_without_sweep/ladder/ (a study), runs/rank_without_sweep/table.csv
 
 Film reviews, MiniLM's upper three layers, 100 steps, six seeds. The ladder trains every rank; "nested" trains rank 16

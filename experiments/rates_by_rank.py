@@ -2,8 +2,17 @@
 
 Command:   python experiments/rates_by_rank.py     (a second call goes on where the first stopped)
 Hardware:  2 CPU cores
-Time:      TIME
-Result:    RESULT
+Time:      50 min with other work on the machine
+Result:    best rate, and test accuracy in % there; six seeds, intervals of 95 %
+
+    scale           rank 1                     rank 8                     rank 64
+    alpha / r       0.003: 77.3 [76.7, 78.0]   0.003: 78.6 [77.9, 79.0]   0.003: 78.5 [78.0, 79.2]
+    alpha / sqrt r  0.003: 78.1 [77.5, 78.6]   0.003: 78.6 [77.9, 79.0]   0.001: 78.8 [78.1, 79.4]
+    full            0.0003: 79.3 [78.8, 79.7]
+
+           Agrees with LoRA Without Regret: under alpha / r the best of five rates is the same at ranks 1 to 64, and ten
+           times that of full fine-tuning. Does not show what alpha / sqrt(r) is for: rank 64 learns as much under
+           either scale in so few steps, and under alpha / sqrt(r) its best rate is lower.
 Writes:    runs/rates_by_rank/{linear,sqrt}/ (a study each), runs/rates_by_rank/table.csv
 
 Film reviews, MiniLM's upper three layers, 100 steps, six seeds. Schulman et al., "LoRA Without Regret" (2025), find

@@ -117,6 +117,7 @@ def inspect(
     from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
     from lorax_kit.commands import inspect_model
     from lorax_kit.core.spec import Spec
+    from lorax_kit.workloads.sentiment import adapter_folder
 
     if spec not in (None, "all-linear") and not Path(str(spec)).is_file():
         raise click.UsageError(f"--spec {spec!r} is neither a file nor all-linear.")
@@ -124,7 +125,8 @@ def inspect(
         refuse_given(FLAGS, "--spec all-linear; a file has settings of its own")
     if quantise is not None and spec is None:
         raise click.UsageError("--quantise keeps the parameters that a spec adapts in few bits: give --spec, too.")
-    if (Path(model) / "spec").is_dir():
+    if (adapter_folder(model) / "spec").is_dir():
+        model = str(adapter_folder(model))
         if given := [f"--{n}" for n, v in {"spec": spec, "quantise": quantise, "html": html}.items() if v is not None]:
             raise click.UsageError(f"{given[0]} is about a model's parameters; MODEL is an adapter.")
         document = read_document(model)

@@ -209,7 +209,12 @@ def test_an_adapters_own_folder_is_not_searched_for_its_problem(tmp_path, monkey
     with pytest.raises(SystemExit) as e:
         main(["evaluate", "."])
     assert e.value.code == 2
-    assert "say that you trust it: --problem evil_module_of_adapter:x" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the working directory is not searched" in said
+    assert "--problem evil_module_of_adapter:x" in said
+    monkeypatch.setenv("PYTHONPATH", ".")  # which says that it is trusted
+    with pytest.raises(SystemExit, match="ran"):
+        main(["evaluate", "."])
 
 
 def test_an_adapter_of_a_quantised_study_is_compressed(tmp_path):
