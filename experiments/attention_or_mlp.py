@@ -2,8 +2,16 @@
 
 Command:   python experiments/attention_or_mlp.py     (a second call goes on where the first stopped)
 Hardware:  2 CPU cores
-Time:      TIME
-Result:    RESULT
+Time:      10 min with other work on the machine
+Result:    test accuracy in %, six seeds, intervals of 95 %; the difference to both is paired by seed
+
+    targets    rank  lr      accuracy            against both
+    attention  45    0.0006  79.0 [78.3, 79.7]   +0.3 [-0.5, +0.8]
+    MLP        36    0.002   79.0 [78.4, 79.5]   +0.3 [-0.2, +0.8]
+    both       20    0.0006  78.7 [78.5, 78.9]
+
+           Disagrees: attention alone is not behind. The task is small, and 138,240 parameters a layer are more than
+           it needs; the paper's lag shows where capacity is short, or training is long.
 Writes:    runs/attention_or_mlp/{attention,mlp,both}/ (a study each), runs/attention_or_mlp/table.csv
 
 Film reviews, MiniLM's upper three layers, 100 steps, six seeds, four rates. Schulman et al., "LoRA Without Regret"
