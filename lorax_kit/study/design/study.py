@@ -15,7 +15,7 @@ from lorax_kit.errors import SpecError, StudyError
 from lorax_kit.starts import start_of
 from lorax_kit.study.design.sampling import Sample
 from lorax_kit.study.design.stopping import Stopping, stopping_from
-from lorax_kit.study.design.trial import AXES, FLOAT32_MAX, Trial, values_of
+from lorax_kit.study.design.trial import AXES, FLOAT32_MAX, Trial, hyper_of, targets_of, values_of
 
 SCHEDULES = ("constant", "linear", "cosine")
 STREAMS = ("shared", "seed")
@@ -124,8 +124,8 @@ class Study:
         put("probe_lr", tuple(plain(x) for x in probes))
         for x in self.probe_lr:  # type: ignore[union-attr]
             _check(AXES["lr"].ok(x), f"study probe_lr holds {shown(x)}; it must be {AXES['lr'].words}.")
-        self._check_targets()
-        put("hyper", self._hyper(self.hyper))
+        put("targets", targets_of(self.targets))
+        put("hyper", hyper_of(self.hyper))
         for name, low in (("steps", 1), ("warmup", 0), ("eval_every", 0)):
             x = getattr(self, name)
             ok = is_int(x) and x >= low
@@ -177,33 +177,6 @@ class Study:
     def _named_grid(self, grid: Mapping[str, Any]) -> dict[str, Any]:
         named = {"optimizer": list(self._named_optimizers(grid["optimizer"]))} if "optimizer" in grid else {}
         return {**grid, **named}
-
-    def _check_targets(self) -> None:
-        _check(isinstance(self.targets, Mapping) and len(self.targets) > 0, "study targets must map names to patterns.")
-        for name, patterns in self.targets.items():
-            listed = isinstance(patterns, Sequence) and not isinstance(patterns, str) and len(patterns) > 0
-            _check(
-                listed and all(isinstance(pattern, str) for pattern in patterns),
-                f"study targets {shown(name)} must be a list of patterns.",
-            )
-            ok = isinstance(name, str) and name.replace("-", "").replace("_", "").isalnum()
-            _check(ok, f"study targets name {shown(name)} goes into file names: use letters, digits, '-' and '_'.")
-        object.__setattr__(self, "targets", {name: tuple(patterns) for name, patterns in self.targets.items()})
-
-    def _hyper(self, given: Any) -> dict[str, tuple[float, ...]]:
-        _check(isinstance(given, Mapping), f"study hyper is {shown(given)}; it must map names to values.")
-        out = {}
-        for name, values in given.items():
-            _check(isinstance(name, str) and name.isidentifier(), f"study hyper {shown(name)} is no name of a keyword.")
-            axis = name in AXES or name == "learning_rate"
-            _check(not axis, f"study hyper holds {name!r}, which is an axis of the study: give it there.")
-            several = isinstance(values, Sequence)
-            numbers = tuple(plain(x) for x in (values if several else [values]))
-            ok = len(numbers) > 0 and all(is_number(x) and abs(x) < FLOAT32_MAX for x in numbers)
-            _check(ok, f"study hyper {name!r} holds {shown(values)}; it must be a number or several.")
-            _check(len(set(numbers)) == len(numbers), f"study hyper {name!r} repeats a value: {shown(list(numbers))}.")
-            out[name] = numbers
-        return out
 
     def _check_settings(self) -> None:
         ok = isinstance(self.settings, Mapping)
@@ -259,7 +232,7 @@ class Study:
             _check(isinstance(further, Mapping), f"settings of grid {number} must map methods to settings.")
             for kind, more in further.items():
                 settings[kind] = {**settings.get(kind, {}), **more} if isinstance(more, Mapping) else more
-            hyper = self._hyper(given.pop("hyper", None) or {})
+            hyper = hyper_of(given.pop("hyper", None) or {})
             unknown = sorted(set(given) - set(AXES))
             _check(
                 not unknown,

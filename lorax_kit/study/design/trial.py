@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -145,3 +145,47 @@ def values_of(name: str, given: Any) -> tuple:
     if len(set(values)) < len(values):
         raise StudyError(f"study {name} repeats a value: {shown(list(values))}.")
     return values
+
+
+def targets_of(given: Any) -> dict[str, tuple[str, ...]]:
+    """Name -> patterns, of a study's `targets`.
+
+    Raises:
+      StudyError: no mapping, no patterns, a name that no file can have.
+    """
+    _check(isinstance(given, Mapping) and len(given) > 0, "study targets must map names to patterns.")
+    for name, patterns in given.items():
+        listed = isinstance(patterns, Sequence) and not isinstance(patterns, str) and len(patterns) > 0
+        _check(
+            listed and all(isinstance(pattern, str) for pattern in patterns),
+            f"study targets {shown(name)} must be a list of patterns.",
+        )
+        ok = isinstance(name, str) and name.replace("-", "").replace("_", "").isalnum()
+        _check(ok, f"study targets name {shown(name)} goes into file names: use letters, digits, '-' and '_'.")
+    return {name: tuple(patterns) for name, patterns in given.items()}
+
+
+def hyper_of(given: Any) -> dict[str, tuple[float, ...]]:
+    """Name -> values, of a study's `hyper`.
+
+    Raises:
+      StudyError: no mapping, a name that is an axis or no keyword, values that are no numbers.
+    """
+    _check(isinstance(given, Mapping), f"study hyper is {shown(given)}; it must map names to values.")
+    out = {}
+    for name, values in given.items():
+        _check(isinstance(name, str) and name.isidentifier(), f"study hyper {shown(name)} is no name of a keyword.")
+        axis = name in AXES or name == "learning_rate"
+        _check(not axis, f"study hyper holds {name!r}, which is an axis of the study: give it there.")
+        several = isinstance(values, Sequence)
+        numbers = tuple(plain(x) for x in (values if several else [values]))
+        ok = len(numbers) > 0 and all(is_number(x) and abs(x) < FLOAT32_MAX for x in numbers)
+        _check(ok, f"study hyper {name!r} holds {shown(values)}; it must be a number or several.")
+        _check(len(set(numbers)) == len(numbers), f"study hyper {name!r} repeats a value: {shown(list(numbers))}.")
+        out[name] = numbers
+    return out
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise StudyError(message)
