@@ -2,8 +2,18 @@
 
 Command:   python experiments/faster_start.py     (a second call goes on where the first stopped)
 Hardware:  2 CPU cores
-Time:      TIME
-Result:    RESULT
+Time:      35 min with other work on the machine
+Result:    validation loss of LoRA, and differences to it paired by seed, each at its own best rate; intervals of 95 %
+
+    step  LoRA                  PiSSA                    LoRA+                    DoRA
+    10    .647 [.643, .653]     +.023 [+.019, +.027]     +.008 [-.003, +.019]     -.0009 [-.0011, -.0007]
+    20    .576 [.565, .604]     +.034 [-.005, +.063]     +.074 [-.037, +.575]     -.0007 [-.0021, +.0006]
+    40    .547 [.533, .565]     +.020 [+.002, +.035]     +.015 [-.003, +.029]     -.0024 [-.0119, +.0014]
+    80    .498 [.493, .503]     +.001 [-.003, +.008]     +.011 [+.002, +.023]     -.0002 [-.0004, +.0001]
+
+           Disagrees: with its rate swept LoRA starts as fast as any. PiSSA is behind until step 40 and level at 80, LoRA+
+           at no step ahead, DoRA ahead by a thousandth at step 10 and level after. (The loss is that of the set which
+           chose the rate: flattered for all alike.)
 Writes:    runs/faster_start/study/ (one study), runs/faster_start/table.csv
 
 Film reviews, MiniLM's upper three layers, rank 8, 80 steps at a constant rate, six seeds, five rates. PiSSA (Meng et
