@@ -11,9 +11,9 @@ Result:    validation loss of LoRA, and differences to it paired by seed, each a
     40    .547 [.533, .565]     +.020 [+.002, +.035]     +.015 [-.003, +.029]     -.0024 [-.0119, +.0014]
     80    .498 [.493, .503]     +.001 [-.003, +.008]     +.011 [+.002, +.023]     -.0002 [-.0004, +.0001]
 
-           Disagrees: with its rate swept LoRA starts as fast as any. PiSSA is behind until step 40 and level at 80, LoRA+
-           at no step ahead, DoRA ahead by a thousandth at step 10 and level after. (The loss is that of the set which
-           chose the rate: flattered for all alike.)
+           Disagrees: with its rate swept LoRA starts as fast as any. PiSSA is behind until step 40 and level at 80,
+           LoRA+ at no step ahead, DoRA ahead by a thousandth at step 10 and level after. (The loss is that of the set
+           which chose the rate: flattered for all alike.)
 Writes:    runs/faster_start/study/ (one study), runs/faster_start/table.csv
 
 Film reviews, MiniLM's upper three layers, rank 8, 80 steps at a constant rate, six seeds, five rates. PiSSA (Meng et
