@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from smollm2_ranks import OUT as STUDIES
 from smollm2_ranks import TARGETS
-from tables import spread, write
+from tables import at_best_rate, spread, write
 from tqdm import tqdm
 
 import lorax_kit as lk
@@ -37,7 +37,7 @@ from lorax_kit.tasks import Plays, load_reviews
 from lorax_kit.workloads import PlaysText
 
 OUT = Path("runs/forgetting")
-SEEDS, STEPS, WARMUP, FULL_RATES = range(6), 30, 5, (3e-5, 1e-4, 3e-4)
+SEEDS, STEPS, WARMUP, FULL_RATES = range(6), 30, 5, (1e-4, 3e-4)
 COUNTED = "layer_{20,23,26,29}/attention/{query,output}/kernel"
 
 
@@ -103,7 +103,8 @@ def main() -> None:
 
     before, found = worth(base), {}
     run = read_run(STUDIES / "fp32")
-    for row in tqdm([row for row in run.trials if row["rank"] in (8, 64)], desc="LoRA", disable=None):
+    chosen = [at_best_rate([row for row in run.trials if row["rank"] == r], "val_perplexity", min) for r in (8, 64)]
+    for row in tqdm(list(itertools.chain(*chosen)), desc="LoRA", disable=None):
         adapter = lk.load_adapter(run.path / row["adapter"], base=base)
         merged = lk.merge(base, adapter.factors, adapter.plan)
         plan, factors = as_adapter(plays, base, merged)
