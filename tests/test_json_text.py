@@ -86,7 +86,7 @@ def test_specs_of_wrong_kinds_say_so(data, says):
 
 
 STUDIES = [
-    ({"rank": 10**5000}, "study rank holds a int too large to write; it must be at least 1"),
+    ({"rank": 10**5000}, "study rank holds a int too large to write; it must be an integer of at least 1"),
     ({"lr": 10**400}, "it must be a positive number of float32's range"),
     ({"steps": 10**400}, "(401 characters); it must be an integer of at least 1"),
     ({"seed": 10**5000}, "study seed holds a int too large to write; it must be an integer in [0, 2^31)"),
