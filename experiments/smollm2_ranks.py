@@ -2,8 +2,19 @@
 
 Command:   python experiments/smollm2_ranks.py [fp32|nf4]     (both; a second call goes on where the first stopped)
 Hardware:  2 CPU cores
-Time:      TIME
-Result:    RESULT
+Time:      about 14 min for each base
+Result:    perplexity of held-out plays, six seeds, intervals of 95 %; differences to rank 8 are paired by seed
+
+    base  rank  trained    lr     perplexity           against rank 8
+    fp32  1     101,760    0.003  41.6 [41.0, 42.2]    +1.6 [+1.2, +1.9]
+    fp32  8     814,080    0.003  40.0 [39.5, 40.5]
+    fp32  64    6,512,640  0.003  40.1 [39.4, 40.8]    +0.1 [-0.7, +0.7]
+    NF4   1     101,760    0.003  43.5 [42.8, 44.3]    +1.7 [+1.3, +2.0]
+    NF4   8     814,080    0.003  41.9 [41.2, 42.4]
+    NF4   64    6,512,640  0.003  41.9 [41.0, 42.7]    +0.0 [-0.6, +0.5]
+
+           Rank 8 is enough in so few steps, and rank 1 is not. An NF4 base costs 1.8 to 2.0 of perplexity at every rank
+           and leaves the order of ranks as it is. (The better rate is the highest tried.)
 Writes:    runs/smollm2_ranks/{fp32,nf4}/ (a study each: report.html, adapters/), runs/smollm2_ranks/table.csv
 
 All linear layers of the upper ten of thirty blocks, 30 steps of two windows of 128 tokens, six seeds, two rates. The
