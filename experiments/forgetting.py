@@ -2,8 +2,23 @@
 
 Command:   python experiments/smollm2_ranks.py fp32, then python experiments/forgetting.py
 Hardware:  2 CPU cores
-Time:      TIME
-Result:    RESULT
+Time:      12 min
+Result:    perplexity (the base: plays 55.3, prose 97.0), six seeds, intervals of 95 %
+
+    method   lr      plays (learnt)       prose (forgotten)
+    LoRA 1   0.001   45.2 [44.6, 45.4]    97.7 [96.7, 98.4]
+    LoRA 1   0.003   41.6 [41.0, 42.2]    113.0 [109.0, 117.7]
+    LoRA 8   0.001   42.6 [42.0, 43.0]    103.6 [101.6, 105.7]
+    LoRA 8   0.003   40.0 [39.5, 40.5]    127.3 [120.7, 137.0]
+    LoRA 64  0.001   40.5 [39.9, 41.1]    112.6 [108.4, 118.3]
+    LoRA 64  0.003   40.1 [39.4, 40.8]    147.0 [137.5, 163.0]
+    full     0.0001  45.1 [44.8, 45.4]    95.3 [95.0, 95.6]
+    full     0.0003  41.7 [40.9, 42.3]    101.8 [100.8, 102.7]
+
+           Disagrees in so few steps: where LoRA learns as much as full fine-tuning it forgets a little more (rank 1 at
+           0.001 against full at 0.0001, rank 8 at 0.001 against full at 0.0003), and more rate, not more rank, is what
+           forgets. No intruder appears among the leading ten at the counted matrices, of LoRA or of full fine-tuning, so
+           this setting says nothing of their dispute.
 Writes:    runs/forgetting/table.csv
 
 SmolLM2-135M learns plays (upper ten blocks, 30 steps, six seeds); what it may forget is English prose that is no play:
@@ -104,12 +119,15 @@ def main() -> None:
     before, found = worth(base), {}
     run = read_run(STUDIES / "fp32")
     chosen = [at_best_rate([row for row in run.trials if row["rank"] == r], "val_perplexity", min) for r in (8, 64)]
-    for row in tqdm(list(itertools.chain(*chosen)), desc="LoRA", disable=None):
+    counted = {row["trial"] for row in itertools.chain(*chosen)}
+    for row in tqdm(run.trials, desc="LoRA", disable=None):
         adapter = lk.load_adapter(run.path / row["adapter"], base=base)
         merged = lk.merge(base, adapter.factors, adapter.plan)
-        plan, factors = as_adapter(plays, base, merged)
-        one = worth(merged) | counts(base, plan, factors)
-        if row["rank"] == 64:
+        one = worth(merged)
+        if row["trial"] in counted:
+            plan, factors = as_adapter(plays, base, merged)
+            one |= counts(base, plan, factors)
+        if row["trial"] in counted and row["rank"] == 64:
             # All but the counted matrices are merged before, so that only those change.
             own, treedef = flatten(merged)
             own |= {site.path: flatten(base)[0][site.path] for site in plan.sites}
