@@ -16,9 +16,9 @@ Result:    perplexity (the base: plays 55.3, prose 97.0), six seeds, intervals o
     full     0.0003  41.7 [40.9, 42.3]    101.8 [100.8, 102.7]
 
            Disagrees in so few steps: where LoRA learns as much as full fine-tuning it forgets a little more (rank 1 at
-           0.001 against full at 0.0001, rank 8 at 0.001 against full at 0.0003), and more rate, not more rank, is what
-           forgets. No intruder appears among the leading ten at the counted matrices, of LoRA or of full fine-tuning, so
-           this setting says nothing of their dispute.
+           0.001 against full at 0.0001, rank 8 at 0.001 against full at 0.0003); a higher rank and a higher rate both
+           forget more. No intruder appears among the leading ten at the counted matrices, of LoRA or of full
+           fine-tuning, so this setting says nothing of their dispute.
 Writes:    runs/forgetting/table.csv
 
 SmolLM2-135M learns plays (upper ten blocks, 30 steps, six seeds); what it may forget is English prose that is no play:
