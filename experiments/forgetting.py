@@ -39,7 +39,7 @@ import jax
 import numpy as np
 import optax
 from smollm2_ranks import OUT as STUDIES
-from smollm2_ranks import TARGETS
+from smollm2_ranks import TARGETS, study_of
 from tables import at_best_rate, spread, write
 from tqdm import tqdm
 
@@ -48,11 +48,12 @@ from lorax_kit.analysis import adapter_intruders, count_intruders, scale_intrude
 from lorax_kit.core.paths import flatten, unflatten
 from lorax_kit.problem import Evaluator
 from lorax_kit.report import read_run
+from lorax_kit.study.programs.steps import rate
 from lorax_kit.tasks import Plays, load_reviews
 from lorax_kit.workloads import PlaysText
 
 OUT = Path("runs/forgetting")
-SEEDS, STEPS, WARMUP, FULL_RATES = range(6), 30, 5, (1e-4, 3e-4)
+SEEDS, STEPS, FULL_RATES = range(6), 30, (1e-4, 3e-4)
 COUNTED = "layer_{20,23,26,29}/attention/{query,output}/kernel"
 
 
@@ -63,18 +64,15 @@ def reviews(settings: PlaysText) -> lk.Problem:
     return settings.build(Plays(train=["\n".join(texts[:half])], test=["\n".join(texts[half:])]))
 
 
-def full(problem: lk.Problem, rate: float) -> Iterator[dict]:
+def full(problem: lk.Problem, peak: float) -> Iterator[dict]:
     """The same matrices trained in full for each seed, by the study's optimiser, schedule and batches."""
     params, batch = problem.params(jax.random.key(0)), next(problem.train(0, 0))
     plan = lk.resolve(lk.Spec([(p, lk.Full()) for p in TARGETS["upper-linear"]]), params, problem.apply, batch)
     adapted = lk.adapt(problem.apply, plan)
 
-    def peak(n):
-        return rate * jax.numpy.where(n < WARMUP, (n + 1) / WARMUP, 1 - (n - WARMUP) / (STEPS - WARMUP))
-
-    tx = lk.partition(optax.adamw(peak, weight_decay=0.0), plan, clip=1.0)
+    tx = lk.partition(optax.adamw(rate(study_of("fp32"), peak), weight_decay=0.0), plan, clip=1.0)
     init, step = lk.make_step(lambda base, factors, batch: problem.loss(adapted(base, factors, batch), batch), tx)
-    for seed in tqdm(SEEDS, desc=f"full, {rate:g}", disable=None):
+    for seed in tqdm(SEEDS, desc=f"full, {peak:g}", disable=None):
         base, factors = lk.split(params, plan, jax.random.key(seed))
         state = init(factors)
         for batch in itertools.islice(problem.train(seed, 0), STEPS):
@@ -134,13 +132,13 @@ def main() -> None:
             for arm, params in scale_intruders(plan, unflatten(own, treedef), factors, 0.0).items():
                 found.setdefault((f"LoRA 64, {arm}", row["lr"]), []).append(worth(params))
         found.setdefault((f"LoRA {row['rank']}", row["lr"]), []).append(one)
-    for rate in FULL_RATES:
-        found["full", rate] = [
-            worth(merged) | counts(base, *as_adapter(plays, base, merged)) for merged in full(plays, rate)
+    for peak in FULL_RATES:
+        found["full", peak] = [
+            worth(merged) | counts(base, *as_adapter(plays, base, merged)) for merged in full(plays, peak)
         ]
     table = [{"method": "base", "plays": before["plays"], "prose": before["prose"]}]
-    for (name, rate), some in found.items():
-        row = {"method": name, "lr": rate}
+    for (name, lr), some in found.items():
+        row = {"method": name, "lr": lr}
         for key in some[0]:
             row |= spread([one[key] for one in some], key)
         table.append(row)

@@ -12,8 +12,9 @@ heads, factors and batches. Halving trains all 24 trials for nine steps, the bes
 end. Each chooses by validation accuracy on 1,000 reviews; what counts is the accuracy on both held-out sets.
 """
 
-import csv
 from pathlib import Path
+
+from tables import write
 
 import lorax_kit as lk
 from lorax_kit.workloads import Sentiment
@@ -55,11 +56,7 @@ def main() -> None:
                 "share_of_steps": steps[1] / steps[0],
             }
         )
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in table[-1].items()})
-    with open(OUT / "table.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
+    write(OUT / "table.csv", table)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import lorax_kit as lk
 from lorax_kit.analysis import gradient_spectra
 from lorax_kit.problem import val_and_test
 from lorax_kit.starts.eva import explained
+from lorax_kit.study.programs.steps import rate
 from lorax_kit.training import first_rows, nested
 from lorax_kit.workloads import Sentiment
 
@@ -54,11 +55,6 @@ STUDY = lk.Study(
 )
 
 
-def schedule(count):
-    """The study's rate."""
-    return RATE * jax.numpy.where(count < WARMUP, (count + 1) / WARMUP, 1 - (count - WARMUP) / (STEPS - WARMUP))
-
-
 def start(problem, plan, seed):
     """Where the study's trial of a seed starts."""
     key = jax.random.key(seed)
@@ -74,7 +70,7 @@ def trained(problem, plan, name, ranks=None):
 
     init, step = lk.make_step(
         nested(loss, plan, ranks) if ranks else loss,
-        lk.partition(optax.adamw(schedule, weight_decay=0.0), plan, clip=1.0),
+        lk.partition(optax.adamw(rate(STUDY, RATE), weight_decay=0.0), plan, clip=1.0),
     )
     out = []
     for seed in tqdm(SEEDS, desc=name, disable=None):

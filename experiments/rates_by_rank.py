@@ -21,17 +21,17 @@ Kalajdzievski (arXiv 2312.03732) holds that alpha / r keeps high ranks from lear
 scales are equal at rank 8. The best rate is that of the highest mean validation accuracy.
 """
 
-import csv
 import itertools
 from pathlib import Path
 
 import jax
 import optax
+from tables import spread, write
 from tqdm import tqdm
 
 import lorax_kit as lk
-from lorax_kit.analysis.statistics import interval
 from lorax_kit.problem import val_and_test
+from lorax_kit.study.programs.steps import rate
 from lorax_kit.workloads import Sentiment
 
 OUT = Path("runs/rates_by_rank")
@@ -61,9 +61,6 @@ def full_rows(problem: lk.Problem) -> list[dict]:
     plan = lk.resolve(lk.Spec([(TARGETS, lk.Full()), *problem.whole_rules]), params, problem.apply, batch)
     adapted = lk.adapt(problem.apply, plan)
 
-    def rate(peak):
-        return lambda n: peak * jax.numpy.where(n < WARMUP, (n + 1) / WARMUP, 1 - (n - WARMUP) / (STEPS - WARMUP))
-
     def loss(base, factors, batch):
         return problem.loss(adapted(base, factors, batch), batch)
 
@@ -72,7 +69,7 @@ def full_rows(problem: lk.Problem) -> list[dict]:
         key = jax.random.key(seed)
         base, factors = lk.split(problem.params(jax.random.fold_in(key, 0)), plan, jax.random.fold_in(key, 1))
         if peak not in steps:
-            tx = lk.partition(optax.adamw(rate(peak), weight_decay=0.0), plan, clip=1.0)
+            tx = lk.partition(optax.adamw(rate(study_of("linear"), peak), weight_decay=0.0), plan, clip=1.0)
             steps[peak] = lk.make_step(loss, tx)
         init, step = steps[peak]
         state = init(factors)
@@ -90,10 +87,9 @@ def chosen(rows: list[dict], how: str, rank: int | None) -> dict:
     by_rate = {lr: [row for row in rows if row["lr"] == lr] for lr in sorted({row["lr"] for row in rows})}
     means = {lr: sum(r["val_accuracy"] or 0 for r in some) / len(some) for lr, some in by_rate.items()}
     best = max(means, key=means.__getitem__)
-    spread = interval([100 * row["test_accuracy"] for row in by_rate[best]])
     curve = " ".join(f"{lr:g}:{100 * mean:.1f}" for lr, mean in means.items())
-    found = {"accuracy": spread.mean, "low": spread.low, "high": spread.high}
-    return {"how": how, "rank": rank, "lr": best, **found, "validation": curve}
+    tests = spread(100 * row["test_accuracy"] for row in by_rate[best])
+    return {"how": how, "rank": rank, "lr": best, **tests, "validation": curve}
 
 
 def main() -> None:
@@ -103,12 +99,7 @@ def main() -> None:
         rows = lk.run(study_of(scale), problem, out=OUT / scale, command="python experiments/rates_by_rank.py").rows
         table += [chosen([row for row in rows if row["rank"] == rank], scale, rank) for rank in RANKS]
     table.append(chosen(full_rows(problem), "full", None))
-    for row in table:
-        print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
-    with open(OUT / "table.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
+    write(OUT / "table.csv", table)
 
 
 if __name__ == "__main__":

@@ -127,9 +127,9 @@ def study(
         devices = max(len(jax.devices()) // data, 1) if jax.process_count() > 1 else 1
     if devices * data > len(jax.devices()):
         raise StudyError(f"--devices {devices} --data {data} needs {devices * data}: JAX sees {len(jax.devices())}.")
+    names = {trial.name for trial in design.trials()}
+    known = names & set(finished_trials(out)) if out and not overwrite else set()
     if first:
-        names = {trial.name for trial in design.trials()}
-        known = names & set(finished_trials(out)) if out and not overwrite else set()
         done = f", {len(known)} finished" if known else ""
         click.echo(f"{len(names)} trials of {design.steps} steps{done}; loading model and data", err=True)
     problem = problem_from(read.get("problem", {}))
@@ -139,7 +139,7 @@ def study(
         "memory_bytes": None if memory_mib is None else memory_mib * 2**20,
     }
     if dry_run:
-        planned = outline(design, problem, **machines, done=finished_trials(out) if out and not overwrite else ())
+        planned = outline(design, problem, **machines, done=known)
         echo(planned) if as_json else click.echo(_planned(planned))
         return
     assert out is not None

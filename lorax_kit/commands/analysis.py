@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -26,6 +25,7 @@ from lorax_kit.problem import Evaluator, Problem
 from lorax_kit.report import read_run, write_report
 from lorax_kit.report.conditions import summarise
 from lorax_kit.report.run_folder import Record, replace_file
+from lorax_kit.study.folder.store import plain
 from lorax_kit.workloads.problems import OWN, base_of, problem_from, problem_of
 
 LEADING = 16  # directions that overlaps are recorded of
@@ -92,11 +92,13 @@ def analyse_run(
     problem = problem or problem_of(first)
     base = base_of(problem, first)
     chosen = [Chosen(row, load_adapter(run.path / row["adapter"], base=base)) for row in rows]
-    found = {
-        "overlaps": list(_overlaps(base, chosen)),
-        "intruders": list(_intruders(base, _bar(chosen, "intruders", progress))) if intruders else [],
-        "forgetting": list(_forgetting(base, _bar(chosen, "forgetting", progress), held_out)) if held_out else [],
-    }
+    found = plain(
+        {
+            "overlaps": list(_overlaps(base, chosen)),
+            "intruders": list(_intruders(base, _bar(chosen, "intruders", progress))) if intruders else [],
+            "forgetting": list(_forgetting(base, _bar(chosen, "forgetting", progress), held_out)) if held_out else [],
+        }
+    )
     files = {run.path / f"{name}.jsonl": records for name, records in found.items() if records}
     earlier = {file: file.read_bytes() if file.exists() else None for file in files}
     try:
@@ -156,7 +158,7 @@ def _overlaps(base: Params, chosen: Sequence[Chosen]) -> Iterator[Record]:
                 "rank_j": other.row["rank"],
                 "trial_i": one.row["trial"],
                 "trial_j": other.row["trial"],
-                "phi": [[None if np.isnan(x) else round(float(x), 4) for x in line] for line in grid],
+                "phi": [[round(float(x), 4) for x in line] for line in grid],
             }
 
 
@@ -199,16 +201,11 @@ def _forgetting(base: Params, chosen: Sequence[Chosen], held_out: Problem) -> It
             "trial": row["trial"],
             "problem": held_out.address or held_out.name,
             "metric": held_out.chief.to_dict(),
-            "before": _number(before[held_out.metric]),  # type: ignore[index]
-            "after": _number(after[held_out.metric]),
+            "before": before[held_out.metric],  # type: ignore[index]
+            "after": after[held_out.metric],
             "adapted": len(adapted),
             "of": len(plan.sites),
         }
-
-
-def _number(x: float) -> float | None:
-    """As JSON has it: none that is not finite."""
-    return x if math.isfinite(x) else None
 
 
 def _like(new: Any, old: Any) -> Any:

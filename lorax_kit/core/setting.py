@@ -150,11 +150,9 @@ class AlphaSetting(RankSetting):
     def of_rank(self, rank: int) -> Self:
         """The setting at another rank, of the same scale."""
         other = replace(self, rank=rank)
-        return (
-            other
-            if other.scale == self.scale
-            else replace(other, alpha=other.effective_alpha * self.scale / other.scale)
-        )
+        if other.scale == self.scale:
+            return other
+        return replace(other, alpha=other.effective_alpha * self.scale / other.scale)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,11 +56,12 @@ def problem_at(address: str, settings: Mapping[str, Any] | None = None, *, remem
         for part in path.split("."):
             found = getattr(found, part)
     except Exception as e:  # whatever a module raises as it runs
-        hint = (
-            "\n  for addresses that adapters name the working directory is not searched, since both may come from "
-            f"anywhere: say that you trust it by --problem {address}"
-        )
-        hint = hint if remembered else ""
+        hint = ""
+        if remembered:
+            hint = (
+                "\n  for addresses that adapters name the working directory is not searched, since both may come from "
+                f"anywhere: say that you trust it by --problem {address}"
+            )
         raise StudyError(f"the problem at {address!r} cannot be imported: {type(e).__name__}: {e}.{hint}") from None
     finally:
         sys.path[:] = before

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from lorax_kit.analysis.statistics import seeds_needed, smallest_p
+from lorax_kit.core.setting import is_number
 from lorax_kit.report.claims import examples_error, not_inferior_text, power_text, smaller_ranks
 from lorax_kit.report.conditions import Condition, Summary, at_edge_of_grid, rates_tried
 from lorax_kit.report.tables.text import bytes_text, p_text, plural
@@ -89,7 +90,7 @@ def cautions(summary: Summary) -> list[str]:
             "lie outside the grid; compare ranks after widening it."
         )
     for column in dict.fromkeys((summary.choice, summary.metric)):
-        odd = [t for t in run.trials if t["status"] == "done" and not _finite(t.get(column))]
+        odd = [t for t in run.trials if t["status"] == "done" and not is_number(t.get(column))]
         if odd and len(odd) < len(run.trials):
             found.append(
                 f"{plural(len(odd), 'finished trial')} with no finite {column.replace('_', ' ')}, such as "
@@ -245,10 +246,6 @@ def _p(p: float) -> str:
     """0.031 -> "p = 0.031", 0.0001 -> "p < 0.001"."""
     text = p_text(p)
     return f"p {text}" if text.startswith("<") else f"p = {text}"
-
-
-def _finite(x: object) -> bool:
-    return isinstance(x, int | float) and math.isfinite(x)
 
 
 def _of_all(part: int, whole: int) -> str:

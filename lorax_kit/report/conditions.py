@@ -242,16 +242,21 @@ def differences(one: Condition, other: Condition, metric: str) -> Float[np.ndarr
     return np.array([found[0][seed] - found[1][seed] for seed in found[0] if seed in found[1]], dtype=np.float64)
 
 
+def at_every_rate(summary: Summary, condition: Condition) -> list[Condition]:
+    """The conditions of the family and rank of one, at each learning rate that they were trained at."""
+    return [c for c in summary.conditions if (c.family, c.rank) == (condition.family, condition.rank)]
+
+
 def rates_tried(summary: Summary, condition: Condition) -> int:
     """How many learning rates the family and rank of a condition were trained at."""
-    return sum((c.family, c.rank) == (condition.family, condition.rank) for c in summary.conditions)
+    return len(at_every_rate(summary, condition))
 
 
 def at_edge_of_grid(summary: Summary) -> tuple[Condition, ...]:
     """Chosen conditions of the headline ladder whose rate is the lowest or highest of three or more tried."""
     edges = []
     for condition in summary.ladder:
-        tried = sorted(c.lr for c in summary.conditions if (c.family, c.rank) == (condition.family, condition.rank))
+        tried = sorted(c.lr for c in at_every_rate(summary, condition))
         if condition.done and len(tried) >= 3 and condition.lr in (tried[0], tried[-1]):
             edges.append(condition)
     return tuple(edges)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,16 +55,19 @@ def inputs_of(apply: Callable[[Params, Any], Any], params: Params, batch: Any) -
     leaves = [leaf for _, leaf in paths]
     numbers = [i for i, leaf in enumerate(leaves) if is_array(leaf) or isinstance(leaf, bool | int | float | complex)]
 
-    def whole(arrays: Any) -> Any:
+    def filled(places: list[int], arrays: Sequence[Any]) -> Any:
+        """The example with other arrays at some of its leaves."""
         full = list(leaves)
-        for place, x in zip(numbers, arrays, strict=True):
+        for place, x in zip(places, arrays, strict=True):
             full[place] = x
         return jax.tree.unflatten(structure, full)
 
     arrays = [_shape(leaves[i]) for i in numbers]
     before = len(jax.tree.leaves(params))
     try:
-        lowered = jax.export.export(jax.jit(lambda params, arrays: apply(params, whole(arrays))))(params, arrays)
+        lowered = jax.export.export(jax.jit(lambda params, arrays: apply(params, filled(numbers, arrays))))(
+            params, arrays
+        )
     except Exception as e:  # the function is the caller's: it may raise anything
         raise ExportError(f"the model cannot be exported: {first_line(e)}.") from e
     read = [numbers[i - before] for i in lowered.module_kept_var_idx if i >= before]
@@ -75,10 +78,7 @@ def inputs_of(apply: Callable[[Params, Any], Any], params: Params, batch: Any) -
         raise ExportError(f"two arrays of a batch are named {twice[0]!r}.\n  rename one of them")
 
     def fn(params: Params, *given: Any) -> Any:
-        full = list(leaves)
-        for place, x in zip(read, given, strict=True):
-            full[place] = x
-        return apply(params, jax.tree.unflatten(structure, full))
+        return apply(params, filled(read, given))
 
     def of(batch: Any) -> list[np.ndarray]:
         own, other = jax.tree.flatten(batch)

@@ -28,6 +28,11 @@ class Machines(NamedTuple):
     workers: int = 1
 
 
+def team_of(workers: int | Workers | None) -> Workers | None:
+    """The workers that a call names: a number of them, or `Workers`."""
+    return workers if workers is None or isinstance(workers, Workers) else Workers(workers)
+
+
 def machines_of(mesh: Mesh | None, workers: Workers | None, memory_bytes: int | None) -> Machines:
     """Where a study trains.
 

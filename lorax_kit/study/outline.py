@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from lorax_kit.measure import matrix_rate, traced_flops
 from lorax_kit.problem import Problem
 from lorax_kit.problem.base import based
 from lorax_kit.study.design.study import Study
-from lorax_kit.study.machines import machines_of
+from lorax_kit.study.machines import machines_of, team_of
 from lorax_kit.study.plan import planned_stacks
 from lorax_kit.study.programs.forms import Examples, Stack, trial_plan
 from lorax_kit.study.programs.groups import grouped
@@ -33,7 +33,7 @@ def outline(
     mesh: Mesh | None = None,
     workers: int | Workers | None = None,
     memory_bytes: int | None = None,
-    done: Sequence[str] = (),
+    done: Collection[str] = (),
 ) -> dict[str, Any]:
     """Plan a study without training it.
 
@@ -52,7 +52,7 @@ def outline(
     """
     params = problem.params(jax.random.key(0))
     examples, left = Examples(study, problem), [t for t in study.trials() if t.name not in done]
-    budget, devices, parts = machines_of(mesh, Workers(workers) if isinstance(workers, int) else workers, memory_bytes)
+    budget, devices, parts = machines_of(mesh, team_of(workers), memory_bytes)
     rows: list[dict[str, Any]] = []
     rate = SHARE_OF_RATE * matrix_rate() * (1 if mesh is None else mesh.devices.size)
     for stack in planned_stacks(study, problem, left, params, examples) if left else []:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
-from math import isfinite
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +14,7 @@ from jax.sharding import Mesh
 
 from lorax_kit.checkpoint.fingerprint import digests, fingerprint, whole_fingerprint
 from lorax_kit.core.paths import Params
+from lorax_kit.core.setting import is_number
 from lorax_kit.errors import StudyError
 from lorax_kit.problem import Problem
 from lorax_kit.study.design.stopping import Stopping
@@ -22,7 +22,7 @@ from lorax_kit.study.design.study import Study
 from lorax_kit.study.folder.shared import SharedStore
 from lorax_kit.study.folder.store import RunStore, environment
 from lorax_kit.study.frame import frame
-from lorax_kit.study.machines import machines_of
+from lorax_kit.study.machines import machines_of, team_of
 from lorax_kit.study.plan import check_race, check_rows, planned_groups, planned_stacks
 from lorax_kit.study.programs.forms import DEFAULT, Examples
 from lorax_kit.study.programs.groups import Group
@@ -67,12 +67,12 @@ class Results(NamedTuple):
         """
         metric = f"val_{self.metric}" if metric is None else metric
         sign = direction(metric, better, self.directions)
-        done = [row for row in self.rows if row["status"] == "done" and _finite(row.get(metric))]
+        done = [row for row in self.rows if row["status"] == "done" and is_number(row.get(metric))]
         if not done:
             raise StudyError(f"no trial finished with a {metric}; see 'failed_step' in the rows.")
 
         def loss(row: dict[str, Any]) -> float:
-            return row["val_loss"] if _finite(row["val_loss"]) else float("inf")
+            return row["val_loss"] if is_number(row["val_loss"]) else float("inf")
 
         return max(done, key=lambda row: (sign * row[metric], -row["params"], -loss(row)))
 
@@ -83,10 +83,6 @@ class Results(NamedTuple):
           StudyError: pandas, the `table` extra, is not installed.
         """
         return frame(self.rows)
-
-
-def _finite(x: Any) -> bool:
-    return isinstance(x, int | float) and isfinite(x)
 
 
 def run(
@@ -132,7 +128,7 @@ def run(
         a problem that breaks its contract, a trial that cannot fit the memory.
       PlanError: targets that do not fit the model, before anything is written.
     """
-    team = Workers(workers) if isinstance(workers, int) else workers
+    team = team_of(workers)
     machines = machines_of(mesh, team, memory_bytes)
     trials, params, examples = study.trials(), problem.params(jax.random.key(0)), Examples(study, problem)
     # Planned for the whole study first: a bad pattern or rank must not surface after an hour, nor leave a folder.
@@ -159,9 +155,8 @@ def run(
         plain_form = groups[0].form.dtype is None and groups[0].form.quantise is None
         measured = session.outcomes.check(groups[0])
         baseline = check_baseline(baseline, measured) if plain_form else baseline
-    trainer = (
-        session if team is None or not groups else Cluster(session, team)
-    )  # a cluster that is none leaves no folder
+    # Before the folder: a cluster that is none leaves none.
+    trainer = session if team is None or not groups else Cluster(session, team)
     try:
         store.create()
         if store.info.get("started") is None or groups:
@@ -219,7 +214,7 @@ def check_baseline(earlier: Any, ours: dict[str, float]) -> dict[str, float]:
     """
     for name, value in ours.items():
         before = earlier.get(name) if isinstance(earlier, Mapping) else None
-        if before is not None and isfinite(value) and abs(value - before) > 1e-3 * max(abs(value), abs(before)):
+        if before is not None and is_number(value) and abs(value - before) > 1e-3 * max(abs(value), abs(before)):
             raise StudyError(
                 f"the untrained model measures {name} {value:g} on the first batch, and {before:g} when the folder was "
                 "made.\n  its apply, score or metrics are others: choose another folder"

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lorax_kit.analysis.statistics import seeds_needed
 from lorax_kit.report.claims import more_seeds, seeds_of, tests_of
-from lorax_kit.report.conditions import STOPPED, Condition, Summary, summarise
+from lorax_kit.report.conditions import STOPPED, Condition, Summary, at_every_rate, summarise
 from lorax_kit.report.run_folder import RunFolder
 from lorax_kit.report.tables.text import bytes_text, p_text, plural
 
@@ -107,7 +107,7 @@ def _row(summary: Summary, condition: Condition) -> dict[str, str]:
 
 def _all_rates(summary: Summary, condition: Condition) -> Condition:
     """The trials of a rank of which none finished, at every rate."""
-    same = [c for c in summary.conditions if (c.family, c.rank) == (condition.family, condition.rank)] or [condition]
+    same = at_every_rate(summary, condition) or [condition]
     return replace(condition, trials=tuple(trial for c in same for trial in c.trials))
 
 

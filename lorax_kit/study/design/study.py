@@ -15,17 +15,12 @@ from lorax_kit.errors import SpecError, StudyError
 from lorax_kit.starts import start_of
 from lorax_kit.study.design.sampling import Sample
 from lorax_kit.study.design.stopping import Stopping, stopping_from
-from lorax_kit.study.design.trial import AXES, FLOAT32_MAX, Trial, hyper_of, targets_of, values_of
+from lorax_kit.study.design.trial import AXES, FLOAT32_MAX, Trial, check, hyper_of, targets_of, values_of
 
 SCHEDULES = ("constant", "linear", "cosine")
 STREAMS = ("shared", "seed")
 COMMON = ("stop", "rslora", "steps", "schedule", "warmup", "clip", "stream", "eval_every")
 """Keys that all trials of a folder share: trials that differ in them cannot be compared."""
-
-
-def _check(ok: bool, message: str) -> None:
-    if not ok:
-        raise StudyError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,38 +118,36 @@ class Study:
         probes = self.probe_lr if isinstance(self.probe_lr, Sequence) else [self.probe_lr]
         put("probe_lr", tuple(plain(x) for x in probes))
         for x in self.probe_lr:  # type: ignore[union-attr]
-            _check(AXES["lr"].ok(x), f"study probe_lr holds {shown(x)}; it must be {AXES['lr'].words}.")
+            check(AXES["lr"].ok(x), f"study probe_lr holds {shown(x)}; it must be {AXES['lr'].words}.")
         put("targets", targets_of(self.targets))
         put("hyper", hyper_of(self.hyper))
         for name, low in (("steps", 1), ("warmup", 0), ("eval_every", 0)):
             x = getattr(self, name)
             ok = is_int(x) and x >= low
-            _check(ok, f"study {name} is {shown(x)}; it must be an integer of at least {low}.")
-        _check(self.warmup < self.steps, f"study warmup {shown(self.warmup)} leaves none of {shown(self.steps)} steps.")
+            check(ok, f"study {name} is {shown(x)}; it must be an integer of at least {low}.")
+        check(self.warmup < self.steps, f"study warmup {shown(self.warmup)} leaves none of {shown(self.steps)} steps.")
         for name, words in (("schedule", SCHEDULES), ("stream", STREAMS)):
             word = getattr(self, name)
-            _check(word in words, f"study {name} is {shown(word)}; choose from {', '.join(words)}.")
+            check(word in words, f"study {name} is {shown(word)}; choose from {', '.join(words)}.")
         clip = self.clip is None or (is_number(self.clip) and 0 < self.clip < FLOAT32_MAX)
-        _check(clip, "study clip must be positive.")
-        _check(isinstance(self.rslora, bool), f"study rslora is {shown(self.rslora)}; it must be true or false.")
+        check(clip, "study clip must be positive.")
+        check(isinstance(self.rslora, bool), f"study rslora is {shown(self.rslora)}; it must be true or false.")
         ok = isinstance(self.grids, Sequence) and not isinstance(self.grids, str)
-        _check(
-            ok and all(isinstance(g, Mapping) for g in self.grids), "study grids must be a list of mappings of axes."
-        )
+        check(ok and all(isinstance(g, Mapping) for g in self.grids), "study grids must be a list of mappings of axes.")
         put("grids", tuple(self._named_grid(grid) for grid in self.grids))
         if self.sample is not None and not isinstance(self.sample, Sample):
             put("sample", Sample.from_dict(self.sample))
-        _check(
+        check(
             not (self.grids and self.sample), "a study has grids or a sample, not both.\n  give every grid its values"
         )
         if self.stop is not None:
             put("stop", stopping_from(self.stop))
             ok = self.stop.first < self.steps  # type: ignore[union-attr]
-            _check(ok, f"study stop begins at step {self.stop.first}, and there are {self.steps}.")  # type: ignore[union-attr]
+            check(ok, f"study stop begins at step {self.stop.first}, and there are {self.steps}.")  # type: ignore[union-attr]
         self._check_settings()
         names = [trial.name for trial in self.trials()]
         longest = max(names, key=len)
-        _check(
+        check(
             len(longest.encode()) <= 200, f"the trial name {longest[:60]!r}... is too long for a file: shorten targets."
         )
 
@@ -180,7 +173,7 @@ class Study:
 
     def _check_settings(self) -> None:
         ok = isinstance(self.settings, Mapping)
-        _check(ok, f"study settings are {shown(self.settings)}; they must map methods to settings.")
+        check(ok, f"study settings are {shown(self.settings)}; they must map methods to settings.")
         used: set[str] = set()
         drawn = self._drawn()
         for own, settings in self._grids():
@@ -190,9 +183,9 @@ class Study:
                 self._check_method(kind, values, settings.get(kind, {}))
             for name in values["targets"]:
                 known = ", ".join(self.targets)
-                _check(name in self.targets, f"targets {shown(name)} of a grid are unknown; the study has {known}.")
+                check(name in self.targets, f"targets {shown(name)} of a grid are unknown; the study has {known}.")
         unused = sorted(set(self.settings) - used)
-        _check(not unused, f"study settings are for {', '.join(unused)}, which is no variant of the study.")
+        check(not unused, f"study settings are for {', '.join(unused)}, which is no variant of the study.")
         seen = {(t.variant, t.rank, t.alpha, t.start, t.dropout, t.settings): t for t in self.trials() if t.rank > 0}
         for trial in seen.values():
             self.setting(trial)  # raises where a method does not take it
@@ -205,11 +198,11 @@ class Study:
         return {k: (x["low"], x["high"]) if isinstance(x, Mapping) else tuple(x) for k, x in ranges.items()}
 
     def _check_method(self, kind: str, values: Mapping[str, tuple], more: Any) -> None:
-        _check(kind in METHODS, f"variant {shown(kind)} is unknown; choose from {', '.join(sorted(METHODS))}.")
+        check(kind in METHODS, f"variant {shown(kind)} is unknown; choose from {', '.join(sorted(METHODS))}.")
         has = {f.name for f in fields(METHODS[kind].setting)}
-        _check(isinstance(more, Mapping), f"study settings of {kind!r} are {shown(more)}; they must be an object.")
+        check(isinstance(more, Mapping), f"study settings of {kind!r} are {shown(more)}; they must be an object.")
         taken = sorted({"rank", "alpha", "rslora", "start", "dropout", "variant", "init"} & set(more))
-        _check(not taken, f"study settings of {kind!r} hold {', '.join(taken)}, for which the study has its own key.")
+        check(not taken, f"study settings of {kind!r} hold {', '.join(taken)}, for which the study has its own key.")
         for name, given, way in (
             ("alpha", values["alpha"] != (None,), "alpha=None"),
             ("rank", values["rank"] != (1,), "rank=1"),
@@ -218,7 +211,7 @@ class Study:
             ("dropout", values["dropout"] != (0.0,), "no dropout"),
         ):
             hint = f"\n  give it a grid of its own: grids=[..., {{'variant': {kind!r}, ...}}]"
-            _check(name in has or not given, f"study variant {shown(kind)} has no {name}; give {way}.{hint}")
+            check(name in has or not given, f"study variant {shown(kind)} has no {name}; give {way}.{hint}")
 
     def _grids(self) -> Iterator[tuple[dict[str, tuple], dict[str, Any]]]:
         """(the values of every axis, settings by method) of each grid."""
@@ -229,12 +222,12 @@ class Study:
             given = dict(grid)
             settings: dict[str, Any] = {**self.settings}
             further = given.pop("settings", None) or {}
-            _check(isinstance(further, Mapping), f"settings of grid {number} must map methods to settings.")
+            check(isinstance(further, Mapping), f"settings of grid {number} must map methods to settings.")
             for kind, more in further.items():
                 settings[kind] = {**settings.get(kind, {}), **more} if isinstance(more, Mapping) else more
             hyper = hyper_of(given.pop("hyper", None) or {})
             unknown = sorted(set(given) - set(AXES))
-            _check(
+            check(
                 not unknown,
                 f"grid {number} of the study has the unknown axis {', '.join(map(repr, unknown))}; known: "
                 f"{', '.join(AXES)}, hyper, settings.",
@@ -281,7 +274,7 @@ class Study:
                     trial = _trial({**one, **drawn}, settings)
                     first = first or trial
                     same = out.setdefault(trial.name, trial) == trial
-                    _check(same, f"two trials of the study have the same name, {trial.name!r}: rename the targets.")
+                    check(same, f"two trials of the study have the same name, {trial.name!r}: rename the targets.")
         assert first is not None
         for lr, seed in product(self.probe_lr, self.seeds):  # type: ignore[arg-type]
             probe = Trial(
@@ -298,7 +291,7 @@ class Study:
         if trial.rank > 0:
             rules += [(pattern, self.setting(trial)) for pattern in self.targets[trial.targets]]
         trains = trial.rank > 0 or any(setting.trained for _, setting in whole)
-        _check(trains, f"trial {trial.name!r} trains nothing: the problem has no head for the probe.")
+        check(trains, f"trial {trial.name!r} trains nothing: the problem has no head for the probe.")
         return Spec(rules)
 
     def common(self) -> dict[str, Any]:
@@ -316,13 +309,13 @@ class Study:
     @classmethod
     def from_dict(cls, data: Any) -> Study:
         """Inverse of `to_dict`; unknown keys, missing ones and wrong types raise `StudyError`."""
-        _check(isinstance(data, Mapping), f"a study must be an object, not {type(data).__name__}.")
+        check(isinstance(data, Mapping), f"a study must be an object, not {type(data).__name__}.")
         data = {("start" if k == "init" else k): v for k, v in data.items()}  # its older name
         known = [f.name for f in fields(cls) if f.name != "makers"]
         unknown = sorted(set(data) - set(known))
-        _check(not unknown, f"study has the unknown key {', '.join(map(repr, unknown))}; known: {', '.join(known)}.")
+        check(not unknown, f"study has the unknown key {', '.join(map(repr, unknown))}; known: {', '.join(known)}.")
         missing = sorted({"rank", "lr", "targets"} - set(data))
-        _check(not missing, f"study lacks {', '.join(map(repr, missing))}.")
+        check(not missing, f"study lacks {', '.join(map(repr, missing))}.")
         return cls(**data)
 
 

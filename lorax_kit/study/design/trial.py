@@ -153,15 +153,15 @@ def targets_of(given: Any) -> dict[str, tuple[str, ...]]:
     Raises:
       StudyError: no mapping, no patterns, a name that no file can have.
     """
-    _check(isinstance(given, Mapping) and len(given) > 0, "study targets must map names to patterns.")
+    check(isinstance(given, Mapping) and len(given) > 0, "study targets must map names to patterns.")
     for name, patterns in given.items():
         listed = isinstance(patterns, Sequence) and not isinstance(patterns, str) and len(patterns) > 0
-        _check(
+        check(
             listed and all(isinstance(pattern, str) for pattern in patterns),
             f"study targets {shown(name)} must be a list of patterns.",
         )
         ok = isinstance(name, str) and name.replace("-", "").replace("_", "").isalnum()
-        _check(ok, f"study targets name {shown(name)} goes into file names: use letters, digits, '-' and '_'.")
+        check(ok, f"study targets name {shown(name)} goes into file names: use letters, digits, '-' and '_'.")
     return {name: tuple(patterns) for name, patterns in given.items()}
 
 
@@ -171,21 +171,22 @@ def hyper_of(given: Any) -> dict[str, tuple[float, ...]]:
     Raises:
       StudyError: no mapping, a name that is an axis or no keyword, values that are no numbers.
     """
-    _check(isinstance(given, Mapping), f"study hyper is {shown(given)}; it must map names to values.")
+    check(isinstance(given, Mapping), f"study hyper is {shown(given)}; it must map names to values.")
     out = {}
     for name, values in given.items():
-        _check(isinstance(name, str) and name.isidentifier(), f"study hyper {shown(name)} is no name of a keyword.")
+        check(isinstance(name, str) and name.isidentifier(), f"study hyper {shown(name)} is no name of a keyword.")
         axis = name in AXES or name == "learning_rate"
-        _check(not axis, f"study hyper holds {name!r}, which is an axis of the study: give it there.")
+        check(not axis, f"study hyper holds {name!r}, which is an axis of the study: give it there.")
         several = isinstance(values, Sequence)
         numbers = tuple(plain(x) for x in (values if several else [values]))
         ok = len(numbers) > 0 and all(is_number(x) and abs(x) < FLOAT32_MAX for x in numbers)
-        _check(ok, f"study hyper {name!r} holds {shown(values)}; it must be a number or several.")
-        _check(len(set(numbers)) == len(numbers), f"study hyper {name!r} repeats a value: {shown(list(numbers))}.")
+        check(ok, f"study hyper {name!r} holds {shown(values)}; it must be a number or several.")
+        check(len(set(numbers)) == len(numbers), f"study hyper {name!r} repeats a value: {shown(list(numbers))}.")
         out[name] = numbers
     return out
 
 
-def _check(ok: bool, message: str) -> None:
+def check(ok: bool, message: str) -> None:
+    """Raise `StudyError` unless `ok`."""
     if not ok:
         raise StudyError(message)
