@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from lorax_kit.models.cache import Cache, Past, empty_cache, opened, past_of
 from lorax_kit.models.layers import attention
 
 if TYPE_CHECKING:
@@ -142,8 +143,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], places: tuple[Array, Array], seen: Bool[Array, "B 1 T T"]
-    ) -> Float[Array, "B T D"]:
+        self, x: Float[Array, "B T D"], places: tuple[Array, Array], seen: Bool[Array, "B 1 T S"], past: Past | None = None
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         c = self.config
         batch, tokens, hidden = x.shape
         heads, shared, size = c.num_attention_heads, c.num_key_value_heads, c.head_size
@@ -155,13 +156,15 @@ class Attention(nn.Module):
 
         q, k, v = project("query", heads), project("key", shared), project("value", shared)
         q, k = rotate(q, places), rotate(k, places)
+        if past is not None:
+            k, v = past.extended(k, v)  # (B, N, S, K)
         # The query heads of a group stand as further rows of one head: keys and values are never repeated.
         rows = heads // shared * tokens
         y = attention(
             q.reshape(batch, shared, rows, size), k, v, jnp.tile(seen, (1, 1, heads // shared, 1)), self.plain
         )
         y = y.reshape(batch, heads, tokens, size).transpose(0, 2, 1, 3).reshape(batch, tokens, hidden)
-        return x + nn.Dense(hidden, use_bias=False, dtype=self.dtype, name="output")(y)
+        return x + nn.Dense(hidden, use_bias=False, dtype=self.dtype, name="output")(y), (k, v)
 
 
 class Mlp(nn.Module):
@@ -188,47 +191,68 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], places: tuple[Array, Array], seen: Bool[Array, "B 1 T T"]
-    ) -> Float[Array, "B T D"]:
-        x = Attention(self.config, self.dtype, self.plain, name="attention")(x, places, seen)
-        return Mlp(self.config, self.dtype, name="mlp")(x)
+        self, x: Float[Array, "B T D"], places: tuple[Array, Array], seen: Bool[Array, "B 1 T S"], past: Past | None
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
+        x, kept = Attention(self.config, self.dtype, self.plain, name="attention")(x, places, seen, past)
+        return Mlp(self.config, self.dtype, name="mlp")(x), kept
 
 
 class LlamaModel(nn.Module):
-    """Token ids to the logits of the token that follows each. No cache: a call reads the whole text.
+    """Token ids to the logits of the token that follows each.
 
     Args of the call:
       ids: int32 (B, T).
       mask: (B, T), nonzero where a token counts. Padding may stand on either side: only distances between places
         matter. The logits at padding mean nothing.
+      cache: what was read before, from `empty_cache` or the last call; None: the text begins with `ids`.
 
     Returns:
-      Logits fp32 (B, T, V). The layers compute in `dtype` (None: that of the params), norms and softmax in fp32.
-      `plain` leaves all derivatives to autodiff: slower, but also in forward mode.
+      Logits fp32 (B, T, V); with a cache, those of the last token alone, (B, V), and the new cache. The layers compute
+      in `dtype` (None: that of the params), norms and softmax in fp32. `plain` leaves all derivatives to autodiff:
+      slower, but also in forward mode.
 
     Raises:
-      ValueError: more tokens than the config has positions.
+      ValueError: more tokens, or slots of the cache, than the config has positions.
     """
 
     config: LlamaConfig
     dtype: Any = None
     plain: bool = False
 
+    def empty_cache(self, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
+        """A cache for texts of up to so many tokens, padding included."""
+        c = self.config
+        return empty_cache(c.num_hidden_layers, batch, c.num_key_value_heads, slots, c.head_size, dtype)
+
     @nn.compact
-    def __call__(self, ids: Int[Array, "B T"], mask: Array) -> Float[Array, "B T V"]:
+    def __call__(self, ids: Int[Array, "B T"], mask: Array, cache: Cache | None = None) -> Any:
         c = self.config
         tokens = ids.shape[1]
-        if tokens > c.max_position_embeddings:
-            raise ValueError(f"a text of {tokens} tokens, for a decoder of {c.max_position_embeddings} positions.")
+        slots = tokens if cache is None else cache.seen.shape[1]
+        if slots > c.max_position_embeddings:
+            raise ValueError(f"a text of {slots} tokens, for a decoder of {c.max_position_embeddings} positions.")
         words = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, name="embeddings")
         x = words(ids)  # (B, T, D)
-        places = angles(tokens, c.head_size, c.rope_theta)
-        seen = jnp.tri(tokens, dtype=bool)[None, None] & mask.astype(bool)[:, None, None, :]  # (B, 1, T, T)
+        cos, sin = angles(slots, c.head_size, c.rope_theta)  # (S, K/2)
+        after = cache
+        if cache is None:
+            seen = jnp.tri(tokens, dtype=bool)[None, None] & mask.astype(bool)[:, None, None, :]  # (B, 1, T, T)
+        else:
+            after, seen = opened(cache, mask)  # (B, 1, T, S)
+            cos, sin = (lax.dynamic_slice_in_dim(table, cache.end, tokens) for table in (cos, sin))  # (T, K/2)
+        kept = []
         for i in range(c.num_hidden_layers):
-            x = Layer(c, self.dtype, self.plain, name=f"layer_{i}")(x, places, seen)
-        x = RMSNorm(c.rms_norm_eps, self.dtype, name="norm")(x)
+            layer = Layer(c, self.dtype, self.plain, name=f"layer_{i}")
+            x, both = layer(x, (cos, sin), seen, past_of(cache, i))
+            kept.append(both)
+        x = RMSNorm(c.rms_norm_eps, self.dtype, name="norm")(x if cache is None else x[:, -1:])
         # Rounding logits of 50,000 words to bf16 would tie the best of them: products are summed and kept in fp32.
         product = partial(lax.dot_general, preferred_element_type=jnp.float32)
         if c.tie_word_embeddings:
-            return product(x, words.embedding.astype(x.dtype), (((2,), (1,)), ((), ())))
-        return nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype, dot_general=product, name="head")(x)
+            logits = product(x, words.embedding.astype(x.dtype), (((2,), (1,)), ((), ())))
+        else:
+            logits = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype, dot_general=product, name="head")(x)
+        if after is None:
+            return logits
+        keys, values = zip(*kept, strict=True)
+        return logits[:, 0], after._replace(keys=keys, values=values)

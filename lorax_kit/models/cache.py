@@ -1,0 +1,71 @@
+"""Keys and values of the tokens that a decoder has read, so that its next step reads only what is new.
+
+Shapes: L layers, B rows, N key and value heads, S slots, T new tokens, K size of a head.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+class Cache(NamedTuple):
+    """What a decoder has read. Row and slot are a token's place; all rows have read as many slots, padding included.
+
+    Attributes:
+      keys, values: a layer each, (B, N, S, K).
+      seen: (B, S), which slots hold a token that counts.
+      end: int32 (), how many slots are filled.
+    """
+
+    keys: tuple[Float[Array, "B N S K"], ...]
+    values: tuple[Float[Array, "B N S K"], ...]
+    seen: Bool[Array, "B S"]
+    end: Int[Array, ""]
+
+
+def empty_cache(layers: int, batch: int, heads: int, slots: int, size: int, dtype: Any = jnp.float32) -> Cache:
+    """A cache of zeros that has read nothing."""
+    shape = (batch, heads, slots, size)
+    zeros = [tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for _ in range(2)]
+    return Cache(zeros[0], zeros[1], jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+
+
+def places_of(cache: Cache, tokens: int) -> Int[Array, " T"]:
+    """The slots that the next tokens take."""
+    return cache.end + jnp.arange(tokens, dtype=jnp.int32)
+
+
+def opened(cache: Cache, mask: Int[Array, "B T"]) -> tuple[Cache, Bool[Array, "B 1 T S"]]:
+    """The cache with T more slots filled, and what each new token sees: itself and what counts before it.
+
+    More tokens than there are free slots overwrite the last ones without a word: the caller counts.
+    """
+    seen = lax.dynamic_update_slice_in_dim(cache.seen, mask != 0, cache.end, axis=1)
+    slots = jnp.arange(seen.shape[1], dtype=jnp.int32)
+    causal = slots[None] <= places_of(cache, mask.shape[1])[:, None]  # (T, S)
+    return cache._replace(seen=seen, end=cache.end + mask.shape[1]), causal[None, None] & seen[:, None, None]
+
+
+class Past(NamedTuple):
+    """What one layer has read: keys and values (B, N, S, K), and how many slots are filled."""
+
+    keys: Float[Array, "B N S K"]
+    values: Float[Array, "B N S K"]
+    end: Int[Array, ""]
+
+    def extended(self, k: Float[Array, "B N T K"], v: Float[Array, "B N T K"]) -> tuple[Array, Array]:
+        """Keys and values of all slots, those of T new tokens written after what was there."""
+        pairs = ((self.keys, k), (self.values, v))
+        keys, values = (lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), self.end, axis=2) for x, y in pairs)
+        return keys, values
+
+
+def past_of(cache: Cache | None, layer: int) -> Past | None:
+    """The part of one layer."""
+    return None if cache is None else Past(cache.keys[layer], cache.values[layer], cache.end)
