@@ -24,7 +24,7 @@ from pathlib import Path
 from tables import against, at_best_rate, spread, write
 
 import lorax_kit as lk
-from lorax_kit.workloads import Sentiment
+from lorax_kit.problems import Sentiment
 
 OUT = Path("runs/attention_or_mlp")
 SETS = {

@@ -38,8 +38,8 @@ from lorax_kit.analysis.statistics import interval
 from lorax_kit.commands import sentiment_subject, text_subject
 from lorax_kit.commands.comparison import METHODS, compare
 from lorax_kit.commands.methods import Method, smaller, statistics_for
+from lorax_kit.problems import Sentiment
 from lorax_kit.report.compression import comparison_table, write_comparison
-from lorax_kit.workloads import Sentiment
 
 OUT = Path("runs/compression")
 SEEDS = range(5)

@@ -27,8 +27,8 @@ from pathlib import Path
 from tables import against, spread, write
 
 import lorax_kit as lk
+from lorax_kit.problems import Sentiment
 from lorax_kit.report import read_run
-from lorax_kit.workloads import Sentiment
 
 OUT = Path("runs/faster_start")
 RATES, STEPS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (10, 20, 40, 80)

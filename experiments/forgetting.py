@@ -46,11 +46,11 @@ from tqdm import tqdm
 import lorax_kit as lk
 from lorax_kit.analysis import adapter_intruders, count_intruders, scale_intruders
 from lorax_kit.core.paths import flatten, unflatten
+from lorax_kit.data import Plays, load_reviews
 from lorax_kit.problem import Evaluator
+from lorax_kit.problems import PlaysText
 from lorax_kit.report import read_run
 from lorax_kit.study.programs.steps import rate
-from lorax_kit.tasks import Plays, load_reviews
-from lorax_kit.workloads import PlaysText
 
 OUT = Path("runs/forgetting")
 SEEDS, STEPS, FULL_RATES = range(6), 30, (1e-4, 3e-4)

@@ -17,7 +17,7 @@ from pathlib import Path
 from tables import write
 
 import lorax_kit as lk
-from lorax_kit.workloads import Sentiment
+from lorax_kit.problems import Sentiment
 
 OUT = Path("runs/halving")
 REPETITIONS, STEPS = range(5), 81

@@ -30,22 +30,13 @@ from safetensors.numpy import save_file
 import lorax_kit as lk
 from lorax_kit.benchmarks.timing import alternate, prepared, table
 from lorax_kit.core.paths import flatten
+from lorax_kit.data import Batch, encoded, eval_batches, load_reviews, split_reviews, train_batches
 from lorax_kit.measure import product_flops
 from lorax_kit.models import LstmClassifier, LstmConfig, Tokenizer
 from lorax_kit.problem.sums import means_of, sums_of
 from lorax_kit.serve import load_onnx, save_onnx
 from lorax_kit.serve.onnx import check_installed
-from lorax_kit.tasks import (
-    Batch,
-    correct,
-    cross_entropies,
-    cross_entropy,
-    encoded,
-    eval_batches,
-    load_reviews,
-    split_reviews,
-    train_batches,
-)
+from lorax_kit.tasks import correct, cross_entropies, cross_entropy
 
 CONFIG = LstmConfig(vocab_size=10000, embedding_size=96, hidden_size=96, num_layers=2, dropout=0.4)
 TARGETS = ("embedding/embedding", "lstm_*/*/kernel")

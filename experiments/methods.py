@@ -40,7 +40,7 @@ import lorax_kit as lk
 from lorax_kit.analysis.statistics import holm, interval, paired_test
 from lorax_kit.core.leaves import trained_only
 from lorax_kit.core.method import METHODS as METHOD_TABLE
-from lorax_kit.workloads import Sentiment
+from lorax_kit.problems import Sentiment
 
 OUT = Path("runs/methods")
 SEEDS, STEPS, RATES = range(6), 100, (2e-4, 1e-3, 5e-3, 2.5e-2)

@@ -33,7 +33,7 @@ from tables import spread, write
 import lorax_kit as lk
 from lorax_kit.analysis import Directions, delta_directions, random_overlap, subspace_overlap
 from lorax_kit.core.paths import flatten
-from lorax_kit.workloads import Sentiment
+from lorax_kit.problems import Sentiment
 
 OUT = Path("runs/overlap")
 RANKS, SEEDS, COUNTS = (8, 64), range(6), (1, 2, 4, 8, 32)

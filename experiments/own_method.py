@@ -66,8 +66,8 @@ OUT = "runs/own_method"
 
 
 def main() -> None:
+    from lorax_kit.problems import Sentiment
     from lorax_kit.report import read_run, summary_table, write_report
-    from lorax_kit.workloads import Sentiment
 
     problem = Sentiment().build()
     results = lk.run(STUDY, problem, out=OUT, command="python experiments/own_method.py")  # nine trials in one program

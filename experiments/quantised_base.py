@@ -22,7 +22,7 @@ import lorax_kit as lk
 from lorax_kit.core.paths import flatten
 from lorax_kit.core.patterns import matches
 from lorax_kit.problem import val_and_test
-from lorax_kit.workloads import Sentiment
+from lorax_kit.problems import Sentiment
 
 PROBLEM = Sentiment(batch_size=32, length=32)
 ADAPTED = ["encoder/layer_*/**/kernel"]

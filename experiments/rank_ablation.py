@@ -8,8 +8,8 @@ Writes:    runs/rank_ablation/ (report.html, results.csv, adapters/); after an i
 """
 
 from lorax_kit import Study, run
+from lorax_kit.problems import Sentiment
 from lorax_kit.report import read_run, summary_table, write_report
-from lorax_kit.workloads import Sentiment
 
 PROBLEM = Sentiment(batch_size=32, length=None, buckets=(16, 24, 32, 40, 48, 64), val=500, test=1066)
 STUDY = Study(

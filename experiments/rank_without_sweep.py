@@ -35,10 +35,10 @@ from tqdm import tqdm
 import lorax_kit as lk
 from lorax_kit.analysis import gradient_spectra
 from lorax_kit.problem import val_and_test
+from lorax_kit.problems import Sentiment
 from lorax_kit.starts.eva import explained
 from lorax_kit.study.programs.steps import rate
 from lorax_kit.training import first_rows, nested
-from lorax_kit.workloads import Sentiment
 
 OUT = Path("runs/rank_without_sweep")
 RANKS, SEEDS, STEPS, WARMUP, RATE, ALPHA = (1, 2, 4, 8, 16), range(6), 100, 10, 2e-3, 16.0

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 import lorax_kit as lk
 from lorax_kit.problem import val_and_test
+from lorax_kit.problems import Sentiment
 from lorax_kit.study.programs.steps import rate
-from lorax_kit.workloads import Sentiment
 
 OUT = Path("runs/rates_by_rank")
 RANKS, SEEDS, STEPS, WARMUP = (1, 8, 64), range(6), 100, 10

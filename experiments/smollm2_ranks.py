@@ -28,7 +28,7 @@ from pathlib import Path
 from tables import against, at_best_rate, spread, write
 
 import lorax_kit as lk
-from lorax_kit.workloads import PlaysText
+from lorax_kit.problems import PlaysText
 
 OUT = Path("runs/smollm2_ranks")
 TARGETS = {"upper-linear": ["layer_{20..29}/**/kernel"]}

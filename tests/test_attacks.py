@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import lorax_kit as lk
-from lorax_kit.tasks import Reviews, load_reviews, split_reviews
+from lorax_kit.data import Reviews, load_reviews, split_reviews
 from tests import tiny
 from tests.draws import draw
 

@@ -52,10 +52,11 @@ MAY_IMPORT = {
     "algebra": {"core", "methods", "transform", "svd", "dtypes"},
     "serve": {"json_text", "core", "transform", "checkpoint"},
     "models": {"json_text", "after", "assets", "core"},
-    "tasks": {"assets"},
+    "data": {"assets", "json_text"},
+    "tasks": set(),
     "report": {"json_text", "core", "analysis", "study"},
 }
-JOINS = {"__init__", "__main__", "cli", "benchmarks", "commands", "workloads"}
+JOINS = {"__init__", "__main__", "cli", "benchmarks", "commands", "problems"}
 
 # Each dependency beyond jax, numpy and the project's own subject enters through one file.
 ONE_FILE = {

@@ -1,6 +1,6 @@
 """Measurements on this machine, side by side in one run: medians of alternating rounds, ratios, FLOPs and bytes.
 
-Like `workloads`, this folder joins models, tasks and the toolkit; nothing else imports it but the command line.
+Like `problems`, this folder joins models, tasks and the toolkit; nothing else imports it but the command line.
 """
 
 from lorax_kit.benchmarks.calibrate import calibrate

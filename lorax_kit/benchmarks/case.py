@@ -15,10 +15,11 @@ from jax import Array
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.setting import Full
 from lorax_kit.core.spec import Spec
+from lorax_kit.data import Batch
 from lorax_kit.methods import LoRA
 from lorax_kit.models import BertClassifier, BertConfig
 from lorax_kit.problem import Problem, Score
-from lorax_kit.tasks import Batch, correct, cross_entropies, cross_entropy
+from lorax_kit.tasks import correct, cross_entropies, cross_entropy
 from lorax_kit.transform import resolve
 
 TARGETS = {"all-linear": "encoder/layer_*/**/kernel", "qv": "encoder/layer_*/attention/{query,value}/kernel"}

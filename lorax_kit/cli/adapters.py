@@ -49,7 +49,7 @@ def train(
     """Train one adapter, with a progress bar per epoch."""
     setting = setting_of(variant, rank, alpha, more)
     from lorax_kit.commands import train_adapter
-    from lorax_kit.workloads import Sentiment, problem_from
+    from lorax_kit.problems import Sentiment, problem_from
 
     own = {name: options.pop(name) for name in ("model", "source", "batch_size", "length")}
     if problem is not None:
@@ -117,7 +117,7 @@ def inspect(
     from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
     from lorax_kit.commands import inspect_model
     from lorax_kit.core.spec import Spec
-    from lorax_kit.workloads.sentiment import adapter_folder
+    from lorax_kit.problems.sentiment import adapter_folder
 
     if spec not in (None, "all-linear") and not Path(str(spec)).is_file():
         raise click.UsageError(f"--spec {spec!r} is neither a file nor all-linear.")

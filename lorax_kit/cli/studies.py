@@ -106,11 +106,11 @@ def study(
 
     from lorax_kit.errors import StudyError
     from lorax_kit.parallel import join, quiet_stdout, study_mesh
+    from lorax_kit.problems import problem_from
     from lorax_kit.report import read_run, summary_table, write_report
     from lorax_kit.study import Study, Workers, run
     from lorax_kit.study.folder.store import finished_trials
     from lorax_kit.study.outline import outline
-    from lorax_kit.workloads import problem_from
 
     if out is None and not dry_run:
         raise click.UsageError("Missing option '--out'.")
@@ -283,7 +283,7 @@ def analyse(
     """Analyse a study's adapters: shared directions, intruder dimensions, forgetting. The report shows them."""
     from lorax_kit.benchmarks import table
     from lorax_kit.commands.analysis import analyse_run, held_out_problem
-    from lorax_kit.workloads import problem_from
+    from lorax_kit.problems import problem_from
 
     found = analyse_run(
         run_folder,

@@ -22,11 +22,11 @@ from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import StudyError
 from lorax_kit.json_text import parse_json
 from lorax_kit.problem import Evaluator, Problem
+from lorax_kit.problems.load import OWN, base_of, problem_from, problem_of
 from lorax_kit.report import read_run, write_report
 from lorax_kit.report.conditions import summarise
 from lorax_kit.report.run_folder import Record, replace_file
 from lorax_kit.study.folder.store import plain
-from lorax_kit.workloads.problems import OWN, base_of, problem_from, problem_of
 
 LEADING = 16  # directions that overlaps are recorded of
 

@@ -19,16 +19,16 @@ from lorax_kit.core.paths import Params
 from lorax_kit.core.patterns import literal
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.spec import Spec
+from lorax_kit.data import Plays
 from lorax_kit.errors import CompressError
 from lorax_kit.methods import LoRA
 from lorax_kit.problem import Metric, Problem
 from lorax_kit.problem.evaluate import scored, summarised
-from lorax_kit.tasks import Plays
+from lorax_kit.problems.load import base_of, problem_of
+from lorax_kit.problems.plays import PlaysText
+from lorax_kit.problems.sentiment import Sentiment, adapter_folder, workload_of
 from lorax_kit.training import Weighted
 from lorax_kit.transform import resolve
-from lorax_kit.workloads.plays import PlaysText
-from lorax_kit.workloads.problems import base_of, problem_of
-from lorax_kit.workloads.sentiment import Sentiment, adapter_folder, workload_of
 
 Apply = Callable[[Params, Any], Any]
 

@@ -143,7 +143,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], places: tuple[Array, Array], seen: Bool[Array, "B 1 T S"], past: Past | None = None
+        self,
+        x: Float[Array, "B T D"],
+        places: tuple[Array, Array],
+        seen: Bool[Array, "B 1 T S"],
+        past: Past | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         c = self.config
         batch, tokens, hidden = x.shape

@@ -11,22 +11,14 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.core.setting import is_int, shown
+from lorax_kit.data import Plays, load_plays, spread_batches, window_batches, windows
 from lorax_kit.errors import StudyError
 from lorax_kit.models import LlamaModel, load_llama
 from lorax_kit.problem import Problem
-from lorax_kit.tasks import (
-    Plays,
-    correct,
-    cross_entropies,
-    load_plays,
-    next_tokens,
-    spread_batches,
-    window_batches,
-    windows,
-)
+from lorax_kit.problems.layers import fewer_layers
+from lorax_kit.problems.settings import Settings
+from lorax_kit.tasks import correct, cross_entropies, next_tokens
 from lorax_kit.training import Weighted
-from lorax_kit.workloads.layers import fewer_layers
-from lorax_kit.workloads.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

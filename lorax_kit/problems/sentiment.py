@@ -10,23 +10,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from lorax_kit.checkpoint.adapter import read_document
+from lorax_kit.data import Batch, Encoded, encoded, eval_batches, load_reviews, split_reviews, train_batches
 from lorax_kit.errors import AdapterError, StudyError
 from lorax_kit.models import BertClassifier, Tokenizer, classifier_params, load_bert
 from lorax_kit.problem import Problem, Score
-from lorax_kit.tasks import (
-    Batch,
-    Encoded,
-    correct,
-    cross_entropies,
-    cross_entropy,
-    encoded,
-    eval_batches,
-    load_reviews,
-    split_reviews,
-    train_batches,
-)
-from lorax_kit.workloads.layers import fewer_layers
-from lorax_kit.workloads.settings import Settings
+from lorax_kit.problems.layers import fewer_layers
+from lorax_kit.problems.settings import Settings
+from lorax_kit.tasks import correct, cross_entropies, cross_entropy
 
 HEAD = ("classifier/{kernel,bias}",)
 

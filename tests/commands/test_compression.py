@@ -17,10 +17,10 @@ from lorax_kit.compress import CompressError, LowRank
 from lorax_kit.compress.replace import low_rank
 from lorax_kit.core.paths import flatten
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.data import Plays
+from lorax_kit.problems.layers import fewer_layers
 from lorax_kit.report.compression import COLUMNS, comparison_table, front, lines_of, write_comparison
 from lorax_kit.report.run_folder import RunFolderError
-from lorax_kit.tasks import Plays
-from lorax_kit.workloads.layers import fewer_layers
 from tests.models import llama_files
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
+from lorax_kit.data import encoded, eval_batches, train_batches
 from lorax_kit.models import Tokenizer, load_bert
-from lorax_kit.tasks import encoded, eval_batches, train_batches
 
 CLS, SEP = 101, 102
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax_kit.tasks import load_plays, next_tokens, spread_batches, window_batches, windows
+from lorax_kit.data import load_plays, spread_batches, window_batches, windows
+from lorax_kit.tasks import next_tokens
 
 
 def folder_of(path, count):

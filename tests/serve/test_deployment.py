@@ -17,10 +17,10 @@ from lorax_kit.cli import main
 from lorax_kit.commands import train_adapter
 from lorax_kit.commands.deployment import export_adapter
 from lorax_kit.commands.subjects import sentiment_subject
+from lorax_kit.data import load_reviews
 from lorax_kit.models import Tokenizer, load_bert
+from lorax_kit.problems import Sentiment
 from lorax_kit.serve import load_tensors
-from lorax_kit.tasks import load_reviews
-from lorax_kit.workloads import Sentiment
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "run_onnx.py"
 SITE = "encoder/layer_5/attention/query/kernel"
