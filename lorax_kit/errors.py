@@ -27,3 +27,7 @@ class CompressError(LoraxError):
 
 class ExportError(LoraxError):
     """A function or params that a deployment format cannot hold, or an exported file that cannot be used."""
+
+
+class DataError(LoraxError):
+    """A file of rows that cannot be read, a row that breaks its task's form, or rows too few to split."""

@@ -69,6 +69,7 @@ ONE_FILE = {
     "wandb": {"study/trackers"},
     "scipy": {"analysis/intervals", "study/design/sampling"},
     "pandas": {"study/frame"},
+    "pyarrow": {"data/table"},
     "orbax": {"checkpoint/orbax_files"},
     "tokenizers": {"models/tokenizer"},
     "gguf": {"models/gguf"},

@@ -117,7 +117,7 @@ def inspect(
     from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
     from lorax_kit.commands import inspect_model
     from lorax_kit.core.spec import Spec
-    from lorax_kit.problems.sentiment import adapter_folder
+    from lorax_kit.problems.packaged.sentiment import adapter_folder
 
     if spec not in (None, "all-linear") and not Path(str(spec)).is_file():
         raise click.UsageError(f"--spec {spec!r} is neither a file nor all-linear.")

@@ -9,7 +9,7 @@ from lorax_kit.checkpoint.adapter import load_adapter
 from lorax_kit.core.merge import merge
 from lorax_kit.problem import Evaluator
 from lorax_kit.problems.load import base_of, problem_of
-from lorax_kit.problems.sentiment import adapter_folder
+from lorax_kit.problems.packaged.sentiment import adapter_folder
 
 
 def evaluate_adapter(path: str | Path, address: str | None = None) -> dict[str, Any]:

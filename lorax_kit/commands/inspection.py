@@ -13,7 +13,7 @@ from lorax_kit.core.quantised import quantise
 from lorax_kit.core.spec import AnySetting, Spec
 from lorax_kit.errors import PlanError, StudyError
 from lorax_kit.models import BertClassifier, classifier_params, load_bert
-from lorax_kit.problems.sentiment import HEAD
+from lorax_kit.problems.packaged.sentiment import HEAD
 from lorax_kit.transform import adapt, all_linear, explain, resolve
 
 

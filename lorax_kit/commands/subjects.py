@@ -25,8 +25,8 @@ from lorax_kit.methods import LoRA
 from lorax_kit.problem import Metric, Problem
 from lorax_kit.problem.evaluate import scored, summarised
 from lorax_kit.problems.load import base_of, problem_of
-from lorax_kit.problems.plays import PlaysText
-from lorax_kit.problems.sentiment import Sentiment, adapter_folder, workload_of
+from lorax_kit.problems.packaged.plays import PlaysText
+from lorax_kit.problems.packaged.sentiment import Sentiment, adapter_folder, workload_of
 from lorax_kit.training import Weighted
 from lorax_kit.transform import resolve
 

@@ -23,7 +23,7 @@ from lorax_kit.errors import AdapterError, StudyError
 from lorax_kit.methods import LoRA
 from lorax_kit.problem import Problem, val_and_test
 from lorax_kit.problem.objective import STATE, draws, training_loss, with_state
-from lorax_kit.problems.sentiment import Sentiment
+from lorax_kit.problems.packaged.sentiment import Sentiment
 from lorax_kit.training import Info, State, fit, make_step, partition
 from lorax_kit.transform import all_linear, resolve
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Batch(NamedTuple):
 class Encoded(NamedTuple):
     """Token ids of each example, and labels int32 (n,)."""
 
-    ids: tuple[tuple[int, ...], ...]
+    ids: Sequence[Sequence[int]]
     labels: np.ndarray
 
 
@@ -50,24 +51,53 @@ def encoded(ids: Sequence[Sequence[int]], labels: np.ndarray, num_classes: int) 
     return Encoded(tuple(tuple(row) for row in ids), np.asarray(labels, np.int32))
 
 
-def _batch(data: Encoded, index: np.ndarray, size: int, length: int) -> Batch:
+Make = Callable[[np.ndarray, int, int], Any]
+"""(places of examples, rows of the batch, its length) -> a batch; rows beyond the examples only fill it."""
+
+
+def padded(rows: Sequence[Sequence[int]], size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and their mask, int32 (size, length): 0 where padded, or where a row only fills the batch.
+
+    A longer row keeps its first tokens and its last, which ends the text of an encoder.
+    """
     ids, mask = np.zeros((size, length), np.int32), np.zeros((size, length), np.int32)
+    mask[len(rows) :, 0] = 1  # a filling row keeps one token, so that its mean is a number
+    for i, row in enumerate(rows):
+        tokens = row if len(row) <= length else [*row[: length - 1], row[-1]]
+        ids[i, : len(tokens)] = tokens
+        mask[i, : len(tokens)] = 1
+    return ids, mask
+
+
+def _batch(data: Encoded, index: np.ndarray, size: int, length: int) -> Batch:
+    ids, mask = padded([data.ids[i] for i in index], size, length)
     label, weight = np.zeros(size, np.int32), np.zeros(size, np.float32)
-    mask[len(index) :, 0] = 1  # a filling row keeps one token, so that its mean is a number
-    for row, i in enumerate(index):
-        tokens = data.ids[i]
-        if len(tokens) > length:
-            tokens = (*tokens[: length - 1], tokens[-1])
-        ids[row, : len(tokens)] = tokens
-        mask[row, : len(tokens)] = 1
-        label[row], weight[row] = data.labels[i], 1.0
+    label[: len(index)], weight[: len(index)] = data.labels[index], 1.0
     return Batch(ids, mask, label, weight)
 
 
 def train_batches(
     data: Encoded, *, batch_size: int, length: int | Sequence[int], seed: int, start: int = 0
 ) -> Iterator[Batch]:
+    """`training_stream` of classified texts."""
+    sizes = [len(row) for row in data.ids]
+    return training_stream(sizes, partial(_batch, data), batch_size=batch_size, length=length, seed=seed, start=start)
+
+
+def training_stream(
+    sizes: Sequence[int] | np.ndarray,
+    make: Make,
+    *,
+    batch_size: int,
+    length: int | Sequence[int],
+    seed: int,
+    start: int = 0,
+) -> Iterator[Any]:
     """Endless batches, each epoch in a new order fixed by (seed, epoch).
+
+    Args:
+      sizes: tokens of each example.
+      make: of the places of a batch's examples.
 
     With one length all batches are (batch_size, length). With several, a batch holds examples of similar length and
     is padded to the next of them; what does not fill a batch moves to the next length. Which shape comes when depends
@@ -81,9 +111,9 @@ def train_batches(
     lengths = [length] if isinstance(length, int) else sorted(set(length))
     if not lengths or lengths[0] < 2 or batch_size < 1:
         raise ValueError(f"batches of {batch_size} x {length} tokens; need at least 1 x 2.")
-    if len(data.ids) < batch_size:
-        raise ValueError(f"{len(data.ids)} examples do not fill one batch of {batch_size}.")
-    members = _buckets(data, lengths)
+    if len(sizes) < batch_size:
+        raise ValueError(f"{len(sizes)} examples do not fill one batch of {batch_size}.")
+    members = _buckets(sizes, lengths)
     counts = _batches_per_bucket([len(m) for m in members], batch_size)
     shapes = np.repeat(np.arange(len(lengths)), counts)
     per_epoch = len(shapes)
@@ -101,20 +131,20 @@ def train_batches(
         ready = [iter(pool) for pool in pools]
         return [(lengths[b], next(ready[b])) for b in turn]
 
-    def stream() -> Iterator[Batch]:
+    def stream() -> Iterator[Any]:
         step = start
         while True:
             epoch, at = divmod(step, per_epoch)
             for size, index in epoch_of(epoch)[at:]:
-                yield _batch(data, index, batch_size, size)
+                yield make(index, batch_size, size)
                 step += 1
 
     return stream()
 
 
-def _buckets(data: Encoded, lengths: Sequence[int]) -> list[np.ndarray]:
+def _buckets(sizes: Sequence[int] | np.ndarray, lengths: Sequence[int]) -> list[np.ndarray]:
     """For each of the ascending `lengths`, the examples that fit it and no shorter one; the last takes longer ones."""
-    bucket = np.minimum(np.searchsorted(lengths, [len(row) for row in data.ids]), len(lengths) - 1)
+    bucket = np.minimum(np.searchsorted(lengths, sizes), len(lengths) - 1)
     return [np.flatnonzero(bucket == b) for b in range(len(lengths))]
 
 
@@ -128,6 +158,15 @@ def _batches_per_bucket(sizes: Sequence[int], batch_size: int) -> list[int]:
 
 
 def eval_batches(data: Encoded, *, batch_size: int, buckets: Sequence[int]) -> list[Batch]:
+    """`evaluation_batches` of classified texts."""
+    return evaluation_batches(
+        [len(row) for row in data.ids], partial(_batch, data), batch_size=batch_size, buckets=buckets
+    )
+
+
+def evaluation_batches(
+    sizes: Sequence[int] | np.ndarray, make: Make, *, batch_size: int, buckets: Sequence[int]
+) -> list[Any]:
     """Every example exactly once, sorted into length buckets; the last batch of a bucket is filled with weight 0.
 
     Examples longer than the longest bucket keep its length's first tokens and their last.
@@ -139,7 +178,27 @@ def eval_batches(data: Encoded, *, batch_size: int, buckets: Sequence[int]) -> l
     if not lengths or lengths[0] < 2 or batch_size < 1:
         raise ValueError(f"buckets {list(buckets)} with batches of {batch_size}; need lengths of at least 2.")
     out = []
-    for length, members in zip(lengths, _buckets(data, lengths), strict=True):
+    for length, members in zip(lengths, _buckets(sizes, lengths), strict=True):
         for i in range(0, len(members), batch_size):
-            out.append(_batch(data, members[i : i + batch_size], batch_size, length))
+            out.append(make(members[i : i + batch_size], batch_size, length))
     return out
+
+
+def row_stream(rows: int, *, batch_size: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
+    """Endless places of the rows of each batch from batch `start`, each epoch in a new order fixed by (seed, epoch).
+
+    Raises:
+      ValueError: fewer rows than a batch.
+    """
+    if not 1 <= batch_size <= rows:
+        raise ValueError(f"{rows} rows do not fill one batch of {batch_size}.")
+
+    def stream() -> Iterator[np.ndarray]:
+        per_epoch = rows // batch_size
+        epoch, skip = divmod(start, per_epoch)
+        while True:
+            order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
+            yield from order[skip * batch_size : per_epoch * batch_size].reshape(-1, batch_size)
+            epoch, skip = epoch + 1, 0
+
+    return stream()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lorax_kit.assets import locate
+from lorax_kit.data.batching import row_stream
 
 HELD_OUT = 8
 """Every so many plays, in the order of their paths, one is held out: a comedy, a history and two tragedies."""
@@ -79,20 +80,8 @@ def window_batches(rows: np.ndarray, *, batch_size: int, seed: int, start: int =
     Raises:
       ValueError: fewer windows than a batch.
     """
-    if not 1 <= batch_size <= len(rows):
-        raise ValueError(f"{len(rows)} windows do not fill one batch of {batch_size}.")
-
-    def stream() -> Iterator[Tokens]:
-        per_epoch = len(rows) // batch_size
-        epoch, skip = divmod(start, per_epoch)
-        while True:
-            order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(rows))
-            for i in range(skip, per_epoch):
-                ids = rows[order[i * batch_size : (i + 1) * batch_size]]
-                yield Tokens(ids, np.ones_like(ids))
-            epoch, skip = epoch + 1, 0
-
-    return stream()
+    places = row_stream(len(rows), batch_size=batch_size, seed=seed, start=start)
+    return (Tokens(rows[index], np.ones((batch_size, rows.shape[1]), np.int32)) for index in places)
 
 
 def spread_batches(rows: np.ndarray, *, batch_size: int, count: int) -> list[Tokens]:

@@ -13,8 +13,8 @@ from lorax_kit.core.paths import Params
 from lorax_kit.errors import AdapterError, StudyError
 from lorax_kit.problem import Problem, problem_at
 from lorax_kit.problem.base import based
-from lorax_kit.problems.plays import PlaysText
-from lorax_kit.problems.sentiment import Sentiment, adapter_folder
+from lorax_kit.problems.packaged.plays import PlaysText
+from lorax_kit.problems.packaged.sentiment import Sentiment, adapter_folder
 
 OWN: dict[str, Any] = {"sentiment": Sentiment, "plays": PlaysText}
 

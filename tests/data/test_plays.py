@@ -56,7 +56,7 @@ def test_bad_input_is_named(tmp_path):
         (lambda: load_plays(folder_of(tmp_path, 3)), "has 3 texts"),
         (lambda: windows([1, 2], 4), "2 tokens, fewer than one window of 4"),
         (lambda: windows([1, 2], 1), "nothing to predict"),
-        (lambda: window_batches(np.zeros((2, 4), np.int32), batch_size=3, seed=0), "2 windows do not fill"),
+        (lambda: window_batches(np.zeros((2, 4), np.int32), batch_size=3, seed=0), "2 rows do not fill"),
         (lambda: spread_batches(np.zeros((2, 4), np.int32), batch_size=1, count=3), "3 of 2 windows"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -14,7 +14,7 @@ from lorax_kit.data import Batch, Encoded, encoded, eval_batches, load_reviews, 
 from lorax_kit.errors import AdapterError, StudyError
 from lorax_kit.models import BertClassifier, Tokenizer, classifier_params, load_bert
 from lorax_kit.problem import Problem, Score
-from lorax_kit.problems.layers import fewer_layers
+from lorax_kit.problems.parts.layers import fewer_layers
 from lorax_kit.problems.settings import Settings
 from lorax_kit.tasks import correct, cross_entropies, cross_entropy
 

@@ -15,7 +15,7 @@ from lorax_kit.data import Plays, load_plays, spread_batches, window_batches, wi
 from lorax_kit.errors import StudyError
 from lorax_kit.models import LlamaModel, load_llama
 from lorax_kit.problem import Problem
-from lorax_kit.problems.layers import fewer_layers
+from lorax_kit.problems.parts.layers import fewer_layers
 from lorax_kit.problems.settings import Settings
 from lorax_kit.tasks import correct, cross_entropies, next_tokens
 from lorax_kit.training import Weighted

@@ -1,0 +1,188 @@
+"""Rows of a user's own file, CSV, TSV, JSON Lines or Parquet, read one at a time; errors name the line."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lorax_kit.errors import DataError
+from lorax_kit.json_text import parse_json
+
+SUFFIXES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "txt"}
+
+
+class Row(NamedTuple):
+    """One row: the line where it begins (of Parquet: its number), from 1, and its cells by the names asked for."""
+
+    line: int
+    cells: Mapping[str, Any]
+
+
+def read_rows(
+    file: str | Path, columns: Mapping[str, str], *, encoding: str = "utf-8", may_be_empty: Collection[str] = ()
+) -> Iterator[Row]:
+    """Read the rows of a file in order; only one is in memory at a time.
+
+    Args:
+      file: NAME.csv or .tsv with a header, .jsonl with an object on each line, .parquet (the extra `data`), or .txt, whose
+        paragraphs, which empty lines part, are the cells of one column.
+      columns: the name that a cell gets -> the file's column. Cells of CSV are strings; others are as they are stored.
+      encoding: of CSV and JSON Lines; a byte order mark is skipped.
+      may_be_empty: names of cells that need not hold anything.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ImportError: Parquet, and pyarrow is not installed.
+      DataError: another kind of file, a column that is missing or stands twice, a malformed row, an empty cell, bytes
+        of another encoding, no rows at all.
+
+    Example:
+      >>> import tempfile, pathlib
+      >>> file = pathlib.Path(tempfile.mkdtemp()) / "a.csv"
+      >>> _ = file.write_text("text,label\\ngood,yes\\n")
+      >>> next(read_rows(file, {"text": "text"}))
+      Row(line=2, cells={'text': 'good'})
+    """
+    path = Path(file)
+    kind = SUFFIXES.get(path.suffix.lower())
+    if kind is None:
+        raise DataError(f"{str(path)!r} is no file of rows that is known; known are {', '.join(SUFFIXES)}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}.")
+    readers = {"csv": _read_csv, "jsonl": _read_jsonl, "txt": _read_txt}
+    found = _read_parquet(path, columns) if kind == "parquet" else readers[kind](path, columns, _known(encoding))
+    return _not_empty(path, found, may_be_empty)
+
+
+def _not_empty(path: Path, rows: Iterator[Row], may_be_empty: Collection[str]) -> Iterator[Row]:
+    """The rows, each of whose cells holds something; an error where there are none."""
+    count = 0
+    for count, row in enumerate(rows, 1):  # noqa: B007
+        for name, value in row.cells.items():
+            empty = value is None or (isinstance(value, str) and not value.strip())
+            if empty and name not in may_be_empty:
+                raise DataError(f"{str(path)!r}, line {row.line}: {name} is empty.\n  fill it in, or remove the row")
+        yield row
+    if count == 0:
+        raise DataError(f"{str(path)!r} holds no rows.")
+
+
+def _known(encoding: str) -> str:
+    try:
+        "".encode(encoding)
+    except LookupError:
+        raise DataError(f"the encoding {encoding!r} is not known; such as utf-8, latin-1, cp1252.") from None
+    return "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+
+
+def _wrong_encoding(path: Path, encoding: str, line: int) -> DataError:
+    return DataError(
+        f"{str(path)!r} is not {encoding.removesuffix('-sig')} text, after line {line}.\n"
+        "  say what it is: encoding (latin-1, cp1252, utf-16, ...)"
+    )
+
+
+def _expect(path: Path, columns: Mapping[str, str], there: Sequence[str]) -> None:
+    """Raise unless every column asked for is there once."""
+    for name, column in columns.items():
+        if (count := list(there).count(column)) != 1:
+            what = f"no column {column!r}" if count == 0 else f"{count} columns {column!r}"
+            says = "" if name == column else f" for {name}"
+            raise DataError(
+                f"{str(path)!r} has {what}{says}; its columns are {', '.join(map(str, there)) or 'none'}.\n"
+                f"  say which it is: {name}=COLUMN"
+            )
+
+
+def _read_csv(path: Path, columns: Mapping[str, str], encoding: str) -> Iterator[Row]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    last = 0
+    with open(path, encoding=encoding, newline="") as handle:
+        reader = csv.reader(handle, delimiter=delimiter, strict=True)
+        try:
+            header = next(reader, None)
+            if not header:
+                raise DataError(f"{str(path)!r} has no header: its first line names the columns.")
+            _expect(path, columns, header)
+            places = {name: header.index(column) for name, column in columns.items()}
+            last = reader.line_num
+            for cells in reader:
+                line, last = last + 1, reader.line_num
+                if not cells:
+                    continue
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{str(path)!r}, line {line} has {len(cells)} cells, and the header {len(header)} columns.\n"
+                        "  a cell that holds the separator or a new line stands in double quotes"
+                    )
+                yield Row(line, {name: cells[place] for name, place in places.items()})
+        except UnicodeDecodeError:
+            raise _wrong_encoding(path, encoding, last) from None
+        except csv.Error as e:
+            raise DataError(f"{str(path)!r}, line {last + 1}: {e}.") from None
+
+
+def _read_jsonl(path: Path, columns: Mapping[str, str], encoding: str) -> Iterator[Row]:
+    number = 0
+    with open(path, encoding=encoding, newline="\n") as handle:
+        try:
+            for number, text in enumerate(handle, 1):
+                if not text.strip():
+                    continue
+                try:
+                    found = parse_json(text)
+                except ValueError as e:
+                    raise DataError(f"{str(path)!r}, line {number} is not JSON: {e}.") from None
+                if not isinstance(found, dict):
+                    raise DataError(f"{str(path)!r}, line {number} is no object, but {type(found).__name__}.")
+                if missing := [column for column in columns.values() if column not in found]:
+                    raise DataError(
+                        f"{str(path)!r}, line {number} lacks {missing[0]!r}; it has {', '.join(found) or 'nothing'}."
+                    )
+                yield Row(number, {name: found[column] for name, column in columns.items()})
+        except UnicodeDecodeError:
+            raise _wrong_encoding(path, encoding, number) from None
+
+
+def _read_txt(path: Path, columns: Mapping[str, str], encoding: str) -> Iterator[Row]:
+    if len(columns) != 1:
+        raise DataError(f"{str(path)!r} is plain text, without the columns {', '.join(columns.values())}.")
+    (name,) = columns
+    number, start, held = 0, 1, list[str]()
+    with open(path, encoding=encoding) as handle:
+        try:
+            for number, text in enumerate(handle, 1):
+                if text.strip():
+                    start = start if held else number
+                    held.append(text)
+                elif held:
+                    yield Row(start, {name: "".join(held).strip()})
+                    held = []
+        except UnicodeDecodeError:
+            raise _wrong_encoding(path, encoding, number) from None
+    if held:
+        yield Row(start, {name: "".join(held).strip()})
+
+
+def _read_parquet(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise ImportError(
+            "a Parquet file is read with the package pyarrow, which is not installed.\n"
+            "  install it: pip install 'lorax_kit[data]'"
+        ) from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as opened:
+            _expect(path, columns, opened.schema_arrow.names)
+            number = 0
+            for part in opened.iter_batches(4096, columns=list(dict.fromkeys(columns.values()))):
+                held = {column: part.column(column).to_pylist() for column in columns.values()}
+                for i in range(part.num_rows):
+                    number += 1
+                    yield Row(number, {name: held[column][i] for name, column in columns.items()})
+    except pyarrow.ArrowException as e:
+        raise DataError(f"{str(path)!r} is damaged, or no Parquet file: {str(e).splitlines()[0]}.") from None

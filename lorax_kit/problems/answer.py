@@ -1,0 +1,201 @@
+"""Extractive question answering on a user's own passages: the answer is a span of the passage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lorax_kit.core.setting import is_int, shown
+from lorax_kit.data import Examples, Row, key_of, padded, training_stream
+from lorax_kit.errors import DataError, StudyError
+from lorax_kit.models import Loaded, Window, load_model
+from lorax_kit.problem import Metric, Problem
+from lorax_kit.problems.classify import SHARE, text_of
+from lorax_kit.problems.parts.pooled import SPREAD
+from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, read_parts
+from lorax_kit.tasks import Spans, best_spans, exact_match, span_losses, word_f1
+
+HEAD, DEFAULT_LENGTH = "answer", 256
+
+
+class Held(NamedTuple):
+    """What the host needs of a window: the row it is of, the passage, the characters of its tokens, right answers."""
+
+    row: tuple[str, int]
+    passage: str
+    spans: list[tuple[int, int]]
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer(TextSettings):
+    """Questions, passages and answers, for an encoder with a head for first and last token; exact match and F1.
+
+    Longer passages are cut into windows; the best span of all is the answer. Questions about one passage stay in one
+    part.
+
+    Args:
+      question, context, answer: columns. JSON Lines may hold lists of answers: the first is trained on, and any of
+        them is right.
+      length: of question and window, in tokens; None: 256, or what the model takes.
+      overlap: tokens that a window shares with the one before it.
+    """
+
+    question: str = "question"
+    context: str = "context"
+    answer: str = "answer"
+    overlap: int = 64
+
+    roles: ClassVar[tuple[str, ...]] = ("question", "context", "answer")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_int(self.overlap) or self.overlap < 0:
+            raise StudyError(f"problem overlap is {shown(self.overlap)}; it must be an integer of at least 0.")
+
+    def build(self) -> Problem:
+        """Load weights and data.
+
+        Raises:
+          DataError: an answer that does not stand in its passage, or as `read_parts`.
+          StudyError: the model is no encoder.
+        """
+        loaded = load_model(self.model)
+        if loaded.kind != "encoder":
+            raise StudyError(f"the task 'qa' needs an encoder, and {self.model!r} is of another kind: {loaded.kind}.")
+        length = self.length or min(DEFAULT_LENGTH, loaded.positions or DEFAULT_LENGTH)
+        held: list[Held] = []
+        data = read_parts(self, self._encoding(loaded, length, held), group="passage")
+
+        def make(part: Examples, index: np.ndarray, size: int, length: int) -> Spans:
+            ids, mask = padded([part["ids"][i] for i in index], size, length)
+            types, inside = np.zeros_like(ids), np.zeros_like(ids)
+            ends = np.zeros((3, size), np.int32)
+            for row, i in enumerate(index):
+                for whole, name in ((types, "types"), (inside, "inside")):
+                    whole[row, : len(part[name][i])] = part[name][i]
+                ends[:, row] = part["start"][i], part["end"][i], part["number"][i]
+            weight = (np.arange(size) < len(index)).astype(np.float32)
+            return Spans(ids, mask, types, inside, ends[0], ends[1], weight, ends[2])
+
+        apply = _applying(loaded)
+        batches = batches_of(data, make, self, length, training_stream)
+        batches |= {name: batches[name] for name in ("val", "test")}
+        settings = {"labels": None}
+
+        def score(logits: Any, batch: Spans) -> dict[str, Array]:
+            losses = span_losses(logits, batch)
+            return {"loss": jnp.sum(losses * batch.weight), "weight": jnp.sum(batch.weight)}
+
+        return Problem(
+            name="qa",
+            params=_params(loaded),
+            apply=apply,
+            loss=lambda logits, batch: score(logits, batch)["loss"] / jnp.maximum(jnp.sum(batch.weight), 1e-9),
+            score=score,
+            metrics=[
+                Metric("f1", of_outputs=_mean_over_rows(held, word_f1), **SHARE),
+                Metric("exact_match", of_outputs=_mean_over_rows(held, exact_match), **SHARE),
+            ],
+            predict=lambda logits, batch: best_spans(logits, batch.inside),
+            head=(f"{HEAD}/{{kernel,bias}}",),
+            targets=("encoder/layer_*/**/kernel",),
+            layers=tuple(f"encoder/layer_{i}/**" for i in range(loaded.config.num_hidden_layers)),
+            counts=lambda batch: batch.mask * batch.weight[:, None],
+            **batches,
+            facts=facts_of(self, data, length, "qa", settings),
+        )
+
+    def _encoding(self, loaded: Loaded, length: int, held: list[Held]) -> Callable[[Sequence[Row]], dict[str, Any]]:
+        """Rows to windows; `held` gets what the host needs of each."""
+
+        def encode(rows: Sequence[Row]) -> dict[str, Any]:
+            fields: dict[str, list[Any]] = {
+                name: [] for name in ("ids", "types", "inside", "start", "end", "number", "key", "passage", "line")
+            }
+            for row in rows:
+                question, passage = (text_of(self.data, row, name) for name in ("question", "context"))
+                answers, at = _answers(self.data, row, passage)
+                windows = loaded.tokenizer.encode_pairs([(question, passage)], length, self.overlap)[0]
+                for place, window in enumerate(windows):
+                    start, end = _tokens_of(window, at, at + len(answers[0]))
+                    inside = [int(span[0] >= 0) for span in window.spans]
+                    values = (window.ids, window.types, inside, start, end, len(held))
+                    values += (key_of(question, passage, str(place)), key_of(passage), row.line)
+                    for name, value in zip(fields, values, strict=True):
+                        fields[name].append(value)
+                    held.append(Held((question, row.line), passage, window.spans, answers))
+            return fields
+
+        return encode
+
+
+def _answers(file: str, row: Row, passage: str) -> tuple[tuple[str, ...], int]:
+    """The right answers, and where the first begins in the passage."""
+    value = row.cells["answer"]
+    answers = tuple(value) if isinstance(value, list) else (value,)
+    if not answers or not all(isinstance(x, str) and x.strip() for x in answers):
+        raise DataError(f"{file!r}, line {row.line}: answer is {shown(value)}; it must be text, or a list of texts.")
+    answers = tuple(x.strip() for x in answers)
+    at = passage.find(answers[0])
+    if at < 0:
+        at = passage.lower().find(answers[0].lower())
+    if at < 0:
+        raise DataError(
+            f"{file!r}, line {row.line}: the answer {answers[0][:60]!r} does not stand in the passage.\n"
+            "  answers are spans of their passage, letter by letter"
+        )
+    return answers, at
+
+
+def _tokens_of(window: Window, start: int, end: int) -> tuple[int, int]:
+    """First and last token of the characters [start, end); (0, 0) where the window does not hold them all."""
+    inside = [i for i, (a, b) in enumerate(window.spans) if a >= 0 and a < end and b > start]
+    if not inside or window.spans[inside[0]][0] > start or window.spans[inside[-1]][1] < end:
+        return 0, 0
+    return inside[0], inside[-1]
+
+
+def _params(loaded: Loaded) -> Callable[[Array], dict[str, Any]]:
+    """The encoder, and its trained head where it has one, else a fresh one."""
+
+    def params(key: Array) -> dict[str, Any]:
+        trained = loaded.heads.get(HEAD)
+        kernel = SPREAD * jax.random.normal(key, (loaded.config.hidden_size, 2), jnp.float32)
+        fresh = {"kernel": kernel, "bias": jnp.zeros(2, jnp.float32)}
+        return {"encoder": loaded.params, HEAD: fresh if trained is None else trained}
+
+    return params
+
+
+def _applying(loaded: Loaded) -> Callable[[Any, Spans], Array]:
+    def apply(params: Any, batch: Spans) -> Array:
+        hidden = loaded.model.apply({"params": params["encoder"]}, batch.ids, batch.mask, batch.types)
+        return hidden.astype(jnp.float32) @ params[HEAD]["kernel"] + params[HEAD]["bias"]
+
+    return apply
+
+
+def _mean_over_rows(held: Sequence[Held], measure: Callable[[str, str], float]) -> Callable[..., float]:
+    """The mean over questions of the best window's answer, measured against the nearest of the right ones."""
+
+    def metric(predictions: Sequence[np.ndarray], batches: Sequence[Spans]) -> float:
+        best: dict[tuple[str, int], tuple[float, float]] = {}
+        for found, batch in zip(predictions, batches, strict=True):
+            for (first, last, score), number in zip(
+                found[batch.weight > 0], batch.number[batch.weight > 0], strict=True
+            ):
+                window = held[number]
+                text = window.passage[window.spans[int(first)][0] : window.spans[int(last)][1]]
+                worth = max(measure(text, answer) for answer in window.answers)
+                if window.row not in best or score > best[window.row][0]:
+                    best[window.row] = (float(score), worth)
+        return float(np.mean([worth for _, worth in best.values()]))
+
+    return metric

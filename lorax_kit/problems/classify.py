@@ -1,0 +1,149 @@
+"""Classification of a user's own texts: one class of any number, or several at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_kit.data import Examples, Row, key_of, padded, training_stream
+from lorax_kit.errors import DataError, StudyError
+from lorax_kit.models import load_model
+from lorax_kit.problem import Metric, Problem
+from lorax_kit.problems.parts.pooled import HEAD, pooled
+from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, read_parts
+from lorax_kit.tasks import macro_f1, micro_f1, one_class_sums, several_classes_sums
+
+SHARE = {"better": "higher", "format": ".1%", "bounds": (0, 1)}
+
+
+class Labelled(NamedTuple):
+    """A padded batch: ids, mask int32 (B, T); label int32 (B,), or fp32 (B, C) of several; weight fp32 (B,)."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    label: np.ndarray
+    weight: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classify(TextSettings):
+    """Texts and their classes, for a pretrained model with a linear head; measured by accuracy and F1.
+
+    Args:
+      text, label: columns.
+      separator: between the classes of a text, which may be none; None: each text has one class. JSON Lines may hold
+        lists of classes.
+      several: a text may have any number of classes; implied by a separator.
+    """
+
+    text: str = "text"
+    label: str = "label"
+    separator: str | None = None
+    several: bool = False
+
+    roles: ClassVar[tuple[str, ...]] = ("text", "label")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.separator is not None and (not isinstance(self.separator, str) or not self.separator):
+            raise StudyError(
+                f"problem separator is {self.separator!r}; it must be a string that stands between classes."
+            )
+
+    def build(self) -> Problem:
+        """Load weights and data.
+
+        Raises:
+          DataError: one class alone, or as `read_parts`.
+        """
+        loaded = load_model(self.model)
+        several = self.several or self.separator is not None
+        codes: dict[str, int] = {}
+
+        def encode(rows: Sequence[Row]) -> dict[str, Any]:
+            texts = [text_of(self.data, row, "text") for row in rows]
+            classes = [_classes(self, row, several) for row in rows]
+            for name in (name for some in classes for name in some):
+                codes.setdefault(name, len(codes))
+            given = [[codes[name] for name in some] for some in classes]
+            return {
+                "ids": loaded.tokenizer.encode(texts, self.length or most or 512),
+                "label": given if several else [some[0] for some in given],
+                "key": [key_of(text) for text in texts],
+            }
+
+        most = loaded.positions
+        data = read_parts(
+            self, encode, stratum=None if several else "label", may_be_empty=("label",) if several else ()
+        )
+        names = sorted(codes)
+        if len(names) < 2:
+            raise DataError(f"{self.data!r} has one class alone, {names}; two or more are needed.")
+        place = np.argsort(np.argsort([*codes]))  # of a code among the sorted names
+        length = length_of(self, data.train["ids"].lengths, most)
+
+        def make(part: Examples, index: np.ndarray, size: int, length: int) -> Labelled:
+            ids, mask = padded([part["ids"][i] for i in index], size, length)
+            label = np.zeros((size, len(names)), np.float32) if several else np.zeros(size, np.int32)
+            for row, i in enumerate(index):
+                if several:
+                    label[row, place[part["label"][i]]] = 1
+                else:
+                    label[row] = place[part["label"][i]]
+            return Labelled(ids, mask, label, (np.arange(size) < len(index)).astype(np.float32))
+
+        model = pooled(loaded, len(names))
+        sums = several_classes_sums if several else one_class_sums
+        f1 = Metric("micro_f1", of=micro_f1, **SHARE) if several else Metric("macro_f1", of=macro_f1, **SHARE)
+
+        def loss(logits: Any, batch: Labelled) -> Any:
+            found = sums(logits, batch.label, batch.weight)
+            return found["loss"] / jnp.maximum(found["weight"], 1e-9)
+
+        return Problem(
+            name="classify",
+            params=model.params,
+            apply=model.apply,
+            loss=loss,
+            score=lambda logits, batch: sums(logits, batch.label, batch.weight),
+            metrics=[f1, "accuracy"] if several else ["accuracy", f1],
+            head=(f"{HEAD}/{{kernel,bias}}",),
+            targets=model.targets,
+            layers=model.layers,
+            places=lambda batch: batch.weight,
+            counts=lambda batch: batch.mask * batch.weight[:, None],
+            student=model.student,
+            **batches_of(data, make, self, length, training_stream),
+            facts=facts_of(self, data, length, "classify", {"labels": names}),
+        )
+
+
+def text_of(file: str, row: Row, name: str) -> str:
+    """A cell that must be text."""
+    value = row.cells[name]
+    if not isinstance(value, str):
+        raise DataError(f"{file!r}, line {row.line}: {name} is {value!r}; it must be text.")
+    return value
+
+
+def _classes(settings: Classify, row: Row, several: bool) -> list[str]:
+    """The names of a row's classes."""
+    value = row.cells["label"]
+    if isinstance(value, list):
+        if not several:
+            raise DataError(
+                f"{settings.data!r}, line {row.line}: label is the list {value!r}, of a text that has one class.\n"
+                "  say that it may have more: several=true"
+            )
+        found = [str(x).strip() for x in value]
+    elif value is None:
+        found = []
+    elif settings.separator is not None:
+        found = [x.strip() for x in str(value).split(settings.separator) if x.strip()]
+    else:
+        found = [str(value).strip()] if str(value).strip() else []
+    return list(dict.fromkeys(found))

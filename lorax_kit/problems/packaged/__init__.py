@@ -1,0 +1,1 @@
+"""Problems on data sets and models that install as packages."""

@@ -1,0 +1,217 @@
+"""What problems on a user's own file of texts share: their settings, the parts of the data, batches and facts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from lorax_kit.core.setting import is_int, shown
+from lorax_kit.data import Encode, Examples, evaluation_batches, read_rows, split_rows
+from lorax_kit.errors import DataError, StudyError
+from lorax_kit.problems.settings import Settings
+
+LONGEST, EVALUATED_AT_ONCE, PART_THAT_FITS = 128, 32, 0.95
+
+Make = Callable[[Examples, np.ndarray, int, int], Any]
+"""(examples, places of a batch's, rows of the batch, its length) -> a batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(Settings):
+    """Rows of a user's own file, for a pretrained model.
+
+    Args:
+      data: a CSV, TSV, JSON Lines or Parquet file; what `val_data` and `test_data` do not give is split off it.
+      model: what `load_model` takes: "minilm", "smollm2", a GGUF file or a Hugging Face folder.
+      val_data, test_data: further files of the same columns.
+      encoding: of the files, where they are text.
+      batch_size: examples of a training batch.
+      length: tokens of an example; longer ones are cut. None: the least multiple of 16 that holds 95 % of the training
+        examples whole, at most 128.
+      val, test: what to split off: a share of the rows (a number below 1) or a number of rows.
+      split_seed: of the split.
+      sha256: of each file, which must be as it was: adapters remember it. None: as the files are.
+    """
+
+    data: str
+    model: str = "minilm"
+    val_data: str | None = None
+    test_data: str | None = None
+    encoding: str = "utf-8"
+    batch_size: int = 16
+    length: int | None = None
+    val: float | int = 0.1
+    test: float | int = 0.1
+    split_seed: int = 0
+    sha256: Mapping[str, str] | None = None
+
+    roles: ClassVar[tuple[str, ...]] = ()
+    """Which settings are names of columns."""
+
+    def __post_init__(self) -> None:
+        optional = [name for name in ("val_data", "test_data") if getattr(self, name) is not None]
+        for name in ("data", "model", "encoding", *self.roles, *optional):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise StudyError(f"problem {name} is {shown(getattr(self, name))}; it must be a string.")
+        for name, low in (("batch_size", 1), ("length", 2), ("split_seed", 0)):
+            x = getattr(self, name)
+            if (name != "length" or x is not None) and (not is_int(x) or x < low):
+                raise StudyError(f"problem {name} is {shown(x)}; it must be an integer of at least {low}.")
+        for name in ("val", "test"):
+            x = getattr(self, name)
+            share = isinstance(x, float) and 0 < x < 1
+            if not share and not (is_int(x) and x >= 1):
+                raise StudyError(f"problem {name} is {shown(x)}; it must be a share of the rows, or their number.")
+
+        if self.sha256 is not None and not isinstance(self.sha256, Mapping):
+            raise StudyError(f"problem sha256 is {shown(self.sha256)}; it must be an object, from files to digests.")
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Role -> column."""
+        return {role: getattr(self, role) for role in self.roles}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, the files by their absolute paths; `from_dict` is the inverse."""
+        data = asdict(self)
+        for name in ("data", "val_data", "test_data"):
+            data[name] = None if data[name] is None else str(Path(data[name]).absolute())
+        default = {field.name: field.default for field in fields(self)}
+        return {name: value for name, value in data.items() if value != default[name]}
+
+
+class Data(NamedTuple):
+    """The parts of the files' rows, encoded; the files' SHA-256; and how many rows there were and were left out."""
+
+    train: Examples
+    val: Examples
+    test: Examples
+    sha256: dict[str, str]
+    facts: dict[str, Any]
+
+
+def read_parts(
+    settings: TextSettings,
+    encode: Encode,
+    *,
+    stratum: str | None = None,
+    group: str | None = None,
+    may_be_empty: Sequence[str] = (),
+) -> Data:
+    """Read, encode and split the files of a problem.
+
+    Args:
+      encode: gives, besides the fields of the task, "key", equal where rows are; see `lorax_kit.data.key_of`.
+      stratum, group: fields that are spread alike over the parts, or kept together.
+      may_be_empty: roles whose cells may hold nothing.
+
+    Raises:
+      FileNotFoundError, ImportError, DataError: as `read_rows` and `split_rows`.
+    """
+    read: dict[str, Examples] = {}
+    files: dict[str, str] = {}
+    for name in ("data", "val_data", "test_data"):
+        if (file := getattr(settings, name)) is not None:
+            rows = read_rows(file, settings.columns, encoding=settings.encoding, may_be_empty=may_be_empty)
+            read[name] = Examples.of(rows, encode)
+            files[name] = _digest(Path(file))
+            if settings.sha256 is not None and settings.sha256.get(name) != files[name]:
+                raise DataError(
+                    f"{file!r} has changed since: its SHA-256 is {files[name][:12]}..., and was "
+                    f"{str(settings.sha256.get(name))[:12]}....\n  give the data anew to use it as it is now"
+                )
+    whole = read["data"]
+    sizes = {name: 0 if f"{name}_data" in read else getattr(settings, name) for name in ("val", "test")}
+    strata = None if stratum is None else whole[stratum]
+    places = split_rows(
+        whole["key"], strata, **sizes, seed=settings.split_seed, groups=None if group is None else whole[group]
+    )
+    held = {name: read.get(f"{name}_data", whole.take(getattr(places, name))) for name in ("val", "test")}
+    seen = [part["key"] for part in held.values()]
+    new = ~np.isin(whole["key"][places.train], np.concatenate(seen))
+    train = whole.take(places.train[new])
+    for name, part in (("train", train), *held.items()):
+        if len(part) == 0:
+            raise DataError(f"{settings.data!r} has {len(whole)} rows, of which none are left for {name}.")
+    left_out = {
+        "equal to an earlier row": places.equal,
+        "of one text and different labels": places.contradictory,
+        "that stand in the files of validation or test, too": int((~new).sum()),
+    }
+    facts = {"rows": len(whole), "left_out": {name: count for name, count in left_out.items() if count}}
+    return Data(train, held["val"], held["test"], files, facts)
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def length_of(settings: TextSettings, sizes: np.ndarray, most: int | None) -> int:
+    """Tokens of a padded example.
+
+    Args:
+      sizes: tokens of the training examples.
+      most: that the model takes; None: any number.
+
+    Raises:
+      StudyError: a length that the model does not take.
+    """
+    if settings.length is not None:
+        if most is not None and settings.length > most:
+            raise StudyError(f"length {settings.length} is above the {most} positions of {settings.model!r}.")
+        return settings.length
+    fits = int(np.ceil(np.quantile(sizes, PART_THAT_FITS) / 16)) * 16
+    return min(fits, LONGEST, most or LONGEST)
+
+
+def batches_of(
+    data: Data, make: Make, settings: TextSettings, length: int, stream: Callable[..., Iterator[Any]]
+) -> dict[str, Any]:
+    """The batches of a problem, as its keywords: those of training by `stream`, the others in two lengths.
+
+    Args:
+      stream: `training_stream`, or one of its arguments.
+    """
+    buckets = sorted({max(length // 2, 2), length})
+
+    def evaluated(part: Examples) -> list[Any]:
+        return evaluation_batches(
+            part["ids"].lengths, partial(make, part), batch_size=EVALUATED_AT_ONCE, buckets=buckets
+        )
+
+    def train(seed: int, start: int) -> Iterator[Any]:
+        return stream(
+            data.train["ids"].lengths,
+            partial(make, data.train),
+            batch_size=settings.batch_size,
+            length=length,
+            seed=seed,
+            start=start,
+        )
+
+    return {"train": train, "val": evaluated(data.val), "test": evaluated(data.test)}
+
+
+def facts_of(settings: TextSettings, data: Data, length: int, task: str, more: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report and an adapter say of a problem."""
+    cut = sum(int((part["ids"].lengths > length).sum()) for part in (data.train, data.val, data.test))
+    return {
+        "name": f"{task}, {Path(settings.data).name}, {settings.model}",
+        "train": len(data.train),
+        "val": len(data.val),
+        "test": len(data.test),
+        "length": length,
+        "cut": cut,
+        "steps_per_epoch": max(len(data.train) // settings.batch_size, 1),
+        "settings": {"task": task, **replace(settings, sha256=data.sha256).to_dict()},
+        **data.facts,
+        **more,
+    }

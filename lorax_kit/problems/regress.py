@@ -1,0 +1,106 @@
+"""Regression on a user's own texts: a number for each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_kit.data import Examples, Row, key_of, padded, training_stream
+from lorax_kit.errors import DataError
+from lorax_kit.models import load_model
+from lorax_kit.problem import Metric, Problem
+from lorax_kit.problems.classify import Labelled, text_of
+from lorax_kit.problems.parts.pooled import HEAD, pooled
+from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, read_parts
+from lorax_kit.tasks import number_sums, pearson
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regress(TextSettings):
+    """Texts and a number each, for a pretrained model with a linear head.
+
+    It is trained on numbers that are shifted and scaled to mean 0 and spread 1 over the training rows; errors are
+    measured in the numbers' own units.
+
+    Args:
+      text, label: columns.
+    """
+
+    text: str = "text"
+    label: str = "label"
+
+    roles: ClassVar[tuple[str, ...]] = ("text", "label")
+
+    def build(self) -> Problem:
+        """Load weights and data.
+
+        Raises:
+          DataError: a label that is no number, labels that do not vary, or as `read_parts`.
+        """
+        loaded = load_model(self.model)
+        most = loaded.positions
+
+        def encode(rows: Sequence[Row]) -> dict[str, Any]:
+            texts = [text_of(self.data, row, "text") for row in rows]
+            return {
+                "ids": loaded.tokenizer.encode(texts, self.length or most or 512),
+                "label": [_number(self.data, row) for row in rows],
+                "key": [key_of(text) for text in texts],
+            }
+
+        data = read_parts(self, encode)
+        mean, spread = float(np.mean(data.train["label"])), float(np.std(data.train["label"]))
+        if spread == 0:
+            raise DataError(f"{self.data!r}: every training row has the label {mean:g}; there is nothing to learn.")
+        length = length_of(self, data.train["ids"].lengths, most)
+
+        def make(part: Examples, index: np.ndarray, size: int, length: int) -> Labelled:
+            ids, mask = padded([part["ids"][i] for i in index], size, length)
+            label = np.zeros(size, np.float32)
+            label[: len(index)] = (part["label"][index] - mean) / spread
+            return Labelled(ids, mask, label, (np.arange(size) < len(index)).astype(np.float32))
+
+        model = pooled(loaded, 1)
+
+        def sums(outputs: Any, batch: Labelled) -> dict[str, Any]:
+            return number_sums(outputs[:, 0], batch.label, batch.weight, spread)
+
+        def loss(outputs: Any, batch: Labelled) -> Any:
+            found = sums(outputs, batch)
+            return found["loss"] / jnp.maximum(found["weight"], 1e-9)
+
+        return Problem(
+            name="regress",
+            params=model.params,
+            apply=model.apply,
+            loss=loss,
+            score=sums,
+            metrics=[
+                Metric("rmse", better="lower", of=lambda found: np.sqrt(found["squared_error"])),
+                Metric("mae", better="lower", of="absolute_error"),
+                Metric("pearson", better="higher", of=pearson, format=".3f", bounds=(-1, 1)),
+            ],
+            head=(f"{HEAD}/{{kernel,bias}}",),
+            targets=model.targets,
+            layers=model.layers,
+            counts=lambda batch: batch.mask * batch.weight[:, None],
+            student=model.student,
+            **batches_of(data, make, self, length, training_stream),
+            facts=facts_of(self, data, length, "regress", {"label_mean": mean, "label_spread": spread}),
+        )
+
+
+def _number(file: str, row: Row) -> float:
+    value = row.cells["label"]
+    try:
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{file!r}, line {row.line}: label is {value!r}; it must be a finite number.")
+    return number
