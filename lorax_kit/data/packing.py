@@ -54,9 +54,9 @@ def packed(texts: Ragged, rows: Sequence[Sequence[Piece]], length: int) -> tuple
     """Rows of packed texts.
 
     Returns:
-      (ids, segments, told), int32 (n, length) each: segments number the texts of a row from 1 and are 0 where padded, as
-      a model's `mask`, whose tokens see those of their own segment alone; told is 1 where a token follows another of
-      its segment.
+      (ids, segments, told), int32 (n, length) each. Segments number the texts of a row from 1 and are 0 where padded,
+      for a model's `mask`, by which tokens see those of their own segment alone; told is 1 where a token follows
+      another of its segment.
     """
     shape = (len(rows), length)
     ids, segments, told = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)

@@ -6,10 +6,31 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+class Window(NamedTuple):
+    """Tokens of a pair of texts.
+
+    Attributes:
+      ids, types: of each token.
+      spans: of each token the characters [start, end) of the second text; (-1, -1) where it is of neither or the first.
+    """
+
+    ids: list[int]
+    types: list[int]
+    spans: list[tuple[int, int]]
+
+    @classmethod
+    def of(
+        cls, ids: list[int], types: list[int], offsets: list[tuple[int, int]], texts: list[int | None]
+    ) -> Window:
+        """From what the library gives: `texts` says which of the two a token is of."""
+        spans = [span if text == 1 else (-1, -1) for span, text in zip(offsets, texts, strict=True)]
+        return cls(ids, types, spans)
 
 
 @dataclass(frozen=True)
@@ -116,6 +137,32 @@ class Tokenizer:
                 end = ids[-1:] if encoding.special_tokens_mask[-1] else []
                 ids = ids[: max_length - len(end)] + end
             out.append(ids)
+        return out
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]], max_length: int, overlap: int) -> list[list[Window]]:
+        """Two texts each, special tokens included; a second text that is too long is cut into windows.
+
+        Args:
+          max_length: tokens of a window.
+          overlap: tokens that a window shares with the one before it.
+
+        Raises:
+          ValueError: a first text that leaves no room for the second.
+        """
+        import tokenizers
+
+        cutting = tokenizers.Tokenizer.from_str(self.inner.to_str())  # truncation is a state of the library's object
+        cutting.enable_truncation(max_length, stride=overlap, strategy="only_second")
+        out = []
+        for first, second in pairs:
+            try:
+                whole = cutting.encode(first, second)
+            except Exception as e:  # the library raises bare Exception
+                raise ValueError(
+                    f"{first[:60]!r} leaves no room in {max_length} tokens for windows that share {overlap}: {e}."
+                ) from None
+            windows = [whole, *whole.overflowing]
+            out.append([Window.of(x.ids, x.type_ids, x.offsets, x.sequence_ids) for x in windows])
         return out
 
     def decode(self, ids: Sequence[int]) -> str:
