@@ -26,8 +26,8 @@ def read_rows(
     """Read the rows of a file in order; only one is in memory at a time.
 
     Args:
-      file: NAME.csv or .tsv with a header, .jsonl with an object on each line, .parquet (the extra `data`), or .txt, whose
-        paragraphs, which empty lines part, are the cells of one column.
+      file: NAME.csv or .tsv with a header, .jsonl with an object on each line, .parquet (the extra `data`), or .txt,
+        whose paragraphs, which empty lines part, are the cells of one column.
       columns: the name that a cell gets -> the file's column. Cells of CSV are strings; others are as they are stored.
       encoding: of CSV and JSON Lines; a byte order mark is skipped.
       may_be_empty: names of cells that need not hold anything.

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.core.setting import is_int, shown
-from lorax_kit.data import Examples, Row, key_of, padded, training_stream
+from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import DataError, StudyError
 from lorax_kit.models import Loaded, Window, load_model
 from lorax_kit.problem import Metric, Problem
@@ -85,9 +85,7 @@ class Answer(TextSettings):
             return Spans(ids, mask, types, inside, ends[0], ends[1], weight, ends[2])
 
         apply = _applying(loaded)
-        batches = batches_of(data, make, self, length, training_stream)
-        batches |= {name: batches[name] for name in ("val", "test")}
-        settings = {"labels": None}
+        batches = batches_of(data, make, self, length)
 
         def score(logits: Any, batch: Spans) -> dict[str, Array]:
             losses = span_losses(logits, batch)
@@ -109,7 +107,7 @@ class Answer(TextSettings):
             layers=tuple(f"encoder/layer_{i}/**" for i in range(loaded.config.num_hidden_layers)),
             counts=lambda batch: batch.mask * batch.weight[:, None],
             **batches,
-            facts=facts_of(self, data, length, "qa", settings),
+            facts=facts_of(self, data, length, "qa", {}),
         )
 
     def _encoding(self, loaded: Loaded, length: int, held: list[Held]) -> Callable[[Sequence[Row]], dict[str, Any]]:

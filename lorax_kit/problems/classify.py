@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_kit.data import Examples, Row, key_of, padded, training_stream
+from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import DataError, StudyError
 from lorax_kit.models import load_model
 from lorax_kit.problem import Metric, Problem
@@ -117,7 +117,7 @@ class Classify(TextSettings):
             places=lambda batch: batch.weight,
             counts=lambda batch: batch.mask * batch.weight[:, None],
             student=model.student,
-            **batches_of(data, make, self, length, training_stream),
+            **batches_of(data, make, self, length),
             facts=facts_of(self, data, length, "classify", {"labels": names}),
         )
 

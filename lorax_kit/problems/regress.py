@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_kit.data import Examples, Row, key_of, padded, training_stream
+from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import DataError
 from lorax_kit.models import load_model
 from lorax_kit.problem import Metric, Problem
@@ -90,7 +90,7 @@ class Regress(TextSettings):
             layers=model.layers,
             counts=lambda batch: batch.mask * batch.weight[:, None],
             student=model.student,
-            **batches_of(data, make, self, length, training_stream),
+            **batches_of(data, make, self, length),
             facts=facts_of(self, data, length, "regress", {"label_mean": mean, "label_spread": spread}),
         )
 

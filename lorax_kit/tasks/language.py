@@ -1,4 +1,4 @@
-"""Language modelling: each token from those before it. Of a conversation, or a pair of texts, only the answer counts."""
+"""Language modelling: each token from those before it. Of a conversation only what is answered counts."""
 
 from __future__ import annotations
 

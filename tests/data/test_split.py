@@ -33,7 +33,7 @@ def test_groups_stay_whole():
     groups = np.repeat(np.arange(50), 4)
     parts = split_rows(np.arange(200), val=0.1, test=0.2, groups=groups)
     sets = [set(groups[part]) for part in parts[:3]]
-    assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+    assert sum(map(len, sets)) == len(set.union(*sets)) == 50
     assert [len(part) for part in parts[:3]] == [140, 20, 40]
 
 

@@ -28,11 +28,9 @@ def test_every_format_gives_the_same_cells(tmp_path):
     for name in ("a.csv", "a.jsonl"):
         assert [found[1:] for found in cells(tmp_path / name)] == rows
     assert [found[0] for found in cells(tmp_path / "a.csv")] == [2, 3, 5]  # the second row has two lines
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    table = pyarrow.table({"text": [text for text, _ in rows], "label": [label for _, label in rows]})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").table(dict(zip(("text", "label"), zip(*rows, strict=True), strict=True)))
+    parquet.write_table(table, tmp_path / "a.parquet")
     assert cells(tmp_path / "a.parquet") == [(i, *row) for i, row in enumerate(rows, 1)]
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from lorax_kit.core.setting import is_int, shown
-from lorax_kit.data import Encode, Examples, evaluation_batches, read_rows, split_rows
+from lorax_kit.data import Encode, Examples, evaluation_batches, read_rows, split_rows, training_stream
 from lorax_kit.errors import DataError, StudyError
 from lorax_kit.problems.settings import Settings
 
@@ -172,14 +172,8 @@ def length_of(settings: TextSettings, sizes: np.ndarray, most: int | None) -> in
     return min(fits, LONGEST, most or LONGEST)
 
 
-def batches_of(
-    data: Data, make: Make, settings: TextSettings, length: int, stream: Callable[..., Iterator[Any]]
-) -> dict[str, Any]:
-    """The batches of a problem, as its keywords: those of training by `stream`, the others in two lengths.
-
-    Args:
-      stream: `training_stream`, or one of its arguments.
-    """
+def batches_of(data: Data, make: Make, settings: TextSettings, length: int) -> dict[str, Any]:
+    """The batches of a problem, as its keywords: those of training in one length, the others in two."""
     buckets = sorted({max(length // 2, 2), length})
 
     def evaluated(part: Examples) -> list[Any]:
@@ -188,7 +182,7 @@ def batches_of(
         )
 
     def train(seed: int, start: int) -> Iterator[Any]:
-        return stream(
+        return training_stream(
             data.train["ids"].lengths,
             partial(make, data.train),
             batch_size=settings.batch_size,
