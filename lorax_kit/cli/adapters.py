@@ -9,11 +9,13 @@ from typing import Any
 
 import click
 
+from lorax_kit.cli.problems import problem_options, problem_settings
 from lorax_kit.cli.root import cli, echo, refuse_given
 from lorax_kit.cli.settings import FLAGS, setting_of, setting_options
 
 
 @cli.command()
+@problem_options
 @setting_options
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak rate of AdamW, decaying linearly.")
 @click.option(
@@ -23,39 +25,32 @@ from lorax_kit.cli.settings import FLAGS, setting_of, setting_options
     "--target",
     "targets",
     multiple=True,
-    default=("encoder/layer_*/**/kernel",),
-    show_default=True,
-    help="Parameters to adapt, may be repeated: * within a name, ** over names, {a,b} either; or all-linear.",
+    help="Parameters to adapt, may be repeated: * within a name, ** over names, {a,b} either; or all-linear. Default: "
+    "the kernels of the problem's layers, of film reviews encoder/layer_*/**/kernel.",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--length", type=click.IntRange(2), default=48, show_default=True, help="Tokens per training example.")
 @click.option("--epochs", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--steps-per-epoch", type=click.IntRange(1), default=None, help="Default: one pass over the data.")
-@click.option("--model", default="minilm", show_default=True, help="minilm, or a Hugging Face BERT folder.")
-@click.option("--source", default="rotten_tomatoes", show_default=True, help="rotten_tomatoes, imdb or all.")
-@click.option("--problem", metavar="MODULE:OBJECT", default=None, help="A problem of your own; default: film reviews.")
 @click.option("--out", type=click.Path(file_okay=False), required=True, help="Folder for the adapter and metrics.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train(
     out: str,
     as_json: bool,
-    problem: str | None,
     variant: str,
     rank: int,
     alpha: float,
     more: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Train one adapter, with a progress bar per epoch."""
-    setting = setting_of(variant, rank, alpha, more)
-    from lorax_kit.commands import train_adapter
-    from lorax_kit.problems import Sentiment, problem_from
+    """Train one adapter, with a progress bar per epoch.
 
-    own = {name: options.pop(name) for name in ("model", "source", "batch_size", "length")}
-    if problem is not None:
-        refuse_given({name: f"--{name.replace('_', '-')}" for name in own}, "the problem of the package, not --problem")
-    made = Sentiment(**own) if problem is None else problem_from(problem)
-    result = train_adapter(made, setting, out=Path(out), **options)
+    On rows of your own: --task classify --data my.csv --text COLUMN --label COLUMN. Without a task: on film reviews.
+    """
+    setting = setting_of(variant, rank, alpha, more)
+    described = problem_settings(options)
+    from lorax_kit.commands import train_adapter
+    from lorax_kit.problems import problem_from
+
+    result = train_adapter(problem_from(described), setting, out=Path(out), **options)
     if as_json:
         echo(result)
     else:

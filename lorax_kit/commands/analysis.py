@@ -22,7 +22,7 @@ from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import StudyError
 from lorax_kit.json_text import parse_json
 from lorax_kit.problem import Evaluator, Problem
-from lorax_kit.problems.load import OWN, base_of, problem_from, problem_of
+from lorax_kit.problems.load import PACKAGED, base_of, problem_from, problem_of
 from lorax_kit.report import read_run, write_report
 from lorax_kit.report.conditions import summarise
 from lorax_kit.report.run_folder import Record, replace_file
@@ -219,4 +219,4 @@ def held_out_problem(data: Mapping[str, Any] | str | None) -> Problem | None:
         return None
     if isinstance(data, str) and data.lstrip().startswith("{"):
         data = parse_json(data)
-    return problem_from({"name": data} if isinstance(data, str) and data in OWN else data)
+    return problem_from({"name": data} if isinstance(data, str) and data in PACKAGED else data)

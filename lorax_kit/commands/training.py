@@ -23,13 +23,13 @@ from lorax_kit.errors import AdapterError, StudyError
 from lorax_kit.methods import LoRA
 from lorax_kit.problem import Problem, val_and_test
 from lorax_kit.problem.objective import STATE, draws, training_loss, with_state
-from lorax_kit.problems.packaged.sentiment import Sentiment
+from lorax_kit.problems.settings import Settings
 from lorax_kit.training import Info, State, fit, make_step, partition
 from lorax_kit.transform import all_linear, resolve
 
 
 def train_adapter(
-    problem: Problem | Sentiment,
+    problem: Problem | Settings,
     setting: AnySetting | None = None,
     *,
     out: Path,
@@ -38,7 +38,7 @@ def train_adapter(
     variant: str = "lora",
     lr: float,
     seed: int,
-    targets: Sequence[str],
+    targets: Sequence[str] = (),
     epochs: int,
     steps_per_epoch: int | None,
     progress: bool = True,
@@ -51,7 +51,7 @@ def train_adapter(
     Args:
       problem: what to train on.
       setting: of the method; None: `LoRA(rank=, alpha=, variant=)`.
-      targets: patterns, or "all-linear" alone.
+      targets: patterns, or "all-linear" alone; none: the problem's own, and "all-linear" where it has none.
       steps_per_epoch: None: the problem's fact of that name.
 
     Returns:
@@ -67,7 +67,7 @@ def train_adapter(
         raise StudyError(f"lr is {lr}; it must be a positive number.")
     if (out / "adapter").exists():
         raise AdapterError(f"{str(out / 'adapter')!r} exists.\n  choose another folder")
-    problem = problem.build() if isinstance(problem, Sentiment) else problem
+    problem = problem if isinstance(problem, Problem) else problem.build()
     per_epoch: Any = steps_per_epoch or problem.facts.get("steps_per_epoch")
     if not is_int(per_epoch) or per_epoch < 1:
         raise StudyError(
@@ -76,8 +76,9 @@ def train_adapter(
         )
     params = problem.params(jax.random.fold_in(jax.random.key(seed), 0))
     stream, example = problem.train(seed, 0), next(iter(problem.train(seed, 0)))
+    targets = tuple(targets) or problem.targets or ("all-linear",)
     rules = [(p, setting) for p in targets]
-    if tuple(targets) == ("all-linear",):
+    if targets == ("all-linear",):
         own = (*problem.head, *problem.state)
         rules = list(all_linear(setting, params, problem.apply, example, exclude=own).rules)  # type: ignore[arg-type]
     spec = Spec([*problem.whole_rules, *rules])

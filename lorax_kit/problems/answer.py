@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,15 @@ from jax import Array
 from lorax_kit.core.setting import is_int, shown
 from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import DataError, StudyError
-from lorax_kit.models import Loaded, Window, load_model
+from lorax_kit.models.tokenizer import Window
 from lorax_kit.problem import Metric, Problem
 from lorax_kit.problems.classify import SHARE, text_of
 from lorax_kit.problems.parts.pooled import SPREAD
 from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, read_parts
 from lorax_kit.tasks import Spans, best_spans, exact_match, span_losses, word_f1
+
+if TYPE_CHECKING:
+    from lorax_kit.models import Loaded
 
 HEAD, DEFAULT_LENGTH = "answer", 256
 
@@ -66,6 +69,8 @@ class Answer(TextSettings):
           DataError: an answer that does not stand in its passage, or as `read_parts`.
           StudyError: the model is no encoder.
         """
+        from lorax_kit.models import load_model
+
         loaded = load_model(self.model)
         if loaded.kind != "encoder":
             raise StudyError(f"the task 'qa' needs an encoder, and {self.model!r} is of another kind: {loaded.kind}.")

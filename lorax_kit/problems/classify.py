@@ -11,7 +11,6 @@ import numpy as np
 
 from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import DataError, StudyError
-from lorax_kit.models import load_model
 from lorax_kit.problem import Metric, Problem
 from lorax_kit.problems.parts.pooled import HEAD, pooled
 from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, read_parts
@@ -60,6 +59,8 @@ class Classify(TextSettings):
         Raises:
           DataError: one class alone, or as `read_parts`.
         """
+        from lorax_kit.models import load_model
+
         loaded = load_model(self.model)
         several = self.several or self.separator is not None
         codes: dict[str, int] = {}

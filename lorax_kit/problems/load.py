@@ -10,24 +10,33 @@ import jax
 
 from lorax_kit.checkpoint.adapter import read_document
 from lorax_kit.core.paths import Params
+from lorax_kit.core.setting import shown
 from lorax_kit.errors import AdapterError, StudyError
 from lorax_kit.problem import Problem, problem_at
 from lorax_kit.problem.base import based
+from lorax_kit.problems.answer import Answer
+from lorax_kit.problems.classify import Classify
+from lorax_kit.problems.language import Language
 from lorax_kit.problems.packaged.plays import PlaysText
 from lorax_kit.problems.packaged.sentiment import Sentiment, adapter_folder
+from lorax_kit.problems.parts.rows import TextSettings
+from lorax_kit.problems.regress import Regress
+from lorax_kit.problems.settings import Settings
 
-OWN: dict[str, Any] = {"sentiment": Sentiment, "plays": PlaysText}
+PACKAGED: dict[str, type[Settings]] = {"sentiment": Sentiment, "plays": PlaysText}
+TASKS: dict[str, type[TextSettings]] = {"classify": Classify, "regress": Regress, "lm": Language, "qa": Answer}
 
 
 def problem_from(data: Any) -> Problem:
     """Load a problem.
 
     Args:
-      data: "module:object"; or an object of settings with "address", or with the "name" of one of the package's own
-        ("sentiment", which is the default, "plays").
+      data: "module:object"; or an object of settings: with "task" (and "data", a file of rows), with "address", or
+        with the "name" of one of those on packaged data ("sentiment", which is the default, "plays").
 
     Raises:
-      StudyError: an unknown name, an address that leads nowhere, settings that it does not take.
+      StudyError: an unknown name or task, an address that leads nowhere, settings that it does not take.
+      DataError, ValueError, OSError: what the loaders of models and data raise.
     """
     if isinstance(data, str):
         return problem_at(data)
@@ -36,10 +45,23 @@ def problem_from(data: Any) -> Problem:
     settings = dict(data)
     if "address" in settings:
         return problem_at(settings.pop("address"), settings)
-    name = settings.pop("name", "sentiment")
-    if name not in OWN:
-        raise StudyError(f"problem {name!r} is unknown; choose from {', '.join(OWN)}, or give an address.")
-    made: Problem = OWN[name].from_dict(settings).build()
+    return settings_from(settings).build()
+
+
+def settings_from(data: Mapping[str, Any]) -> Settings:
+    """The settings that a configuration or an adapter names, of what the package can build.
+
+    Raises:
+      StudyError: an unknown name or task, unknown keys, values out of range.
+    """
+    settings = dict(data)
+    kind, known = ("task", TASKS) if "task" in settings else ("name", PACKAGED)
+    name = settings.pop(kind, "sentiment")
+    if name not in known:
+        raise StudyError(
+            f"problem {kind} {shown(name)} is unknown; choose from {', '.join(known)}, or give an address."
+        )
+    made: Settings = known[name].from_dict(settings)
     return made
 
 
@@ -62,13 +84,13 @@ def problem_of(adapter: str | Path, address: str | None = None) -> Problem:
         return problem_at(
             address or meta["address"], given if same or address is None else None, remembered=address is None
         )
-    if not isinstance(settings, Mapping) or meta.get("problem") not in OWN:
+    if not isinstance(settings, Mapping) or meta.get("problem") not in {*PACKAGED, *TASKS}:
         raise AdapterError(
             f"the adapter at {str(path)!r} does not say which problem it was trained on.\n"
             "  give its address: --problem module:object"
         )
-    made: Problem = OWN[meta["problem"]].from_dict(dict(settings)).build()
-    return made
+    own = settings if "task" in settings else {"name": meta["problem"], **settings}
+    return settings_from(own).build()
 
 
 def base_of(problem: Problem, adapter: str | Path) -> Params:

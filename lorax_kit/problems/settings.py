@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Self
 
 from lorax_kit.errors import StudyError
+from lorax_kit.problem import Problem
 
 
-class Settings:
+class Settings(ABC):
     """What the settings of a problem have, which are a frozen dataclass each."""
+
+    @abstractmethod
+    def build(self) -> Problem:
+        """Load weights and data."""
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:

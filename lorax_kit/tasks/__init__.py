@@ -3,12 +3,16 @@
 from lorax_kit.tasks.labels import macro_f1, micro_f1, number_sums, one_class_sums, pearson, several_classes_sums
 from lorax_kit.tasks.language import Told, row_log_likelihoods, token_sums, told_batch
 from lorax_kit.tasks.losses import correct, cross_entropies, cross_entropy, next_tokens
+from lorax_kit.tasks.spans import Spans, best_spans, exact_match, span_losses, word_f1
 
 __all__ = [
+    "Spans",
     "Told",
+    "best_spans",
     "correct",
     "cross_entropies",
     "cross_entropy",
+    "exact_match",
     "macro_f1",
     "micro_f1",
     "next_tokens",
@@ -17,6 +21,8 @@ __all__ = [
     "pearson",
     "row_log_likelihoods",
     "several_classes_sums",
+    "span_losses",
     "token_sums",
     "told_batch",
+    "word_f1",
 ]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jax import Array
 
 from lorax_kit.errors import StudyError
-from lorax_kit.models import Loaded
 from lorax_kit.problem import Problem
 from lorax_kit.problems.parts.layers import fewer_layers
 from lorax_kit.tasks import Told, next_tokens, token_sums
 from lorax_kit.training import Weighted
+
+if TYPE_CHECKING:
+    from lorax_kit.models import Loaded
 
 
 def decoder_problem(

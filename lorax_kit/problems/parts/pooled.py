@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.models import Loaded
 from lorax_kit.problems.parts.layers import fewer_layers
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+    from lorax_kit.models import Loaded
 
 HEAD, SPREAD = "classifier", 0.02
 

@@ -1,0 +1,121 @@
+"""Options that name a model, a task and data: --model, --task, --data and what goes with them."""
+
+from __future__ import annotations
+
+import json
+from functools import reduce
+from typing import Any
+
+import click
+
+from lorax_kit.cli.root import refuse_given
+
+TASKS = ("classify", "regress", "lm", "chat", "qa", "translate", "choose")
+
+OPTIONS = (
+    click.option(
+        "--model", default=None, help="minilm, smollm2, a .gguf file or a Hugging Face folder; default: the task's."
+    ),
+    click.option(
+        "--task",
+        type=click.Choice(TASKS),
+        default=None,
+        help="What --data is for; without it, film reviews or --problem.",
+    ),
+    click.option(
+        "--data",
+        type=click.Path(exists=True, dir_okay=False),
+        default=None,
+        help="Rows of your own: CSV, TSV, JSON Lines, Parquet; what the next two do not give is split off.",
+    ),
+    click.option("--val-data", type=click.Path(exists=True, dir_okay=False), default=None, help="Rows of validation."),
+    click.option("--test-data", type=click.Path(exists=True, dir_okay=False), default=None, help="Rows of the test."),
+    click.option("--text", default=None, help="Column of texts; default: text."),
+    click.option("--label", default=None, help="Column of classes or numbers; default: label."),
+    click.option(
+        "--column",
+        "columns",
+        metavar="ROLE=COLUMN",
+        multiple=True,
+        help="Any other column, may be repeated: question=q, context=passage, answer=a, source=en, target=sv, ...",
+    ),
+    click.option(
+        "--with",
+        "further",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="A further setting of the task, may be repeated: val=0.2, separator=|, overlap=32, encoding=latin-1, ...",
+    ),
+    click.option(
+        "--batch-size", type=click.IntRange(1), default=None, help="Examples of a batch; default: the task's."
+    ),
+    click.option(
+        "--length", type=click.IntRange(2), default=None, help="Tokens of an example; default: what most of them need."
+    ),
+    click.option("--source", default=None, help="Of film reviews: rotten_tomatoes (the default), imdb or all."),
+    click.option("--problem", metavar="MODULE:OBJECT", default=None, help="A problem of your own in Python."),
+)
+NAMES = (
+    "model",
+    "task",
+    "data",
+    "val_data",
+    "test_data",
+    "text",
+    "label",
+    "columns",
+    "further",
+    "batch_size",
+    "length",
+)
+NAMES += ("source", "problem")
+FLAGS = {name: f"--{name.replace('_', '-')}" for name in NAMES} | {"columns": "--column", "further": "--with"}
+
+
+def problem_options(command: Any) -> Any:
+    """Add the options to a command; `problem_settings` reads what they give."""
+    return reduce(lambda f, option: option(f), reversed(OPTIONS), command)
+
+
+def problem_settings(options: dict[str, Any]) -> Any:
+    """What the options name, as `problem_from` takes it; they are taken out of `options`.
+
+    Raises:
+      click.UsageError: options that do not go together.
+    """
+    own = {name: options.pop(name) for name in NAMES}
+    if own["problem"] is not None:
+        refuse_given({name: flag for name, flag in FLAGS.items() if name != "problem"}, "--task or film reviews")
+        return own["problem"]
+    plain = ("model", "batch_size", "length")
+    settings = {name: own[name] for name in plain if own[name] is not None}
+    if own["task"] is None:
+        of_files = ("data", "val_data", "test_data", "text", "label", "columns", "further")
+        refuse_given({name: FLAGS[name] for name in of_files}, "--task: say what the rows are for")
+        return settings | ({} if own["source"] is None else {"source": own["source"]})
+    if own["data"] is None:
+        raise click.UsageError(f"--task {own['task']} needs --data, a file of rows.")
+    refuse_given({"source": "--source"}, "film reviews, not --task; a column of that role is --column source=COLUMN")
+    files = ("data", "val_data", "test_data", "text", "label")
+    settings |= {"task": own["task"]} | {name: own[name] for name in files if own[name] is not None}
+    for flag, pairs in (("--column", own["columns"]), ("--with", own["further"])):
+        for name, value in (_pair(flag, pair) for pair in pairs):
+            if name in settings:
+                raise click.UsageError(f"{flag} {name}=...: {name} is given twice.")
+            settings[name] = value if flag == "--column" else _value(value)
+    return settings
+
+
+def _pair(flag: str, text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals or not value:
+        raise click.UsageError(f"{flag} {text!r} must be NAME=VALUE.")
+    return name, value
+
+
+def _value(text: str) -> Any:
+    """A number, true, false, null, or text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
