@@ -15,6 +15,7 @@ from lorax_kit.errors import AdapterError, StudyError
 from lorax_kit.problem import Problem, problem_at
 from lorax_kit.problem.base import based
 from lorax_kit.problems.answer import Answer
+from lorax_kit.problems.choose import Choose
 from lorax_kit.problems.classify import Classify
 from lorax_kit.problems.language import Language
 from lorax_kit.problems.packaged.plays import PlaysText
@@ -24,7 +25,13 @@ from lorax_kit.problems.regress import Regress
 from lorax_kit.problems.settings import Settings
 
 PACKAGED: dict[str, type[Settings]] = {"sentiment": Sentiment, "plays": PlaysText}
-TASKS: dict[str, type[TextSettings]] = {"classify": Classify, "regress": Regress, "lm": Language, "qa": Answer}
+TASKS: dict[str, type[TextSettings]] = {
+    "classify": Classify,
+    "regress": Regress,
+    "lm": Language,
+    "qa": Answer,
+    "choose": Choose,
+}
 
 
 def problem_from(data: Any) -> Problem:
