@@ -72,7 +72,7 @@ ONE_FILE = {
     "pyarrow": {"data/table"},
     "orbax": {"checkpoint/orbax_files"},
     "tokenizers": {"models/tokenizer"},
-    "gguf": {"models/gguf"},
+    "gguf": {"models/stored/gguf"},
     "jax2onnx": {"serve/onnx"},
     "onnx": {"serve/onnx"},
     "onnxruntime": {"serve/onnx"},

@@ -17,7 +17,7 @@ from lorax_kit.benchmarks.case import Case
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.paths import flatten
 from lorax_kit.methods import Factors
-from lorax_kit.models.pretrained import classifier_names
+from lorax_kit.models.stored.encoder import classifier_names
 
 PACKAGES = ("torch", "transformers", "peft")
 

@@ -16,7 +16,7 @@ from lorax_kit.commands.exchange import Model, load_model, read_adapter, read_fr
 from lorax_kit.core.merge import beyond, merge
 from lorax_kit.core.paths import flatten
 from lorax_kit.errors import AdapterError
-from lorax_kit.models.weights import SINGLE
+from lorax_kit.models.stored.weights import SINGLE
 
 HEAD = {"classifier.weight", "classifier.bias"}
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")

