@@ -14,6 +14,19 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 
+class Cross(NamedTuple):
+    """What a decoder attends to in the encoder's text, formed once.
+
+    Attributes:
+      keys, values: a layer each, (B, N, E, K), of the E tokens that the encoder has read.
+      seen: (B, E), which of them count.
+    """
+
+    keys: tuple[Float[Array, "B N E K"], ...]
+    values: tuple[Float[Array, "B N E K"], ...]
+    seen: Bool[Array, "B E"]
+
+
 class Cache(NamedTuple):
     """What a decoder has read. Row and slot are a token's place; all rows have read as many slots, padding included.
 
@@ -21,12 +34,14 @@ class Cache(NamedTuple):
       keys, values: a layer each, (B, N, S, K).
       seen: (B, S), which slots hold a token that counts.
       end: int32 (), how many slots are filled.
+      cross: of an encoder-decoder, once it has read its first tokens; before, and of other decoders, None.
     """
 
     keys: tuple[Float[Array, "B N S K"], ...]
     values: tuple[Float[Array, "B N S K"], ...]
     seen: Bool[Array, "B S"]
     end: Int[Array, ""]
+    cross: Cross | None = None
 
 
 def empty_cache(layers: int, batch: int, heads: int, slots: int, size: int, dtype: Any = jnp.float32) -> Cache:
