@@ -26,6 +26,10 @@ class Cross(NamedTuple):
     values: tuple[Float[Array, "B N E K"], ...]
     seen: Bool[Array, "B E"]
 
+    def of(self, layer: int) -> tuple[Array, Array]:
+        """Keys and values of one layer."""
+        return self.keys[layer], self.values[layer]
+
 
 class Cache(NamedTuple):
     """What a decoder has read. Row and slot are a token's place; all rows have read as many slots, padding included.
@@ -101,3 +105,27 @@ class Past(NamedTuple):
 def past_of(cache: Cache | None, layer: int) -> Past | None:
     """The part of one layer."""
     return None if cache is None else Past(cache.keys[layer], cache.values[layer], cache.end)
+
+
+def crossed(cache: Cache | None, mask: Int[Array, "B E"] | None) -> Bool[Array, "B E"]:
+    """Which tokens of the text that was read count: as the cache has it, or, before it does, as the mask says.
+
+    Raises:
+      ValueError: neither does.
+    """
+    if cache is not None and cache.cross is not None:
+        return cache.cross.seen
+    if mask is None:
+        raise ValueError(
+            "decode got neither hidden states of the text to read nor a cache that has read it.\n"
+            "  give hidden and hidden_mask in the first call: encode(ids, mask) forms them"
+        )
+    return mask != 0
+
+
+def advanced(
+    after: Cache, own: list[tuple[Array, Array]], cross: list[tuple[Array, Array]], read: Bool[Array, "B E"]
+) -> Cache:
+    """The cache of an encoder-decoder after a call: keys and values of each layer's own text, and of the text read."""
+    keys, values = zip(*own, strict=True)
+    return after._replace(keys=keys, values=values, cross=Cross(*zip(*cross, strict=True), seen=read))

@@ -58,6 +58,15 @@ def _gelu_tanh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array
     return 0.5 * x * (1 + t), dx * 0.5 * (1 + t + x * (1 - t * t) * slope)
 
 
+in_fp32 = partial(lax.dot_general, preferred_element_type=jnp.float32)
+"""A product summed and kept in fp32: rounding the logits of 50,000 words to bf16 would tie the best of them."""
+
+
+def tied_logits(x: Float[Array, "B T D"], table: Float[Array, "V D"]) -> Float[Array, "B T V"]:
+    """Products with every word's embedding, fp32."""
+    return in_fp32(x, table.astype(x.dtype), (((2,), (1,)), ((), ())))
+
+
 def _heads(x: Array, y: Array, axes: tuple[int, int]) -> Array:
     """Batched product over one axis each of (B, H, *, *) arrays."""
     return lax.dot_general(x, y, (((axes[0],), (axes[1],)), ((0, 1), (0, 1))))
