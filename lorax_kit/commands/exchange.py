@@ -27,8 +27,7 @@ from lorax_kit.models import (
     locate,
     torch_names,
 )
-from lorax_kit.models.stored.decoder import SMOLLM2
-from lorax_kit.models.stored.encoder import MINILM
+from lorax_kit.models.stored.load import MINILM, SMOLLM2
 from lorax_kit.models.stored.weights import Stored, open_folder, read_json
 from lorax_kit.peft import load_peft, save_peft
 

@@ -7,6 +7,7 @@ from lorax_kit.models.llama_config import LlamaConfig
 from lorax_kit.models.lstm import LstmClassifier, LstmConfig
 from lorax_kit.models.stored.decoder import PretrainedLlama, llama_names, load_llama
 from lorax_kit.models.stored.encoder import Pretrained, classifier_names, classifier_params, load_bert, torch_names
+from lorax_kit.models.stored.load import Loaded, Special, load_model
 from lorax_kit.models.stored.names import decoder_names, encoder_names, gpt2_names, t5_names
 from lorax_kit.models.tokenizer import Tokenizer
 
@@ -16,11 +17,13 @@ __all__ = [
     "BertEncoder",
     "LlamaConfig",
     "LlamaModel",
+    "Loaded",
     "LstmClassifier",
     "LstmConfig",
     "MissingPackageError",
     "Pretrained",
     "PretrainedLlama",
+    "Special",
     "Tokenizer",
     "classifier_names",
     "classifier_params",
@@ -30,6 +33,7 @@ __all__ = [
     "llama_names",
     "load_bert",
     "load_llama",
+    "load_model",
     "locate",
     "t5_names",
     "torch_names",

@@ -39,25 +39,47 @@ class BertConfig:
         Raises:
           ValueError: the file lacks a size, or describes an encoder that this one would not compute.
         """
-        if not isinstance(data, Mapping):
-            raise ValueError(f"config.json must be an object, not {type(data).__name__}.")
-        for key, only in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
-            if data.get(key, only) != only:
-                raise ValueError(f"config.json has {key} {data[key]!r}; this encoder computes only {only!r}.")
-        names = [f.name for f in fields(cls)]
-        missing = [name for name in names if name not in data]
-        if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}.")
-        for name in names:
-            integer = name != "layer_norm_eps"
-            kind = int if integer else (int, float)
-            if isinstance(data[name], bool) or not isinstance(data[name], kind) or data[name] <= 0:
-                wanted = "an integer of at least 1" if integer else "a number above 0"
-                raise ValueError(f"config.json has {name} {data[name]!r}; it must be {wanted}.")
-        config = cls(**{name: data[name] for name in names})
-        if config.hidden_size % config.num_attention_heads:
-            raise ValueError(f"{config.num_attention_heads} heads do not divide hidden_size {config.hidden_size}.")
-        return config
+        return cls(**config_fields(cls, data, ("bert",)))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return self.max_position_embeddings
+
+
+def config_fields(kind: type[BertConfig], data: Any, model_types: tuple[str, ...]) -> dict[str, Any]:
+    """The sizes of an encoder of BERT's kind from a config.json's content.
+
+    Raises:
+      ValueError: the file lacks a size, or describes an encoder of another kind.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"config.json must be an object, not {type(data).__name__}.")
+    only = {"model_type": model_types, "hidden_act": ("gelu",), "position_embedding_type": ("absolute",)}
+    for key, values in only.items():
+        if data.get(key, values[0]) not in values:
+            raise ValueError(
+                f"config.json has {key} {data[key]!r}; this encoder computes only {', '.join(map(repr, values))}."
+            )
+    names = [f.name for f in fields(kind)]
+    missing = [name for name in names if name not in data]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}.")
+    for name in names:
+        integer = name != "layer_norm_eps"
+        number = int if integer else (int, float)
+        least = 0 if name == "pad_token_id" else 1
+        if (
+            isinstance(data[name], bool)
+            or not isinstance(data[name], number)
+            or data[name] < (least if integer else 1e-300)
+        ):
+            wanted = f"an integer of at least {least}" if integer else "a number above 0"
+            raise ValueError(f"config.json has {name} {data[name]!r}; it must be {wanted}.")
+    sizes = {name: data[name] for name in names}
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:
+        raise ValueError(f"{sizes['num_attention_heads']} heads do not divide hidden_size {sizes['hidden_size']}.")
+    return sizes
 
 
 class Embeddings(nn.Module):

@@ -82,6 +82,11 @@ class LlamaConfig:
         """Entries of a head, K."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return self.max_position_embeddings
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LlamaConfig:
         """From a config.json's content.

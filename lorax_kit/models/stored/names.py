@@ -12,6 +12,9 @@ from typing import Any
 
 from lorax_kit.core.paths import TorchName
 
+ROBERTAS = ("roberta", "xlm-roberta", "camembert")
+"""Model types of RoBERTa's architecture."""
+
 _LLAMA = {
     "attention/norm/scale": "input_layernorm",
     "attention/query/kernel": "self_attn.q_proj",
@@ -33,6 +36,16 @@ _BERT = {
     "mlp/up": "intermediate.dense",
     "mlp/down": "output.dense",
     "mlp/norm": "output.LayerNorm",
+}
+_DISTILBERT = {
+    "attention/query": "attention.q_lin",
+    "attention/key": "attention.k_lin",
+    "attention/value": "attention.v_lin",
+    "attention/output": "attention.out_lin",
+    "attention/norm": "sa_layer_norm",
+    "mlp/up": "ffn.lin1",
+    "mlp/down": "ffn.lin2",
+    "mlp/norm": "output_layer_norm",
 }
 _GPT2 = {
     "attention/norm": "ln_1",
@@ -60,7 +73,7 @@ def _both(ours: str, theirs: str, *, inputs_first: bool = False) -> dict[str, st
 
 
 def decoder_names(config: Mapping[str, Any], *, stacked: bool = False) -> dict[str, str]:
-    """Of LLaMA, Mistral, Qwen2 and Qwen3 (their ForCausalLM): path -> torch name.
+    """Of LLaMA, Mistral, Qwen2, Qwen3 and Gemma (their ForCausalLM): path -> torch name.
 
     Args:
       config: the content of config.json: model_type, num_hidden_layers, tie_word_embeddings, the flags of biases.
@@ -74,8 +87,8 @@ def decoder_names(config: Mapping[str, Any], *, stacked: bool = False) -> dict[s
       >>> decoder_names(config, stacked=True)["layers/attention/query/bias"]
       'model.layers.{}.self_attn.q_proj.bias'
     """
-    kind = _known(config, ("llama", "mistral", "qwen2", "qwen3"))
-    tied = bool(config.get("tie_word_embeddings", False))
+    kind = _known(config, ("llama", "mistral", "qwen2", "qwen3", "gemma"))
+    tied = bool(config.get("tie_word_embeddings", kind == "gemma"))
     table = TorchName("model.embed_tokens.weight", also=("lm_head.weight",) if tied else ())
     names: dict[str, str] = {"embeddings/embedding": table, "norm/scale": "model.norm.weight"}
     biased = ["query", "key", "value"] if kind == "qwen2" or config.get("attention_bias") else []
@@ -91,25 +104,27 @@ def decoder_names(config: Mapping[str, Any], *, stacked: bool = False) -> dict[s
 
 
 def encoder_names(config: Mapping[str, Any], *, stacked: bool = False, prefix: str = "") -> dict[str, str]:
-    """Of BERT's and RoBERTa's encoder: path -> torch name.
+    """Of BERT's, RoBERTa's and DistilBERT's encoder: path -> torch name.
 
     Args:
       config: the content of config.json.
       stacked: all layers are one scanned parameter.
-      prefix: "bert." or "roberta." of a model with a head.
+      prefix: "bert.", "roberta." or "distilbert." of a model with a head.
 
     Raises:
       ValueError: another architecture.
     """
-    _known(config, ("bert", "roberta"))
+    distilled = _known(config, ("bert", *ROBERTAS, "distilbert")) == "distilbert"
+    tables = {"word": "word", "position": "position"} | ({} if distilled else {"type": "token_type"})
     # The head of a masked language model is tied to the words, but no part of the encoder.
     names: dict[str, str] = {
         f"embeddings/{x}/embedding": TorchName(f"{prefix}embeddings.{y}_embeddings.weight", also=())
-        for x, y in (("word", "word"), ("position", "position"), ("type", "token_type"))
+        for x, y in tables.items()
     }
     names |= _both("embeddings/norm", f"{prefix}embeddings.LayerNorm")
-    for ours, theirs in _layers(config["num_hidden_layers"], stacked, f"{prefix}encoder.layer"):
-        for module, name in _BERT.items():
+    count = config["n_layers"] if distilled else config["num_hidden_layers"]
+    for ours, theirs in _layers(count, stacked, f"{prefix}{'transformer' if distilled else 'encoder'}.layer"):
+        for module, name in (_DISTILBERT if distilled else _BERT).items():
             names |= _both(f"{ours}/{module}", f"{theirs}.{name}")
     return names
 

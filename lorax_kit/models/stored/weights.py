@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,21 +37,28 @@ class Stored:
         if layers > len(self.names):
             raise ValueError(f"{str(self.source)!r} has {len(self.names)} tensors, {self.config} says {layers} layers.")
 
-    def params(self, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    def params(self, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]] | None) -> dict[str, Any]:
         """The nested params of `names` (path -> name of a tensor), fp32, kernels (in, out).
+
+        Args:
+          names: a name NAME[start:end] stands for those outputs of a tensor; see `TorchName` for matrices (in, out).
+          shapes: that the paths must have; None: any.
 
         Raises:
           ValueError: a tensor is missing, holds no floats, or has not its path's shape.
         """
         params: dict[str, Any] = {}
         for path, name in names.items():
-            if name not in self.names:
-                raise ValueError(f"{str(self.source)!r} has no tensor {name!r}, which {path!r} needs.")
-            value = np.asarray(self.read(name))
+            tensor, start, end = sliced(name)
+            if tensor not in self.names:
+                raise ValueError(f"{str(self.source)!r} has no tensor {tensor!r}, which {path!r} needs.")
+            value = np.asarray(self.read(tensor))
             if not jnp.issubdtype(value.dtype, jnp.floating):
-                raise ValueError(f"{name!r} holds {value.dtype}, not floats; quantised weights are not restored.")
-            value = value.T if path.endswith("kernel") else value
-            if value.shape != shapes[path]:
+                raise ValueError(f"{tensor!r} holds {value.dtype}, not floats; quantised weights are not restored.")
+            first = getattr(name, "inputs_first", False)
+            value = value.T if path.endswith("kernel") and not first else value
+            value = value[..., start:end] if end else value
+            if shapes is not None and value.shape != shapes[path]:
                 raise ValueError(f"{name!r} gives shape {value.shape} to {path!r}, {self.config} says {shapes[path]}.")
             node = params
             *parents, leaf = path.split("/")
@@ -59,17 +67,32 @@ class Stored:
             node[leaf] = jnp.asarray(np.ascontiguousarray(value, np.float32))
         return params
 
-    def expect_no_others(self, used: Collection[str], within: tuple[str, ...] = ("",)) -> None:
+    def _equal(self, name: str, other: str) -> bool:
+        a, b = (np.asarray(self.read(x)) for x in (name, other))
+        return a.shape == b.shape and bool(np.all(a == b))
+
+    def expect_no_others(self, used: Collection[str], ignored: str = "") -> None:
         """Raise `ValueError` where a tensor is not among the `used`: the model computes something else.
 
+        What is stored once more, as `TorchName.also` says, is left where it is the same.
+
         Args:
-          within: prefixes of the names that must all be used.
+          ignored: pattern of further tensors that may be there.
         """
-        left = sorted(name for name in set(self.names) - set(used) if name.startswith(within))
+        named = {sliced(name)[0] for name in used}
+        left = [name for name in sorted(set(self.names) - named) if not re.fullmatch(ignored, name)]
+        twice = {other: str(name) for name in used for other in getattr(name, "also", None) or ()}
+        left = [name for name in left if name not in twice or not self._equal(name, twice[name])]
         if left:
             names = ", ".join(map(repr, left[:3]))
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             raise ValueError(f"{str(self.source)!r} has tensors that this model does not use: {names}{more}.")
+
+
+def sliced(name: str) -> tuple[str, int, int]:
+    """A tensor's name, and which of its outputs NAME[start:end] stands for: (0, 0) for all."""
+    found = re.fullmatch(r"(.*)\[(\d+):(\d+)\]", name)
+    return (str(name), 0, 0) if found is None else (found[1], int(found[2]), int(found[3]))
 
 
 def read_config(folder: Path) -> Any:
@@ -114,6 +137,18 @@ def open_folder(folder: Path) -> Stored:
         if held.get(name) != file:
             raise ValueError(f"{str(index)!r} says that {file} holds {name!r}; it does not.")
     return Stored(folder, "config.json", held, lambda name: opened[held[name]].get_tensor(name))
+
+
+def chat_template(folder: Path) -> str | None:
+    """From chat_template.jinja, or tokenizer_config.json, where it is a text or a list of named ones; else None."""
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    data = read_json(config) if config.is_file() else {}
+    found = data.get("chat_template") if isinstance(data, dict) else None
+    if isinstance(found, list):
+        found = {x["name"]: x["template"] for x in found}.get("default")
+    return found
 
 
 def _open(file: Path) -> Any:
