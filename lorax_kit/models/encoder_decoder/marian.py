@@ -253,9 +253,7 @@ class MarianModel(nn.Module):
         self.embeddings = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype)
         self.encoder = Encoder(c, self.dtype, self.plain)
         self.decoder = Decoder(c, self.dtype, self.plain)
-        self.final_logits_bias = self.param(
-            "final_logits_bias", nn.initializers.zeros, (1, c.vocab_size), jnp.float32
-        )
+        self.final_logits_bias = self.param("final_logits_bias", nn.initializers.zeros, (1, c.vocab_size), jnp.float32)
 
     def __call__(
         self, ids: Int[Array, "B E"], mask: Array, decoder_ids: Int[Array, "B T"], decoder_mask: Array
