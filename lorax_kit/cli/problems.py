@@ -55,20 +55,8 @@ OPTIONS = (
     click.option("--source", default=None, help="Of film reviews: rotten_tomatoes (the default), imdb or all."),
     click.option("--problem", metavar="MODULE:OBJECT", default=None, help="A problem of your own in Python."),
 )
-NAMES = (
-    "model",
-    "task",
-    "data",
-    "val_data",
-    "test_data",
-    "text",
-    "label",
-    "columns",
-    "further",
-    "batch_size",
-    "length",
-)
-NAMES += ("source", "problem")
+OF_FILES = ("data", "val_data", "test_data", "text", "label", "columns", "further")
+NAMES = ("model", "task", *OF_FILES, "batch_size", "length", "source", "problem")
 FLAGS = {name: f"--{name.replace('_', '-')}" for name in NAMES} | {"columns": "--column", "further": "--with"}
 
 
@@ -90,14 +78,13 @@ def problem_settings(options: dict[str, Any]) -> Any:
     plain = ("model", "batch_size", "length")
     settings = {name: own[name] for name in plain if own[name] is not None}
     if own["task"] is None:
-        of_files = ("data", "val_data", "test_data", "text", "label", "columns", "further")
-        refuse_given({name: FLAGS[name] for name in of_files}, "--task: say what the rows are for")
+        refuse_given({name: FLAGS[name] for name in OF_FILES}, "--task: say what the rows are for")
         return settings | ({} if own["source"] is None else {"source": own["source"]})
     if own["data"] is None:
         raise click.UsageError(f"--task {own['task']} needs --data, a file of rows.")
     refuse_given({"source": "--source"}, "film reviews, not --task; a column of that role is --column source=COLUMN")
-    files = ("data", "val_data", "test_data", "text", "label")
-    settings |= {"task": own["task"]} | {name: own[name] for name in files if own[name] is not None}
+    named = ("data", "val_data", "test_data", "text", "label")
+    settings |= {"task": own["task"]} | {name: own[name] for name in named if own[name] is not None}
     for flag, pairs in (("--column", own["columns"]), ("--with", own["further"])):
         for name, value in (_pair(flag, pair) for pair in pairs):
             if name in settings:

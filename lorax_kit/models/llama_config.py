@@ -130,7 +130,8 @@ class LlamaConfig:
         missing = [name for name in names if sizes.get(name) is None and name not in optional]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}.")
-        return cls(**{name: sizes.get(name) for name in names})
+        taken: dict[str, Any] = {name: sizes.get(name) for name in names}
+        return cls(**taken)
 
 
 def _window(data: Mapping[str, Any], kind: str) -> int | None:

@@ -73,8 +73,9 @@ class RobertaEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Array, mask: Array, types: Array | None = None) -> Float[Array, "B T D"]:
-        own = types is not None and self.config.type_vocab_size > 1
-        x = Embeddings(self.config, self.dtype, name="embeddings")(ids, mask, types if own else jnp.zeros_like(ids))
+        if types is None or self.config.type_vocab_size == 1:
+            types = jnp.zeros_like(ids)
+        x = Embeddings(self.config, self.dtype, name="embeddings")(ids, mask, types)
         seen = mask[:, None, None, :] != 0  # (B, 1, 1, T)
         for i in range(self.config.num_hidden_layers):
             x = Layer(self.config, self.dtype, self.plain, name=f"layer_{i}")(x, seen)

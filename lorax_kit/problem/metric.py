@@ -126,8 +126,13 @@ class Metric:
         return {"name": self.name, "better": self.better, "format": self.format}
 
 
+def share_metric(name: str, of: Any = None, of_outputs: Any = None) -> Metric:
+    """A metric that is a share of what could be, better when higher and shown as percent; see `Metric`."""
+    return Metric(name, better="higher", of=of, of_outputs=of_outputs, format=".1%", bounds=(0, 1))
+
+
 LOSS = Metric("loss", better="lower", format=".4f")
-ACCURACY = Metric("accuracy", better="higher", of="correct", format=".1%", bounds=(0, 1))
+ACCURACY = share_metric("accuracy", of="correct")
 PERPLEXITY = Metric("perplexity", better="lower", of=lambda mean: np.exp(mean["loss"]), format=".4g")
 MSE = Metric("mse", better="lower", of="squared_error", format=".4g")
 STANDARD = {metric.name: metric for metric in (LOSS, ACCURACY, PERPLEXITY, MSE)}

@@ -14,9 +14,11 @@ from jax import Array
 from lorax_kit.core.setting import is_int, shown
 from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import DataError, StudyError
+from lorax_kit.models import load_model
 from lorax_kit.models.tokenizer import Window
-from lorax_kit.problem import Metric, Problem
-from lorax_kit.problems.classify import SHARE, text_of
+from lorax_kit.problem import Problem
+from lorax_kit.problem.metric import share_metric
+from lorax_kit.problems.classify import text_of
 from lorax_kit.problems.parts.pooled import SPREAD
 from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, read_parts
 from lorax_kit.tasks import Spans, best_spans, exact_match, span_losses, word_f1
@@ -69,8 +71,6 @@ class Answer(TextSettings):
           DataError: an answer that does not stand in its passage, or as `read_parts`.
           StudyError: the model is no encoder.
         """
-        from lorax_kit.models import load_model
-
         loaded = load_model(self.model)
         if loaded.kind != "encoder":
             raise StudyError(f"the task 'qa' needs an encoder, and {self.model!r} is of another kind: {loaded.kind}.")
@@ -103,8 +103,8 @@ class Answer(TextSettings):
             loss=lambda logits, batch: score(logits, batch)["loss"] / jnp.maximum(jnp.sum(batch.weight), 1e-9),
             score=score,
             metrics=[
-                Metric("f1", of_outputs=_mean_over_rows(held, word_f1), **SHARE),
-                Metric("exact_match", of_outputs=_mean_over_rows(held, exact_match), **SHARE),
+                share_metric("f1", of_outputs=_mean_over_rows(held, word_f1)),
+                share_metric("exact_match", of_outputs=_mean_over_rows(held, exact_match)),
             ],
             predict=lambda logits, batch: best_spans(logits, batch.inside),
             head=(f"{HEAD}/{{kernel,bias}}",),
@@ -129,8 +129,8 @@ class Answer(TextSettings):
                 for place, window in enumerate(windows):
                     start, end = _tokens_of(window, at, at + len(answers[0]))
                     inside = [int(span[0] >= 0) for span in window.spans]
-                    values = (window.ids, window.types, inside, start, end, len(held))
-                    values += (key_of(question, passage, str(place)), key_of(passage), row.line)
+                    key = key_of(question, passage, str(place))
+                    values = (window.ids, window.types, inside, start, end, len(held), key, key_of(passage), row.line)
                     for name, value in zip(fields, values, strict=True):
                         fields[name].append(value)
                     held.append(Held((question, row.line), passage, window.spans, answers))
@@ -179,7 +179,7 @@ def _params(loaded: Loaded) -> Callable[[Array], dict[str, Any]]:
 
 def _applying(loaded: Loaded) -> Callable[[Any, Spans], Array]:
     def apply(params: Any, batch: Spans) -> Array:
-        hidden = loaded.model.apply({"params": params["encoder"]}, batch.ids, batch.mask, batch.types)
+        hidden: Any = loaded.model.apply({"params": params["encoder"]}, batch.ids, batch.mask, batch.types)
         return hidden.astype(jnp.float32) @ params[HEAD]["kernel"] + params[HEAD]["bias"]
 
     return apply

@@ -14,6 +14,7 @@ from jax import Array
 from lorax_kit.core.setting import is_int, shown
 from lorax_kit.data import Examples, Row, evaluation_batches, key_of, training_stream
 from lorax_kit.errors import DataError, StudyError
+from lorax_kit.models import load_model
 from lorax_kit.problem import Problem, Score
 from lorax_kit.problems.classify import text_of
 from lorax_kit.problems.parts.rows import TextSettings, facts_of, length_of, read_parts
@@ -33,9 +34,9 @@ class Choices(NamedTuple):
     """
 
     texts: Told
-    there: np.ndarray
-    label: np.ndarray
-    weight: np.ndarray
+    there: Any
+    label: Any
+    weight: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +77,6 @@ class Choose(TextSettings):
           DataError: fewer than two choices, an answer that is none of them, or as `read_parts`.
           StudyError: the model is no decoder.
         """
-        from lorax_kit.models import load_model
-
         loaded = load_model(self.model)
         if loaded.kind != "decoder":
             raise StudyError(f"the task 'choose' needs a decoder, and {self.model!r} is another kind: {loaded.kind}.")
@@ -111,19 +110,19 @@ class Choose(TextSettings):
             rows, starts = [], []
             there, label = np.zeros((size, count), np.float32), np.zeros(size, np.int32)
             for place, i in enumerate(index):
-                texts = np.split(part["ids"][i], part["ends"][i][:-1])
-                empty = count - len(texts)
+                given = np.split(part["ids"][i], part["ends"][i][:-1])
+                empty = count - len(given)
                 # Beyond a question's own choices stands its first one, which is not counted.
-                rows += [*texts, *[texts[0]] * empty]
+                rows += [*given, *[given[0]] * empty]
                 starts += [*part["starts"][i], *[part["starts"][i][0]] * empty]
-                there[place, : len(texts)], label[place] = 1, part["label"][i]
+                there[place, : len(given)], label[place] = 1, part["label"][i]
             told = told_batch(rows, starts, size * count, length)
             texts = Told(*(x.reshape(size, count, length) for x in told))
             return Choices(texts, there, label, (np.arange(size) < len(index)).astype(np.float32))
 
         def apply(params: Any, batch: Choices) -> Array:
             told = Told(*(x.reshape(-1, x.shape[-1]) for x in batch.texts))
-            logits = loaded.model.apply({"params": params}, told.ids, told.mask)
+            logits: Any = loaded.model.apply({"params": params}, told.ids, told.mask)
             sums, tokens = row_log_likelihoods(logits, told)
             scores = (sums / jnp.maximum(tokens, 1.0)).reshape(batch.there.shape)
             return jnp.where(batch.there > 0, scores, NEVER)

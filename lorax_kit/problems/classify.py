@@ -11,21 +11,21 @@ import numpy as np
 
 from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import DataError, StudyError
-from lorax_kit.problem import Metric, Problem
+from lorax_kit.models import load_model
+from lorax_kit.problem import Problem
+from lorax_kit.problem.metric import share_metric
 from lorax_kit.problems.parts.pooled import HEAD, pooled
 from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, read_parts
 from lorax_kit.tasks import macro_f1, micro_f1, one_class_sums, several_classes_sums
-
-SHARE = {"better": "higher", "format": ".1%", "bounds": (0, 1)}
 
 
 class Labelled(NamedTuple):
     """A padded batch: ids, mask int32 (B, T); label int32 (B,), or fp32 (B, C) of several; weight fp32 (B,)."""
 
-    ids: np.ndarray
-    mask: np.ndarray
-    label: np.ndarray
-    weight: np.ndarray
+    ids: Any
+    mask: Any
+    label: Any
+    weight: Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,6 @@ class Classify(TextSettings):
         Raises:
           DataError: one class alone, or as `read_parts`.
         """
-        from lorax_kit.models import load_model
-
         loaded = load_model(self.model)
         several = self.several or self.separator is not None
         codes: dict[str, int] = {}
@@ -99,7 +97,7 @@ class Classify(TextSettings):
 
         model = pooled(loaded, len(names))
         sums = several_classes_sums if several else one_class_sums
-        f1 = Metric("micro_f1", of=micro_f1, **SHARE) if several else Metric("macro_f1", of=macro_f1, **SHARE)
+        f1 = share_metric("micro_f1", of=micro_f1) if several else share_metric("macro_f1", of=macro_f1)
 
         def loss(logits: Any, batch: Labelled) -> Any:
             found = sums(logits, batch.label, batch.weight)

@@ -10,6 +10,7 @@ import numpy as np
 
 from lorax_kit.data import Examples, Row, key_of, pack, packed, row_stream
 from lorax_kit.errors import DataError
+from lorax_kit.models import load_model
 from lorax_kit.problem import Problem
 from lorax_kit.problems.classify import text_of
 from lorax_kit.problems.parts.decoded import decoder_problem
@@ -43,8 +44,6 @@ class Language(TextSettings):
         Raises:
           DataError: fewer rows of tokens than a batch, or as `read_parts`.
         """
-        from lorax_kit.models import load_model
-
         loaded = load_model(self.model)
         end = list(loaded.special.eos[:1])
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import DataError
+from lorax_kit.models import load_model
 from lorax_kit.problem import Metric, Problem
 from lorax_kit.problems.classify import Labelled, text_of
 from lorax_kit.problems.parts.pooled import HEAD, pooled
@@ -41,8 +42,6 @@ class Regress(TextSettings):
         Raises:
           DataError: a label that is no number, labels that do not vary, or as `read_parts`.
         """
-        from lorax_kit.models import load_model
-
         loaded = load_model(self.model)
         most = loaded.positions
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,12 +24,12 @@ class Told(NamedTuple):
       told: int32 (B, T), 1 where a token is to be told from those before it: of the answer, not of the prompt.
     """
 
-    ids: np.ndarray
-    mask: np.ndarray
-    told: np.ndarray
+    ids: Any
+    mask: Any
+    told: Any
 
 
-def told_batch(ids: Sequence[Sequence[int]], starts: Sequence[int], size: int, length: int) -> Told:
+def told_batch(ids: Sequence[Any], starts: Sequence[int], size: int, length: int) -> Told:
     """A batch of texts whose tokens from `starts` on are to be told; longer texts are cut at the end."""
     rows, mask, told = (np.zeros((size, length), np.int32) for _ in range(3))
     mask[len(ids) :, 0] = 1

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 if TYPE_CHECKING:
@@ -30,14 +29,14 @@ class Spans(NamedTuple):
       number: int32 (B,), which window a row is.
     """
 
-    ids: np.ndarray
-    mask: np.ndarray
-    types: np.ndarray
-    inside: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
-    weight: np.ndarray
-    number: np.ndarray
+    ids: Any
+    mask: Any
+    types: Any
+    inside: Any
+    start: Any
+    end: Any
+    weight: Any
+    number: Any
 
 
 def span_losses(logits: Float[Array, "B T 2"], batch: Spans) -> Float[Array, " B"]:

@@ -199,6 +199,30 @@ def t5_names(config: Mapping[str, Any], *, stacked: bool = False) -> dict[str, s
     return names if tied else names | {"head/kernel": "lm_head.weight"}
 
 
+def marian_names(config: Mapping[str, Any], *, stacked: bool = False) -> dict[str, str]:
+    """Of Marian's MTModel, whose embedding serves the encoder, the decoder and the head: path -> torch name.
+
+    Raises:
+      ValueError: another architecture.
+    """
+    _known(config, ("marian",))
+    also = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
+    names: dict[str, str] = {
+        "embeddings/embedding": TorchName("model.shared.weight", also=also),
+        "final_logits_bias": "final_logits_bias",
+    }
+    projections = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
+    for side in ("encoder", "decoder"):
+        parts = {"attention": "self_attn"} | ({"cross": "encoder_attn"} if side == "decoder" else {})
+        for ours, theirs in _layers(config[f"{side}_layers"], stacked, f"model.{side}.layers"):
+            modules = {f"{part}/{x}": f"{name}.{y}" for part, name in parts.items() for x, y in projections.items()}
+            modules |= {f"{part}/norm": f"{name}_layer_norm" for part, name in parts.items()}
+            modules |= {"mlp/up": "fc1", "mlp/down": "fc2", "mlp/norm": "final_layer_norm"}
+            for module, name in modules.items():
+                names |= _both(f"{side}/{ours}/{module}", f"{theirs}.{name}")
+    return names
+
+
 def _known(config: Mapping[str, Any], kinds: tuple[str, ...]) -> str:
     kind = config.get("model_type")
     if kind not in kinds:

@@ -14,6 +14,10 @@ import numpy as np
 from lorax_kit.json_text import read_json as json_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MARIAN_TOKENIZER = """
+  Marian's folders have source.spm and vocab.json in its place. With the package tokenizers, build
+  models.Unigram([(piece, score), ...]) with the pieces in the order of vocab.json, their scores those of source.spm,
+  the Metaspace pre-tokenizer and decoder, and "$A </s>" as template, and save it as tokenizer.json."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class Stored:
             node[leaf] = jnp.asarray(np.ascontiguousarray(value, np.float32))
         return params
 
-    def _equal(self, name: str, other: str) -> bool:
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same."""
         a, b = (np.asarray(self.read(x)) for x in (name, other))
         return a.shape == b.shape and bool(np.all(a == b))
 
@@ -82,7 +87,7 @@ class Stored:
         named = {sliced(name)[0] for name in used}
         left = [name for name in sorted(set(self.names) - named) if not re.fullmatch(ignored, name)]
         twice = {other: str(name) for name in used for other in getattr(name, "also", None) or ()}
-        left = [name for name in left if name not in twice or not self._equal(name, twice[name])]
+        left = [name for name in left if name not in twice or not self.equal(name, twice[name])]
         if left:
             names = ", ".join(map(repr, left[:3]))
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
@@ -102,13 +107,17 @@ def read_config(folder: Path) -> Any:
       FileNotFoundError: the folder lacks a file.
       ValueError: config.json is not JSON.
     """
-    for name in ("config.json", SINGLE, "tokenizer.json"):
+    holds = "a model folder holds config.json, model.safetensors and tokenizer.json."
+    for name in ("config.json", SINGLE):
         if not (folder / name).is_file() and not (name == SINGLE and (folder / INDEX).is_file()):
-            raise FileNotFoundError(
-                f"{str(folder)!r} has no {name}; a model folder holds config.json, model.safetensors "
-                "and tokenizer.json."
-            )
-    return read_json(folder / "config.json")
+            torch = "\n  pytorch_model.bin is not read: save_pretrained(FOLDER, safe_serialization=True) of transformers"
+            pickled = name == SINGLE and any(folder.glob("pytorch_model*.bin"))
+            raise FileNotFoundError(f"{str(folder)!r} has no {name}; {holds}" + (torch if pickled else ""))
+    data = read_json(folder / "config.json")
+    if not (folder / "tokenizer.json").is_file():
+        marian = isinstance(data, dict) and data.get("model_type") == "marian"
+        raise FileNotFoundError(f"{str(folder)!r} has no tokenizer.json; {holds}" + (MARIAN_TOKENIZER if marian else ""))
+    return data
 
 
 def open_folder(folder: Path) -> Stored:
