@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "transform": {"json_text", "core", "after", "placement", "dtypes"},
     "calibration": {"core", "transform", "dtypes"},
     "training": {"json_text", "core", "transform", "placement", "dtypes", "svd"},
+    "meta": {"core", "training"},
     "parallel": {"core", "transform", "training"},
     "problem": {"core", "transform", "training"},
     "analysis": {"core", "algebra", "dtypes", "svd"},

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from lorax_kit.cli.problems import problem_options, problem_settings
+from lorax_kit.cli.problems import described, problem_options, problem_settings
 from lorax_kit.cli.root import cli, echo, refuse_given
 from lorax_kit.cli.settings import FLAGS, setting_of, setting_options
 
@@ -58,16 +58,23 @@ def train(
 
 
 @cli.command()
-@click.argument("adapter", type=click.Path(exists=True, file_okay=False))
-@click.option(
-    "--problem", metavar="MODULE:OBJECT", default=None, help="The problem; default: the one it was trained on."
-)
+@click.argument("adapter", required=False)
+@problem_options
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
-def evaluate(adapter: str, problem: str | None, as_json: bool) -> None:
-    """Measure a saved adapter on the test split of the problem it was trained on."""
-    from lorax_kit.commands import evaluate_adapter
+def evaluate(adapter: str | None, as_json: bool, **options: Any) -> None:
+    """Measure a saved adapter on the test split of the problem it was trained on; or a model as it is.
 
-    result = evaluate_adapter(adapter, problem)
+    ADAPTER is a folder of `train` or of a study, which remembers its problem. With --model, --task and --data the model
+    is measured without one; a head that it lacks is drawn at random.
+    """
+    settings = described(adapter, options, "ADAPTER, a folder of train or of a study")
+    from lorax_kit.commands import evaluate_adapter, evaluate_base
+    from lorax_kit.problems import problem_from
+
+    if settings is None:
+        result = evaluate_adapter(str(adapter), options["problem"])
+    else:
+        result = evaluate_base(problem_from(settings))
     if as_json:
         echo(result)
     else:

@@ -10,11 +10,12 @@ from typing import Any
 
 import click
 
+from lorax_kit.cli.problems import described, problem_options
 from lorax_kit.cli.root import cli, echo, refuse_given
 
 
 @cli.command()
-@click.argument("model")
+@click.argument("subject", metavar="[MODEL]", required=False)
 @click.option(
     "--method",
     "methods",
@@ -81,12 +82,10 @@ from lorax_kit.cli.root import cli, echo, refuse_given
     type=click.Path(file_okay=False),
     help="Folder for the smaller model (model.safetensors, row.json); with --compare its folder, to go on with or new.",
 )
-@click.option(
-    "--problem", metavar="MODULE:OBJECT", default=None, help="Default: the one that the adapter was trained on."
-)
+@problem_options
 @click.option("--json", "as_json", is_flag=True, help="Print the row, or rows, as JSON.")
 def compress(
-    model: str,
+    subject: str | None,
     methods: tuple[str, ...],
     targets: tuple[str, ...],
     keeps: tuple[float, ...],
@@ -96,15 +95,16 @@ def compress(
     sequential: bool,
     rank: int,
     seed: int,
-    problem: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Make a trained model smaller, heal it, print what was lost and saved.
 
     MODEL is an adapter of `train` or of a study, judged on its problem's test set; or smollm2, a .gguf file or a
-    Hugging Face LLaMA folder, judged on plays.
+    Hugging Face folder, judged on what --task and --data say, a decoder without them on plays.
     """
+    settings = described(subject, options, "MODEL, an adapter or a pretrained model")
+    address = options.pop("problem", None)
     from lorax_kit.benchmarks import table
     from lorax_kit.checkpoint.staging import refuse_existing
     from lorax_kit.commands import compress_subject, save_small, subject_of
@@ -120,7 +120,7 @@ def compress(
         if sequential:
             raise click.UsageError("--compare has no --sequential: give it to one method.")
         _compare(
-            subject_of(model, targets=targets, address=problem),
+            subject_of(subject, targets=targets, address=address, settings=settings),
             methods,
             keeps,
             range(seed, seed + seeds),
@@ -138,10 +138,10 @@ def compress(
         refuse_given({"allocation": "--allocation"}, "low-rank methods")
     if method in QUANTISATIONS:
         refuse_given({"keeps": "--keep"}, f"methods that leave something out: {method} keeps all")
-    subject = subject_of(model, targets=targets, address=problem)
-    row, small = compress_subject(subject, method=method, keep=keeps[0], sequential=sequential, seed=seed, **options)
+    chosen = subject_of(subject, targets=targets, address=address, settings=settings)
+    row, small = compress_subject(chosen, method=method, keep=keeps[0], sequential=sequential, seed=seed, **options)
     if out is not None:
-        save_small(out, subject, row, small)
+        save_small(out, chosen, row, small)
     if as_json:
         echo(row)
     else:

@@ -93,6 +93,30 @@ def problem_settings(options: dict[str, Any]) -> Any:
     return settings
 
 
+def described(model: str | None, options: dict[str, Any], what: str) -> Any:
+    """The problem on which a command measures `what`, an argument that may be left out where --task says enough.
+
+    Returns:
+      Settings as `problem_from` takes them, or None where the argument is an adapter that remembers its problem, whose
+      address --problem may replace: `options["problem"]`.
+
+    Raises:
+      click.UsageError: options that do not go together.
+    """
+    if options["task"] is None:
+        refuse_given({name: FLAGS[name] for name in NAMES if name not in ("task", "problem")}, "--task")
+        if model is None:
+            raise click.UsageError(f"give {what}, or --model, --task and --data.")
+        for name in NAMES:
+            if name != "problem":
+                options.pop(name)
+        return None
+    if model is not None and options["model"] is not None:
+        raise click.UsageError(f"the model is given twice: {model} and --model {options['model']}.")
+    options["model"] = options["model"] or model
+    return problem_settings(options)
+
+
 def _pair(flag: str, text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not name or not equals or not value:

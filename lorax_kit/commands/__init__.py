@@ -2,7 +2,7 @@
 
 from lorax_kit.commands.analysis import analyse_run
 from lorax_kit.commands.compression import compress_subject, save_small
-from lorax_kit.commands.evaluation import evaluate_adapter
+from lorax_kit.commands.evaluation import evaluate_adapter, evaluate_base
 from lorax_kit.commands.inspection import inspect_model
 from lorax_kit.commands.subjects import Subject, adapter_subject, sentiment_subject, subject_of, text_subject
 from lorax_kit.commands.training import train_adapter
@@ -13,6 +13,7 @@ __all__ = [
     "analyse_run",
     "compress_subject",
     "evaluate_adapter",
+    "evaluate_base",
     "inspect_model",
     "save_small",
     "sentiment_subject",

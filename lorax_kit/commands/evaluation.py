@@ -1,15 +1,25 @@
-"""`evaluate`: a saved adapter, measured again."""
+"""`evaluate`: a saved adapter, measured again, or a model as it is."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from lorax_kit.checkpoint.adapter import load_adapter
 from lorax_kit.core.merge import merge
-from lorax_kit.problem import Evaluator
+from lorax_kit.core.paths import Params
+from lorax_kit.problem import Evaluator, Problem
 from lorax_kit.problems.load import base_of, problem_of
 from lorax_kit.problems.packaged.sentiment import adapter_folder
+
+
+def evaluate_base(problem: Problem) -> dict[str, Any]:
+    """Test metrics of a problem's model as it is."""
+    base = problem.params(jax.random.key(0))
+    return _measured(problem, base, ())
 
 
 def evaluate_adapter(path: str | Path, address: str | None = None) -> dict[str, Any]:
@@ -26,6 +36,10 @@ def evaluate_adapter(path: str | Path, address: str | None = None) -> dict[str, 
     base = base_of(problem, path)
     adapter = load_adapter(path, base=base)
     merged = merge(base, adapter.factors, adapter.plan)
-    measured = Evaluator(problem, merged, adapter.plan.trained, problem.test)(merged)
-    named = {f"test_{metric.name}": measured[metric.name] for metric in problem.all_metrics}
-    return {"adapter": str(path), **named, "examples": measured["examples"]}
+    return {"adapter": str(path), **_measured(problem, merged, adapter.plan.trained)}
+
+
+def _measured(problem: Problem, params: Params, trained: Collection[str]) -> dict[str, Any]:
+    found = Evaluator(problem, params, trained, problem.test)(params)
+    named = {f"test_{metric.name}": found[metric.name] for metric in problem.all_metrics}
+    return {**named, "examples": found["examples"]}

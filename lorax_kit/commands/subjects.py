@@ -24,7 +24,7 @@ from lorax_kit.errors import CompressError
 from lorax_kit.methods import LoRA
 from lorax_kit.problem import Metric, Problem
 from lorax_kit.problem.evaluate import scored, summarised
-from lorax_kit.problems.load import base_of, problem_of
+from lorax_kit.problems.load import base_of, problem_from, problem_of
 from lorax_kit.problems.packaged.plays import PlaysText
 from lorax_kit.problems.packaged.sentiment import Sentiment, adapter_folder, workload_of
 from lorax_kit.training import Weighted
@@ -137,17 +137,25 @@ class Subject:
         return Quality(metrics, agreement, [chosen for _, _, chosen in found])
 
 
-def subject_of(model: str | Path, *, targets: Sequence[str] = (), address: str | None = None) -> Subject:
-    """The model that an adapter makes of its base, or a LLaMA decoder on plays.
+def subject_of(
+    model: str | Path | None, *, targets: Sequence[str] = (), address: str | None = None, settings: Any = None
+) -> Subject:
+    """The model that an adapter makes of its base, a pretrained model on a problem, or a decoder on plays.
 
     Args:
       model: the folder of an adapter; "smollm2", a GGUF file or a Hugging Face LLaMA folder.
       targets: patterns of the parameters to compress; default: the problem's, or what the adapter adapted.
       address: of the problem, in place of the one that the adapter remembers.
+      settings: of a problem, as `problem_from` takes them: its own model is the one that is compressed.
 
     Raises:
       AdapterError, MissingPackageError, FileNotFoundError, ValueError: what the loaders raise.
     """
+    if settings is not None or model is None:
+        problem = problem_from(settings)
+        return Subject(
+            problem=problem, params=problem.params(jax.random.key(0)), targets=tuple(targets) or problem.targets
+        )
     if (adapter_folder(model) / "spec").is_dir():
         document = read_document(adapter_folder(model))
         if address is None and document["meta"].get("problem") == "sentiment" and not document["meta"].get("address"):

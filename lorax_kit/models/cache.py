@@ -128,4 +128,5 @@ def advanced(
 ) -> Cache:
     """The cache of an encoder-decoder after a call: keys and values of each layer's own text, and of the text read."""
     keys, values = zip(*own, strict=True)
-    return after._replace(keys=keys, values=values, cross=Cross(*zip(*cross, strict=True), seen=read))
+    read_keys, read_values = zip(*cross, strict=True)
+    return after._replace(keys=keys, values=values, cross=Cross(read_keys, read_values, read))

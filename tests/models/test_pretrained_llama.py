@@ -129,7 +129,11 @@ BAD_FOLDERS = [
     (config(hidden_act="gelu"), ValueError, "hidden_act 'gelu'; this decoder computes only 'silu'"),
     (config(attention_bias=True), ValueError, "no tensor 'model.layers.0.self_attn.q_proj.bias'"),
     (config(mlp_bias=True), ValueError, "no tensor 'model.layers.0.mlp.gate_proj.bias'"),
-    (config(head_dim=16), ValueError, "gives shape (32, 32) to 'layer_0/attention/query/kernel', config.json says (32, 6"),
+    (
+        config(head_dim=16),
+        ValueError,
+        "gives shape (32, 32) to 'layer_0/attention/query/kernel', config.json says (32, 6",
+    ),
     (config(rope_scaling={"type": "linear", "factor": 2.0}), ValueError, "computes only unscaled positions"),
     (
         config(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
