@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -116,7 +116,7 @@ def export_adapter(
         model = _compressed(subject, Method.parse(method), keep, batches, progress)
     if int8 and any(isinstance(x, Quantised) for x in flatten(model.params)[0].values()):
         raise ExportError("int8 quantises float params, and these are quantised already.\n  leave int8 out")
-    about, texts = _texts(adapter, model.params)
+    about, texts = _texts(adapter, subject.problem.facts, model.params)
     inputs = inputs_of(model.apply, model.params, subject.test[0])
     document = {
         "lorax_kit": __version__,
@@ -235,17 +235,21 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(np.where(same, 0.0, one) - np.where(same, 0.0, other)).max(initial=0.0))
 
 
-def _texts(adapter: Path, params: Params) -> tuple[dict[str, Any], dict[str, str]]:
+def _texts(adapter: Path, facts: Mapping[str, Any], params: Params) -> tuple[dict[str, Any], dict[str, str]]:
     """(what export.json says of texts, files by name): of a classifier of texts its tokenizer and labels."""
     meta = read_document(adapter)["meta"]
-    if meta.get("problem") != "sentiment" or meta.get("address"):
+    if meta.get("problem") not in ("sentiment", "classify") or meta.get("address"):
         return {}, {}
-    workload = workload_of(adapter)
-    pretrained = load_bert(workload.model)
+    if meta["problem"] == "sentiment":
+        workload = workload_of(adapter)
+        model, labels, longest = workload.model, LABELS, max(*workload.buckets, workload.length or 0)
+    else:
+        model, labels, longest = meta["settings"].get("model", "minilm"), facts["labels"], facts["length"]
+    pretrained = load_bert(model)
     words, normaliser = _vocabulary(pretrained.tokenizer_file)
     about = {
-        "labels": LABELS,
-        "max_length": max(*workload.buckets, workload.length or 0),
+        "labels": labels,
+        "max_length": longest,
         "tokenizer": normaliser,
         "encoder": asdict(pretrained.config) | {"num_hidden_layers": _layers(params)},
     }
