@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -15,11 +14,11 @@ from lorax_kit.core.setting import is_int, shown
 from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import DataError, StudyError
 from lorax_kit.models import load_model
+from lorax_kit.models.heads import answer, fresh_head
 from lorax_kit.models.tokenizer import Window
 from lorax_kit.problem import Problem
 from lorax_kit.problem.metric import share_metric
 from lorax_kit.problems.classify import text_of
-from lorax_kit.problems.parts.pooled import SPREAD
 from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, read_parts
 from lorax_kit.tasks import Spans, best_spans, exact_match, span_losses, word_f1
 
@@ -107,7 +106,7 @@ class Answer(TextSettings):
                 share_metric("exact_match", of_outputs=_mean_over_rows(held, exact_match)),
             ],
             predict=lambda logits, batch: best_spans(logits, batch.inside),
-            head=(f"{HEAD}/{{kernel,bias}}",),
+            head=(f"{HEAD}/**",),
             targets=("encoder/layer_*/**/kernel",),
             layers=tuple(f"encoder/layer_{i}/**" for i in range(loaded.config.num_hidden_layers)),
             counts=lambda batch: batch.mask * batch.weight[:, None],
@@ -169,10 +168,7 @@ def _params(loaded: Loaded) -> Callable[[Array], dict[str, Any]]:
     """The encoder, and its trained head where it has one, else a fresh one."""
 
     def params(key: Array) -> dict[str, Any]:
-        trained = loaded.heads.get(HEAD)
-        kernel = SPREAD * jax.random.normal(key, (loaded.config.hidden_size, 2), jnp.float32)
-        fresh = {"kernel": kernel, "bias": jnp.zeros(2, jnp.float32)}
-        return {"encoder": loaded.params, HEAD: fresh if trained is None else trained}
+        return {"encoder": loaded.params, HEAD: loaded.heads.get(HEAD) or fresh_head(loaded.config.hidden_size, 2, key)}
 
     return params
 
@@ -180,7 +176,7 @@ def _params(loaded: Loaded) -> Callable[[Array], dict[str, Any]]:
 def _applying(loaded: Loaded) -> Callable[[Any, Spans], Array]:
     def apply(params: Any, batch: Spans) -> Array:
         hidden: Any = loaded.model.apply({"params": params["encoder"]}, batch.ids, batch.mask, batch.types)
-        return hidden.astype(jnp.float32) @ params[HEAD]["kernel"] + params[HEAD]["bias"]
+        return jnp.stack(answer(params[HEAD], hidden), axis=-1)
 
     return apply
 

@@ -11,12 +11,14 @@ import numpy as np
 
 from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import DataError, StudyError
-from lorax_kit.models import load_model
+from lorax_kit.models import Loaded, load_model
 from lorax_kit.problem import Problem
 from lorax_kit.problem.metric import share_metric
 from lorax_kit.problems.parts.pooled import HEAD, pooled
 from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, read_parts
 from lorax_kit.tasks import macro_f1, micro_f1, one_class_sums, several_classes_sums
+
+HEADS = ("auto", "trained", "fresh")
 
 
 class Labelled(NamedTuple):
@@ -37,12 +39,15 @@ class Classify(TextSettings):
       separator: between the classes of a text, which may be none; None: each text has one class. JSON Lines may hold
         lists of classes.
       several: a text may have any number of classes; implied by a separator.
+      head: "trained": that of the model's folder, whose classes must be those of the data; "fresh"; "auto": the trained
+        one where it fits.
     """
 
     text: str = "text"
     label: str = "label"
     separator: str | None = None
     several: bool = False
+    head: str = "auto"
 
     roles: ClassVar[tuple[str, ...]] = ("text", "label")
 
@@ -52,6 +57,9 @@ class Classify(TextSettings):
             raise StudyError(
                 f"problem separator is {self.separator!r}; it must be a string that stands between classes."
             )
+
+        if self.head not in HEADS:
+            raise StudyError(f"problem head is {self.head!r}; choose from {', '.join(HEADS)}.")
 
     def build(self) -> Problem:
         """Load weights and data.
@@ -95,7 +103,13 @@ class Classify(TextSettings):
                     label[row] = place[part["label"][i]]
             return Labelled(ids, mask, label, (np.arange(size) < len(index)).astype(np.float32))
 
-        model = pooled(loaded, len(names))
+        trained = None if several or self.head == "fresh" else _trained_head(loaded, names)
+        if trained is None and self.head == "trained":
+            raise StudyError(
+                f"{self.model!r} has no trained head for the classes {', '.join(names)}; it has "
+                f"{'one for ' + ', '.join(loaded.labels) if loaded.labels else 'none'}."
+            )
+        model, chosen = pooled(loaded, len(names), trained), "fresh" if trained is None else "trained"
         sums = several_classes_sums if several else one_class_sums
         f1 = share_metric("micro_f1", of=micro_f1) if several else share_metric("macro_f1", of=macro_f1)
 
@@ -110,15 +124,27 @@ class Classify(TextSettings):
             loss=loss,
             score=lambda logits, batch: sums(logits, batch.label, batch.weight),
             metrics=[f1, "accuracy"] if several else ["accuracy", f1],
-            head=(f"{HEAD}/{{kernel,bias}}",),
+            head=(f"{HEAD}/**",),
             targets=model.targets,
             layers=model.layers,
             places=lambda batch: batch.weight,
             counts=lambda batch: batch.mask * batch.weight[:, None],
             student=model.student,
             **batches_of(data, make, self, length),
-            facts=facts_of(self, data, length, "classify", {"labels": names}),
+            facts=facts_of(
+                self, data, length, "classify", {"labels": names, "head": "fresh" if trained is None else "trained"}
+            ),
         )
+
+
+def _trained_head(loaded: Loaded, names: Sequence[str]) -> Any:
+    """The model's own head with its classes in the order of the names; None where it has none for them."""
+    head = loaded.heads.get("classify")
+    if head is None or sorted(loaded.labels or ()) != list(names):
+        return None
+    order = np.array([(loaded.labels or ()).index(name) for name in names])
+    output = {leaf: x[..., order] for leaf, x in head["output"].items()}
+    return {**head, "output": output}
 
 
 def text_of(file: str, row: Row, name: str) -> str:

@@ -85,7 +85,7 @@ class Regress(TextSettings):
                 Metric("mae", better="lower", of="absolute_error"),
                 Metric("pearson", better="higher", of=pearson, format=".3f", bounds=(-1, 1)),
             ],
-            head=(f"{HEAD}/{{kernel,bias}}",),
+            head=(f"{HEAD}/**",),
             targets=model.targets,
             layers=model.layers,
             counts=lambda batch: batch.mask * batch.weight[:, None],
