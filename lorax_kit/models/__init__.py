@@ -15,6 +15,7 @@ from lorax_kit.models.stored.decoder import PretrainedLlama, llama_names, load_l
 from lorax_kit.models.stored.encoder import Pretrained, classifier_names, classifier_params, load_bert, torch_names
 from lorax_kit.models.stored.load import Loaded, Special, load_model
 from lorax_kit.models.stored.names import decoder_names, encoder_names, gpt2_names, marian_names, t5_names
+from lorax_kit.models.stored.save import save_model
 from lorax_kit.models.tokenizer import Tokenizer
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "load_model",
     "locate",
     "marian_names",
+    "save_model",
     "t5_names",
     "torch_names",
 ]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax_kit.models import Tokenizer, answer, classify, load_model
+from lorax_kit.models import Tokenizer, answer, classify, load_model, save_model
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 torch = pytest.importorskip("torch")
@@ -44,6 +44,7 @@ MARIAN = {
 ENCODERS = {
     "Bert": {**ENCODER, "type_vocab_size": 2},
     "Roberta": {**ENCODER, "type_vocab_size": 1, "pad_token_id": 1},
+    "XLMRoberta": {**ENCODER, "type_vocab_size": 1, "pad_token_id": 1},
     "DistilBert": {
         **{"vocab_size": VOCAB, "dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 30, "num_labels": 3},
         "max_position_embeddings": 32,
@@ -76,6 +77,16 @@ def saved(model, folder, **settings):
     model.save_pretrained(folder, **settings)
     Tokenizer.from_merges(["a"], []).inner.save(str(folder / "tokenizer.json"))
     return load_model(folder)
+
+
+def assert_back(loaded, whole, folder):
+    """What is saved here is what transformers saved: the same class with the same weights, none missing, none left."""
+    save_model(folder, loaded)
+    again, report = type(whole).from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    expected = whole.state_dict()
+    for name, x in again.state_dict().items():
+        assert torch.equal(x, expected[name]), name
 
 
 def texts(left=True):
@@ -112,6 +123,7 @@ def test_an_encoder_and_its_trained_heads(tmp_path, name):
     whole = drawn(getattr(transformers, f"{name}ForSequenceClassification"), config)
     loaded = saved(whole, tmp_path / "classify")
     assert (loaded.kind, loaded.labels) == ("encoder", ("LABEL_0", "LABEL_1", "LABEL_2"))
+    assert_back(loaded, whole, tmp_path / "classify again")
     run = jax.jit(loaded.model.apply)
     hidden = run({"params": loaded.params}, ids, mask, *types.values())
     assert_close(hidden, theirs(whole.base_model, ids, mask, **types).last_hidden_state, mask)
@@ -122,6 +134,7 @@ def test_an_encoder_and_its_trained_heads(tmp_path, name):
     whole = drawn(getattr(transformers, f"{name}ForQuestionAnswering"), config)
     loaded = saved(whole, tmp_path / "answer")
     hidden = run({"params": loaded.params}, ids, mask, *types.values())
+    assert_back(loaded, whole, tmp_path / "answer again")
     expected = theirs(whole, ids, mask, **types)
     for found, logits in zip(answer(loaded.heads["answer"], hidden), expected[:2], strict=True):
         assert_close(found, logits, mask)
@@ -156,6 +169,7 @@ def test_a_decoder_its_cache_and_its_trained_head(tmp_path, kind):
     loaded = saved(whole, tmp_path / "words", max_shard_size="20KB")
     assert len(list((tmp_path / "words").glob("model-*.safetensors"))) > 1
     assert (loaded.kind, loaded.special.eos, loaded.special.pad, loaded.positions) == ("decoder", (2,), 0, 32)
+    assert_back(loaded, whole, tmp_path / "words again")
     ids, mask = texts()
     named = {"position_ids": places_of(mask)} if kind == "gpt2" else {}
     expected = theirs(whole, input_ids=ids, attention_mask=mask, **named).logits
@@ -173,6 +187,7 @@ def test_a_decoder_its_cache_and_its_trained_head(tmp_path, kind):
     judge = drawn(getattr(transformers, f"{name}ForSequenceClassification"), config)
     ids = np.where(mask == 0, 0, ids)  # transformers finds the last token by the id of padding
     loaded = saved(judge, tmp_path / "classify")
+    assert_back(loaded, judge, tmp_path / "classify again")
     hidden = jax.jit(lambda p, *x: loaded.model.apply({"params": p}, *x, hidden=True))(loaded.params, ids, mask)
     expected = theirs(judge, input_ids=ids, attention_mask=mask, **named).logits
     assert_close(classify(loaded.family, loaded.heads["classify"], hidden, mask), expected, np.ones(3))
@@ -195,6 +210,7 @@ def test_an_encoder_decoder_and_its_cache(tmp_path, kind):
         whole.lm_head.weight = torch.nn.Parameter(torch.randn_like(whole.lm_head.weight))
     loaded = saved(whole, tmp_path)
     assert loaded.kind == "encoder-decoder"
+    assert_back(loaded, whole, tmp_path / "again")
     assert loaded.special.start == settings["decoder_start_token_id"]
     assert ("head" in loaded.params) == (kind == "t5 1.1")
     ids, mask = texts(left=kind != "marian")  # Marian's positions are counted from the mask here

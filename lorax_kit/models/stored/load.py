@@ -181,7 +181,7 @@ def _heads(family: Family, data: Mapping[str, Any], stored: Stored) -> dict[str,
             if str(name).endswith(UNREAD):
                 raise ValueError(
                     f"{str(stored.source)!r} has {own['output/kernel']!r} of a {name}, a head that is not read.\n"
-                    f"  heads that are: {', '.join(x for key, x in family.classes.items() if key != 'backbone')}"
+                    f"  heads that are: {', '.join(x.name for key, x in family.classes.items() if key != 'backbone')}"
                 )
         dense = any(name in stored.names for path, name in own.items() if path.startswith("dense/"))
         heads[head] = {path: name for path, name in own.items() if dense or path.startswith("output/")}

@@ -62,8 +62,7 @@ class Stored:
             value = np.asarray(self.read(tensor))
             if not jnp.issubdtype(value.dtype, jnp.floating):
                 raise ValueError(f"{tensor!r} holds {value.dtype}, not floats; quantised weights are not restored.")
-            first = getattr(name, "inputs_first", False)
-            value = value.T if path.endswith("kernel") and not first else value
+            value = value.T if transposed(path, name) else value
             value = value[..., start:end] if end else value
             if shapes is not None and value.shape != shapes[path]:
                 raise ValueError(f"{name!r} gives shape {value.shape} to {path!r}, {self.config} says {shapes[path]}.")
@@ -95,6 +94,11 @@ class Stored:
             names = ", ".join(map(repr, left[:3]))
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             raise ValueError(f"{str(self.source)!r} has tensors that this model does not use: {names}{more}.")
+
+
+def transposed(path: str, name: str) -> bool:
+    """Whether torch stores a matrix (out, in) that is (in, out) here."""
+    return path.endswith("kernel") and not getattr(name, "inputs_first", False)
 
 
 def sliced(name: str) -> tuple[str, int, int]:
