@@ -1,7 +1,23 @@
-"""Problems that go by a name: where the name becomes weights and data."""
+"""Problems that a configuration names: tasks on rows of one's own, and those on packaged data."""
 
-from lorax_kit.problems.load import problem_from, problem_of
+from lorax_kit.problems.answer import Answer
+from lorax_kit.problems.choose import Choose
+from lorax_kit.problems.classify import Classify
+from lorax_kit.problems.language import Language
+from lorax_kit.problems.load import problem_from, problem_of, settings_from
 from lorax_kit.problems.packaged.plays import PlaysText
 from lorax_kit.problems.packaged.sentiment import Sentiment
+from lorax_kit.problems.regress import Regress
 
-__all__ = ["PlaysText", "Sentiment", "problem_from", "problem_of"]
+__all__ = [
+    "Answer",
+    "Choose",
+    "Classify",
+    "Language",
+    "PlaysText",
+    "Regress",
+    "Sentiment",
+    "problem_from",
+    "problem_of",
+    "settings_from",
+]

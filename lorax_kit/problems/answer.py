@@ -13,13 +13,12 @@ from jax import Array
 from lorax_kit.core.setting import is_int, shown
 from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import DataError, StudyError
-from lorax_kit.models import load_model
 from lorax_kit.models.heads import answer, fresh_head
 from lorax_kit.models.tokenizer import Window
 from lorax_kit.problem import Problem
 from lorax_kit.problem.metric import share_metric
 from lorax_kit.problems.classify import text_of
-from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, read_parts
+from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, load_kind, read_parts
 from lorax_kit.tasks import Spans, best_spans, exact_match, span_losses, word_f1
 
 if TYPE_CHECKING:
@@ -70,9 +69,7 @@ class Answer(TextSettings):
           DataError: an answer that does not stand in its passage, or as `read_parts`.
           StudyError: the model is no encoder.
         """
-        loaded = load_model(self.model)
-        if loaded.kind != "encoder":
-            raise StudyError(f"the task 'qa' needs an encoder, and {self.model!r} is of another kind: {loaded.kind}.")
+        loaded = load_kind(self.model, "encoder", "qa")
         length = self.length or min(DEFAULT_LENGTH, loaded.positions or DEFAULT_LENGTH)
         held: list[Held] = []
         data = read_parts(self, self._encoding(loaded, length, held), group="passage")

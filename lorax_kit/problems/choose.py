@@ -14,10 +14,9 @@ from jax import Array
 from lorax_kit.core.setting import is_int, shown
 from lorax_kit.data import Examples, Row, evaluation_batches, key_of, training_stream
 from lorax_kit.errors import DataError, StudyError
-from lorax_kit.models import load_model
 from lorax_kit.problem import Problem, Score
 from lorax_kit.problems.classify import text_of
-from lorax_kit.problems.parts.rows import TextSettings, facts_of, length_of, read_parts
+from lorax_kit.problems.parts.rows import TextSettings, facts_of, length_of, load_kind, read_parts
 from lorax_kit.tasks import Told, correct, cross_entropies, row_log_likelihoods, told_batch
 
 NEVER = -1e9
@@ -77,9 +76,7 @@ class Choose(TextSettings):
           DataError: fewer than two choices, an answer that is none of them, or as `read_parts`.
           StudyError: the model is no decoder.
         """
-        loaded = load_model(self.model)
-        if loaded.kind != "decoder":
-            raise StudyError(f"the task 'choose' needs a decoder, and {self.model!r} is another kind: {loaded.kind}.")
+        loaded = load_kind(self.model, "decoder", "choose")
         tokenizer, most = loaded.tokenizer, loaded.positions
 
         def encode(rows: Sequence[Row]) -> dict[str, Any]:

@@ -131,9 +131,7 @@ class Classify(TextSettings):
             counts=lambda batch: batch.mask * batch.weight[:, None],
             student=model.student,
             **batches_of(data, make, self, length),
-            facts=facts_of(
-                self, data, length, "classify", {"labels": names, "head": "fresh" if trained is None else "trained"}
-            ),
+            facts=facts_of(self, data, length, "classify", {"labels": names, "head": chosen}),
         )
 
 

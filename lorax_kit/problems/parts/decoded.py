@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from jax import Array
 
-from lorax_kit.errors import StudyError
 from lorax_kit.problem import Problem
 from lorax_kit.problems.parts.layers import fewer_layers
 from lorax_kit.tasks import Told, next_tokens, token_sums
@@ -27,15 +26,7 @@ def decoder_problem(
     test: Sequence[Told],
     facts: Mapping[str, Any],
 ) -> Problem:
-    """The problem of telling tokens, measured by perplexity and by how many are told right.
-
-    Raises:
-      StudyError: the model is no decoder.
-    """
-    if loaded.kind != "decoder":
-        raise StudyError(
-            f"the task {name!r} needs a decoder, and {loaded.source!r} is an {loaded.kind} ({loaded.family})."
-        )
+    """The problem of telling tokens, measured by perplexity and by how many are told right."""
 
     def sums(logits: Array, batch: Told) -> dict[str, Weighted]:
         losses, right, count = token_sums(logits, batch)

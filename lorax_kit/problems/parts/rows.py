@@ -14,6 +14,7 @@ import numpy as np
 from lorax_kit.core.setting import is_int, shown
 from lorax_kit.data import Encode, Examples, evaluation_batches, read_rows, split_rows, training_stream
 from lorax_kit.errors import DataError, StudyError
+from lorax_kit.models import Loaded, load_model
 from lorax_kit.problems.settings import Settings
 
 LONGEST, EVALUATED_AT_ONCE, PART_THAT_FITS = 128, 32, 0.95
@@ -84,6 +85,20 @@ class TextSettings(Settings):
             data[name] = None if data[name] is None else str(Path(data[name]).absolute())
         default = {field.name: field.default for field in fields(self)}
         return {name: value for name, value in data.items() if value != default[name]}
+
+
+def load_kind(source: str, kind: str, task: str) -> Loaded:
+    """`load_model` of a kind of model.
+
+    Raises:
+      StudyError: the model is of another kind.
+    """
+    loaded = load_model(source)
+    if loaded.kind != kind:
+        raise StudyError(
+            f"the task {task!r} needs a model of the kind {kind!r}; {source!r} ({loaded.family}) is of {loaded.kind!r}."
+        )
+    return loaded
 
 
 class Data(NamedTuple):

@@ -1,0 +1,248 @@
+"""Problems on rows of one's own: what is read, how it is measured, and what is refused."""
+
+import csv
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import lorax_kit as lk
+from lorax_kit.commands import evaluate_adapter, evaluate_base, train_adapter
+from lorax_kit.errors import DataError
+from lorax_kit.models import load_model
+from lorax_kit.problem import Evaluator
+from lorax_kit.problems import Answer, Choose, Classify, Language, Regress, problem_from, settings_from
+from lorax_kit.tasks import exact_match, word_f1
+from tests.problems.folders import write_model
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+COLOURS = ["red", "green", "blue"]
+THINGS = ["house", "car", "tree", "lamp", "bird", "boat"]
+NAMES = ["anna", "ben", "carla", "david", "eva", "fred"]
+OTHERS = "the a is lives in where does ? . question : answer which one , and"
+WORDS = COLOURS + THINGS + NAMES + OTHERS.split()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {family: write_model(root / family, WORDS, family) for family in ("bert", "llama")}
+
+
+def rows(count, seed=0):
+    """Texts, and the colour each names first."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        colour, thing, other = rng.choice(COLOURS), rng.choice(THINGS), THINGS[i % len(THINGS)]
+        yield f"the {colour} {thing} and the {other} {NAMES[i // 6 % 6]} {NAMES[i // 36 % 6]}", str(colour)
+
+
+def table(file, header, lines):
+    with open(file, "w", newline="", encoding="utf-8") as out:
+        csv.writer(out).writerows([header, *lines])
+    return str(file)
+
+
+def lines(file, found):
+    file.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return str(file)
+
+
+def test_classes_are_learnt_and_an_adapter_needs_only_its_folder(tmp_path, models):
+    data = table(tmp_path / "a.csv", ["body", "colour"], rows(180))
+    settings = {"task": "classify", "model": models["bert"], "data": data, "text": "body", "label": "colour"}
+    problem = problem_from({**settings, "batch_size": 8})
+    assert problem.facts["labels"] == sorted(COLOURS)
+    assert (problem.facts["train"], problem.facts["val"], problem.facts["test"]) == (144, 18, 18)
+    done = train_adapter(problem, lk.LoRA(rank=4), out=tmp_path / "o", lr=2e-2, seed=0, epochs=4, steps_per_epoch=None,
+                         progress=False)  # fmt: skip
+    assert done["test_accuracy"] > 0.9 > evaluate_base(problem)["test_accuracy"]
+    again = evaluate_adapter(tmp_path / "o")
+    assert again["examples"] == 18
+    assert {name: again[name] for name in done if name.startswith("test_")} == {
+        name: value for name, value in done.items() if name.startswith("test_")
+    }
+    with open(data, "a") as more:
+        more.write("the red car,red\n")
+    with pytest.raises(DataError, match="has changed since: its SHA-256"):
+        evaluate_adapter(tmp_path / "o")
+
+
+def test_macro_f1_is_that_of_its_definition(tmp_path, models):
+    data = table(tmp_path / "a.csv", ["text", "label"], rows(120))
+    problem = Classify(data=data, model=models["bert"], test=40).build()
+    params = problem.params(jax.random.key(3))
+    found = Evaluator(problem, params, (), problem.test)(params)
+    pairs = [
+        (label, given)
+        for batch in problem.test
+        for label, given, weight in zip(
+            batch.label, np.argmax(problem.apply(params, batch), axis=-1), batch.weight, strict=True
+        )
+        if weight
+    ]
+    assert len(pairs) == 40
+    scores = []
+    for c in range(3):
+        true, told = sum(a == c for a, _ in pairs), sum(b == c for _, b in pairs)
+        scores.append(2 * sum(a == b == c for a, b in pairs) / (true + told) if true + told else None)
+    assert found["macro_f1"] == pytest.approx(np.mean([x for x in scores if x is not None]), abs=1e-6)
+    assert found["accuracy"] == pytest.approx(np.mean([a == b for a, b in pairs]), abs=1e-6)
+
+
+def test_several_classes_a_text(tmp_path, models):
+    found = [{"text": text, "label": [label, "long"] if i % 2 else []} for i, (text, label) in enumerate(rows(80))]
+    by_list = Classify(data=lines(tmp_path / "a.jsonl", found), model=models["bert"], several=True).build()
+    cells = [[row["text"], "|".join(row["label"])] for row in found]
+    data = table(tmp_path / "a.csv", ["text", "label"], cells)
+    by_cell = Classify(data=data, model=models["bert"], separator="|").build()
+    assert by_list.facts["labels"] == by_cell.facts["labels"] == sorted([*COLOURS, "long"])
+    for ours, theirs in zip(by_list.test, by_cell.test, strict=True):
+        np.testing.assert_array_equal(ours.label, theirs.label)
+    assert {tuple(row) for batch in by_list.test for row in batch.label[batch.weight > 0]} >= {(0, 0, 0, 0)}
+    assert by_list.metric == "micro_f1"
+
+
+def test_numbers_are_measured_in_their_own_units(tmp_path, models):
+    data = table(tmp_path / "a.csv", ["text", "label"], [(text, 100 + 7 * len(label)) for text, label in rows(120)])
+    problem = Regress(data=data, model=models["bert"]).build()
+    params = problem.params(jax.random.key(0))
+    found = Evaluator(problem, params, (), problem.test)(params)
+    mean, spread = problem.facts["label_mean"], problem.facts["label_spread"]
+    errors = [
+        spread * (float(x[0]) - y)
+        for batch in problem.test
+        for x, y, w in zip(problem.apply(params, batch), batch.label, batch.weight, strict=True)
+        if w
+    ]
+    true = {round(mean + spread * y) for batch in problem.test for y in batch.label[batch.weight > 0]}
+    assert true <= {121, 128, 135}
+    assert found["rmse"] == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=1e-5)
+    assert found["mae"] == pytest.approx(np.mean(np.abs(errors)), rel=1e-5)
+
+
+def test_answers_are_spans_of_passages_of_any_length(tmp_path, models):
+    rng = np.random.default_rng(0)
+    found = []
+    for i in range(90):
+        who, where = rng.choice(NAMES, 2, replace=False), rng.choice(THINGS, 2)
+        filler = "the red tree . " * (12 if i % 3 == 0 else 0)
+        context = f"{who[0]} lives in {where[0]} . {filler}{who[1]} lives in the {where[1]} ."
+        answer = [f"the {where[1]}", str(where[1])]
+        found.append({"q": f"where does {who[1]} ?", "p": f"{context} {i}", "a": answer})
+    settings = {"question": "q", "context": "p", "answer": "a", "length": 32, "overlap": 8}
+    data = lines(tmp_path / "a.jsonl", found)
+    problem = Answer(data=data, model=models["bert"], **settings).build()
+    assert problem.facts["test"] > 9  # windows, of which a long passage has several
+    for batch in problem.val:
+        for i in np.flatnonzero(batch.weight):
+            start, end = batch.start[i], batch.end[i]
+            assert (start == end == 0) or (batch.inside[i, start : end + 1] == 1).all()
+            assert start == 0 or batch.ids[i, start] == 4 + sorted(set(WORDS)).index("the")
+    params = problem.params(jax.random.key(1))
+    measured = Evaluator(problem, params, (), problem.test)(params)
+    assert 0 <= measured["exact_match"] <= measured["f1"] <= 1
+    assert (exact_match("The  red, car!", "red car"), word_f1("the red car", "a red boat")) == (1.0, 0.5)
+
+
+def test_packed_texts_have_the_losses_they_have_alone(tmp_path, models):
+    data = table(tmp_path / "a.csv", ["text"], [[text] for text, _ in rows(100)])
+    problem = Language(data=data, model=models["llama"], length=32, batch_size=2).build()
+    params = problem.params(jax.random.key(0))
+    batch = next(problem.train(0, 0))
+    assert batch.mask.max() > 1  # several texts in a row
+    packed = np.asarray(problem.apply(params, batch))
+    for row, segments, logits in zip(batch.ids, batch.mask, packed, strict=True):
+        for number in range(1, segments.max() + 1):
+            at = segments == number
+            alone = batch._replace(ids=row[None, at], mask=np.ones((1, at.sum()), np.int32), told=None)
+            np.testing.assert_allclose(logits[at], problem.apply(params, alone)[0], atol=2e-5)
+            assert row[at][-1] == 3 or at[-1]  # each ends with the end of text, unless it was cut
+    measured = Evaluator(problem, params, (), problem.test)(params)
+    assert measured["perplexity"] == pytest.approx(np.exp(measured["loss"]))
+
+
+def test_choices_are_ranked_by_their_mean_log_likelihood(tmp_path, models):
+    rng = np.random.default_rng(0)
+    found = []
+    for i in range(40):
+        some = [str(x) for x in rng.choice(THINGS, 2 + i % 3, replace=False)]
+        found.append({"question": f"which one {i}", "choices": [*some[:-1], f"the {some[-1]}"], "answer": "A"})
+    problem = Choose(data=lines(tmp_path / "a.jsonl", found), model=models["llama"], length=24).build()
+    params = problem.params(jax.random.key(0))
+    batch = problem.test[0]
+    scores = np.asarray(problem.apply(params, batch))
+    texts, loaded = batch.texts, load_model(models["llama"])
+    for i, c in np.ndindex(scores.shape):
+        if not batch.there[i, c]:
+            assert scores[i, c] < -1e8
+            continue
+        n = int(texts.mask[i, c].sum())
+        one = type("One", (), {"ids": texts.ids[i, c][None, :n], "mask": np.ones((1, n), np.int32)})
+        logits = np.asarray(loaded.model.apply({"params": params}, one.ids, one.mask), np.float64)[0]
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        told = np.flatnonzero(texts.told[i, c][:n])
+        assert scores[i, c] == pytest.approx(np.mean([logp[t - 1, one.ids[0, t]] for t in told]), abs=1e-4)
+
+
+def test_a_trained_head_serves_where_its_classes_are_the_datas(tmp_path):
+    rng = np.random.default_rng(0)
+    head = {
+        "classifier.weight": rng.normal(size=(3, 16)).astype(np.float32),
+        "classifier.bias": rng.normal(size=3).astype(np.float32),
+    }
+    names = ["green", "red", "blue"]
+    model = write_model(tmp_path / "m", WORDS, extra=head, id2label={str(i): x for i, x in enumerate(names)})
+    data = table(tmp_path / "a.csv", ["text", "label"], rows(60))
+    problem = Classify(data=data, model=model).build()
+    assert problem.facts["head"] == "trained"
+    own = problem.params(jax.random.key(0))["classifier"]["output"]
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    order = [names.index(x) for x in sorted(COLOURS)]
+    np.testing.assert_array_equal(own["kernel"], stored["classifier.weight"][order].T)
+    np.testing.assert_array_equal(own["bias"], stored["classifier.bias"][order])
+    other = table(tmp_path / "b.csv", ["text", "label"], [(text, label + "!") for text, label in rows(60)])
+    assert Classify(data=other, model=model).build().facts["head"] == "fresh"
+    with pytest.raises(lk.StudyError, match="no trained head for the classes blue!, green!, red!"):
+        Classify(data=other, model=model, head="trained").build()
+
+
+TEXTS = [[text, label] for text, label in rows(30)]
+BAD = {
+    "one class": ({"task": "classify"}, [[text, "red"] for text, _ in TEXTS], "has one class alone, ['red']"),
+    "unknown task": ({"task": "sing"}, TEXTS, "problem task 'sing' is unknown; choose from classify, regress"),
+    "unknown key": ({"task": "classify", "colour": 1}, TEXTS, "problem has the unknown key 'colour'; known: data, mod"),
+    "no column": ({"task": "classify", "label": "class"}, TEXTS, "no column 'class' for label; its columns are text"),
+    "no number": ({"task": "regress"}, TEXTS, "line 2: label is 'blue'; it must be a finite number"),
+    "too few": ({"task": "classify", "val": 20, "test": 20}, TEXTS, "30 rows that differ are too few for 20"),
+    "length": ({"task": "classify", "length": 65}, TEXTS, "length 65 is above the 64 positions"),
+    "share": ({"task": "classify", "val": 1.5}, TEXTS, "problem val is 1.5; it must be a share of the rows"),
+    "no decoder": ({"task": "lm"}, TEXTS, "the task 'lm' needs a model of the kind 'decoder'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_is_said(tmp_path, models, name):
+    settings, found, message = BAD[name]
+    data = table(tmp_path / "a.csv", ["text", "label"], found)
+    with pytest.raises(lk.LoraxError) as error:
+        problem_from({"model": models["bert"], "data": data, **settings})
+    assert message in str(error.value)
+
+
+def test_an_answer_that_is_not_there_is_named_by_its_line(tmp_path, models):
+    found = [{"question": "where ?", "context": "in the house", "answer": "the car"}]
+    with pytest.raises(DataError, match="line 1: the answer 'the car' does not stand in the passage"):
+        Answer(data=lines(tmp_path / "a.jsonl", found), model=models["bert"]).build()
+    choices = [{"question": "where ?", "choices": ["a", "the"], "answer": "car"}]
+    with pytest.raises(DataError, match="line 1: the answer 'car' is none of the choices, a, the"):
+        Choose(data=lines(tmp_path / "b.jsonl", choices), model=models["llama"]).build()
+
+
+def test_settings_are_plain_data_both_ways():
+    made = Classify(data="/x.csv", separator="|", val=0.2)
+    assert made.to_dict() == {"data": "/x.csv", "separator": "|", "val": 0.2}
+    assert settings_from({"task": "classify", **made.to_dict()}) == made
