@@ -176,7 +176,7 @@ class Gpt2Model(nn.Module):
       but also in forward mode.
 
     Raises:
-      ValueError: more tokens, or slots of the cache, than the config has positions.
+      ValueError: more tokens, or slots of the cache, than the config has positions; hidden states with a cache.
     """
 
     config: Gpt2Config
@@ -205,6 +205,8 @@ class Gpt2Model(nn.Module):
         norm = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name="norm")
         x = norm(x if cache is None else x[:, -1:])
         if hidden:
+            if cache is not None:
+                raise ValueError("hidden=True is for a whole text; with a cache a decoder gives logits.")
             return x
         if c.tie_word_embeddings:
             logits = words.logits(x)

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 
 from lorax_kit.models.cache import Cache, Past, causal, empty_cache, opened, past_of
-from lorax_kit.models.layers import attention
+from lorax_kit.models.layers import attention, gelu_tanh, in_fp32, tied_logits
 from lorax_kit.models.llama_config import LlamaConfig
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Mlp(nn.Module):
         c = self.config
         dense = partial(nn.Dense, use_bias=c.mlp_bias, dtype=self.dtype)
         y = RMSNorm(c.rms_norm_eps, self.dtype, c.gelu, name="norm")(x)
-        bend = nn.gelu if c.gelu else nn.silu
+        bend = gelu_tanh if c.gelu else nn.silu
         y = bend(dense(c.intermediate_size, name="gate")(y)) * dense(c.intermediate_size, name="up")(y)  # (B, T, F)
         return x + dense(c.hidden_size, name="down")(y)
 
@@ -156,7 +156,7 @@ class LlamaModel(nn.Module):
       slower, but also in forward mode.
 
     Raises:
-      ValueError: more tokens, or slots of the cache, than the config has positions.
+      ValueError: more tokens, or slots of the cache, than the config has positions; hidden states with a cache.
     """
 
     config: LlamaConfig
@@ -192,13 +192,13 @@ class LlamaModel(nn.Module):
             kept.append(both)
         x = RMSNorm(c.rms_norm_eps, self.dtype, c.gelu, name="norm")(x if cache is None else x[:, -1:])
         if hidden:
+            if cache is not None:
+                raise ValueError("hidden=True is for a whole text; with a cache a decoder gives logits.")
             return x
-        # Rounding logits of 50,000 words to bf16 would tie the best of them: products are summed and kept in fp32.
-        product = partial(lax.dot_general, preferred_element_type=jnp.float32)
         if c.tie_word_embeddings:
-            logits = product(x, words.embedding.astype(x.dtype), (((2,), (1,)), ((), ())))
+            logits = tied_logits(x, words.embedding)
         else:
-            logits = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype, dot_general=product, name="head")(x)
+            logits = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype, dot_general=in_fp32, name="head")(x)
         if after is None:
             return logits
         keys, values = zip(*kept, strict=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax_kit.models.layers import attention, gelu
+from lorax_kit.models.layers import attention, gelu, gelu_tanh
 from tests.draws import draw
 
 B, H, T, S, K = 2, 3, 5, 7, 4
@@ -18,8 +18,8 @@ SEEN = {
 }
 
 
-def textbook(q, k, v, seen):
-    scores = jnp.einsum("bhtk,bhsk->bhts", q, k) / np.sqrt(K).astype(np.float32)
+def textbook(q, k, v, seen, bias=0.0, scale=K**-0.5):
+    scores = scale * jnp.einsum("bhtk,bhsk->bhts", q, k) + bias
     return jnp.einsum("bhts,bhsk->bhtk", jax.nn.softmax(jnp.where(seen, scores, -1e9), axis=-1), v)
 
 
@@ -31,6 +31,25 @@ def test_attention_and_its_gradients(seen):
     ]
     for ours, theirs in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+@pytest.mark.parametrize("seen", SEEN)
+@pytest.mark.parametrize("batch", [1, B])
+def test_attention_with_a_bias_and_no_scale_and_their_gradients(seen, batch):
+    bias = draw(7, batch, H, T, S)
+    ways = [
+        lambda q, k, v, bias: attention(q, k, v, SEEN[seen], bias=bias, scale=1.0),
+        lambda q, k, v, bias: attention(q, k, v, SEEN[seen], plain=True, bias=bias, scale=1.0),
+        lambda q, k, v, bias: textbook(q, k, v, SEEN[seen], bias, 1.0),
+    ]
+
+    def summed(fn):
+        return jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(fn(*x))), (0, 1, 2, 3))
+
+    ours, plain, expected = jax.jit(lambda *x: [summed(fn)(*x) for fn in ways])(Q, KEY, V, bias)
+    assert jnp.abs(expected[1][3]).max() > 0.1
+    for found in (ours, plain):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=4e-6), found, expected)
 
 
 def test_attention_twice_differentiated_and_batched():
@@ -52,10 +71,11 @@ def test_attention_in_bf16_keeps_its_dtype_and_is_close():
     assert [g.dtype for g in grads] == [jnp.bfloat16] * 3
 
 
-def test_gelu_is_exact_in_both_modes():
+@pytest.mark.parametrize(("ours", "approximate"), [(gelu, False), (gelu_tanh, True)])
+def test_gelu_is_exact_in_both_modes(ours, approximate):
     x = jnp.linspace(-6, 6, 41)
-    exact = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731
-    np.testing.assert_allclose(gelu(x), exact(x), atol=1e-6)
-    np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(x), jax.vmap(jax.grad(exact))(x), atol=2e-6)
+    exact = lambda x: jax.nn.gelu(x, approximate=approximate)  # noqa: E731
+    np.testing.assert_allclose(ours(x), exact(x), atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(ours))(x), jax.vmap(jax.grad(exact))(x), atol=5e-6)
     ones = jnp.ones_like(x)
-    np.testing.assert_allclose(jax.jvp(gelu, (x,), (ones,))[1], jax.jvp(exact, (x,), (ones,))[1], atol=2e-6)
+    np.testing.assert_allclose(jax.jvp(ours, (x,), (ones,))[1], jax.jvp(exact, (x,), (ones,))[1], atol=5e-6)
