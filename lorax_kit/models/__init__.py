@@ -10,7 +10,6 @@ from lorax_kit.models.heads import answer, classify, fresh_head
 from lorax_kit.models.llama import LlamaModel
 from lorax_kit.models.llama_config import LlamaConfig
 from lorax_kit.models.lstm import LstmClassifier, LstmConfig
-from lorax_kit.models.nnx.llama import LlamaNnx, llama_nnx
 from lorax_kit.models.roberta import RobertaConfig, RobertaEncoder
 from lorax_kit.models.stored.decoder import PretrainedLlama, llama_names, load_llama
 from lorax_kit.models.stored.encoder import Pretrained, classifier_names, classifier_params, load_bert, torch_names
@@ -29,7 +28,6 @@ __all__ = [
     "Gpt2Model",
     "LlamaConfig",
     "LlamaModel",
-    "LlamaNnx",
     "Loaded",
     "LstmClassifier",
     "LstmConfig",
@@ -53,7 +51,6 @@ __all__ = [
     "fresh_head",
     "gpt2_names",
     "llama_names",
-    "llama_nnx",
     "load_bert",
     "load_llama",
     "load_model",

@@ -9,7 +9,7 @@ from flax import nnx
 import lorax_kit as lk
 from lorax_kit.core.paths import flatten
 from lorax_kit.models import load_model
-from lorax_kit.models.nnx.llama import LlamaNnx, llama_nnx
+from lorax_kit.models.nnx import LlamaNnx, llama_nnx
 from tests.models.test_families import copied, recorded
 
 
