@@ -62,7 +62,7 @@ JOINS = {"__init__", "__main__", "cli", "benchmarks", "commands", "problems"}
 # Each dependency beyond jax, numpy and the project's own subject enters through one file.
 ONE_FILE = {
     "click": {f"cli/{file.stem}" for file in (ROOT / "cli").glob("[a-z]*.py")},
-    "jinja2": {"report/pages/html"},
+    "jinja2": {"report/pages/html", "models/stored/chat"},
     "matplotlib": {"report/plots"},
     "optuna": {"study/search"},
     "ray": {"study/running/cluster"},
