@@ -137,6 +137,15 @@ class Tokenizer:
             out.append(ids)
         return out
 
+    def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Ids of each text without further special tokens, and the characters [start, end) that each token is of."""
+        found = self.inner.encode_batch(list(texts), add_special_tokens=False)
+        return [(x.ids, x.offsets) for x in found]
+
+    def text_of(self, token: int | None) -> str | None:
+        """The text that stands for a token; None of None."""
+        return None if token is None else self.inner.id_to_token(token)
+
     def encode_pairs(self, pairs: Sequence[tuple[str, str]], max_length: int, overlap: int) -> list[list[Window]]:
         """Two texts each, special tokens included; a second text that is too long is cut into windows.
 

@@ -113,7 +113,8 @@ class Choose(TextSettings):
                 rows += [*given, *[given[0]] * empty]
                 starts += [*part["starts"][i], *[part["starts"][i][0]] * empty]
                 there[place, : len(given)], label[place] = 1, part["label"][i]
-            told = told_batch(rows, starts, size * count, length)
+            marks = [np.arange(len(row)) >= start for row, start in zip(rows, starts, strict=True)]
+            told = told_batch(rows, marks, size * count, length)
             texts = Told(*(x.reshape(size, count, length) for x in told))
             return Choices(texts, there, label, (np.arange(size) < len(index)).astype(np.float32))
 

@@ -15,6 +15,7 @@ from lorax_kit.errors import AdapterError, StudyError
 from lorax_kit.problem import Problem, problem_at
 from lorax_kit.problem.base import based
 from lorax_kit.problems.answer import Answer
+from lorax_kit.problems.chat import Chat
 from lorax_kit.problems.choose import Choose
 from lorax_kit.problems.classify import Classify
 from lorax_kit.problems.language import Language
@@ -23,6 +24,7 @@ from lorax_kit.problems.packaged.sentiment import Sentiment, adapter_folder
 from lorax_kit.problems.parts.rows import TextSettings
 from lorax_kit.problems.regress import Regress
 from lorax_kit.problems.settings import Settings
+from lorax_kit.problems.translate import Translate
 
 PACKAGED: dict[str, type[Settings]] = {"sentiment": Sentiment, "plays": PlaysText}
 TASKS: dict[str, type[TextSettings]] = {
@@ -30,6 +32,8 @@ TASKS: dict[str, type[TextSettings]] = {
     "regress": Regress,
     "lm": Language,
     "qa": Answer,
+    "chat": Chat,
+    "translate": Translate,
     "choose": Choose,
 }
 

@@ -29,16 +29,31 @@ class Told(NamedTuple):
     told: Any
 
 
-def told_batch(ids: Sequence[Any], starts: Sequence[int], size: int, length: int) -> Told:
-    """A batch of texts whose tokens from `starts` on are to be told; longer texts are cut at the end."""
-    rows, mask, told = (np.zeros((size, length), np.int32) for _ in range(3))
-    mask[len(ids) :, 0] = 1
-    for i, (row, start) in enumerate(zip(ids, starts, strict=True)):
+class Pairs(NamedTuple):
+    """A padded batch of texts that are read, and of texts that are written from them.
+
+    Attributes:
+      ids, mask: int32 (B, E), what is read, and 1 where a token counts.
+      given: int32 (B, T), what is written, after its start: the token before each place.
+      label: int32 (B, T), the token to be told at each place.
+      weight: int32 (B, T), 1 where a label counts.
+    """
+
+    ids: Any
+    mask: Any
+    given: Any
+    label: Any
+    weight: Any
+
+
+def told_batch(ids: Sequence[Any], told: Sequence[Any], size: int, length: int) -> Told:
+    """A padded batch of texts and, for each of their tokens, whether it is to be told; cut at the end."""
+    batch = Told(*(np.zeros((size, length), np.int32) for _ in range(3)))
+    batch.mask[len(ids) :, 0] = 1
+    for i, (row, marks) in enumerate(zip(ids, told, strict=True)):
         n = min(len(row), length)
-        rows[i, :n] = row[:n]
-        mask[i, :n] = 1
-        told[i, start:n] = 1
-    return Told(rows, mask, told)
+        batch.ids[i, :n], batch.mask[i, :n], batch.told[i, :n] = row[:n], 1, marks[:n]
+    return batch
 
 
 def token_sums(logits: Float[Array, "B T V"], batch: Told) -> tuple[Array, Array, Array]:

@@ -34,6 +34,6 @@ BAD = [
 
 @pytest.mark.parametrize(("template", "messages", "says"), BAD, ids=range(len(BAD)))
 def test_what_a_template_cannot_do_is_said(template, messages, says):
-    with pytest.raises(ValueError, match="messages") as error:
+    with pytest.raises(ValueError, match="message") as error:
         laid_out(template, messages)
     assert says in str(error.value)

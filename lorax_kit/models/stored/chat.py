@@ -18,8 +18,8 @@ def laid_out(
 ) -> str:
     """Lay out a conversation as the text that a model was trained on.
 
-    The template comes from a file of unknown origin: it runs in Jinja's sandbox, as in transformers, and sees nothing but
-    the messages.
+    The template comes from a file of unknown origin: it runs in Jinja's sandbox, as in transformers, and sees nothing
+    but the messages.
 
     Args:
       template: Jinja text, `Loaded.chat_template`.

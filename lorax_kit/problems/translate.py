@@ -1,0 +1,123 @@
+"""Pairs of texts, the second written from the first: translation, summaries, any rewriting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lorax_kit.core.setting import shown
+from lorax_kit.data import Examples, Row, key_of, padded
+from lorax_kit.errors import StudyError
+from lorax_kit.models import Loaded, load_model
+from lorax_kit.problem import Problem
+from lorax_kit.problems.chat import template_of, told_problem
+from lorax_kit.problems.classify import text_of
+from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, read_parts
+from lorax_kit.tasks import Pairs, correct, cross_entropies
+from lorax_kit.training import Weighted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translate(TextSettings):
+    """Pairs of texts for an encoder-decoder, or for a decoder that is asked; measured by perplexity of the second.
+
+    Args:
+      source, target: columns.
+      prompt: what the model is given, with {source} in it: of a decoder the user's message. T5 was trained on prompts
+        such as "translate English to German: {source}", Marian on the text alone.
+      system, template: of a decoder's conversation, as in `Chat`.
+    """
+
+    model: str = "smollm2"
+    source: str = "source"
+    target: str = "target"
+    prompt: str = "{source}"
+    system: str | None = None
+    template: str | None = None
+    batch_size: int = 8
+
+    roles: ClassVar[tuple[str, ...]] = ("source", "target")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.prompt, str) or "{source}" not in self.prompt:
+            raise StudyError(f"problem prompt is {shown(self.prompt)}; it must be text with {{source}} in it.")
+        for name in ("system", "template"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
+                raise StudyError(f"problem {name} is {shown(getattr(self, name))}; it must be a string.")
+
+    def build(self) -> Problem:
+        """Load weights and data.
+
+        Raises:
+          StudyError: the model is an encoder, or a decoder without a chat template.
+          DataError: as `read_parts`.
+        """
+        loaded = load_model(self.model)
+        if loaded.kind == "encoder":
+            raise StudyError(f"the task 'translate' needs a model that writes; {self.model!r} is an encoder.")
+        if loaded.kind == "encoder-decoder":
+            return self._from_encoder(loaded)
+
+        def conversation(row: Row) -> list[dict[str, str]]:
+            said = [("user", self.asked(row)), ("assistant", text_of(self.data, row, "target"))]
+            begins = [] if self.system is None else [("system", self.system)]
+            return [{"role": role, "content": text} for role, text in (*begins, *said)]
+
+        return told_problem(self, "translate", loaded, conversation, template_of(loaded, self.template))
+
+    def asked(self, row: Row) -> str:
+        """What the model is given of a row."""
+        return self.prompt.replace("{source}", text_of(self.data, row, "source"))
+
+    def _from_encoder(self, loaded: Loaded) -> Problem:
+        """Of an encoder-decoder: teacher forcing, the target after its start token."""
+        tokenizer, start = loaded.tokenizer, loaded.special.start
+        if start is None:
+            raise StudyError(f"{self.model!r} does not say which token its texts begin with: decoder_start_token_id.")
+
+        def encode(rows: Sequence[Row]) -> dict[str, Any]:
+            asked = [self.asked(row) for row in rows]
+            told = [text_of(self.data, row, "target") for row in rows]
+            keys = [key_of(*pair) for pair in zip(asked, told, strict=True)]
+            return {"ids": tokenizer.encode(asked, 2**31), "target": tokenizer.encode(told, 2**31), "key": keys}
+
+        data = read_parts(self, encode)
+        length = length_of(self, data.train["ids"].lengths, loaded.positions)
+        longest = length_of(self, data.train["target"].lengths, loaded.positions)
+
+        def make(part: Examples, index: np.ndarray, size: int, length: int) -> Pairs:
+            ids, mask = padded([part["ids"][i] for i in index], size, length)
+            label, weight = padded([part["target"][i] for i in index], size, longest)
+            weight[len(index) :] = 0
+            given = np.concatenate([np.full((size, 1), start, np.int32), label[:, :-1]], axis=1)
+            return Pairs(ids, mask, given, label, weight)
+
+        def apply(params: Any, batch: Pairs) -> Any:
+            return loaded.model.apply(
+                {"params": params}, batch.ids, batch.mask, batch.given, jnp.ones_like(batch.given)
+            )
+
+        def sums(logits: Array, batch: Pairs) -> dict[str, Weighted]:
+            weight = batch.weight.astype(jnp.float32)
+            losses = jnp.sum(cross_entropies(logits, batch.label) * weight)
+            right, count = correct(logits, batch.label, weight), jnp.sum(weight)
+            return {"loss": Weighted(losses, count), "correct": Weighted(right, count)}
+
+        return Problem(
+            name="translate",
+            params=lambda key: loaded.params,
+            apply=apply,
+            loss=lambda logits, batch: sums(logits, batch)["loss"],
+            score=sums,
+            metrics=["perplexity", "accuracy"],
+            targets=("{encoder,decoder}/layer_*/**/kernel",),
+            places=lambda batch: batch.weight.astype(jnp.float32),
+            **batches_of(data, make, self, length),
+            facts=facts_of(self, data, length, "translate", {"target_length": longest}),
+        )
