@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.models.layers import attention, gelu
+from lorax_kit.models.layers import attention, gelu, mean_token
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -187,6 +187,4 @@ class BertClassifier(nn.Module):
     @nn.compact
     def __call__(self, ids: Array, mask: Array, types: Array | None = None) -> Float[Array, "B C"]:
         x = BertEncoder(self.config, self.dtype, self.plain, name="encoder")(ids, mask, types)  # (B, T, D)
-        kept = (mask != 0).astype(jnp.float32)[..., None]  # (B, T, 1)
-        pooled = jnp.sum(x.astype(jnp.float32) * kept, axis=1) / jnp.maximum(jnp.sum(kept, axis=1), 1.0)
-        return nn.Dense(self.num_classes, dtype=jnp.float32, name="classifier")(pooled)
+        return nn.Dense(self.num_classes, dtype=jnp.float32, name="classifier")(mean_token(x, mask))

@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lorax_kit.models.layers import first_token, last_token, mean_token
+from lorax_kit.models.stored.families import FAMILIES
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -43,8 +46,6 @@ def classify(family: str, head: Mapping[str, Any], hidden: Float[Array, "B T D"]
       hidden: of an encoder, of a decoder called with hidden=True, or of `encode`.
       mask: (B, T), nonzero where a token counts; a row of padding alone has the vector of its first token, or zero.
     """
-    from lorax_kit.models.stored.families import FAMILIES
-
     if "dense" in head:
         bend = nn.relu if family == "distilbert" else jnp.tanh
         return _linear(head["output"], bend(_linear(head["dense"], first_token(hidden, mask))))
@@ -61,27 +62,6 @@ def answer(head: Mapping[str, Any], hidden: Float[Array, "B T D"]) -> tuple[Floa
     """
     logits = _linear(head["output"], hidden.astype(jnp.float32))
     return logits[..., 0], logits[..., 1]
-
-
-def first_token(hidden: Float[Array, "B T D"], mask: Array) -> Float[Array, "B D"]:
-    """The vector of the first token that counts, fp32."""
-    return _token(hidden, jnp.argmax(mask != 0, axis=1))
-
-
-def last_token(hidden: Float[Array, "B T D"], mask: Array) -> Float[Array, "B D"]:
-    """The vector of the last token that counts, fp32."""
-    places = jnp.arange(mask.shape[1], dtype=jnp.int32)[None]
-    return _token(hidden, jnp.max(jnp.where(mask != 0, places, 0), axis=1))
-
-
-def mean_token(hidden: Float[Array, "B T D"], mask: Array) -> Float[Array, "B D"]:
-    """The mean over the tokens that count, fp32."""
-    kept = (mask != 0).astype(jnp.float32)[..., None]  # (B, T, 1)
-    return jnp.sum(hidden.astype(jnp.float32) * kept, axis=1) / jnp.maximum(jnp.sum(kept, axis=1), 1.0)
-
-
-def _token(hidden: Float[Array, "B T D"], place: Array) -> Float[Array, "B D"]:
-    return jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0].astype(jnp.float32)
 
 
 def _linear(layer: Mapping[str, Any], x: Float[Array, "*B D"]) -> Float[Array, "*B C"]:

@@ -147,3 +147,24 @@ def _attention_bwd(scale: float, residuals: tuple[Any, ...], g: Array) -> tuple[
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def first_token(hidden: Float[Array, "B T D"], mask: Array) -> Float[Array, "B D"]:
+    """The vector of the first token that counts, fp32."""
+    return _token(hidden, jnp.argmax(mask != 0, axis=1))
+
+
+def last_token(hidden: Float[Array, "B T D"], mask: Array) -> Float[Array, "B D"]:
+    """The vector of the last token that counts, fp32."""
+    places = jnp.arange(mask.shape[1], dtype=jnp.int32)[None]
+    return _token(hidden, jnp.max(jnp.where(mask != 0, places, 0), axis=1))
+
+
+def mean_token(hidden: Float[Array, "B T D"], mask: Array) -> Float[Array, "B D"]:
+    """The mean over the tokens that count, fp32."""
+    kept = (mask != 0).astype(jnp.float32)[..., None]  # (B, T, 1)
+    return jnp.sum(hidden.astype(jnp.float32) * kept, axis=1) / jnp.maximum(jnp.sum(kept, axis=1), 1.0)
+
+
+def _token(hidden: Float[Array, "B T D"], place: Array) -> Float[Array, "B D"]:
+    return jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0].astype(jnp.float32)

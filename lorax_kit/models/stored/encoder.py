@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.assets import locate
-from lorax_kit.core.paths import TorchName
 from lorax_kit.models.bert import BertConfig
+from lorax_kit.models.heads import fresh_head
 from lorax_kit.models.stored.load import MINILM, read_backbone
+from lorax_kit.models.stored.names import encoder_names
 from lorax_kit.models.stored.weights import read_config
 
 
@@ -37,24 +36,7 @@ def torch_names(config: BertConfig) -> dict[str, str]:
 
     Kernels are (in, out) here and (out, in) there; everything else has one layout.
     """
-    names: dict[str, str] = {
-        f"embeddings/{x}/embedding": TorchName(f"embeddings.{y}_embeddings.weight", also=())
-        for x, y in (("word", "word"), ("position", "position"), ("type", "token_type"))
-    }
-    modules = {"embeddings/norm": "embeddings.LayerNorm"}
-    for i in range(config.num_hidden_layers):
-        ours, theirs = f"layer_{i}", f"encoder.layer.{i}"
-        for name in ("query", "key", "value"):
-            modules[f"{ours}/attention/{name}"] = f"{theirs}.attention.self.{name}"
-        modules[f"{ours}/attention/output"] = f"{theirs}.attention.output.dense"
-        modules[f"{ours}/attention/norm"] = f"{theirs}.attention.output.LayerNorm"
-        modules[f"{ours}/mlp/up"] = f"{theirs}.intermediate.dense"
-        modules[f"{ours}/mlp/down"] = f"{theirs}.output.dense"
-        modules[f"{ours}/mlp/norm"] = f"{theirs}.output.LayerNorm"
-    for ours, theirs in modules.items():
-        names[f"{ours}/{'scale' if ours.endswith('norm') else 'kernel'}"] = f"{theirs}.weight"
-        names[f"{ours}/bias"] = f"{theirs}.bias"
-    return names
+    return encoder_names({"model_type": "bert", "num_hidden_layers": config.num_hidden_layers})
 
 
 def classifier_names(config: BertConfig) -> dict[str, str]:
@@ -90,6 +72,5 @@ def classifier_params(pretrained: Pretrained, num_classes: int, key: Array) -> d
 
     The head's kernel (D, num_classes) is drawn from N(0, 0.02^2) as in BERT, its bias is zero.
     """
-    shape = (pretrained.config.hidden_size, num_classes)
-    head = {"kernel": 0.02 * jax.random.normal(key, shape, jnp.float32), "bias": jnp.zeros(num_classes, jnp.float32)}
-    return {"encoder": pretrained.params, "classifier": head}
+    head = fresh_head(pretrained.config.hidden_size, num_classes, key)
+    return {"encoder": pretrained.params, "classifier": head["output"]}
