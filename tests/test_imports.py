@@ -57,7 +57,7 @@ MAY_IMPORT = {
     "tasks": set(),
     "report": {"json_text", "core", "analysis", "study"},
 }
-JOINS = {"__init__", "__main__", "cli", "benchmarks", "commands", "problems"}
+JOINS = {"generate", "__init__", "__main__", "cli", "benchmarks", "commands", "problems"}
 
 # Each dependency beyond jax, numpy and the project's own subject enters through one file.
 ONE_FILE = {

@@ -1,0 +1,72 @@
+"""A text as its tokens come: where it ends, and what of it can be shown already."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from lorax_kit.models import Tokenizer
+
+UNFINISHED = "\ufffd"
+"""What stands for bytes that are not yet a character."""
+
+
+@dataclass
+class Pieces:
+    """The text of one row while it is written.
+
+    Args:
+      tokenizer: ids to text.
+      stop: strings before which the text ends; they may lie across tokens.
+
+    Attributes:
+      tokens, logprobs: so far.
+      finished: "eos" or "stop" once the text has ended.
+      shown: how many characters `piece` has given.
+    """
+
+    tokenizer: Tokenizer
+    stop: tuple[str, ...] = ()
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: str = ""
+    shown: int = 0
+    _text: str = ""
+
+    def add(self, token: int, logprob: float, eos: Collection[int]) -> None:
+        """One more token."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if token in eos:
+            self.finished = "eos"
+            return
+        self._text = self.tokenizer.decode(self.tokens)
+        found = [at for at in (self._text.find(string) for string in self.stop) if at >= 0]
+        if found:
+            self.finished, self._text = "stop", self._text[: min(found)]
+
+    def whole(self) -> str:
+        """The text so far."""
+        return self._text
+
+    def piece(self) -> str:
+        """What is new and cannot change: no half character, nothing that may become a stop string."""
+        end = len(self._text)
+        while end and self._text[end - 1] == UNFINISHED and not self.finished:
+            end -= 1
+        if not self.finished:
+            end -= max((_overlap(self._text[:end], string) for string in self.stop), default=0)
+        return self._upto(end)
+
+    def rest(self) -> str:
+        """What `piece` has held back, once the text has ended."""
+        return self._upto(len(self._text))
+
+    def _upto(self, end: int) -> str:
+        new, self.shown = self._text[self.shown : end], max(self.shown, end)
+        return new
+
+
+def _overlap(text: str, string: str) -> int:
+    """How many characters at the end of a text begin the string."""
+    return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
