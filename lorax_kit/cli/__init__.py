@@ -1,10 +1,18 @@
-"""The command line: `lorax-kit study|train|evaluate|convert|combine|merge|compress|export|inspect|report|bench`.
+"""The command line: `lorax-kit train|study|report|evaluate|generate|compress|export|inspect|merge|...`.
 
 Facts go to standard output (JSON with --json), progress and errors to standard error. Bad input exits with 2 and one
 clear message, an interruption with 130.
 """
 
-from lorax_kit.cli import adapters, bench, compression, exchange, export, studies  # each registers its commands
+from lorax_kit.cli import (  # each registers its commands
+    adapters,
+    bench,
+    compression,
+    exchange,
+    export,
+    generate,
+    studies,
+)
 from lorax_kit.cli.root import cli, main
 
-__all__ = ["adapters", "bench", "cli", "compression", "exchange", "export", "main", "studies"]
+__all__ = ["adapters", "bench", "cli", "compression", "exchange", "export", "generate", "main", "studies"]

@@ -123,6 +123,16 @@ def told_problem(
     return decoder_problem(name, loaded, **batches, facts=facts_of(settings, data, length, name, {}))
 
 
+def conversation_ids(loaded: Loaded, template: str, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """The tokens of a conversation that the assistant is to go on with.
+
+    Raises:
+      ValueError: as `laid_out`.
+    """
+    text = laid_out(template, messages, answer=True, special=_special(loaded))
+    return loaded.tokenizer.encode_spans([text])[0][0]
+
+
 def tokens_of(loaded: Loaded, template: str, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[int]]:
     """The tokens of a conversation, and for each whether the assistant says it, its end included.
 
@@ -130,7 +140,7 @@ def tokens_of(loaded: Loaded, template: str, messages: Sequence[Mapping[str, str
       ValueError: the assistant says nothing, or a template that lays out the beginning of a conversation in another way
         than the whole.
     """
-    special = {f"{name}_token": loaded.tokenizer.text_of(i) for name, i in _ends(loaded).items()}
+    special = _special(loaded)
     text = laid_out(template, messages, special=special)
     spoken: list[tuple[int, int]] = []
     for i, message in enumerate(messages):
@@ -147,8 +157,10 @@ def tokens_of(loaded: Loaded, template: str, messages: Sequence[Mapping[str, str
     return ids, [int(any(a <= start < b for a, b in spoken)) for start, _ in spans]
 
 
-def _ends(loaded: Loaded) -> dict[str, int | None]:
-    return {"bos": loaded.special.bos, "eos": loaded.special.eos[0] if loaded.special.eos else None}
+def _special(loaded: Loaded) -> dict[str, str | None]:
+    """The texts of the tokens that begin and end a text, as templates name them."""
+    ends = {"bos_token": loaded.special.bos, "eos_token": next(iter(loaded.special.eos), None)}
+    return {name: loaded.tokenizer.text_of(token) for name, token in ends.items()}
 
 
 def _messages(file: str, row: Row) -> list[dict[str, str]]:

@@ -1,0 +1,145 @@
+"""`generate`: texts from a pretrained model, with or without a saved adapter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorax_kit.checkpoint.adapter import load_adapter, read_document
+from lorax_kit.core.merge import merge
+from lorax_kit.core.paths import flatten
+from lorax_kit.core.quantised import Quantised
+from lorax_kit.errors import AdapterError, LoraxError
+from lorax_kit.generate import Sampling, Writer, adapted, beam_search, decoder_of
+from lorax_kit.models import Loaded, load_model
+from lorax_kit.problem.base import based
+from lorax_kit.problems import settings_from
+from lorax_kit.problems.chat import Chat, conversation_ids, template_of
+from lorax_kit.problems.packaged.sentiment import adapter_folder
+from lorax_kit.problems.translate import Translate
+
+
+@dataclass(frozen=True)
+class Author:
+    """A model that writes, as `generate` uses it.
+
+    Args:
+      loaded: the pretrained model and its tokenizer.
+      writer: its decoder.
+      params: as the decoder takes them.
+      asking: settings of the task that an adapter was trained on, by which prompts are laid out; None: as they are.
+    """
+
+    loaded: Loaded
+    writer: Writer
+    params: Any
+    asking: Any = None
+
+    def prompt(self, text: str, *, chat: bool, system: str | None) -> str | list[int]:
+        """What the model reads of a prompt: the text, or the tokens of a conversation that ends where it answers."""
+        asking = self.asking
+        if isinstance(asking, Translate):
+            text, system = asking.prompt.replace("{source}", text), system or asking.system
+            if self.loaded.kind == "encoder-decoder":
+                return text
+        elif isinstance(asking, Chat):
+            system = system or asking.system
+        elif not chat:
+            return text
+        template = template_of(self.loaded, getattr(asking, "template", None))
+        begins = [] if system is None else [{"role": "system", "content": system}]
+        return conversation_ids(self.loaded, template, [*begins, {"role": "user", "content": text}])
+
+
+def author_of(source: str | Path) -> Author:
+    """The model that writes.
+
+    Args:
+      source: a folder of `lorax-kit train` or of a study, whose adapter is merged into its base, or stays factored
+        where the base is quantised; else what `load_model` takes.
+
+    Raises:
+      AdapterError: an adapter of a problem of one's own, whose model is not known by a name, or of a task that writes
+        nothing.
+      LoraxError: a model that writes nothing.
+      FileNotFoundError, ValueError: what the loaders raise.
+    """
+    path = adapter_folder(source)
+    if not (path / "spec").is_dir():
+        loaded = load_model(source)
+        return Author(loaded, Writer(decoder_of(loaded), loaded.tokenizer), loaded.params)
+    meta = read_document(path)["meta"]
+    settings = meta.get("settings")
+    if meta.get("address") or not isinstance(settings, dict):
+        raise AdapterError(
+            f"the adapter at {str(path)!r} is of a problem of your own: its model has no name that is known here.\n"
+            "  write with lorax_kit.generate.Writer in Python"
+        )
+    asking = settings_from(settings if "task" in settings else {"name": meta.get("problem"), **settings})
+    loaded = load_model(asking.model)  # type: ignore[attr-defined]
+    if loaded.kind == "encoder" or meta.get("problem") in ("classify", "regress"):
+        raise AdapterError(f"the adapter at {str(path)!r} is of {meta.get('problem')!r}: it writes nothing.")
+    form = meta.get("base_form") or {}
+    base = based(loaded.params, form.get("dtype"), form.get("quantise"), tuple(form.get("paths", ())))
+    adapter = load_adapter(path, base=base)
+    decoder = decoder_of(loaded)
+    if any(isinstance(x, Quantised) for x in flatten(base)[0].values()):
+        return Author(loaded, Writer(adapted(decoder, adapter.plan), loaded.tokenizer), (base, adapter.factors), asking)
+    return Author(loaded, Writer(decoder, loaded.tokenizer), merge(base, adapter.factors, adapter.plan), asking)
+
+
+def generate(
+    author: Author,
+    prompts: Sequence[str],
+    *,
+    sampling: Sampling | None = None,
+    chat: bool = False,
+    system: str | None = None,
+    beams: int = 1,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write after each prompt.
+
+    Args:
+      chat, system: lay a prompt out as a conversation; see `Author.prompt`.
+      beams: above 1, beam search.
+      options: of `Writer`: max_new_tokens, stop, samples, seed.
+
+    Returns:
+      {"texts": [{"prompt", "text", "tokens", "finished", "logprob"}, ...], "seconds", "tokens_per_second"}, compilation
+      included.
+
+    Raises:
+      LoraxError: what cannot be written.
+    """
+    asked = [author.prompt(text, chat=chat, system=system) for text in prompts]
+    began = time.perf_counter()
+    if beams > 1:
+        if sampling not in (None, Sampling()) or options.get("samples", 1) > 1:
+            raise LoraxError("beams take the likeliest texts: they go without temperature, penalty and samples.")
+        own = {name: options[name] for name in ("max_new_tokens", "stop") if name in options}
+        found = beam_search(author.writer, author.params, asked, beams=beams, **own)
+    else:
+        found = author.writer(author.params, asked, sampling=sampling, **options)
+    seconds = time.perf_counter() - began
+    each = options.get("samples", 1)
+    texts = [
+        {
+            "prompt": prompts[i // each],
+            "text": one.text,
+            "tokens": list(one.tokens),
+            "finished": one.finished,
+            "logprob": one.logprob,
+        }
+        for i, one in enumerate(found)
+    ]
+    count = sum(len(one.tokens) for one in found)
+    return {"texts": texts, "seconds": seconds, "tokens_per_second": count / seconds}
+
+
+def streamed(author: Author, prompt: str, *, chat: bool, system: str | None, **options: Any) -> Iterator[str]:
+    """The text after one prompt, piece by piece; see `Writer.stream`."""
+    return author.writer.stream(author.params, author.prompt(prompt, chat=chat, system=system), **options)
