@@ -37,6 +37,21 @@ def test_inner_steps_are_plain_sgd():
     np.testing.assert_allclose(vector(same), inner(theta, [batches[0]] * 2, RATE), rtol=1e-5, atol=1e-6)
 
 
+def test_a_weighted_loss_counts_by_its_weights():
+    weights = jnp.array([1.0, 0.0, 2.0, 0.0, 1.0])
+
+    def weighted(base, factors, batch):
+        by_example = jax.vmap(lambda x, y: loss_fn(base, factors, (x[None], y[None])))(*batch)
+        return lk.Weighted(jnp.sum(by_example * weights), jnp.sum(weights))
+
+    x, y = TASKS.support[0][0], TASKS.support[1][0]
+    repeated = tuple(array[jnp.array([0, 2, 2, 4])] for array in (x, y))
+    ours = maml(weighted, steps=2)(BASE, START, RATES, Task((x, y), (x, y)))
+    theirs = maml(loss_fn, steps=2)(BASE, START, RATES, Task(repeated, repeated))
+    assert float(ours.loss) == pytest.approx(float(theirs.loss), rel=1e-5)
+    np.testing.assert_allclose(vector(ours.factors), vector(theirs.factors), rtol=1e-4, atol=1e-6)
+
+
 def test_maml_is_the_gradient_through_the_inner_steps():
     found = jax.jit(maml(loss_fn, steps=STEPS))(BASE, START, RATES, task(0))
     theta = vector(START)
