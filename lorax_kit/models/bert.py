@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D hidden, H heads, K = D / H, F feed-forward, C class
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -14,14 +14,28 @@ import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.models.layers import attention, gelu, mean_token
+from lorax_kit.models.stored.sizes import check_sizes, expect_whole_heads, read_sizes
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 
+COMPUTED = {
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+}
+"""What encoders of this kind compute, by the names in config.json."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """Sizes of a BERT encoder, named as in Hugging Face's config.json."""
+    """Sizes of a BERT encoder, named as in Hugging Face's config.json.
+
+    Raises:
+      ValueError: a size is not a number of its kind, or sizes do not fit each other.
+    """
 
     vocab_size: int = 30522
     hidden_size: int = 384
@@ -32,6 +46,10 @@ class BertConfig:
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
 
+    def __post_init__(self) -> None:
+        check_sizes(self)
+        expect_whole_heads(self.num_attention_heads, self.hidden_size)
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BertConfig:
         """From a config.json's content.
@@ -39,47 +57,12 @@ class BertConfig:
         Raises:
           ValueError: the file lacks a size, or describes an encoder that this one would not compute.
         """
-        return cls(**config_fields(cls, data, ("bert",)))
+        return cls(**read_sizes(cls, data, ("bert",), {}, absent={}, only=COMPUTED))
 
     @property
     def longest(self) -> int:
         """Tokens of the longest text."""
         return self.max_position_embeddings
-
-
-def config_fields(kind: type[BertConfig], data: Any, model_types: tuple[str, ...]) -> dict[str, Any]:
-    """The sizes of an encoder of BERT's kind from a config.json's content.
-
-    Raises:
-      ValueError: the file lacks a size, or describes an encoder of another kind.
-    """
-    if not isinstance(data, Mapping):
-        raise ValueError(f"config.json must be an object, not {type(data).__name__}.")
-    only = {"model_type": model_types, "hidden_act": ("gelu",), "position_embedding_type": ("absolute",)}
-    for key, values in only.items():
-        if data.get(key, values[0]) not in values:
-            raise ValueError(
-                f"config.json has {key} {data[key]!r}; this encoder computes only {', '.join(map(repr, values))}."
-            )
-    names = [f.name for f in fields(kind)]
-    missing = [name for name in names if name not in data]
-    if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}.")
-    for name in names:
-        integer = name != "layer_norm_eps"
-        number = int if integer else (int, float)
-        least = 0 if name == "pad_token_id" else 1
-        if (
-            isinstance(data[name], bool)
-            or not isinstance(data[name], number)
-            or data[name] < (least if integer else 1e-300)
-        ):
-            wanted = f"an integer of at least {least}" if integer else "a number above 0"
-            raise ValueError(f"config.json has {name} {data[name]!r}; it must be {wanted}.")
-    sizes = {name: data[name] for name in names}
-    if sizes["hidden_size"] % sizes["num_attention_heads"]:
-        raise ValueError(f"{sizes['num_attention_heads']} heads do not divide hidden_size {sizes['hidden_size']}.")
-    return sizes
 
 
 class Embeddings(nn.Module):

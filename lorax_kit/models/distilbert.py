@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.models.bert import BertConfig, Layer, config_fields
+from lorax_kit.models.bert import BertConfig, Layer
+from lorax_kit.models.stored.sizes import read_sizes
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -20,9 +21,8 @@ NAMES = {
     "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads",
     "intermediate_size": "hidden_dim",
-    "hidden_act": "activation",
 }
-"""Our name of a setting -> its own in config.json."""
+"""Our name of a size -> its name in config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,9 @@ class DistilbertConfig(BertConfig):
         Raises:
           ValueError: the file lacks a size, or describes an encoder that this one would not compute.
         """
-        if isinstance(data, Mapping):
-            own = {ours: data[theirs] for ours, theirs in NAMES.items() if theirs in data}
-            data = {"layer_norm_eps": 1e-12, "type_vocab_size": 1, **data, **own}
-        return cls(**config_fields(cls, data, ("distilbert",)))
+        only = {"activation": "gelu"}
+        absent = {"layer_norm_eps": 1e-12, "type_vocab_size": 1}
+        return cls(**read_sizes(cls, data, ("distilbert",), NAMES, absent=absent, only=only))
 
 
 class Embeddings(nn.Module):

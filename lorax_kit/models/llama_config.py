@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-KINDS = {"int": (int,), "float": (int, float), "bool": (bool,)}
-WANTED = {"int": "an integer of at least 1", "float": "a finite number above 0", "bool": "true or false"}
+from lorax_kit.models.stored.sizes import check_sizes
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 
 
@@ -24,6 +23,14 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        check_sizes(self)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor is {self.low_freq_factor!r}; it must be below high_freq_factor, "
+                f"{self.high_freq_factor!r}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +71,7 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            kind, _, optional = str(field.type).partition(" | ")
-            value = getattr(self, field.name)
-            if kind not in KINDS or (optional and value is None):
-                continue
-            if type(value) not in KINDS[kind] or (kind != "bool" and not 0 < value < math.inf):
-                raise ValueError(f"{field.name} is {value!r}; it must be {WANTED[kind]}.")
+        check_sizes(self)
         heads, shared = self.num_attention_heads, self.num_key_value_heads
         if (self.head_dim is None and self.hidden_size % heads) or self.head_size % 2:
             raise ValueError(f"{heads} heads do not divide hidden_size {self.hidden_size} into heads of an even size.")
@@ -100,7 +101,7 @@ class LlamaConfig:
             raise ValueError(f"config.json must be an object, not {type(data).__name__}.")
         given = {key: value for key, value in data.items() if value is not None}
         kind = given.get("model_type", "llama")
-        if kind not in FAMILIES:
+        if not isinstance(kind, str) or kind not in FAMILIES:
             raise ValueError(
                 f"config.json has model_type {kind!r}; this decoder computes only {', '.join(map(repr, FAMILIES))}."
             )
@@ -123,15 +124,15 @@ class LlamaConfig:
             "gelu": gemma,
             "sliding_window": _window(given, kind),
         }
-        if sizes.get("head_dim") == given.get("hidden_size", 0) / given.get("num_attention_heads", 1):
-            sizes["head_dim"] = None
         optional = {"head_dim", "sliding_window", "rope_scaling"}
         names = [field.name for field in fields(cls)]
         missing = [name for name in names if sizes.get(name) is None and name not in optional]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}.")
         taken: dict[str, Any] = {name: sizes.get(name) for name in names}
-        return cls(**taken)
+        config = cls(**taken)
+        same = config.head_dim is not None and config.head_dim * config.num_attention_heads == config.hidden_size
+        return replace(config, head_dim=None) if same else config
 
 
 def _window(data: Mapping[str, Any], kind: str) -> int | None:

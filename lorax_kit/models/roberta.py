@@ -10,7 +10,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.models.bert import BertConfig, Layer, config_fields
+from lorax_kit.models.bert import COMPUTED, BertConfig, Layer
+from lorax_kit.models.stored.names import ROBERTAS
+from lorax_kit.models.stored.sizes import check_sizes, expect_whole_heads, read_sizes
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -26,6 +28,15 @@ class RobertaConfig(BertConfig):
 
     pad_token_id: int = 1
 
+    def __post_init__(self) -> None:
+        check_sizes(self, may_be_zero=("pad_token_id",))
+        expect_whole_heads(self.num_attention_heads, self.hidden_size)
+        if self.longest < 1:
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id}, of {self.max_position_embeddings} positions: places are counted "
+                "from the one after it, and none is left."
+            )
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RobertaConfig:
         """From a config.json's content.
@@ -33,7 +44,7 @@ class RobertaConfig(BertConfig):
         Raises:
           ValueError: the file lacks a size, or describes an encoder that this one would not compute.
         """
-        return cls(**config_fields(cls, data, ("roberta", "xlm-roberta", "camembert")))
+        return cls(**read_sizes(cls, data, ROBERTAS, {}, absent={}, only=COMPUTED))
 
     @property
     def longest(self) -> int:

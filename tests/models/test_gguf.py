@@ -97,7 +97,7 @@ BAD_GGUF = [
         metadata(llama__block_count=3),
         "has no tensor 'blk.2.attn_norm.weight', which 'layer_2/attention/norm/scale' needs",
     ),
-    (metadata(llama__block_count=2**31), "has 21 tensors, its metadata says 2147483648 layers"),
+    (metadata(llama__block_count=2**31 - 1), "has 21 tensors, its metadata says 2147483647 layers"),
     (
         metadata(llama__block_count=1),
         "has tensors that this model does not use: 'blk.1.attn_k.weight', 'blk.1.attn_norm",

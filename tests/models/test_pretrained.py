@@ -125,9 +125,9 @@ BAD_FOLDERS = [
     (config(hidden_act="relu"), ValueError, "hidden_act 'relu'"),
     (config(position_embedding_type="relative_key"), ValueError, "position_embedding_type 'relative_key'"),
     (config(num_attention_heads=4), ValueError, "4 heads do not divide hidden_size 6"),
-    (config(num_attention_heads=0), ValueError, "num_attention_heads 0; it must be an integer of at least 1"),
-    (config(hidden_size="6"), ValueError, "hidden_size '6'; it must be an integer of at least 1"),
-    (config(layer_norm_eps=-1), ValueError, "layer_norm_eps -1; it must be a number above 0"),
+    (config(num_attention_heads=0), ValueError, "num_attention_heads is 0; it must be an integer of at least 1"),
+    (config(hidden_size="6"), ValueError, "hidden_size is '6'; it must be an integer of at least 1"),
+    (config(layer_norm_eps=-1), ValueError, "layer_norm_eps is -1; it must be a finite number above 0"),
     (
         config(num_hidden_layers=1),
         ValueError,

@@ -147,7 +147,7 @@ def read_backbone(folder: Path, data: Any, known: Collection[str], heads: bool =
     if not isinstance(data, Mapping):
         raise ValueError(f"config.json must be an object, not {type(data).__name__}.")
     name = data.get("model_type", next(iter(known)))
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(f"config.json has model_type {name!r}; known here are {', '.join(known)}.")
     family, data, stored = FAMILIES[name], {**data, "model_type": name}, open_folder(folder)
     if family.settled is not None:
@@ -177,7 +177,8 @@ def _heads(family: Family, data: Mapping[str, Any], stored: Stored) -> dict[str,
     for head, own in family.heads.items():
         if own["output/kernel"] not in stored.names:
             continue
-        for name in data.get("architectures") or []:
+        given = data.get("architectures")
+        for name in given if isinstance(given, list) else []:
             if str(name).endswith(UNREAD):
                 raise ValueError(
                     f"{str(stored.source)!r} has {own['output/kernel']!r} of a {name}, a head that is not read.\n"

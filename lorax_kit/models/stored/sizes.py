@@ -9,6 +9,8 @@ from typing import Any
 
 KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 WANTED = {"int": "an integer of at least 1", "float": "a finite number above 0", "bool": "true or false", "str": "text"}
+MOST = 2**31
+"""No size reaches it: indices are int32."""
 
 
 def read_sizes(
@@ -47,13 +49,22 @@ def read_sizes(
     return {name: sizes[name] for name in own}
 
 
-def check_sizes(config: Any) -> None:
-    """Raise `ValueError` where a field of a config is not of its kind, or a number is not above 0."""
+def check_sizes(config: Any, may_be_zero: tuple[str, ...] = ()) -> None:
+    """Raise `ValueError` where a field of a config is not of its kind, or a number is not above 0.
+
+    Fields are int, float, bool or str, or one of them or None; others are left to the config.
+    """
     for field in fields(config):
-        kind, value = str(field.type), getattr(config, field.name)
+        kind, _, optional = str(field.type).partition(" | ")
+        value, zero = getattr(config, field.name), field.name in may_be_zero
+        if kind not in KINDS or (optional and value is None):
+            continue
         number = kind in ("int", "float")
-        if type(value) not in KINDS[kind] or (number and not 0 < value < math.inf):
-            raise ValueError(f"{field.name} is {value!r}; it must be {WANTED[kind]}.")
+        if type(value) not in KINDS[kind] or (number and not (0 < value < math.inf or (zero and value == 0))):
+            wanted = WANTED[kind].replace("at least 1", "at least 0") if zero else WANTED[kind]
+            raise ValueError(f"{field.name} is {value!r}; it must be {wanted}.")
+        if number and value >= MOST:
+            raise ValueError(f"{field.name} is {value!r}; it must be below 2^31.")
 
 
 def expect_whole_heads(heads: int, hidden_size: int) -> None:
