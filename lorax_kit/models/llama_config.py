@@ -111,6 +111,8 @@ class LlamaConfig:
             raise ValueError(
                 f"config.json has hidden_act {act!r}; this decoder computes only 'silu', and Gemma's GELU."
             )
+        if given.get("use_bidirectional_attention"):
+            raise ValueError("config.json has use_bidirectional_attention true; this decoder looks back alone.")
         absent = {"num_key_value_heads": given.get("num_attention_heads"), "tie_word_embeddings": gemma}
         sizes: dict[str, Any] = absent | given
         biased = kind == "qwen2" or given.get("attention_bias", False)
@@ -122,7 +124,7 @@ class LlamaConfig:
             "mlp_bias": given.get("mlp_bias", False),
             "query_key_norm": kind == "qwen3",
             "gelu": gemma,
-            "sliding_window": _window(given, kind),
+            "sliding_window": _window(data, kind),
         }
         optional = {"head_dim", "sliding_window", "rope_scaling"}
         names = [field.name for field in fields(cls)]
@@ -137,11 +139,10 @@ class LlamaConfig:
 
 def _window(data: Mapping[str, Any], kind: str) -> int | None:
     """Places that a token sees. Qwen has a window only where a flag says so, of its upper layers alone."""
-    window = data.get("sliding_window") if kind != "llama" else None
-    if kind in ("qwen2", "qwen3"):
-        if not data.get("use_sliding_window", False):
-            return None
+    if kind in ("qwen2", "qwen3") and data.get("use_sliding_window"):
         raise ValueError("config.json has use_sliding_window true; this decoder computes no window of some layers.")
+    # Mistral's files say null where there is none: transformers takes an absent one for 4096.
+    window: int | None = data.get("sliding_window", 4096) if kind == "mistral" else None
     return window
 
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lorax_kit as lk
-from lorax_kit.models import Tokenizer, answer, classify, fresh_head, load_llama, load_model, save_model
+from lorax_kit.models import Special, Tokenizer, answer, classify, fresh_head, load_llama, load_model, save_model
 from lorax_kit.models.cache import Cache
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "families"
@@ -121,6 +121,16 @@ def test_places_are_counted_from_the_mask_on_either_side(tmp_path, family):
     np.testing.assert_allclose(left, alone, atol=1e-5)
 
 
+def test_what_special_ids_and_windows_mean_when_they_are_absent_or_null(tmp_path):
+    folder = copied("mistral", tmp_path / "x")
+    assert load_model(folder).config.sliding_window is None
+    config(sliding_window="absent", pad_token_id=-1, eos_token_id=[2, 7])(folder)
+    loaded = load_model(folder)
+    assert (loaded.config.sliding_window, loaded.special) == (4096, Special(bos=1, eos=(2, 7)))
+    (folder / "generation_config.json").write_text('{"eos_token_id": 5, "pad_token_id": 0, "bos_token_id": null}')
+    assert load_model(folder).special == Special(bos=1, eos=(5,), pad=0)
+
+
 def test_t5s_head_is_divided_by_the_width_only_in_its_first_version(tmp_path):
     loaded = load_model(copied("t5", tmp_path / "x"))
     assert loaded.config.scale_decoder_outputs
@@ -225,6 +235,7 @@ BAD = [
     ("gpt2", config(n_layer=True), "num_hidden_layers is True; it must be an integer of at least 1"),
     ("roberta", config(pad_token_id=15), "pad_token_id is 15, of 16 positions: places are counted from the one after"),
     ("bert", config(is_decoder=True), "is_decoder True; this model computes only False"),
+    ("gemma", config(use_bidirectional_attention=True), "use_bidirectional_attention true; this decoder looks back"),
     ("llama3", config(vocab_size=2**31), "vocab_size is 2147483648; it must be below 2^31"),
     ("llama3", config(num_attention_heads=[6]), "num_attention_heads is [6]; it must be an integer of at least 1"),
     ("llama3", config(model_type=[]), "config.json has model_type []; known here are bert, "),

@@ -49,9 +49,12 @@ class Loaded:
       kind: "encoder", "decoder" or "encoder-decoder".
       config: its sizes.
       model: the Flax module of the backbone. An encoder's `apply` takes ids, mask and types and gives hidden states; a
-        decoder's takes ids and mask and gives logits.
-      params: of the backbone, fp32.
-      heads: trained heads that the folder has: "classify" and "answer".
+        decoder's takes ids and mask and gives logits, with hidden=True hidden states, and with a cache those of one
+        step (`lorax_kit.models.cache`); an encoder-decoder's takes ids and mask of both texts and gives logits, and has
+        the methods `encode` and `decode`.
+      params: of the backbone, fp32. A decoder saved as a classifier has no head of words: hidden=True alone works.
+      heads: trained heads that the folder has, for `lorax_kit.models.classify` and `answer`: "classify" and "answer" ->
+        {"output": {"kernel", "bias"}}, and "dense" before it where the family has one.
       labels: names of the classes of a trained "classify" head; None without one.
       tokenizer: texts to ids and back.
       special: ids of tokens with a meaning.
@@ -248,6 +251,8 @@ def _special(folder: Path, config: Mapping[str, Any]) -> Special:
     if not isinstance(generation, Mapping):
         raise ValueError(f"{str(file)!r} must hold an object, not {type(generation).__name__}.")
     data = {**config, **{key: value for key, value in generation.items() if value is not None}}
+    if data.get("pad_token_id") == -1:  # old LLaMA's way to say that there is none
+        data["pad_token_id"] = None
     for key in ("bos", "eos", "pad", "decoder_start"):
         value = data.get(f"{key}_token_id")
         ids = value if isinstance(value, list) and key == "eos" else [] if value is None else [value]
