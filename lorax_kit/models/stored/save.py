@@ -42,6 +42,7 @@ def save_model(folder: str | Path, loaded: Loaded, params: Params | None = None)
 
     Example:
       >>> import tempfile
+      >>> from lorax_kit.models import load_model
       >>> with tempfile.TemporaryDirectory() as place:
       ...     save_model(Path(place) / "copy", load_model("minilm"))
       ...     load_model(Path(place) / "copy").family
