@@ -17,6 +17,7 @@ from lorax_kit.benchmarks.case import Case
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.paths import flatten
 from lorax_kit.methods import Factors
+from lorax_kit.models import Loaded, llama_names
 from lorax_kit.models.stored.encoder import classifier_names
 
 PACKAGES = ("torch", "transformers", "peft")
@@ -221,3 +222,40 @@ def torch_mixed(case: Case, adapters: Sequence[tuple[int, FactorTree]]) -> dict[
             return np.asarray(model(ids, mask, adapter_names=[f"row_{i}" for i in range(len(adapters))]))
 
     return {"peft_one": one, "peft_mixed": mixed}
+
+
+def torch_writer(loaded: Loaded) -> Callable[[Sequence[Sequence[int]], int], list[list[int]]]:
+    """`write(prompts, new)`: the greedy tokens of transformers' LLaMA with the same weights; prompts of one length."""
+    import torch
+    from transformers import LlamaConfig as TheirConfig
+    from transformers import LlamaForCausalLM
+
+    c = loaded.config
+    sizes = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+    )
+    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
+    config = TheirConfig(**{name: getattr(c, name) for name in sizes}, rope_parameters=rope)
+    model = LlamaForCausalLM(config).eval().to(_device())
+    params, _ = flatten(loaded.params)
+    tensors = {}
+    for path, name in llama_names(c).items():
+        x = np.asarray(params[path])
+        tensors[str(name)] = torch.from_numpy(np.ascontiguousarray(x.T if path.endswith("kernel") else x))
+    missing, surplus = model.load_state_dict(tensors, strict=False)
+    if surplus or set(missing) - {"lm_head.weight"}:
+        raise ValueError(f"torch's model lacks {missing} and does not know {surplus}.")
+    model.tie_weights()
+
+    def write(prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
+        ids = torch.tensor(prompts, device=_device())
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, min_new_tokens=new,
+                pad_token_id=0,
+            )  # fmt: skip
+        written: list[list[int]] = out[:, ids.shape[1] :].tolist()
+        return written
+
+    return write

@@ -149,6 +149,24 @@ def study(as_json: bool, no_peer: bool, **options: Any) -> None:
 
 
 @bench.command()
+@click.option("--model", default="smollm2", show_default=True, help="smollm2, a .gguf file or a LLaMA folder.")
+@click.option("--new", type=click.IntRange(2), default=48, show_default=True, help="Tokens that each row writes.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Alternating rounds.")
+@click.option("--mixed", is_flag=True, help="32 rows, each with an adapter of its own, against one adapter for all.")
+@click.option("--no-peer", is_flag=True, help="Leave out torch even where it is installed.")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+def decode(as_json: bool, mixed: bool, no_peer: bool, **options: Any) -> None:
+    """Writing: tokens a second at batch 1 and 8, against transformers on torch with the same weights."""
+    from lorax_kit.benchmarks import DECODE_COLUMNS, MIXED_DECODE_COLUMNS, bench_decode, bench_mixed_decode, table
+
+    rows = [bench_mixed_decode(**options)] if mixed else bench_decode(**options, peer=not no_peer)
+    if as_json:
+        echo(rows)
+    else:
+        click.echo(table(rows, MIXED_DECODE_COLUMNS if mixed else DECODE_COLUMNS))
+
+
+@bench.command()
 @click.option("--seconds", type=click.FloatRange(0), default=480, show_default=True, help="Begin no row beyond these.")
 @click.option("--small", is_flag=True, help="Tiny shapes: whether it runs, on any processor.")
 @click.option("--no-peer", is_flag=True, help="Leave out torch and PEFT even where they are installed.")

@@ -11,6 +11,7 @@ from lorax_kit.models.llama import LlamaModel
 from lorax_kit.models.llama_config import LlamaConfig
 from lorax_kit.models.lstm import LstmClassifier, LstmConfig
 from lorax_kit.models.roberta import RobertaConfig, RobertaEncoder
+from lorax_kit.models.stored.chat import laid_out
 from lorax_kit.models.stored.decoder import PretrainedLlama, llama_names, load_llama
 from lorax_kit.models.stored.encoder import Pretrained, classifier_names, classifier_params, load_bert, torch_names
 from lorax_kit.models.stored.load import Loaded, Special, load_model
@@ -50,6 +51,7 @@ __all__ = [
     "encoder_names",
     "fresh_head",
     "gpt2_names",
+    "laid_out",
     "llama_names",
     "load_bert",
     "load_llama",

@@ -13,7 +13,7 @@ from lorax_kit.benchmarks.device.machine import environment
 from lorax_kit.benchmarks.device.run import Row
 from lorax_kit.benchmarks.device.stacked import Stacks
 from lorax_kit.benchmarks.device.steps import Shape, Timing, order_row, step_row
-from lorax_kit.benchmarks.forward import bench_forward
+from lorax_kit.benchmarks.inference.forward import bench_forward
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Models that are run, not trained: one pass, a mixed batch, writing."""
