@@ -36,8 +36,8 @@ import numpy as np
 import lorax_kit as lk
 from lorax_kit.analysis.statistics import interval
 from lorax_kit.commands import sentiment_subject, text_subject
-from lorax_kit.commands.comparison import METHODS, compare
-from lorax_kit.commands.methods import Method, smaller, statistics_for
+from lorax_kit.commands.compress.comparison import METHODS, compare
+from lorax_kit.commands.compress.methods import Method, smaller, statistics_for
 from lorax_kit.problems import Sentiment
 from lorax_kit.report.compression import comparison_table, write_comparison
 

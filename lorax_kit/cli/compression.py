@@ -108,7 +108,7 @@ def compress(
     from lorax_kit.benchmarks import table
     from lorax_kit.checkpoint.staging import refuse_existing
     from lorax_kit.commands import compress_subject, save_small, subject_of
-    from lorax_kit.commands.methods import Method
+    from lorax_kit.commands.compress.methods import Method
     from lorax_kit.core.quantised import METHODS as QUANTISATIONS
 
     options["rank"] = rank or None
@@ -161,8 +161,8 @@ def _compare(
     as_json: bool,
     options: dict[str, Any],
 ) -> None:
-    from lorax_kit.commands.comparison import METHODS, RowFailed, compare
-    from lorax_kit.commands.methods import Method
+    from lorax_kit.commands.compress.comparison import METHODS, RowFailed, compare
+    from lorax_kit.commands.compress.methods import Method
     from lorax_kit.report.compression import comparison_table, write_comparison
     from lorax_kit.report.run_folder import RunFolderError
 

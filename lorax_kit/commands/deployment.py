@@ -15,9 +15,9 @@ import numpy as np
 from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
 from lorax_kit.checkpoint.staging import refuse_existing, staged
-from lorax_kit.commands.compression import load_small
-from lorax_kit.commands.methods import Method, Small, finished, smaller, statistics_for, total_bytes
-from lorax_kit.commands.subjects import Subject, subject_of
+from lorax_kit.commands.compress.compression import load_small
+from lorax_kit.commands.compress.methods import Method, Small, finished, smaller, statistics_for, total_bytes
+from lorax_kit.commands.compress.subjects import Subject, subject_of
 from lorax_kit.compress.arguments import check_share
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.quantised import Quantised

@@ -10,9 +10,9 @@ import pytest
 
 from lorax_kit.checkpoint.staging import sole_writer
 from lorax_kit.commands import compress_subject, subject_of, text_subject
-from lorax_kit.commands.comparison import compare
-from lorax_kit.commands.compression import load_small, save_small
-from lorax_kit.commands.methods import Method, finished, smaller, statistics_for, stored_bytes
+from lorax_kit.commands.compress.comparison import compare
+from lorax_kit.commands.compress.compression import load_small, save_small
+from lorax_kit.commands.compress.methods import Method, finished, smaller, statistics_for, stored_bytes
 from lorax_kit.compress import CompressError, LowRank
 from lorax_kit.compress.replace import low_rank
 from lorax_kit.core.paths import flatten

@@ -15,8 +15,8 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.cli import main
 from lorax_kit.commands import train_adapter
+from lorax_kit.commands.compress.subjects import sentiment_subject
 from lorax_kit.commands.deployment import export_adapter
-from lorax_kit.commands.subjects import sentiment_subject
 from lorax_kit.data import load_reviews
 from lorax_kit.models import Tokenizer, load_bert
 from lorax_kit.problems import Sentiment

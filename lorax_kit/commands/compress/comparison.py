@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from lorax_kit.checkpoint.fingerprint import fingerprint
 from lorax_kit.checkpoint.staging import refuse_existing, sole_writer
-from lorax_kit.commands.compression import check_settings, compress_subject
-from lorax_kit.commands.methods import Method, statistics_for
-from lorax_kit.commands.subjects import Subject
+from lorax_kit.commands.compress.compression import check_settings, compress_subject
+from lorax_kit.commands.compress.methods import Method, statistics_for
+from lorax_kit.commands.compress.subjects import Subject
 from lorax_kit.compress import ALLOCATIONS
 from lorax_kit.compress.arguments import check_count, check_word
 from lorax_kit.errors import CompressError

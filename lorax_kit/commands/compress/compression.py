@@ -18,7 +18,7 @@ from tqdm import tqdm
 from lorax_kit.benchmarks.timing import alternate, calling, ratio
 from lorax_kit.checkpoint.fingerprint import differences, digests, fingerprint, first_difference
 from lorax_kit.checkpoint.staging import refuse_existing, staged
-from lorax_kit.commands.methods import (
+from lorax_kit.commands.compress.methods import (
     Method,
     Small,
     finished,
@@ -28,7 +28,7 @@ from lorax_kit.commands.methods import (
     students_layers,
     total_bytes,
 )
-from lorax_kit.commands.subjects import Apply, Quality, Subject
+from lorax_kit.commands.compress.subjects import Apply, Quality, Subject
 from lorax_kit.compress import Moments, compressed, distil, distillation, heal
 from lorax_kit.compress.arguments import check_count, check_number, check_positive, check_share
 from lorax_kit.core.lowrank import LowRank
@@ -65,7 +65,7 @@ def compress_subject(
     """Compress, measure, heal, measure: one row, and the model it ends with.
 
     Args:
-      method: of `lorax_kit.commands.methods.ALL_METHODS`.
+      method: of `lorax_kit.commands.compress.methods.ALL_METHODS`.
       keep: share of the targets' parameters (of each one's entries when pruning, of the layers for a student;
         quantising keeps all).
       batches: of calibration.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax_kit.commands.subjects import Apply, Subject
+from lorax_kit.commands.compress.subjects import Apply, Subject
 from lorax_kit.compress import (
     METHODS,
     PRUNINGS,

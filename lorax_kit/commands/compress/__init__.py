@@ -1,0 +1,1 @@
+"""`compress`: subjects, methods, one smaller model, and many compared."""
