@@ -11,8 +11,8 @@ Result:    test, six seeds, intervals of 95 %
     gain                         +2.2 [1.0, 3.3]      +2.2 [0.8, 3.3]
 Writes:    runs/intent/{rows.jsonl,study/,table.csv}
 
-693 utterances of BIG-bench's intent_recognition, of which 100 are for validation and 500 for the test. MiniLM, all linear
-maps, rank 8, 100 steps of 16 utterances, six seeds.
+693 utterances of BIG-bench's intent_recognition, of which 100 are for validation and 500 for the test. MiniLM, all
+linear maps, rank 8, 100 steps of 16 utterances, six seeds.
 """
 
 from pathlib import Path
