@@ -57,9 +57,7 @@ def generate(
     author = author_of(str(adapter or model))
     single = len(asked) == 1 and options["samples"] == options["beams"] == 1
     if stream and (as_json or not single):
-        raise click.UsageError(
-            "--stream shows one text as it comes: it goes without --samples, --beams and --json."
-        )
+        raise click.UsageError("--stream shows one text as it comes: it goes without --samples, --beams and --json.")
     if single and not as_json and (sys.stdout.isatty() if stream is None else stream):
         for name in ("samples", "beams"):
             options.pop(name)
