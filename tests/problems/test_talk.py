@@ -61,6 +61,8 @@ def test_what_the_assistant_says_is_told_and_nothing_else(decoder):
     words = [loaded.tokenizer.text_of(i) for i in ids]
     expected = "system say yes user what is red assistant a house user please say blue assistant the car ."
     assert words == expected.split()
+    answers = [word for word, own in zip(words, told, strict=True) if own]
+    assert " ".join(answers) == "a house the car ."
     asked = conversation_ids(loaded, PLAIN, talk[:3])
     assert asked == tokens_of(loaded, PLAIN, talk)[0][: len(asked)]  # what is asked is how the whole begins
     with pytest.raises(ValueError, match="the assistant says nothing"):
