@@ -17,6 +17,7 @@ from lorax_kit.algebra import per_row
 from lorax_kit.algebra.stack import Stacked
 from lorax_kit.core.plan import Plan
 from lorax_kit.errors import LoraxError
+from lorax_kit.generate.in_place import in_place
 from lorax_kit.models import Loaded
 from lorax_kit.transform import adapt
 
@@ -114,7 +115,7 @@ def per_row_decoder(decoder: Decoder, stacked: Stacked) -> Decoder:
 
     def begin(params: Any, ids: Array, mask: Array, slots: int) -> tuple[Array, Any]:
         base, factors, which = params
-        batched = per_row(lambda p, ids, mask: decoder.begin(p, ids, mask, slots), stacked)
+        batched = per_row(in_place(lambda p, ids, mask: decoder.begin(p, ids, mask, slots)), stacked)
         logits, cache = batched(base, factors, ids, mask, which=which)
         _, like = jax.eval_shape(lambda: decoder.begin(base, ids, mask, slots))
         return logits, _once(cache, like)
@@ -128,7 +129,7 @@ def per_row_decoder(decoder: Decoder, stacked: Stacked) -> Decoder:
 
         def own(p: Any, ids: Array, mask: Array, rows: dict[int, Array], shared: dict[int, Array]) -> tuple[Array, Any]:
             both = rows | shared
-            return decoder.step(p, ids, mask, jax.tree.unflatten(tree, [both[i] for i in range(len(both))]))
+            return in_place(decoder.step)(p, ids, mask, jax.tree.unflatten(tree, [both[i] for i in range(len(both))]))
 
         logits, after = per_row(own, stacked)(base, factors, ids, mask, rows, which=which, shared=shared)
         return logits, _once(after, cache)
