@@ -236,13 +236,14 @@ def torch_writer(loaded: Loaded) -> Callable[[Sequence[Sequence[int]], int], lis
         *("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
     )
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
-    config = TheirConfig(**{name: getattr(c, name) for name in sizes}, rope_parameters=rope)
+    # No end of text: what `min_new_tokens` would do instead, keeping back a token that ours may write.
+    config = TheirConfig(**{name: getattr(c, name) for name in sizes}, rope_parameters=rope, eos_token_id=None)
     model = LlamaForCausalLM(config).eval().to(_device())
     params, _ = flatten(loaded.params)
     tensors = {}
     for path, name in llama_names(c).items():
-        x = np.asarray(params[path])
-        tensors[str(name)] = torch.from_numpy(np.ascontiguousarray(x.T if path.endswith("kernel") else x))
+        x = params[path]
+        tensors[str(name)] = _tensor(x.T if path.endswith("kernel") else x)
     missing, surplus = model.load_state_dict(tensors, strict=False)
     if surplus or set(missing) - {"lm_head.weight"}:
         raise ValueError(f"torch's model lacks {missing} and does not know {surplus}.")
@@ -252,9 +253,8 @@ def torch_writer(loaded: Loaded) -> Callable[[Sequence[Sequence[int]], int], lis
         ids = torch.tensor(prompts, device=_device())
         with torch.inference_mode():
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, min_new_tokens=new,
-                pad_token_id=0,
-            )  # fmt: skip
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, pad_token_id=0
+            )
         written: list[list[int]] = out[:, ids.shape[1] :].tolist()
         return written
 
