@@ -19,7 +19,7 @@ from lorax_kit.core.plan import Plan
 from lorax_kit.errors import LoraxError
 from lorax_kit.generate.in_place import in_place
 from lorax_kit.models import Loaded
-from lorax_kit.transform import adapt
+from lorax_kit.transform import adapt, compressed
 
 Step = Callable[[Any, Array, Array, Any], tuple[Array, Any]]
 
@@ -66,7 +66,7 @@ def decoder_of(loaded: Loaded) -> Decoder:
             found: Any = model.apply({"params": params}, ids, mask, cache)
             return found[0], found[1]
 
-        return Decoder(begin, step, **facts)
+        return _of_any_form(Decoder(begin, step, **facts))
     if loaded.kind != "encoder-decoder":
         raise LoraxError(f"{loaded.source!r} is an encoder ({loaded.family}): it writes nothing.")
     start = special.start
@@ -85,7 +85,17 @@ def decoder_of(loaded: Loaded) -> Decoder:
         found: Any = model.apply({"params": params}, ids, mask, None, None, cache, method="decode")
         return found[0], found[1]
 
-    return Decoder(read, write, **facts, written_alone=True)
+    return _of_any_form(Decoder(read, write, **facts, written_alone=True))
+
+
+def _of_any_form(decoder: Decoder) -> Decoder:
+    """The same decoder, of which params may be `Quantised` or `LowRank`."""
+
+    def begin(params: Any, ids: Array, mask: Array, slots: int) -> tuple[Array, Any]:
+        found: Any = compressed(lambda params, ids, mask: decoder.begin(params, ids, mask, slots))(params, ids, mask)
+        return found[0], found[1]
+
+    return replace(decoder, begin=begin, step=compressed(decoder.step))
 
 
 def adapted(decoder: Decoder, plan: Plan) -> Decoder:
