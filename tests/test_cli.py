@@ -351,7 +351,7 @@ def test_a_killed_study_leaves_its_finished_trials_and_goes_on(finished, tmp_pat
     """Ctrl-C in a real process after the first of three groups; the rest is the same as without it."""
     out = tmp_path / "run"
     argv = [sys.executable, "-m", "lorax_kit", "study", "--memory-mib", "9", "--out", str(out)]
-    argv += ["--config", config(tmp_path, study={"probe_lr": 0.01, "steps": 640, "seed": [0, 1]})]
+    argv += ["--config", config(tmp_path, study={"probe_lr": 0.01, "steps": 1280, "seed": [0, 1]})]
     process = subprocess.Popen(argv, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     trials = out / "trials.jsonl"

@@ -69,9 +69,8 @@ def settings_from(data: Mapping[str, Any]) -> Settings:
     kind, known = ("task", TASKS) if "task" in settings else ("name", PACKAGED)
     name = settings.pop(kind, "sentiment")
     if name not in known:
-        raise StudyError(
-            f"problem {kind} {shown(name)} is unknown; choose from {', '.join(known)}, or give an address."
-        )
+        who = "problem" if kind == "name" else "problem task"
+        raise StudyError(f"{who} {shown(name)} is unknown; choose from {', '.join(known)}, or give an address.")
     made: Settings = known[name].from_dict(settings)
     return made
 

@@ -86,4 +86,4 @@ def test_one_adapter_of_a_users_own_problem_is_trained_and_evaluated(tmp_path, c
     assert measured["test_accuracy"] == made["test_accuracy"]
     with pytest.raises(SystemExit):
         main(["train", *map(str, argv), "--model", "minilm", "--out", str(tmp_path / "p")])
-    assert "--model goes with the problem of the package" in capsys.readouterr().err
+    assert "--model goes with --task or film reviews" in capsys.readouterr().err
