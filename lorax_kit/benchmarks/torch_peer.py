@@ -224,8 +224,22 @@ def torch_mixed(case: Case, adapters: Sequence[tuple[int, FactorTree]]) -> dict[
     return {"peft_one": one, "peft_mixed": mixed}
 
 
-def torch_writer(loaded: Loaded) -> Callable[[Sequence[Sequence[int]], int], list[list[int]]]:
-    """`write(prompts, new)`: the greedy tokens of transformers' LLaMA with the same weights; prompts of one length."""
+def thread_counts() -> list[int]:
+    """As many threads as torch chooses, and one.
+
+    Where another process takes a core, threads that wait for each other at every product are far slower than one: a
+    token of SmolLM2 took 237 ms by two threads, and 37 ms by one, beside one busy process on two cores.
+    """
+    import torch
+
+    return sorted({1, torch.get_num_threads()}) if _device() == "cpu" else [torch.get_num_threads()]
+
+
+def torch_writer(loaded: Loaded) -> Callable[[Sequence[Sequence[int]], int, int], list[list[int]]]:
+    """`write(prompts, new, threads)`: the greedy tokens of transformers' LLaMA with the same weights.
+
+    Prompts are of one length.
+    """
     import torch
     from transformers import LlamaConfig as TheirConfig
     from transformers import LlamaForCausalLM
@@ -249,7 +263,8 @@ def torch_writer(loaded: Loaded) -> Callable[[Sequence[Sequence[int]], int], lis
         raise ValueError(f"torch's model lacks {missing} and does not know {surplus}.")
     model.tie_weights()
 
-    def write(prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
+    def write(prompts: Sequence[Sequence[int]], new: int, threads: int) -> list[list[int]]:
+        torch.set_num_threads(threads)
         ids = torch.tensor(prompts, device=_device())
         with torch.inference_mode():
             out = model.generate(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lorax_kit.algebra import Adaptation, stack
 from lorax_kit.benchmarks.timing import alternate, ratio
-from lorax_kit.benchmarks.torch_peer import lacking, torch_writer
+from lorax_kit.benchmarks.torch_peer import lacking, thread_counts, torch_writer
 from lorax_kit.core.merge import split
 from lorax_kit.core.spec import Spec
 from lorax_kit.generate import Decoder, Writer, adapted, decoder_of, per_row_decoder
@@ -23,7 +23,7 @@ from lorax_kit.methods import LoRA
 from lorax_kit.models import Loaded, load_model
 from lorax_kit.transform import resolve
 
-DECODE_COLUMNS = ("batch", "prompt", "new", "ours_tokens_s", "torch_tokens_s", "ratio", "compile_s", "same_tokens")
+DECODE_COLUMNS = ("batch", "prompt", "new", "ours_tokens_s", "torch_tokens_s", "torch_threads", "ratio", "compile_s")
 MIXED_DECODE_COLUMNS = ("batch", "adapters", "new", "one_tokens_s", "mixed_tokens_s", "time_ratio", "compile_s")
 TARGETS = "layer_*/**/kernel"
 
@@ -40,8 +40,9 @@ def bench_decode(
 ) -> list[dict[str, Any]]:
     """One row a batch size: greedy, prompts of random tokens, all rows as long as the next.
 
-    Tokens a second are of whole calls, prompts read included; `ratio` is the median over alternating rounds of torch's
-    time against ours, `compile_s` what the first call takes beyond the median of the others.
+    Tokens a second are of whole calls, prompts read included. Torch has a turn with as many threads as it chooses and
+    one with a single thread; the faster is the peer, `torch_threads` says which. `ratio` is the median over alternating
+    rounds of its time against ours, `compile_s` what the first call takes beyond the median of the others.
     """
     loaded = load_model(model)
     # No end of text, so that every row writes as many tokens on both sides.
@@ -55,21 +56,24 @@ def bench_decode(
         first = writer(loaded.params, prompts, max_new_tokens=new)
         took = time.perf_counter() - began
         runs: dict[str, Any] = {"ours": lambda p=prompts: writer(loaded.params, p, max_new_tokens=new)}
-        same = None
+        same, threads = None, {}
         if theirs is not None:
-            same = [list(one.tokens) for one in first] == theirs(prompts, new)
-            runs["torch"] = lambda p=prompts: theirs(p, new)
+            threads = {f"torch_{count}": count for count in thread_counts()}
+            same = [list(one.tokens) for one in first] == theirs(prompts, new, 1)
+            runs |= {name: lambda p=prompts, n=count: theirs(p, new, n) for name, count in threads.items()}
         bar = tqdm(range(rounds), desc=f"batch {batch}", disable=None if progress else True)
         times = alternate(runs, bar)
         ours = median(times["ours"]) / 1000
-        found = ratio(times, "torch", "ours") if theirs is not None else None
+        peer_name = min(threads, key=lambda name: median(times[name]), default=None)
+        found = None if peer_name is None else ratio(times, peer_name, "ours")
         rows.append(
             {
                 "batch": batch,
                 "prompt": prompt,
                 "new": new,
                 "ours_tokens_s": batch * new / ours,
-                "torch_tokens_s": None if theirs is None else batch * new / (median(times["torch"]) / 1000),
+                "torch_tokens_s": None if peer_name is None else batch * new / (median(times[peer_name]) / 1000),
+                "torch_threads": None if peer_name is None else threads[peer_name],
                 "ratio": None if found is None else found.median,
                 "spread": None if found is None else found.spread,
                 "compile_s": took - ours,
