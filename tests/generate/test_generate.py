@@ -1,5 +1,7 @@
 """Writing: against the whole pass, against formulas in float64, against exhaustive search."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from lorax_kit.generate import Sampling, Writer, adapted, beam_search, decoder_o
 from lorax_kit.generate.pieces import Pieces
 from lorax_kit.generate.sampling import chosen, left, penalised
 from lorax_kit.models import LlamaConfig, LlamaModel, Loaded, Special, Tokenizer
+from tests.traces import Traced
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -184,9 +187,18 @@ def adapters(loaded, count, ranks=(2,)):
         yield plan, drawn
 
 
+def traced(decoder):
+    return replace(decoder, begin=Traced(decoder.begin), step=Traced(decoder.step))
+
+
+def traces(decoder):
+    return decoder.begin.traces, decoder.step.traces
+
+
 def test_factored_adapters_are_swapped_without_a_new_program(loaded):
     (plan, one), (_, two) = adapters(loaded, 2)
-    writer = Writer(adapted(decoder_of(loaded), plan), loaded.tokenizer)
+    decoder = traced(decoder_of(loaded))
+    writer, first = Writer(adapted(decoder, plan), loaded.tokenizer), None
     for factors in (one, two):
         base, _ = lk.split(loaded.params, plan, jax.random.key(0))
         merged = lk.merge(base, factors, plan)
@@ -194,15 +206,18 @@ def test_factored_adapters_are_swapped_without_a_new_program(loaded):
         whole = Writer(decoder_of(loaded), loaded.tokenizer)(merged, ["Hello", "a"], max_new_tokens=8)
         assert [x.tokens for x in found] == [x.tokens for x in whole]
         np.testing.assert_allclose(found[0].logprobs, whole[0].logprobs, atol=1e-4)
-    assert [program._cache_size() for program in next(iter(writer.programs.values()))] == [1, 1]
+        first = first or traces(decoder)
+    assert traces(decoder) == first
 
 
 def test_each_row_writes_with_its_own_adapter(loaded):
     some = [lk.algebra.Adaptation(plan, factors) for plan, factors in adapters(loaded, 3, ranks=(1, 3))]
     stacked = lk.algebra.stack([None, *some], base=loaded.params)
-    writer = Writer(per_row_decoder(decoder_of(loaded), stacked), loaded.tokenizer)
+    decoder = traced(decoder_of(loaded))
+    writer = Writer(per_row_decoder(decoder, stacked), loaded.tokenizer)
     which = jnp.asarray([2, 0, 3])
     found = writer((loaded.params, stacked.factors, which), PROMPTS, max_new_tokens=8)
+    first = traces(decoder)
     plain = Writer(decoder_of(loaded), loaded.tokenizer)
     for prompt, one, index in zip(PROMPTS, found, which, strict=True):
         own = some[int(index) - 1] if index else None
@@ -211,7 +226,7 @@ def test_each_row_writes_with_its_own_adapter(loaded):
         assert one.tokens == solo.tokens
         np.testing.assert_allclose(one.logprobs, solo.logprobs, atol=1e-5)
     writer((loaded.params, stacked.factors, jnp.asarray([0, 1, 2])), PROMPTS, max_new_tokens=8)
-    assert [program._cache_size() for program in next(iter(writer.programs.values()))] == [1, 1]
+    assert traces(decoder) == first
 
 
 BAD = [

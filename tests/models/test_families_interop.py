@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 
 from tests.fixtures import torch_families as tiny  # noqa: E402  (imports torch)
 from tests.fixtures.torch_families import DECODERS, ENCODERS, SEQUENCES, TOKENS, inputs_of, theirs  # noqa: E402
+from tests.traces import Traced  # noqa: E402
 
 
 def saved(model, folder, **settings):
@@ -133,13 +134,14 @@ def test_an_encoder_decoder_and_its_cache(tmp_path, kind):
     hidden = loaded.model.apply({"params": loaded.params}, ids, mask, method="encode")
     cache = loaded.model.empty_cache(3, 12)
     found, cache = jax.jit(decode)(loaded.params, written[:, :4], written_mask[:, :4], hidden, mask, cache)
-    step = jax.jit(lambda params, ids, mask, cache: decode(params, ids, mask, None, None, cache))
+    traced = Traced(lambda params, ids, mask, cache: decode(params, ids, mask, None, None, cache))
+    step = jax.jit(traced)
     for t in range(3, written.shape[1]):
         if t > 3:
             found, cache = step(loaded.params, written[:, t : t + 1], written_mask[:, t : t + 1], cache)
         counts = written_mask[:, t] == 1
         np.testing.assert_allclose(found[counts], logits[counts, t], atol=2e-6 * jnp.abs(logits).max() + 1e-5)
-    assert step._cache_size() == 1
+    assert traced.traces == 1
 
 
 def test_gpt2_as_its_authors_saved_it_without_a_prefix_and_with_its_masks(tmp_path):
