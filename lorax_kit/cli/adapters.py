@@ -60,8 +60,14 @@ def train(
 @cli.command()
 @click.argument("adapter", required=False)
 @problem_options
+@click.option(
+    "--texts",
+    type=click.Path(dir_okay=False),
+    help="Write after each prompt of the test set, too (chat, translate), into this JSON Lines file, and measure BLEU, "
+    "chrF, exact match and F1.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
-def evaluate(adapter: str | None, as_json: bool, **options: Any) -> None:
+def evaluate(adapter: str | None, texts: str | None, as_json: bool, **options: Any) -> None:
     """Measure a saved adapter on the test split of the problem it was trained on; or a model as it is.
 
     ADAPTER is a folder of `train` or of a study, which remembers its problem. With --model, --task and --data the model
@@ -72,9 +78,9 @@ def evaluate(adapter: str | None, as_json: bool, **options: Any) -> None:
     from lorax_kit.problems import problem_from
 
     if settings is None:
-        result = evaluate_adapter(str(adapter), options["problem"])
+        result = evaluate_adapter(str(adapter), options["problem"], texts)
     else:
-        result = evaluate_base(problem_from(settings))
+        result = evaluate_base(problem_from(settings), texts)
     if as_json:
         echo(result)
     else:

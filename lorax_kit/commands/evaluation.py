@@ -1,7 +1,8 @@
-"""`evaluate`: a saved adapter, measured again, or a model as it is."""
+"""`evaluate`: a saved adapter, measured again, or a model as it is; and what it writes, against what was wanted."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -9,37 +10,72 @@ from typing import Any
 import jax
 
 from lorax_kit.checkpoint.adapter import load_adapter
+from lorax_kit.checkpoint.staging import refuse_existing, staged
+from lorax_kit.commands.generation import Author, author_of
+from lorax_kit.commands.written import written
 from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params
+from lorax_kit.errors import LoraxError
 from lorax_kit.problem import Evaluator, Problem
+from lorax_kit.problems import settings_from
 from lorax_kit.problems.load import base_of, problem_of
 from lorax_kit.problems.packaged.sentiment import adapter_folder
 
 
-def evaluate_base(problem: Problem) -> dict[str, Any]:
-    """Test metrics of a problem's model as it is."""
-    base = problem.params(jax.random.key(0))
-    return _measured(problem, base, ())
+def evaluate_base(problem: Problem, texts: str | Path | None = None, *, progress: bool = True) -> dict[str, Any]:
+    """Test metrics of a problem's model as it is.
+
+    Args:
+      texts: as of `evaluate_adapter`.
+
+    Raises:
+      LoraxError: `texts`, and a task that writes nothing.
+      AdapterError: `texts` exists.
+    """
+    if texts is None:
+        return _measured(problem, problem.params(jax.random.key(0)), ())
+    settings = problem.facts.get("settings")
+    if not isinstance(settings, dict) or "task" not in settings:
+        raise LoraxError(f"problem {problem.name!r} is of no task in which a text can be compared: chat, translate.")
+    author = author_of(settings_from(settings).model)  # type: ignore[attr-defined]
+    wrote = _compared(problem, author, Path(texts), progress)
+    return _measured(problem, problem.params(jax.random.key(0)), ()) | wrote
 
 
-def evaluate_adapter(path: str | Path, address: str | None = None) -> dict[str, Any]:
+def evaluate_adapter(
+    path: str | Path, address: str | None = None, texts: str | Path | None = None, *, progress: bool = True
+) -> dict[str, Any]:
     """Test metrics of a saved adapter, by the program that measured it when its study ended.
 
     Args:
       address: of the problem, in place of the one that the adapter remembers.
+      texts: a JSON Lines file to create: the model writes after each prompt of the test set, and what it writes is
+        measured against what was wanted; see `lorax_kit.commands.written.written`.
 
     Raises:
-      AdapterError: no adapter, a damaged one, or one that names no problem known here.
+      AdapterError: no adapter, a damaged one, or one that names no problem known here; `texts` exists.
+      LoraxError: `texts`, and a task that writes nothing.
     """
     path = adapter_folder(path)
     problem = problem_of(path, address)
+    wrote = {} if texts is None else _compared(problem, author_of(path), Path(texts), progress)
     base = base_of(problem, path)
     adapter = load_adapter(path, base=base)
     merged = merge(base, adapter.factors, adapter.plan)
-    return {"adapter": str(path), **_measured(problem, merged, adapter.plan.trained)}
+    return {"adapter": str(path), **_measured(problem, merged, adapter.plan.trained), **wrote}
 
 
 def _measured(problem: Problem, params: Params, trained: Collection[str]) -> dict[str, Any]:
     found = Evaluator(problem, params, trained, problem.test)(params)
     named = {f"test_{metric.name}": found[metric.name] for metric in problem.all_metrics}
     return {**named, "examples": found["examples"]}
+
+
+def _compared(problem: Problem, author: Author, file: Path, progress: bool) -> dict[str, Any]:
+    """Metrics of what is written after the prompts of the test set; the texts go into a file."""
+    refuse_existing(file, False, None, "file")
+    found = written(author, problem.test, progress=progress)
+    with staged(file, False) as new:
+        new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found["rows"]), encoding="utf-8")
+    metrics = {f"test_{name}": value for name, value in found["metrics"].items()}
+    return {**metrics, "texts": str(file), "written": len(found["rows"]), "left_out": found["left_out"]}

@@ -4,6 +4,7 @@ from lorax_kit.tasks.labels import macro_f1, micro_f1, number_sums, one_class_su
 from lorax_kit.tasks.language import Pairs, Told, row_log_likelihoods, token_sums, told_batch
 from lorax_kit.tasks.losses import correct, cross_entropies, cross_entropy, next_tokens
 from lorax_kit.tasks.spans import Spans, best_spans, exact_match, span_losses, word_f1
+from lorax_kit.tasks.texts import resampled_metrics, text_metrics
 
 __all__ = [
     "Pairs",
@@ -20,9 +21,11 @@ __all__ = [
     "number_sums",
     "one_class_sums",
     "pearson",
+    "resampled_metrics",
     "row_log_likelihoods",
     "several_classes_sums",
     "span_losses",
+    "text_metrics",
     "token_sums",
     "told_batch",
     "word_f1",
