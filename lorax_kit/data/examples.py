@@ -56,6 +56,22 @@ class Examples:
         taken = {name: x.take(index) if isinstance(x, Ragged) else x[index] for name, x in self.fields.items()}
         return Examples(taken, self.lines[index])
 
+    @property
+    def firsts(self) -> np.ndarray:
+        """The place of each row's first example: those of a row follow each other."""
+        return np.flatnonzero(np.diff(self.lines, prepend=self.lines[:1] - 1))
+
+    def take_rows(self, rows: np.ndarray) -> Examples:
+        """All examples of some rows, in that order.
+
+        Example:
+          >>> Examples({"x": np.arange(4)}, np.array([1, 2, 2, 5])).take_rows(np.array([1, 0]))["x"].tolist()
+          [1, 2, 0]
+        """
+        ends = np.append(self.firsts[1:], len(self))
+        index = [np.arange(self.firsts[row], ends[row]) for row in rows]
+        return self.take(np.concatenate([np.zeros(0, np.int64), *index]))
+
     def __getitem__(self, name: str) -> Any:
         return self.fields[name]
 

@@ -118,10 +118,10 @@ class Answer(TextSettings):
             fields: dict[str, list[Any]] = {
                 name: [] for name in ("ids", "types", "inside", "start", "end", "number", "key", "passage", "line")
             }
-            for row in rows:
-                question, passage = (text_of(self.data, row, name) for name in ("question", "context"))
-                answers, at = _answers(self.data, row, passage)
-                windows = loaded.tokenizer.encode_pairs([(question, passage)], length, self.overlap)[0]
+            pairs = [(text_of(self.data, row, "question"), text_of(self.data, row, "context")) for row in rows]
+            right = [_answers(self.data, row, passage) for row, (_, passage) in zip(rows, pairs, strict=True)]
+            cut = loaded.tokenizer.encode_pairs(pairs, length, self.overlap)
+            for row, (question, passage), (answers, at), windows in zip(rows, pairs, right, cut, strict=True):
                 for place, window in enumerate(windows):
                     start, end = _tokens_of(window, at, at + len(answers[0]))
                     inside = [int(span[0] >= 0) for span in window.spans]

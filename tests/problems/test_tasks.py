@@ -136,7 +136,8 @@ def test_answers_are_spans_of_passages_of_any_length(tmp_path, models):
     settings = {"question": "q", "context": "p", "answer": "a", "length": 32, "overlap": 8}
     data = lines(tmp_path / "a.jsonl", found)
     problem = Answer(data=data, model=models["bert"], **settings).build()
-    assert problem.facts["test"] > 9  # windows, of which a long passage has several
+    assert (problem.facts["test"], problem.facts["val"], problem.facts["train"]) == (9, 9, 72)  # questions
+    assert sum(batch.weight.sum() for batch in problem.test) > 9  # windows, of which a long passage has several
     for batch in problem.val:
         for i in np.flatnonzero(batch.weight):
             start, end = batch.start[i], batch.end[i]

@@ -143,23 +143,23 @@ def read_parts(
                 )
     whole = read["data"]
     sizes = {name: 0 if f"{name}_data" in read else getattr(settings, name) for name in ("val", "test")}
-    strata = None if stratum is None else whole[stratum]
-    places = split_rows(
-        whole["key"], strata, **sizes, seed=settings.split_seed, groups=None if group is None else whole[group]
-    )
-    held = {name: read.get(f"{name}_data", whole.take(getattr(places, name))) for name in ("val", "test")}
+    firsts = whole.firsts  # of a row that gives several examples all are in one part
+    keys = whole["key"][firsts]
+    strata, groups = (None if name is None else whole[name][firsts] for name in (stratum, group))
+    places = split_rows(keys, strata, **sizes, seed=settings.split_seed, groups=groups)
+    held = {name: read.get(f"{name}_data", whole.take_rows(getattr(places, name))) for name in ("val", "test")}
     seen = [part["key"] for part in held.values()]
-    new = ~np.isin(whole["key"][places.train], np.concatenate(seen))
-    train = whole.take(places.train[new])
+    new = ~np.isin(keys[places.train], np.concatenate(seen))
+    train = whole.take_rows(places.train[new])
     for name, part in (("train", train), *held.items()):
         if len(part) == 0:
-            raise DataError(f"{settings.data!r} has {len(whole)} rows, of which none are left for {name}.")
+            raise DataError(f"{settings.data!r} has {len(firsts)} rows, of which none are left for {name}.")
     left_out = {
         "equal to an earlier row": places.equal,
         "of one text and different labels": places.contradictory,
         "that stand in the files of validation or test, too": int((~new).sum()),
     }
-    facts = {"rows": len(whole), "left_out": {name: count for name, count in left_out.items() if count}}
+    facts = {"rows": len(firsts), "left_out": {name: count for name, count in left_out.items() if count}}
     return Data(train, held["val"], held["test"], files, facts)
 
 
@@ -214,9 +214,7 @@ def facts_of(settings: TextSettings, data: Data, length: int, task: str, more: M
     cut = sum(int((part["ids"].lengths > length).sum()) for part in (data.train, data.val, data.test))
     return {
         "name": f"{task}, {Path(settings.data).name}, {settings.model}",
-        "train": len(data.train),
-        "val": len(data.val),
-        "test": len(data.test),
+        **{name: len(part.firsts) for name, part in zip(("train", "val", "test"), data[:3], strict=True)},
         "length": length,
         "cut": cut,
         "steps_per_epoch": max(len(data.train) // settings.batch_size, 1),
