@@ -10,7 +10,7 @@ from lorax_kit.algebra.combine import WAYS, combine, combine_into
 from lorax_kit.algebra.extract import extract
 from lorax_kit.algebra.linear import add, average, concatenate, negate, scale, subtract
 from lorax_kit.algebra.merge_loss import MergeLoss, merge_loss
-from lorax_kit.algebra.per_row import per_row
+from lorax_kit.algebra.per_row import per_row, rows_of
 from lorax_kit.algebra.rank import grow, to_lora, truncate
 from lorax_kit.algebra.stack import Stacked, stack, swap
 
@@ -29,6 +29,7 @@ __all__ = [
     "merge_loss",
     "negate",
     "per_row",
+    "rows_of",
     "scale",
     "stack",
     "subtract",

@@ -42,23 +42,28 @@ class PerRow:
     def __repr__(self) -> str:
         return f"per_row({getattr(self.fn, '__qualname__', type(self.fn).__name__)})"
 
-    def __call__(self, base: Params, factors: dict[str, Any], *inputs: Any, which: Any, **shared: Any) -> Any:
-        """`fn`, each row of the inputs with the adapter that `which` names."""
+    def __call__(self, base: Params, factors: dict[str, Any], *inputs: Any, which: Any = None, **shared: Any) -> Any:
+        """`fn`, each row of the inputs with the adapter that `which` names; without it, row i with adapter i."""
         named, treedef = flatten(base)
         check_params(named, self.plan)
         count = self._count(factors)
         leaves, tree = jax.tree.flatten(inputs)
         mapped = [i for i, x in enumerate(leaves) if is_array(x)]
-        index = _indices(which, count, {tuple(leaves[i].shape) for i in mapped})
+        shapes = {tuple(leaves[i].shape) for i in mapped}
+        index = _indices(np.arange(count) if which is None else which, count, shapes)
 
-        def row(index: Array, arrays: list[Array]) -> Any:
+        def row(index: Array, own: dict[str, Any] | None, arrays: list[Array]) -> Any:
             values = list(leaves)
             for i, x in zip(mapped, arrays, strict=True):
                 values[i] = x
-            return self._row(named, treedef, factors, count, index, jax.tree.unflatten(tree, values), shared)
+            given = jax.tree.unflatten(tree, values)
+            if own is None:
+                return self._row(named, treedef, factors, count, index, given, shared)
+            return self._row(named, treedef, own, 1, None, given, shared)
 
-        # `fn` is given batches of one row.
-        out = jax.vmap(row)(index, [jnp.asarray(leaves[i])[:, None] for i in mapped])
+        # `fn` is given batches of one row. Without `which` the factors are mapped as they lie, and none is copied.
+        arrays = [jnp.asarray(leaves[i])[:, None] for i in mapped]
+        out = jax.vmap(row)(index, factors if which is None else None, arrays)
         return jax.tree.map(lambda x: x[:, 0] if x.ndim > 1 and x.shape[1] == 1 else x, out)
 
     def _row(
@@ -67,16 +72,18 @@ class PerRow:
         treedef: Any,
         factors: dict[str, Any],
         count: int,
-        index: Array,
+        index: Array | None,
         inputs: Any,
         shared: Any,
     ) -> Any:
-        """`fn` with the adapter at `index`, () int."""
+        """`fn` with the adapter at `index`, () int; None: with the one that `factors` hold."""
         # An index out of range that only a compiled program sees makes its row NaN; another's adapter it never gets.
-        inside = (index >= 0) & (index < count)
-        scale = jnp.where(inside, jnp.float32(1), jnp.float32(jnp.nan))
+        inside = jnp.bool_(True) if index is None else (index >= 0) & (index < count)
+        scale = jnp.float32(1) if index is None else jnp.where(inside, jnp.float32(1), jnp.float32(jnp.nan))
 
         def own(x: Array) -> Array:
+            if index is None:
+                return x
             return jnp.where(inside, jnp.take(x, index, axis=0, mode="clip"), jnp.asarray(jnp.nan, x.dtype))
 
         params = dict(named)
@@ -88,9 +95,11 @@ class PerRow:
             a, b, *gains = factors[site.path]
             # Rows of all adapters, one after the other, are those of one weight until a product takes its own: what
             # is copied lives for that product only, where copies for all sites at the start would fill the memory.
-            update = Update(*(x.reshape(-1, *x.shape[2:]) for x in (a, b)), *jax.tree.map(own, gains))
-            weight = make_weight(site, dense(named[site.path]), source, update, scale, None)
-            weights[site.path] = replace(weight, adapter=index, adapters=count)
+            rows = (a, b) if index is None else (x.reshape(-1, *x.shape[2:]) for x in (a, b))
+            weight = make_weight(
+                site, dense(named[site.path]), source, Update(*rows, *jax.tree.map(own, gains)), scale, None
+            )
+            weights[site.path] = weight if index is None else replace(weight, adapter=index, adapters=count)
         for path, leaf in params.items():
             if isinstance(leaf, Quantised) and path not in weights:
                 weights[path] = frozen_weight(path, leaf)
@@ -149,6 +158,28 @@ def _indices(which: Any, count: int, shapes: set[tuple[int, ...]]) -> Array:
     return jnp.asarray(index)
 
 
+def rows_of(stacked: Stacked, which: Any) -> dict[str, Any]:
+    """Factors with an adapter for each row, for `per_row` without `which`: copied once, where a loop calls it often.
+
+    Args:
+      stacked: from `stack`.
+      which: (rows,) int, for each row the index of its adapter.
+
+    Raises:
+      AdapterError: `which` is no list of integers, or out of range.
+
+    Example:
+      >>> import lorax_kit as lk
+      >>> plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), {"w": jnp.ones((4, 3))})
+      >>> adapter = lk.algebra.Adaptation(plan, {"w": lk.Factors(jnp.ones((1, 4)), jnp.ones((1, 3)))})
+      >>> stacked = lk.algebra.stack([None, adapter], base={"w": jnp.ones((4, 3))})
+      >>> rows_of(stacked, [1, 0, 1])["w"].a.shape
+      (3, 1, 4)
+    """
+    index = _indices(which, stacked.size, set())
+    return jax.tree.map(lambda x: x[index], stacked.factors)
+
+
 def per_row(fn: Callable[..., Any], stacked: Stacked) -> PerRow:
     """Run any JAX function on a batch of which each row has its own adapter, of its own rank and method.
 
@@ -158,9 +189,10 @@ def per_row(fn: Callable[..., Any], stacked: Stacked) -> PerRow:
 
     Returns:
       `batched(base, stacked.factors, *inputs, which=which, **shared)`, to be used under `jit` and `grad`. Each array
-      among the inputs has the rows first; `which` (rows,) holds for each the index of its adapter in the stack. Keyword
-      arguments reach `fn` as they are, the same for all rows. Outputs have the rows first, and each row is what
-      `lk.adapt` gives for it alone. Where `fn` needs all rows at once (statistics of a batch), it sees one.
+      among the inputs has the rows first; `which` (rows,) holds for each the index of its adapter in the stack. Without
+      it row i has adapter i, whose factors are read where they lie; see `rows_of`. Keyword arguments reach `fn` as they
+      are, the same for all rows. Outputs have the rows first, and each row is what `lk.adapt` gives for it alone. Where
+      `fn` needs all rows at once (statistics of a batch), it sees one.
 
       `which` is checked where it is known. In a compiled program it is not, and a row whose index is out of range comes
       out as NaN.

@@ -243,3 +243,13 @@ def test_bad_input_says(call, says):
     with pytest.raises(lk.LoraxError) as e:
         call()
     assert says in str(e.value)
+
+
+def test_rows_gathered_once_equal_rows_named_by_which():
+    rows = algebra.rows_of(STACKED, WHICH)
+    found = jax.jit(lambda factors, x: algebra.per_row(fn, STACKED)(BASE, factors, x))(rows, X)
+    np.testing.assert_allclose(found, alone(ADAPTERS, WHICH), atol=1e-5)
+    with pytest.raises(lk.AdapterError, match="which names adapters for 7 rows, an input has shape"):
+        algebra.per_row(fn, STACKED)(BASE, algebra.rows_of(STACKED, [*WHICH, 0]), X)
+    with pytest.raises(lk.AdapterError, match="which holds 99; the stack has adapters 0 to"):
+        algebra.rows_of(STACKED, [99])

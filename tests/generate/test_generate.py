@@ -216,7 +216,7 @@ def test_each_row_writes_with_its_own_adapter(loaded):
     decoder = traced(decoder_of(loaded))
     writer = Writer(per_row_decoder(decoder, stacked), loaded.tokenizer)
     which = jnp.asarray([2, 0, 3])
-    found = writer((loaded.params, stacked.factors, which), PROMPTS, max_new_tokens=8)
+    found = writer((loaded.params, lk.algebra.rows_of(stacked, which)), PROMPTS, max_new_tokens=8)
     first = traces(decoder)
     plain = Writer(decoder_of(loaded), loaded.tokenizer)
     for prompt, one, index in zip(PROMPTS, found, which, strict=True):
@@ -225,7 +225,7 @@ def test_each_row_writes_with_its_own_adapter(loaded):
         solo = plain(params, [prompt], max_new_tokens=8)[0]
         assert one.tokens == solo.tokens
         np.testing.assert_allclose(one.logprobs, solo.logprobs, atol=1e-5)
-    writer((loaded.params, stacked.factors, jnp.asarray([0, 1, 2])), PROMPTS, max_new_tokens=8)
+    writer((loaded.params, lk.algebra.rows_of(stacked, [0, 1, 2])), PROMPTS, max_new_tokens=8)
     assert traces(decoder) == first
 
 

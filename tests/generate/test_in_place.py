@@ -51,7 +51,7 @@ def test_a_step_of_rows_with_an_adapter_each_copies_no_cache():
     stacked = lk.algebra.stack([adapter] * rows, base=params)
     decoder = per_row_decoder(Decoder(begin=None, step=step), stacked)
     cache, one = model.empty_cache(rows, slots), jnp.ones((rows, 1), jnp.int32)
-    given = params, stacked.factors, jnp.arange(rows)
+    given = params, lk.algebra.rows_of(stacked, range(rows))
     program = jax.jit(decoder.step, donate_argnums=3).lower(given, one, one, cache).compile()
     held = sum(x.nbytes for x in jax.tree.leaves(cache))
     assert held > 2e6

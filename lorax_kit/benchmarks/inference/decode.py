@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from lorax_kit.algebra import Adaptation, stack
+from lorax_kit.algebra import Adaptation, rows_of, stack
 from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.benchmarks.torch_peer import lacking, thread_counts, torch_writer
 from lorax_kit.core.merge import split
@@ -96,11 +96,10 @@ def bench_mixed_decode(
     some = [_drawn(loaded, rank, seed) for seed in range(rows)]
     stacked = stack(some, base=loaded.params)
     decoder = replace(decoder_of(loaded), eos=())
-    which = jnp.arange(rows)
     prompts = np.random.default_rng(0).integers(100, loaded.config.vocab_size, (rows, 16)).tolist()
     writers: dict[str, tuple[Decoder, Any]] = {
         "one": (adapted(decoder, some[0].plan), (loaded.params, some[0].factors)),
-        "mixed": (per_row_decoder(decoder, stacked), (loaded.params, stacked.factors, which)),
+        "mixed": (per_row_decoder(decoder, stacked), (loaded.params, rows_of(stacked, range(rows)))),
     }
     runs, began = {}, time.perf_counter()
     for name, (own, params) in writers.items():
