@@ -71,6 +71,7 @@ ONE_FILE = {
     "scipy": {"analysis/intervals", "study/design/sampling"},
     "pandas": {"study/frame"},
     "pyarrow": {"data/table"},
+    "sacrebleu": {"tasks/texts"},
     "orbax": {"checkpoint/orbax_files"},
     "tokenizers": {"models/tokenizer"},
     "gguf": {"models/stored/gguf"},

@@ -54,7 +54,7 @@ def train(
     if as_json:
         echo(result)
     else:
-        click.echo(f"{_tested(result)}; adapter: {result['adapter']}")
+        click.echo(f"{_tested(result)}; adapter: {result['adapter']}; report: {result['report']}")
 
 
 @cli.command()

@@ -12,8 +12,9 @@ import jax
 import optax
 from tqdm import tqdm
 
-from lorax_kit.checkpoint.adapter import save_adapter
+from lorax_kit.checkpoint.adapter import adapter_bytes, save_adapter
 from lorax_kit.checkpoint.fingerprint import fingerprint
+from lorax_kit.core.leaves import trained_only
 from lorax_kit.core.merge import merge, split
 from lorax_kit.core.paths import Params
 from lorax_kit.core.plan import Plan
@@ -24,8 +25,12 @@ from lorax_kit.methods import LoRA
 from lorax_kit.problem import Problem, val_and_test
 from lorax_kit.problem.objective import STATE, draws, training_loss, with_state
 from lorax_kit.problems.settings import Settings
+from lorax_kit.report.measure import Measure
+from lorax_kit.report.pages.training import Training, data_text, write_training_report
 from lorax_kit.training import Info, State, fit, make_step, partition
 from lorax_kit.transform import all_linear, resolve
+
+DATA_FACTS = ("rows", "train", "val", "test", "left_out", "length", "cut")
 
 
 def train_adapter(
@@ -55,7 +60,8 @@ def train_adapter(
       steps_per_epoch: None: the problem's fact of that name.
 
     Returns:
-      {"adapter", "stopped", "history", "test_<metric>"...}.
+      {"adapter", "report" (a page, see `write_training_report`), "data" (rows, parts, what was left out or cut),
+      "stopped", "history", "test_<metric>"...}.
 
     Raises:
       StudyError: a rate that is not positive, no number of steps, a training that gave nothing.
@@ -91,6 +97,8 @@ def train_adapter(
     def measure(factors: Any) -> dict[str, float]:
         return _metrics(problem, validate(merge(base, factors, plan)))
 
+    if progress:
+        tqdm.write(data_text(problem.facts), file=sys.stderr)
     out.mkdir(parents=True, exist_ok=True)
     saved, log = out / "training.npz", out / "metrics.jsonl"
     if saved.exists():
@@ -114,13 +122,29 @@ def train_adapter(
     if not fitted.history:
         saved.unlink(missing_ok=True)
         raise StudyError(f"training gave no usable adapter: {fitted.stopped}.\n  lower the learning rate")
-    final = _metrics(problem, test(merge(base, fitted.state.factors, plan)))
+    tested = test(merge(base, fitted.state.factors, plan))
+    final = _metrics(problem, tested)
     meta = {"problem": problem.name, "settings": problem.facts.get("settings")}
     meta |= {"address": problem.address} if problem.address else {}
     save_adapter(out / "adapter", plan, fitted.state.factors, base=base, meta=meta)
     saved.unlink(missing_ok=True)
+    told = Training(
+        name=str(problem.facts.get("name") or problem.name),
+        measures=[Measure(**one.to_dict()) for one in dict.fromkeys((problem.chief, *problem.all_metrics))],
+        history=fitted.history,
+        test=final,
+        examples=int(tested["examples"]),
+        stopped=fitted.stopped,
+        data=problem.facts,
+        spec=spec.to_dict(),
+        trained=sum(x.size for x in jax.tree.leaves(trained_only(plan, fitted.state.factors))),
+        parameters=sum(x.size for x in jax.tree.leaves(params)),
+        adapter_bytes=adapter_bytes(out / "adapter"),
+    )
     return {
         "adapter": str(out / "adapter"),
+        "report": str(write_training_report(out, told)),
+        "data": {name: problem.facts[name] for name in DATA_FACTS if name in problem.facts},
         "stopped": fitted.stopped,
         "history": fitted.history,
         **{f"test_{name}": value for name, value in final.items()},

@@ -8,6 +8,7 @@ import pytest
 import lorax_kit as lk
 import lorax_kit.commands.training as module
 from lorax_kit.commands import train_adapter
+from lorax_kit.report.pages.training import data_text
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -49,7 +50,7 @@ def test_an_interrupted_training_goes_on_and_each_epoch_is_logged_once(tmp_path,
     again, whole = train(tmp_path / "o"), train(tmp_path / "whole")
     assert again["test_loss"] == whole["test_loss"]
     assert [json.loads(x)["epoch"] for x in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()] == [1, 2]
-    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["adapter", "metrics.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["adapter", "metrics.jsonl", "plots", "report.html"]
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "metrics.jsonl").write_text('{"epoch": 1}\n')
     train(tmp_path / "old", epochs=1)
@@ -77,3 +78,22 @@ def test_an_epoch_of_unknown_length_says_so(tmp_path):
     with pytest.raises(lk.StudyError, match="problem 'points' does not say how many steps an epoch has"):
         train(tmp_path / "o", steps_per_epoch=None)
     assert not (tmp_path / "o").exists()
+
+
+def test_the_page_of_a_training_says_what_was_kept_and_what_to_doubt(tmp_path):
+    done = train(tmp_path / "o", epochs=3)
+    page = (tmp_path / "o" / "report.html").read_text()
+    assert done["report"] == str(tmp_path / "o" / "report.html")
+    chief = tiny.problem(facts={}).chief
+    values = [row[f"val_{chief.name}"] for row in done["history"]]
+    best = values.index(max(values) if chief.better == "higher" else min(values))
+    assert f"kept is epoch {best + 1} of 3" in page
+    assert page.count('<tr class="best">') == 1
+    assert f"test_{chief.name}" in done
+    assert (tmp_path / "o" / "plots" / "training.svg").exists()
+
+
+def test_what_was_read_is_told_in_one_line():
+    facts = {"rows": 1300, "train": 1000, "val": 100, "test": 100, "left_out": {"equal to an earlier row": 100}}
+    assert data_text(facts) == "1,300 rows: 1,000 train, 100 val, 100 test; left out 100 equal to an earlier row"
+    assert data_text(facts | {"cut": 3, "length": 64}).endswith("; 3 cut at 64 tokens")
