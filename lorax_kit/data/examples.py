@@ -68,9 +68,10 @@ class Examples:
           >>> Examples({"x": np.arange(4)}, np.array([1, 2, 2, 5])).take_rows(np.array([1, 0]))["x"].tolist()
           [1, 2, 0]
         """
-        ends = np.append(self.firsts[1:], len(self))
-        index = [np.arange(self.firsts[row], ends[row]) for row in rows]
-        return self.take(np.concatenate([np.zeros(0, np.int64), *index]))
+        firsts = self.firsts
+        counts = np.diff(firsts, append=len(self))[rows]
+        before = np.cumsum(counts) - counts  # examples that the rows before give
+        return self.take(np.repeat(firsts[rows] - before, counts) + np.arange(counts.sum()))
 
     def __getitem__(self, name: str) -> Any:
         return self.fields[name]
