@@ -76,7 +76,13 @@ def combine(adapters: tuple[str, ...], weights: tuple[float, ...], as_json: bool
 
 @cli.command()
 @click.argument("adapter", type=FOLDER)
-@BASE
+@click.option(
+    "--base",
+    default=None,
+    help="The model: minilm, smollm2, a Hugging Face BERT or LLaMA folder, or a GGUF file. Default: the one of the "
+    "adapter's task, of any family.",
+)
+@click.option("--without-head", is_flag=True, help="Leave out the head; goes without --base.")
 @click.option("--out", required=True, type=click.Path(), help="Folder of the merged model, as Hugging Face has them.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
@@ -84,11 +90,16 @@ def combine(adapters: tuple[str, ...], weights: tuple[float, ...], as_json: bool
 )  # fmt: skip
 @OVERWRITE
 @JSON
-def merge(adapter: str, as_json: bool, **options: Any) -> None:
+def merge(adapter: str, base: str | None, without_head: bool, as_json: bool, **options: Any) -> None:
     """Fold ADAPTER, of either format, into its model, and write a Hugging Face folder."""
-    from lorax_kit.commands.merging import merge_adapter
+    from lorax_kit.commands.merging import merge_adapter, merge_trained
 
-    found = merge_adapter(adapter, **options)
+    if base is not None and without_head:
+        raise click.UsageError("--without-head is for the model that the adapter remembers: it goes without --base.")
+    if base is None:
+        found = merge_trained(adapter, head=not without_head, **options)
+    else:
+        found = merge_adapter(adapter, base=base, **options)
     table = found.pop("table")
     if as_json:
         echo(found)

@@ -1,23 +1,36 @@
-"""An adapter folded into its model: what `lorax-kit merge` does."""
+"""An adapter folded into its model: what `lorax-kit merge` does.
+
+`merge_trained` knows the model from the adapter, which remembers its task; `merge_adapter` is given it, and keeps every
+tensor that its folder has.
+"""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_kit import models
 from lorax_kit.algebra import merge_loss
+from lorax_kit.checkpoint.adapter import load_adapter, read_document
 from lorax_kit.checkpoint.staging import refuse_existing, refuse_near, staged
 from lorax_kit.checkpoint.tensors import write_tensors
 from lorax_kit.commands.exchange import Model, load_model, read_adapter, read_from
 from lorax_kit.core.merge import beyond, merge
-from lorax_kit.core.paths import flatten
+from lorax_kit.core.paths import Params, flatten
 from lorax_kit.errors import AdapterError
-from lorax_kit.models.stored.weights import SINGLE
+from lorax_kit.models.stored.families import FAMILIES
+from lorax_kit.models.stored.weights import SINGLE, open_folder
+from lorax_kit.problem.base import based, restored
+from lorax_kit.problems import settings_from
+from lorax_kit.problems.packaged.sentiment import adapter_folder
 
+HEADS = {"classifier": "classify", "answer": "answer"}
+"""What problems call a head -> what models call it."""
 HEAD = {"classifier.weight", "classifier.bias"}
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 
@@ -50,6 +63,75 @@ def merge_adapter(
                 shutil.copyfile(model.folder / name, new / name)
     rows = [{"path": row.path, "error": row.ratio, "lost": row.share} for row in loss.rows]
     return {"model": out, "dtype": dtype, "tensors": len(tensors), "sites": rows, "table": str(loss)}
+
+
+def merge_trained(
+    source: str, out: str, *, dtype: str = "float32", head: bool = True, overwrite: bool = False
+) -> dict[str, Any]:
+    """Write the model of an adapter that remembers its task, with it folded in, as a Hugging Face folder.
+
+    Args:
+      head: with the head of a classifier or of answers; without, the backbone alone.
+
+    Raises:
+      AdapterError: an adapter that does not say what it was trained on, a head that no class of transformers computes,
+        or `out` is what is read, lies within or around it, or exists.
+    """
+    path, target = adapter_folder(source), Path(out).absolute()
+    document = read_document(path)
+    settings = document["meta"].get("settings")
+    if document["meta"].get("address") or not isinstance(settings, dict) or "task" not in settings:
+        raise AdapterError(f"the adapter at {str(path)!r} does not say which model it is of.\n  give it as --base")
+    built: Any = settings_from(settings)
+    loaded = models.load_model(built.model)
+    refuse_near(target, [*read_from(built.model, []), path])
+    refuse_existing(target, overwrite, SINGLE, "model")
+    base, name = _around(loaded, document["arrays"])
+    form = document["meta"].get("base_form") or {}
+    base = based(base, form.get("dtype"), form.get("quantise"), tuple(form.get("paths", ())))
+    adapter = load_adapter(path, base=base)
+    loss = merge_loss(base, adapter, dtype=dtype)
+    merged = restored(merge(base, adapter.factors, adapter.plan))
+    own = merged.pop(name) if name is not None else None
+    backbone = merged[loaded.kind] if name is not None and loaded.kind != "encoder-decoder" else merged
+    heads: dict[str, Any] = {}
+    if own is not None and head:
+        heads = {HEADS[str(name)]: own}
+        _check_head(loaded, heads)
+    labels = None
+    if "classify" in heads:
+        labels = tuple(document["meta"].get("labels") or built.build().facts.get("labels") or ("value",))
+    with staged(target, overwrite) as new:
+        models.save_model(new, replace(loaded, heads=heads, labels=labels), backbone, dtype=dtype)
+        count = len(open_folder(new).names)
+    rows = [{"path": row.path, "error": row.ratio, "lost": row.share} for row in loss.rows]
+    return {"model": out, "dtype": dtype, "tensors": count, "sites": rows, "table": str(loss)}
+
+
+def _around(loaded: models.Loaded, arrays: dict[str, Any]) -> tuple[Params, str | None]:
+    """The params of an adapter's problem, and the name of the head among them, of zeros: the adapter has it whole."""
+    name = next((name for name in HEADS if any(path.startswith(f"{name}/") for path in arrays)), None)
+    if name is None:
+        return ({"encoder": loaded.params} if loaded.kind == "encoder" else loaded.params), None
+    base: dict[str, Any] = dict(loaded.params) if loaded.kind == "encoder-decoder" else {loaded.kind: loaded.params}
+    for path, array in arrays.items():
+        if path.startswith(f"{name}/"):
+            *parts, leaf = path.removesuffix(":value").split("/")
+            inner = base
+            for part in parts:
+                inner = inner.setdefault(part, {})
+            inner[leaf] = jnp.zeros(array["shape"], array["dtype"])
+    return base, name
+
+
+def _check_head(loaded: models.Loaded, heads: dict[str, Any]) -> None:
+    for name, head in heads.items():
+        if set(flatten(head)[0]) != set(FAMILIES[loaded.family].heads.get(name, ())):
+            of = "the last token" if loaded.kind == "decoder" else "the mean over the tokens"
+            raise AdapterError(
+                f"the adapter's head is a linear map of {of}, which no class of transformers for {loaded.family!r} "
+                "computes.\n  --without-head writes the model below it alone"
+            )
 
 
 def _tensors(model: Model, adapter: Any, merged: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -126,6 +126,7 @@ def train_adapter(
     final = _metrics(problem, tested)
     meta = {"problem": problem.name, "settings": problem.facts.get("settings")}
     meta |= {"address": problem.address} if problem.address else {}
+    meta |= {"labels": list(problem.facts["labels"])} if problem.facts.get("labels") else {}
     save_adapter(out / "adapter", plan, fitted.state.factors, base=base, meta=meta)
     saved.unlink(missing_ok=True)
     told = Training(

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.core.paths import Packed, Params, flatten, is_array
@@ -25,8 +26,8 @@ COPIED = (
 """What comes along from the folder that a model was loaded from, where it is there."""
 
 
-def save_model(folder: str | Path, loaded: Loaded, params: Params | None = None) -> None:
-    """Write a model as a Hugging Face folder: config.json, model.safetensors (fp32) and the tokenizer's files.
+def save_model(folder: str | Path, loaded: Loaded, params: Params | None = None, *, dtype: str = "float32") -> None:
+    """Write a model as a Hugging Face folder: config.json, model.safetensors and the tokenizer's files.
 
     The folder is there whole or not at all. It holds the backbone and its trained head, and not what `load_model` left
     (poolers, heads of masked language models).
@@ -35,10 +36,11 @@ def save_model(folder: str | Path, loaded: Loaded, params: Params | None = None)
       folder: where; it must not exist.
       loaded: the model; of several heads, or of none, keep what you want with `dataclasses.replace(loaded, heads=...)`.
       params: of the backbone, in place of its own: such as `lk.merge` gives.
+      dtype: of the tensors: "float32", "bfloat16" or "float16".
 
     Raises:
       ValueError: the folder exists; params of other paths or shapes, or that are no arrays; a head that no class of
-        transformers has.
+        transformers has; values that the dtype does not hold.
 
     Example:
       >>> import tempfile
@@ -51,14 +53,14 @@ def save_model(folder: str | Path, loaded: Loaded, params: Params | None = None)
     target = Path(folder).absolute()
     if target.exists() or target.is_symlink():
         raise ValueError(f"{str(target)!r} exists.\n  choose another path")
-    data = _config(loaded)
+    data = _config(loaded, dtype)
     tensors = _tensors(loaded, loaded.params if params is None else params, data)
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}.", dir=target.parent))
     try:
         new = stage / "written"
         new.mkdir()
-        _write_tensors(new / SINGLE, tensors)
+        _write_tensors(new / SINGLE, {name: _cast(name, x, dtype) for name, x in tensors.items()})
         (new / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         _write_tokenizer(new, loaded)
         new.rename(target)
@@ -118,7 +120,7 @@ def _like(params: Params, expected: Params) -> dict[str, Any]:
     return given
 
 
-def _config(loaded: Loaded) -> dict[str, Any]:
+def _config(loaded: Loaded, dtype: str) -> dict[str, Any]:
     """The content of config.json: that of the model's folder, or of a LLaMA from a GGUF file, and what is saved."""
     if loaded.folder is None:
         sizes = {key: value for key, value in asdict(loaded.config).items() if value is not None}
@@ -130,7 +132,7 @@ def _config(loaded: Loaded) -> dict[str, Any]:
     head = _head_of(loaded)
     data = {key: value for key, value in data.items() if key != "torch_dtype"} | {
         "architectures": [FAMILIES[loaded.family].classes[head].name],
-        "dtype": "float32",
+        "dtype": dtype,
     }
     if head != "classify":
         return data
@@ -139,6 +141,14 @@ def _config(loaded: Loaded) -> dict[str, Any]:
         raise ValueError(f"the head 'classify' has {count} outputs, the labels are {loaded.labels!r}: one for each.")
     named = dict(enumerate(loaded.labels))
     return data | {"id2label": {str(i): x for i, x in named.items()}, "label2id": {x: i for i, x in named.items()}}
+
+
+def _cast(name: str, x: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        made = x.astype(jnp.dtype(dtype))
+    if not np.isfinite(made.astype(np.float32)).all() and np.isfinite(x).all():
+        raise ValueError(f"{name!r} holds {np.abs(x).max():.3g}, which {dtype} does not.\n  save it in another dtype")
+    return made
 
 
 def _write_tokenizer(folder: Path, loaded: Loaded) -> None:
