@@ -45,6 +45,13 @@ def scored(problem: Problem, outputs: Any, batch: Any) -> tuple[Sums, Any]:
     return sums, outputs if problem.predict is None else problem.predict(outputs, batch)
 
 
+def measured(problem: Problem, params: Params, batch: Any) -> tuple[Sums, Any]:
+    """What `scored` gives for a model's outputs; by the problem's `sums`, where no metric reads outputs; traced."""
+    if problem.sums is None or problem.reads_outputs:
+        return scored(problem, problem.apply(params, batch), batch)
+    return sums_of(problem.sums(params, batch), f"problem {problem.name!r}"), None
+
+
 def summarised(
     problem: Problem, parts: Sequence[tuple[Sums, Any]], batches: Sequence[Any], *, whole: bool = True
 ) -> dict[str, float]:
@@ -100,7 +107,7 @@ class Evaluator:
         _, whole = arrays_only(params)
 
         def score(arrays: dict[str, Any], batch: Any) -> Any:
-            return scored(problem, problem.apply(whole(arrays), batch), batch)
+            return measured(problem, whole(arrays), batch)
 
         self._score, self._trained = score, trained
         self._compiled: dict[Any, Parts] = {} if like is None else like._compiled

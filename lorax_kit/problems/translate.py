@@ -13,13 +13,14 @@ from jax import Array
 from lorax_kit.core.setting import shown
 from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import StudyError
-from lorax_kit.models import Loaded, load_model
+from lorax_kit.models import Loaded
 from lorax_kit.problem import Problem
 from lorax_kit.problems.chat import template_of, told_problem
 from lorax_kit.problems.classify import text_of
-from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, read_parts
+from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, load, read_parts
 from lorax_kit.tasks import Pairs, correct, cross_entropies
 from lorax_kit.training import Weighted
+from lorax_kit.transform import compressed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class Translate(TextSettings):
           StudyError: the model is an encoder, or a decoder without a chat template.
           DataError: as `read_parts`.
         """
-        loaded = load_model(self.model)
+        loaded = load(self, "translate")
         if loaded.kind == "encoder":
             raise StudyError(f"the task 'translate' needs a model that writes; {self.model!r} is an encoder.")
         if loaded.kind == "encoder-decoder":
@@ -112,7 +113,7 @@ class Translate(TextSettings):
         return Problem(
             name="translate",
             params=lambda key: loaded.params,
-            apply=apply,
+            apply=compressed(apply),
             loss=lambda logits, batch: sums(logits, batch)["loss"],
             score=sums,
             metrics=["perplexity", "accuracy"],

@@ -71,7 +71,8 @@ class Context:
       narrow: variable -> (shape, array): what was broadcast to it, and its shape with axes of size 1 where it was.
       said: variable -> axes of devices along which its value differs, where its type was told of more.
       explicit: whether arrays lie on a mesh with explicit axes.
-      recompute: whether the backward pass forms elementwise results again instead of keeping them.
+      recompute: whether the backward pass forms elementwise results again instead of keeping them; "everything": those
+        of products, too.
       keep: runs an equation whose results it keeps, within a block of which it recomputes the rest.
       tap: watches the inputs of parameters, or None.
     """
@@ -86,7 +87,7 @@ class Context:
     narrow: dict[Any, Any] = field(default_factory=dict)
     said: dict[Any, frozenset[str]] = field(default_factory=dict)
     explicit: bool = False
-    recompute: bool = False
+    recompute: bool | str = False
     keep: Keep | None = None
     tap: Tap | None = None
 
