@@ -14,12 +14,14 @@ from tqdm import tqdm
 
 from lorax_kit.checkpoint.adapter import save_adapter
 from lorax_kit.checkpoint.fingerprint import fingerprint
+from lorax_kit.commands.memory import within
 from lorax_kit.core.merge import merge, split
 from lorax_kit.core.paths import Params
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.setting import is_int
 from lorax_kit.core.spec import AnySetting, Spec
 from lorax_kit.errors import AdapterError, StudyError
+from lorax_kit.measure import peak_memory, release_memory
 from lorax_kit.methods import LoRA
 from lorax_kit.problem import Problem, val_and_test
 from lorax_kit.problem.objective import STATE, draws, training_loss, with_state
@@ -41,6 +43,8 @@ def train_adapter(
     targets: Sequence[str] = (),
     epochs: int,
     steps_per_epoch: int | None,
+    save_memory: bool = False,
+    max_memory: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train one adapter by `lk.fit` and save it under `out`; the epoch that is best by the problem's metric is kept.
@@ -53,14 +57,17 @@ def train_adapter(
       setting: of the method; None: `LoRA(rank=, alpha=, variant=)`.
       targets: patterns, or "all-linear" alone; none: the problem's own, and "all-linear" where it has none.
       steps_per_epoch: None: the problem's fact of that name.
+      save_memory: form everything again in the backward pass, as `lk.adapt(recompute="everything")` does.
+      max_memory: bytes that training may take; see `lorax_kit.commands.memory.within`. None: any number.
 
     Returns:
-      {"adapter", "stopped", "history", "test_<metric>"...}.
+      {"adapter", "stopped", "history", "test_<metric>"..., "peak_memory_bytes"}, the last of the whole process, None
+      where the system does not tell.
 
     Raises:
       StudyError: a rate that is not positive, no number of steps, a training that gave nothing.
       AdapterError: `out` holds an adapter.
-      LoraxError: `out` holds an interrupted training of other settings.
+      LoraxError: `out` holds an interrupted training of other settings; more memory than `max_memory`.
     """
     setting = LoRA(rank=rank, alpha=alpha, variant=variant) if setting is None else setting
     if not 0 < lr < float("inf"):
@@ -85,12 +92,20 @@ def train_adapter(
     plan = resolve(spec, params, problem.apply, example)
     base, factors = split(params, plan, jax.random.fold_in(jax.random.key(seed), 1))
     schedule = optax.linear_schedule(lr, 0.0, per_epoch * epochs)
-    init, step = _steps(problem, plan, partition(optax.adamw(schedule), plan, clip=1.0))
+    tx = partition(optax.adamw(schedule), plan, clip=1.0)
+    init, step = _steps(problem, plan, tx, "everything" if save_memory else True)
     validate, test = val_and_test(problem, base, plan.trained)
 
     def measure(factors: Any) -> dict[str, float]:
-        return _metrics(problem, validate(merge(base, factors, plan)))
+        release_memory()
+        found = _metrics(problem, validate(merge(base, factors, plan)))
+        release_memory()
+        return found
 
+    # Where nothing is random no key is drawn for a step.
+    state = init(factors, jax.random.fold_in(jax.random.key(seed), 2) if draws(problem, plan) else None)
+    if max_memory is not None:
+        step = within(step, max_memory, state, base, example)
     out.mkdir(parents=True, exist_ok=True)
     saved, log = out / "training.npz", out / "metrics.jsonl"
     if saved.exists():
@@ -105,8 +120,7 @@ def train_adapter(
         **{"lr": lr, "seed": seed, "steps per epoch": per_epoch},
     }
     rounds = [list(itertools.islice(stream, per_epoch)) for _ in range(epochs)]
-    # Where nothing is random no key is drawn for a step.
-    state = init(factors, jax.random.fold_in(jax.random.key(seed), 2) if draws(problem, plan) else None)
+    release_memory()
     fitted = fit(
         step, state, base, rounds, evaluate=measure, monitor=f"val_{problem.metric}", better=problem.chief.better,
         log=log, progress=progress, saved=saved, settings=settings,
@@ -124,6 +138,7 @@ def train_adapter(
         "stopped": fitted.stopped,
         "history": fitted.history,
         **{f"test_{name}": value for name, value in final.items()},
+        "peak_memory_bytes": peak_memory(),
     }
 
 
@@ -131,9 +146,11 @@ def _metrics(problem: Problem, found: dict[str, float]) -> dict[str, float]:
     return {metric.name: found[metric.name] for metric in problem.all_metrics}
 
 
-def _steps(problem: Problem, plan: Plan, tx: optax.GradientTransformation) -> tuple[Callable[..., State], Any]:
+def _steps(
+    problem: Problem, plan: Plan, tx: optax.GradientTransformation, recompute: bool | str
+) -> tuple[Callable[..., State], Any]:
     """`init` and the compiled step of a problem's training; the aux holds its metrics over the batch."""
-    init, plain = make_step(training_loss(problem, plan, measured=True), tx, jit=False)
+    init, plain = make_step(training_loss(problem, plan, measured=True, recompute=recompute), tx, jit=False)
 
     def step(state: State, base: Params, batch: Any) -> tuple[State, Info]:
         state, info = plain(state, base, batch)
