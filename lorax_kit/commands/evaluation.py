@@ -9,9 +9,9 @@ from typing import Any
 import jax
 
 from lorax_kit.checkpoint.adapter import load_adapter
-from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params
-from lorax_kit.problem import Evaluator, Problem
+from lorax_kit.core.plan import Plan
+from lorax_kit.problem import Evaluator, Problem, version
 from lorax_kit.problems.load import base_of, problem_of
 from lorax_kit.problems.packaged.sentiment import adapter_folder
 
@@ -35,11 +35,10 @@ def evaluate_adapter(path: str | Path, address: str | None = None) -> dict[str, 
     problem = problem_of(path, address)
     base = base_of(problem, path)
     adapter = load_adapter(path, base=base)
-    merged = merge(base, adapter.factors, adapter.plan)
-    return {"adapter": str(path), **_measured(problem, merged, adapter.plan.trained)}
+    return {"adapter": str(path), **_measured(problem, *version(base, adapter.factors, adapter.plan))}
 
 
-def _measured(problem: Problem, params: Params, trained: Collection[str]) -> dict[str, Any]:
-    found = Evaluator(problem, params, trained, problem.test)(params)
+def _measured(problem: Problem, params: Params, trained: Collection[str], plan: Plan | None = None) -> dict[str, Any]:
+    found = Evaluator(problem, params, trained, problem.test, plan=plan)(params)
     named = {f"test_{metric.name}": found[metric.name] for metric in problem.all_metrics}
     return {**named, "examples": found["examples"]}

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lorax_kit.checkpoint.adapter import save_adapter
 from lorax_kit.checkpoint.fingerprint import fingerprint
 from lorax_kit.commands.memory import within
-from lorax_kit.core.merge import merge, split
+from lorax_kit.core.merge import split
 from lorax_kit.core.paths import Params
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.setting import is_int
@@ -23,7 +23,7 @@ from lorax_kit.core.spec import AnySetting, Spec
 from lorax_kit.errors import AdapterError, StudyError
 from lorax_kit.measure import peak_memory, release_memory
 from lorax_kit.methods import LoRA
-from lorax_kit.problem import Problem, val_and_test
+from lorax_kit.problem import Problem, val_and_test, version
 from lorax_kit.problem.objective import STATE, draws, training_loss, with_state
 from lorax_kit.problems.settings import Settings
 from lorax_kit.training import Info, State, fit, make_step, partition
@@ -94,11 +94,11 @@ def train_adapter(
     schedule = optax.linear_schedule(lr, 0.0, per_epoch * epochs)
     tx = partition(optax.adamw(schedule), plan, clip=1.0)
     init, step = _steps(problem, plan, tx, "everything" if save_memory else True)
-    validate, test = val_and_test(problem, base, plan.trained)
+    validate, test = val_and_test(problem, *version(base, factors, plan))
 
     def measure(factors: Any) -> dict[str, float]:
         release_memory()
-        found = _metrics(problem, validate(merge(base, factors, plan)))
+        found = _metrics(problem, validate(version(base, factors, plan)[0]))
         release_memory()
         return found
 
@@ -128,7 +128,7 @@ def train_adapter(
     if not fitted.history:
         saved.unlink(missing_ok=True)
         raise StudyError(f"training gave no usable adapter: {fitted.stopped}.\n  lower the learning rate")
-    final = _metrics(problem, test(merge(base, fitted.state.factors, plan)))
+    final = _metrics(problem, test(version(base, fitted.state.factors, plan)[0]))
     meta = {"problem": problem.name, "settings": problem.facts.get("settings")}
     meta |= {"address": problem.address} if problem.address else {}
     save_adapter(out / "adapter", plan, fitted.state.factors, base=base, meta=meta)
