@@ -51,12 +51,11 @@ def within(step: Any, limit: int, state: Any, base: Any, batch: Any) -> Callable
     """
     compiled, form = step.lower(state, base, batch).compile(), form_of_batch(batch)
     release_memory()
-    planned, held = facts(compiled), held_memory()
-    on_host = jax.default_backend() == "cpu" and held is not None
-    needed = held + planned["temp_bytes"] + planned["new_bytes"] if on_host else planned["peak_bytes"]
+    planned, held = facts(compiled), held_memory() if jax.default_backend() == "cpu" else None
+    needed = planned["peak_bytes"] if held is None else held + planned["temp_bytes"] + planned["new_bytes"]
     if needed > limit:
         parts = f"{bytes_text(planned['temp_bytes'])} of a step's intermediate results"
-        there = f", and {bytes_text(held)} that the process holds" if on_host else ", beside the base and the state"
+        there = ", beside the base and the state" if held is None else f", and {bytes_text(held)} that are held already"
         raise LoraxError(
             f"training would take {bytes_text(needed)} of memory, and at most {bytes_text(limit)} are allowed: "
             f"{parts}{there}.\n  {WAYS_OUT}"
@@ -65,7 +64,7 @@ def within(step: Any, limit: int, state: Any, base: Any, batch: Any) -> Callable
     def run(state: Any, base: Any, batch: Any) -> Any:
         out = (compiled if form_of_batch(batch) == form else step)(state, base, batch)
         jax.block_until_ready(out)
-        most = peak_memory() if on_host else None
+        most = None if held is None else peak_memory()
         if most is not None and most > limit:
             raise LoraxError(
                 f"training took {bytes_text(most)} of memory, and at most {bytes_text(limit)} are allowed.\n"

@@ -37,7 +37,7 @@ def decoder_problem(
         return named(*token_sums(logits, batch))
 
     def in_pieces(params: Any, batch: Told) -> dict[str, Weighted]:
-        hidden = loaded.model.apply({"params": params}, batch.ids, batch.mask, hidden=True)
+        hidden: Any = loaded.model.apply({"params": params}, batch.ids, batch.mask, hidden=True)
         return named(*token_sums_in_pieces(lambda x: word_logits(params, x), hidden, batch))
 
     def applying(model: Any) -> Any:
