@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from math import prod
 from statistics import median
@@ -15,7 +20,9 @@ from jax.extend import core as jex
 
 
 def facts(compiled: Any) -> dict[str, float]:
-    """What XLA says of a compiled program: `flops`, `bytes`, `temp_bytes`, and the `peak_bytes` it holds at most.
+    """What XLA says of a compiled program: `flops`, `bytes`, and bytes of memory.
+
+    These are `temp_bytes`, `new_bytes` (results that take no argument's place), and the `peak_bytes` it holds at most.
 
     It counts the body of a loop once, however often that runs: see `product_flops`. A backend that does not tell
     (what libraries run counts as nothing on some) is given zeros.
@@ -31,6 +38,7 @@ def facts(compiled: Any) -> dict[str, float]:
         "flops": float(counted.get("flops", 0)),
         "bytes": float(counted.get("bytes accessed", 0)),
         "temp_bytes": int(memory.temp_size_in_bytes),
+        "new_bytes": int(memory.output_size_in_bytes - memory.alias_size_in_bytes),
         "peak_bytes": int(peak - memory.alias_size_in_bytes),
     }
 
@@ -112,3 +120,33 @@ def collective_bytes(compiled: Any) -> int:
         for _, bits, sizes in _SHAPE.findall(found[1]):
             total += prod(int(n) for n in sizes.split(",") if n) * max(int(bits) // 8, 1)
     return total
+
+
+def peak_memory() -> int | None:
+    """The most bytes of memory that this process has held at once, all that it loaded included; None: not told here."""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def held_memory() -> int | None:
+    """Bytes of memory that this process holds now; None: not told here."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+
+
+def release_memory() -> None:
+    """Give the system back what is no longer used: glibc keeps gigabytes of what loading and compiling took."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

@@ -2,7 +2,8 @@
 
 The function is traced as `lk.resolve` traces it. Where a parameter is multiplied, sum x x^T of its input is added to
 a mutable array of the program (`jax.new_ref`), in whatever scan, while loop or branch that happens. Nothing is
-differentiated for that, and XLA drops what follows the last input. Gradients of a loss are another program.
+differentiated for that, and XLA drops what follows the last input. Gradients of a loss are another program. Within
+`shard_map` each device sums in arrays of its own, and what differs between devices is added up over them.
 
 Padding is given to a site like any other input: `weight` says which inputs count.
 """
@@ -30,6 +31,8 @@ from lorax_kit.core.plan import Plan
 from lorax_kit.core.site import Site
 from lorax_kit.dtypes import wide
 from lorax_kit.errors import CompressError
+from lorax_kit.placement import alike, varies
+from lorax_kit.transform.context import Shards
 from lorax_kit.transform.trace import Given, watch
 
 Moments = Hints
@@ -78,21 +81,36 @@ def _zeros(site: Site) -> _Sums:
     return _Sums(jnp.zeros(()), jnp.zeros((s, k, k)), jnp.zeros((s, k)))
 
 
-def _count_rows(sums: _Sums, rows: Array, counts: Array) -> None:
-    sums.second[...] = sums.second[...].at[rows].add(counts, mode="drop")
-    sums.tokens[...] += jnp.sum(counts)
+def _over_devices(found: Any, differs: frozenset[str]) -> Any:
+    """Arrays summed over the devices of a `shard_map` that hold other inputs; one of those that hold the same."""
+
+    def total(x: Array) -> Array:
+        shared = tuple(sorted(varies(x) - differs))
+        x = jax.lax.psum(x, tuple(sorted(varies(x) & differs))) if varies(x) & differs else x
+        return jax.lax.pmax(x, shared) if shared else x
+
+    return jax.tree.map(total, found)
 
 
-def _add_inputs(sums: _Sums, x: Array, counts: Array, layer: Array | None) -> None:
+def _count_rows(sums: _Sums, rows: Array, counts: Array, differs: frozenset[str]) -> None:
+    rows, counts, zeros = alike((rows, counts, jnp.zeros(sums.second.shape)))
+    second, tokens = _over_devices((zeros.at[rows].add(counts, mode="drop"), jnp.sum(counts)), differs)
+    sums.second[...] += second
+    sums.tokens[...] += tokens
+
+
+def _add_inputs(sums: _Sums, x: Array, counts: Array, layer: Array | None, differs: frozenset[str]) -> None:
     """Add x (*S, M, K), or (M, K) of one of the stacked matrices, whose tokens count for the mean of all.
 
     `counts` (*S, M) is how much each row counts; what a row that counts nothing holds does not matter.
     """
+    x, counts = alike((x, counts))
     x = x.astype(jnp.float32).reshape(-1, *x.shape[-2:])
     counts = counts.reshape(-1, x.shape[1], 1)
     x = jnp.where(counts > 0, x, 0)
     second = jnp.einsum("smi,smj->sij", counts * x, x, precision=jax.lax.Precision.HIGHEST)
     first, tokens = jnp.sum(counts * jnp.abs(x), axis=1), jnp.sum(counts) / counts.shape[0]
+    second, first, tokens = _over_devices((second, first, tokens), differs)
     if layer is None:
         sums.second[...] += second
         sums.first[...] += first
@@ -191,20 +209,34 @@ def calibrate(
     @partial(jax.jit, donate_argnums=0)
     def add(sums: dict[str, _Sums], arrays: dict[str, Array], batch: Any, weights: Array | None) -> dict[str, _Sums]:
         refs, outside = jax.tree.map(jax.new_ref, sums), jex.get_opaque_trace_state()
+        held = [(refs, True)]  # where sums go: the program's arrays, or those of one device within shard_map
 
         def sink(site: Site, given: Given) -> None:
             counts = _counts(weights, site, given, inside=jex.get_opaque_trace_state() != outside)
+            here, typed = held[-1]
+            if not typed:
+                counts = "shard_map(check_vma=False) does not tell along which axes its inputs differ"
             if isinstance(counts, str):
                 skipped[site.path] = counts
             elif site.lookup:
-                _count_rows(refs[site.path], given.inputs, counts)
+                _count_rows(here[site.path], given.inputs, counts, given.differs)
             else:
-                _add_inputs(refs[site.path], given.inputs, counts, given.layer)
+                _add_inputs(here[site.path], given.inputs, counts, given.layer, given.differs)
+
+        def begin(typed: bool) -> None:
+            held.append((jax.tree.map(jax.new_ref, {p: _zeros(site) for p, site in sites.items()}), typed))
+
+        def end() -> dict[str, _Sums]:
+            return jax.tree.map(jax.freeze, held.pop()[0])
+
+        def add_shards(found: dict[str, _Sums]) -> None:
+            for ref, x in zip(jax.tree.leaves(held[-1][0]), jax.tree.leaves(found), strict=True):
+                ref[...] += x
 
         def missed(site: Site, why: str) -> None:
             skipped[site.path] = why
 
-        watch(fn, plan, sink, missed)(unflatten({**named, **arrays}, treedef), batch)
+        watch(fn, plan, sink, missed, Shards(begin, end, add_shards))(unflatten({**named, **arrays}, treedef), batch)
         return jax.tree.map(jax.freeze, refs)
 
     @jax.jit

@@ -30,6 +30,8 @@ from lorax_kit.cli.settings import FLAGS, setting_of, setting_options
 )
 @click.option("--epochs", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--steps-per-epoch", type=click.IntRange(1), default=None, help="Default: one pass over the data.")
+@click.option("--save-memory", is_flag=True, help="Form all but each layer's input again in the backward pass.")
+@click.option("--max-memory", metavar="SIZE", help="Fail before the process takes more, such as 3GiB.")
 @click.option("--out", type=click.Path(file_okay=False), required=True, help="Folder for the adapter and metrics.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def train(
@@ -39,6 +41,7 @@ def train(
     rank: int,
     alpha: float,
     more: tuple[str, ...],
+    max_memory: str | None,
     **options: Any,
 ) -> None:
     """Train one adapter, with a progress bar per epoch.
@@ -48,9 +51,11 @@ def train(
     setting = setting_of(variant, rank, alpha, more)
     described = problem_settings(options)
     from lorax_kit.commands import train_adapter
+    from lorax_kit.commands.memory import bytes_of
     from lorax_kit.problems import problem_from
 
-    result = train_adapter(problem_from(described), setting, out=Path(out), **options)
+    most = None if max_memory is None else bytes_of(max_memory)
+    result = train_adapter(problem_from(described), setting, out=Path(out), max_memory=most, **options)
     if as_json:
         echo(result)
     else:

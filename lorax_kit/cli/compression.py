@@ -22,7 +22,7 @@ from lorax_kit.cli.root import cli, echo, refuse_given
     multiple=True,
     help="svd, fisher, asvd or whitened (the default), any with +int8, +int4, +nf4 (quantised factors) or "
     "+residual-int8, +residual-int4, +residual-nf4 (what they leave is kept in few bits); magnitude, wanda, either "
-    "with -2:4; int8, int4, nf4; student. With --compare it may be repeated; default: most of them.",
+    "with -2:4; int8, int4, nf4; student; original_tuned. With --compare it may be repeated; default: most of them.",
 )
 @click.option(
     "--target",
@@ -54,7 +54,7 @@ from lorax_kit.cli.root import cli, echo, refuse_given
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Steps of healing low-rank models, or of training the student.",
+    help="Steps of healing low-rank or pruned models, or of training the student or the original.",
 )
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak rate of healing.")
 @click.option(
@@ -62,7 +62,7 @@ from lorax_kit.cli.root import cli, echo, refuse_given
     type=click.IntRange(0),
     default=8,
     show_default=True,
-    help="Of healing's updates of one factor at a time; 0 trains both factors in full.",
+    help="Of healing's updates of one factor at a time, or of a pruned matrix; 0 trains them in full.",
 )
 @click.option(
     "--share",

@@ -52,10 +52,16 @@ OPTIONS = (
     click.option(
         "--length", type=click.IntRange(2), default=None, help="Tokens of an example; default: what most of them need."
     ),
+    click.option(
+        "--quantise",
+        type=click.Choice(["int8", "int4", "nf4"]),
+        default=None,
+        help="Keep the kernels of the model's layers in so many bits, as they are loaded.",
+    ),
     click.option("--source", default=None, help="Of film reviews: rotten_tomatoes (the default), imdb or all."),
     click.option("--problem", metavar="MODULE:OBJECT", default=None, help="A problem of your own in Python."),
 )
-OF_FILES = ("data", "val_data", "test_data", "text", "label", "columns", "further")
+OF_FILES = ("data", "val_data", "test_data", "text", "label", "columns", "further", "quantise")
 NAMES = ("model", "task", *OF_FILES, "batch_size", "length", "source", "problem")
 FLAGS = {name: f"--{name.replace('_', '-')}" for name in NAMES} | {"columns": "--column", "further": "--with"}
 
@@ -83,7 +89,7 @@ def problem_settings(options: dict[str, Any]) -> Any:
     if own["data"] is None:
         raise click.UsageError(f"--task {own['task']} needs --data, a file of rows.")
     refuse_given({"source": "--source"}, "film reviews, not --task; a column of that role is --column source=COLUMN")
-    named = ("data", "val_data", "test_data", "text", "label")
+    named = ("data", "val_data", "test_data", "text", "label", "quantise")
     settings |= {"task": own["task"]} | {name: own[name] for name in named if own[name] is not None}
     for flag, pairs in (("--column", own["columns"]), ("--with", own["further"])):
         for name, value in (_pair(flag, pair) for pair in pairs):

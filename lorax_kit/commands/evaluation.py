@@ -13,10 +13,10 @@ from lorax_kit.checkpoint.adapter import load_adapter
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.commands.generation import Author, author_of
 from lorax_kit.commands.written import written
-from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params
+from lorax_kit.core.plan import Plan
 from lorax_kit.errors import LoraxError
-from lorax_kit.problem import Evaluator, Problem
+from lorax_kit.problem import Evaluator, Problem, version
 from lorax_kit.problems import settings_from
 from lorax_kit.problems.load import base_of, problem_of
 from lorax_kit.problems.packaged.sentiment import adapter_folder
@@ -61,12 +61,11 @@ def evaluate_adapter(
     wrote = {} if texts is None else _compared(problem, author_of(path), Path(texts), progress)
     base = base_of(problem, path)
     adapter = load_adapter(path, base=base)
-    merged = merge(base, adapter.factors, adapter.plan)
-    return {"adapter": str(path), **_measured(problem, merged, adapter.plan.trained), **wrote}
+    return {"adapter": str(path), **_measured(problem, *version(base, adapter.factors, adapter.plan)), **wrote}
 
 
-def _measured(problem: Problem, params: Params, trained: Collection[str]) -> dict[str, Any]:
-    found = Evaluator(problem, params, trained, problem.test)(params)
+def _measured(problem: Problem, params: Params, trained: Collection[str], plan: Plan | None = None) -> dict[str, Any]:
+    found = Evaluator(problem, params, trained, problem.test, plan=plan)(params)
     named = {f"test_{metric.name}": found[metric.name] for metric in problem.all_metrics}
     return {**named, "examples": found["examples"]}
 

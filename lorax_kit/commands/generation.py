@@ -79,7 +79,7 @@ def author_of(source: str | Path) -> Author:
             "  write with lorax_kit.generate.Writer in Python"
         )
     asking = settings_from(settings if "task" in settings else {"name": meta.get("problem"), **settings})
-    loaded = load_model(asking.model)  # type: ignore[attr-defined]
+    loaded = load_model(asking.model, quantise=getattr(asking, "quantise", None))  # type: ignore[attr-defined]
     if loaded.kind == "encoder" or meta.get("problem") in ("classify", "regress"):
         raise AdapterError(f"the adapter at {str(path)!r} is of {meta.get('problem')!r}: it writes nothing.")
     form = meta.get("base_form") or {}

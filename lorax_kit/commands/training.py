@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,17 @@ from tqdm import tqdm
 
 from lorax_kit.checkpoint.adapter import adapter_bytes, save_adapter
 from lorax_kit.checkpoint.fingerprint import fingerprint
+from lorax_kit.commands.memory import within
 from lorax_kit.core.leaves import trained_only
-from lorax_kit.core.merge import merge, split
-from lorax_kit.core.paths import Params
+from lorax_kit.core.merge import split
+from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.setting import is_int
 from lorax_kit.core.spec import AnySetting, Spec
 from lorax_kit.errors import AdapterError, StudyError
+from lorax_kit.measure import peak_memory, release_memory
 from lorax_kit.methods import LoRA
-from lorax_kit.problem import Problem, val_and_test
+from lorax_kit.problem import Problem, val_and_test, version
 from lorax_kit.problem.objective import STATE, draws, training_loss, with_state
 from lorax_kit.problems.settings import Settings
 from lorax_kit.report.measure import Measure
@@ -46,6 +50,8 @@ def train_adapter(
     targets: Sequence[str] = (),
     epochs: int,
     steps_per_epoch: int | None,
+    save_memory: bool = False,
+    max_memory: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train one adapter by `lk.fit` and save it under `out`; the epoch that is best by the problem's metric is kept.
@@ -58,15 +64,18 @@ def train_adapter(
       setting: of the method; None: `LoRA(rank=, alpha=, variant=)`.
       targets: patterns, or "all-linear" alone; none: the problem's own, and "all-linear" where it has none.
       steps_per_epoch: None: the problem's fact of that name.
+      save_memory: form everything again in the backward pass, as `lk.adapt(recompute="everything")` does.
+      max_memory: bytes that training may take; see `lorax_kit.commands.memory.within`. None: any number.
 
     Returns:
       {"adapter", "report" (a page, see `write_training_report`), "data" (rows, parts, what was left out or cut),
-      "stopped", "history", "test_<metric>"...}.
+      "stopped", "history", "test_<metric>"..., "peak_memory_bytes"}, the last of the whole process, None where the
+      system does not tell.
 
     Raises:
       StudyError: a rate that is not positive, no number of steps, a training that gave nothing.
       AdapterError: `out` holds an adapter.
-      LoraxError: `out` holds an interrupted training of other settings.
+      LoraxError: `out` holds an interrupted training of other settings; more memory than `max_memory`.
     """
     setting = LoRA(rank=rank, alpha=alpha, variant=variant) if setting is None else setting
     if not 0 < lr < float("inf"):
@@ -81,7 +90,7 @@ def train_adapter(
             "  give --steps-per-epoch, or Problem(facts={'steps_per_epoch': ...})"
         )
     params = problem.params(jax.random.fold_in(jax.random.key(seed), 0))
-    stream, example = problem.train(seed, 0), next(iter(problem.train(seed, 0)))
+    example = next(iter(problem.train(seed, 0)))
     targets = tuple(targets) or problem.targets or ("all-linear",)
     rules = [(p, setting) for p in targets]
     if targets == ("all-linear",):
@@ -91,12 +100,20 @@ def train_adapter(
     plan = resolve(spec, params, problem.apply, example)
     base, factors = split(params, plan, jax.random.fold_in(jax.random.key(seed), 1))
     schedule = optax.linear_schedule(lr, 0.0, per_epoch * epochs)
-    init, step = _steps(problem, plan, partition(optax.adamw(schedule), plan, clip=1.0))
-    validate, test = val_and_test(problem, base, plan.trained)
+    tx = partition(optax.adamw(schedule), plan, clip=1.0)
+    init, step = _steps(problem, plan, tx, "everything" if save_memory else True)
+    validate, test = val_and_test(problem, *version(base, factors, plan))
 
     def measure(factors: Any) -> dict[str, float]:
-        return _metrics(problem, validate(merge(base, factors, plan)))
+        release_memory()
+        found = _metrics(problem, validate(version(base, factors, plan)[0]))
+        release_memory()
+        return found
 
+    # Where nothing is random no key is drawn for a step.
+    state = init(factors, jax.random.fold_in(jax.random.key(seed), 2) if draws(problem, plan) else None)
+    if max_memory is not None:
+        step = within(step, max_memory, state, base, example)
     if progress:
         tqdm.write(data_text(problem.facts), file=sys.stderr)
     out.mkdir(parents=True, exist_ok=True)
@@ -112,9 +129,8 @@ def train_adapter(
         "spec": spec.to_dict(),
         **{"lr": lr, "seed": seed, "steps per epoch": per_epoch},
     }
-    rounds = [list(itertools.islice(stream, per_epoch)) for _ in range(epochs)]
-    # Where nothing is random no key is drawn for a step.
-    state = init(factors, jax.random.fold_in(jax.random.key(seed), 2) if draws(problem, plan) else None)
+    rounds = [Epoch(problem, seed, per_epoch, number) for number in range(epochs)]
+    release_memory()
     fitted = fit(
         step, state, base, rounds, evaluate=measure, monitor=f"val_{problem.metric}", better=problem.chief.better,
         log=log, progress=progress, saved=saved, settings=settings,
@@ -122,7 +138,7 @@ def train_adapter(
     if not fitted.history:
         saved.unlink(missing_ok=True)
         raise StudyError(f"training gave no usable adapter: {fitted.stopped}.\n  lower the learning rate")
-    tested = test(merge(base, fitted.state.factors, plan))
+    tested = test(version(base, fitted.state.factors, plan)[0])
     final = _metrics(problem, tested)
     meta = {"problem": problem.name, "settings": problem.facts.get("settings")}
     meta |= {"address": problem.address} if problem.address else {}
@@ -139,7 +155,7 @@ def train_adapter(
         data=problem.facts,
         spec=spec.to_dict(),
         trained=sum(x.size for x in jax.tree.leaves(trained_only(plan, fitted.state.factors))),
-        parameters=sum(x.size for x in jax.tree.leaves(params)),
+        parameters=sum(prod(x.shape) for x in flatten(params)[0].values()),
         adapter_bytes=adapter_bytes(out / "adapter"),
     )
     return {
@@ -149,16 +165,40 @@ def train_adapter(
         "stopped": fitted.stopped,
         "history": fitted.history,
         **{f"test_{name}": value for name, value in final.items()},
+        "peak_memory_bytes": peak_memory(),
     }
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The batches of one epoch, made as they are asked for.
+
+    Args:
+      steps: of each epoch.
+      number: which epoch, from 0.
+    """
+
+    problem: Problem
+    seed: int
+    steps: int
+    number: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self.problem.train(self.seed, self.number * self.steps), self.steps)
+
+    def __len__(self) -> int:
+        return self.steps
 
 
 def _metrics(problem: Problem, found: dict[str, float]) -> dict[str, float]:
     return {metric.name: found[metric.name] for metric in problem.all_metrics}
 
 
-def _steps(problem: Problem, plan: Plan, tx: optax.GradientTransformation) -> tuple[Callable[..., State], Any]:
+def _steps(
+    problem: Problem, plan: Plan, tx: optax.GradientTransformation, recompute: bool | str
+) -> tuple[Callable[..., State], Any]:
     """`init` and the compiled step of a problem's training; the aux holds its metrics over the batch."""
-    init, plain = make_step(training_loss(problem, plan, measured=True), tx, jit=False)
+    init, plain = make_step(training_loss(problem, plan, measured=True, recompute=recompute), tx, jit=False)
 
     def step(state: State, base: Params, batch: Any) -> tuple[State, Info]:
         state, info = plain(state, base, batch)

@@ -8,7 +8,7 @@ from lorax_kit.calibration.calibrate import Moments, calibrate
 from lorax_kit.compress.allocate import ALLOCATIONS, Candidate, allocate, candidate
 from lorax_kit.compress.decompose import METHODS, damping
 from lorax_kit.compress.distil import distil, distillation
-from lorax_kit.compress.heal import heal
+from lorax_kit.compress.heal import heal, tune
 from lorax_kit.compress.objective import Solution, objective, solve, solve_by_gradient
 from lorax_kit.compress.prune import PRUNINGS, prune
 from lorax_kit.compress.replace import CompressPlan, compress, plan_ranks, with_residuals
@@ -42,5 +42,6 @@ __all__ = [
     "prune",
     "solve",
     "solve_by_gradient",
+    "tune",
     "with_residuals",
 ]

@@ -17,6 +17,7 @@ from lorax_kit.compress.arguments import check_count, check_number, check_positi
 from lorax_kit.core.merge import merge, split
 from lorax_kit.core.paths import Params, arrays_only, flatten, is_array, unflatten
 from lorax_kit.core.patterns import literal
+from lorax_kit.core.plan import Plan
 from lorax_kit.core.setting import Full
 from lorax_kit.core.spec import Spec
 from lorax_kit.errors import CompressError
@@ -134,14 +135,19 @@ def trained(
     steps: int,
     lr: float,
     bar: Any,
+    under: Callable[[Params], Params] | None = None,
 ) -> Params:
-    """`steps` steps of AdamW on what the spec trains, merged."""
+    """`steps` steps of AdamW on what the spec trains, merged.
+
+    Args:
+      under: what holds of the params at every step and in the end, such as zeros that stay; None: nothing.
+    """
     first = next(batches, None)
     if first is None:
         raise CompressError("the batches ended early.")
     plan = resolve(spec, params, small, first)
     base, factors = split(params, plan, key)
-    adapted = adapt(small, plan)
+    adapted = adapt(small, plan) if under is None else _held(small, plan, under)
     arrays, whole = arrays_only(base)
     warmup = max(steps // 10, 1)
     rate = optax.warmup_cosine_decay_schedule(lr / warmup, lr, warmup, max(steps, warmup + 1))  # no step of rate 0
@@ -165,6 +171,12 @@ def trained(
                 )
     if taken < steps:
         raise CompressError(f"the batches ended after {taken} of {steps} steps.")
-    merged, (before, treedef) = flatten(merge(base, state.factors, plan))[0], flatten(base)
+    found = merge(base, state.factors, plan)
+    merged, (before, treedef) = flatten(found if under is None else under(found))[0], flatten(base)
     untouched = {path: x for path, x in before.items() if path not in plan.trained}  # quantised ones stay so
     return unflatten(merged | untouched, treedef)
+
+
+def _held(fn: Callable[..., Any], plan: Plan, under: Callable[[Params], Params]) -> Callable[..., Any]:
+    """The function of (base, factors, batch) whose params are what `under` makes of the merged ones."""
+    return lambda base, factors, batch: fn(under(merge(base, factors, plan)), batch)

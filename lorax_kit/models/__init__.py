@@ -6,7 +6,7 @@ from lorax_kit.models.distilbert import DistilbertConfig, DistilbertEncoder
 from lorax_kit.models.encoder_decoder.marian import MarianConfig, MarianModel
 from lorax_kit.models.encoder_decoder.t5 import T5Config, T5Model
 from lorax_kit.models.gpt2 import Gpt2Config, Gpt2Model
-from lorax_kit.models.heads import answer, classify, fresh_head
+from lorax_kit.models.heads import answer, classify, fresh_head, word_logits
 from lorax_kit.models.llama import LlamaModel
 from lorax_kit.models.llama_config import LlamaConfig
 from lorax_kit.models.lstm import LstmClassifier, LstmConfig
@@ -61,4 +61,5 @@ __all__ = [
     "save_model",
     "t5_names",
     "torch_names",
+    "word_logits",
 ]

@@ -1,4 +1,4 @@
-"""Heads on the hidden states of a pretrained model: classes of a text, and the first and last token of an answer.
+"""Heads on the hidden states of a pretrained model: classes of a text, first and last token of an answer, words.
 
 Shapes: B batch, T tokens, D hidden, C classes. Everything that leaves a head is fp32.
 """
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.models.layers import first_token, last_token, mean_token
+from lorax_kit.models.layers import first_token, in_fp32, last_token, mean_token, tied_logits
 from lorax_kit.models.stored.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -62,6 +62,19 @@ def answer(head: Mapping[str, Any], hidden: Float[Array, "B T D"]) -> tuple[Floa
     """
     logits = _linear(head["output"], hidden.astype(jnp.float32))
     return logits[..., 0], logits[..., 1]
+
+
+def word_logits(params: Mapping[str, Any], hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Logits of every word from a decoder's hidden states, place by place: what the decoder itself gives, bit for bit.
+
+    Args:
+      params: of the decoder; without a "head" its embeddings are the head.
+      hidden: of the decoder called with hidden=True.
+    """
+    if "head" in params:
+        return in_fp32(hidden, params["head"]["kernel"].astype(hidden.dtype), (((2,), (0,)), ((), ())))
+    words = params["embeddings"]
+    return tied_logits(hidden, words.get("token", words)["embedding"])
 
 
 def _linear(layer: Mapping[str, Any], x: Float[Array, "*B D"]) -> Float[Array, "*B C"]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from lorax_kit.core.paths import Params, arrays_only
+from lorax_kit.core.merge import merge
+from lorax_kit.core.paths import Params, arrays_only, flatten
+from lorax_kit.core.plan import Plan
+from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import LoraxError, StudyError
 from lorax_kit.problem.sums import Sums, means_of, sums_of
 from lorax_kit.training.objective import Weighted
 from lorax_kit.training.prefix import Parts, split_prefix
+from lorax_kit.transform.adapt import adapt
 
 if TYPE_CHECKING:
     from lorax_kit.problem.problem import Problem
@@ -43,6 +47,18 @@ def scored(problem: Problem, outputs: Any, batch: Any) -> tuple[Sums, Any]:
     if not problem.reads_outputs:
         return sums, None
     return sums, outputs if problem.predict is None else problem.predict(outputs, batch)
+
+
+def measured(problem: Problem, params: Any, batch: Any, plan: Plan | None = None) -> tuple[Sums, Any]:
+    """What `scored` gives for a model's outputs; by the problem's `sums`, where no metric reads outputs; traced."""
+    given = (params,) if plan is None else params
+
+    def run(fn: Callable[..., Any]) -> Any:
+        return (fn if plan is None else adapt(fn, plan))(*given, batch)
+
+    if problem.sums is None or problem.reads_outputs:
+        return scored(problem, run(problem.apply), batch)
+    return sums_of(run(problem.sums), f"problem {problem.name!r}"), None
 
 
 def summarised(
@@ -81,6 +97,8 @@ class Evaluator:
       trained: paths of the parameters in which versions differ.
       batches: what to evaluate on; the shared part's values stay in memory, about one hidden state per batch.
       like: an evaluator of the same model on other batches, whose compiled programs this one shares.
+      plan: of versions that stay factored, over a quantised base say: `params` are then (base, factors). None: whole
+        params.
 
     Raises:
       StudyError: there are no batches.
@@ -93,6 +111,7 @@ class Evaluator:
         trained: Collection[str],
         batches: Sequence[Any],
         like: Evaluator | None = None,
+        plan: Plan | None = None,
     ) -> None:
         if not batches:
             raise StudyError(f"there are no examples of problem {problem.name!r} to evaluate.")
@@ -100,7 +119,7 @@ class Evaluator:
         _, whole = arrays_only(params)
 
         def score(arrays: dict[str, Any], batch: Any) -> Any:
-            return scored(problem, problem.apply(whole(arrays), batch), batch)
+            return measured(problem, whole(arrays), batch, plan)
 
         self._score, self._trained = score, trained
         self._compiled: dict[Any, Parts] = {} if like is None else like._compiled
@@ -138,7 +157,21 @@ class Evaluator:
         )
 
 
-def val_and_test(problem: Problem, params: Params, trained: Collection[str]) -> tuple[Evaluator, Evaluator]:
+def val_and_test(
+    problem: Problem, params: Params, trained: Collection[str], plan: Plan | None = None
+) -> tuple[Evaluator, Evaluator]:
     """Evaluators of a problem's two sets, which compile once for batches of one shape."""
-    val = Evaluator(problem, params, trained, problem.val)
-    return val, Evaluator(problem, params, trained, problem.test, like=val)
+    val = Evaluator(problem, params, trained, problem.val, plan=plan)
+    return val, Evaluator(problem, params, trained, problem.test, like=val, plan=plan)
+
+
+def version(base: Params, factors: Any, plan: Plan) -> tuple[Any, Collection[str], Plan | None]:
+    """An adapted model as an evaluator takes it: (params, paths in which others differ, plan).
+
+    It is merged, or, where parameters are quantised, stays factored: restored all at once they would take their memory
+    in fp32.
+    """
+    if not any(isinstance(x, Quantised) for x in flatten(base)[0].values()):
+        return merge(base, factors, plan), plan.trained, None
+    whole = (base, factors)
+    return whole, [path for path in flatten(whole)[0] if path.startswith("1/")], plan

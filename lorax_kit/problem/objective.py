@@ -16,6 +16,7 @@ from lorax_kit.core.plan import Plan
 from lorax_kit.problem.check import named_state, outputs_and_state
 from lorax_kit.problem.evaluate import scored
 from lorax_kit.problem.problem import Problem
+from lorax_kit.problem.sums import sums_of
 from lorax_kit.training.objective import Weighted
 from lorax_kit.training.step import Info, State
 from lorax_kit.transform.adapt import adapt
@@ -35,6 +36,7 @@ def training_loss(
     trials: int = 1,
     whole: Callable[[Any], Params] = lambda base: base,
     measured: bool = False,
+    recompute: bool | str = True,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """The loss of adapted training, for `lk.make_step`.
 
@@ -45,12 +47,19 @@ def training_loss(
       trials: how many trials the loss will be mapped over, as for `lk.adapt`.
       whole: makes params of what is given as `base`.
       measured: add to the aux each metric that is a mean score, by name.
+      recompute: as in `lk.adapt`.
 
     The loss takes `scale` and `dropout`, in place of the plan's, and `scalars`, keywords of the problem's own loss;
     each may be traced.
     """
     state = {leaf.path: leaf.dtype for leaf in plan.full if not leaf.trained}
-    adapted = adapt(problem.apply if problem.train_apply is None else problem.train_apply, plan, trials=trials)
+    adapted = adapt(problem.train_apply or problem.apply, plan, trials=trials, recompute=recompute)
+    in_pieces = problem.sums is not None and problem.train_apply is None
+    summed = adapt(problem.sums, plan, trials=trials, recompute=recompute) if in_pieces else None  # type: ignore[arg-type]
+
+    def mean_scores(sums: Mapping[str, Any]) -> dict[str, Any]:
+        named = {m.name: m.of or m.name for m in problem.all_metrics[1:] if m.of_outputs is None}
+        return {name: sums[of] for name, of in named.items() if isinstance(of, str) and sums[of].total.ndim == 0}
 
     def loss(
         base: Any,
@@ -62,6 +71,11 @@ def training_loss(
         scalars: Mapping[str, Any] | None = None,
     ) -> Any:
         new: dict[str, Array] = {}
+        if summed is not None and not scalars:
+            found = replace(summed, scale=scale, dropout=dropout)(whole(base), factors, batch, dropout_key=key)
+            sums = sums_of(found, f"problem {problem.name!r}")
+            own = mean_scores(sums) if measured else {}
+            return _penalised(sums["loss"], penalty(plan, factors)), {STATE: new, **own}
         run = replace(adapted, scale=scale, dropout=dropout)
         if problem.train_apply is None:
             outputs = run(whole(base), factors, batch, dropout_key=key)
@@ -74,15 +88,17 @@ def training_loss(
                 new = {path: x.astype(state[path]) for path, x in named_state(problem, found, state).items()}
         aux: dict[str, Any] = {STATE: new}
         if measured:
-            sums, _ = scored(problem, outputs, batch)
-            named = {m.name: m.of or m.name for m in problem.all_metrics[1:] if m.of_outputs is None}
-            aux |= {name: sums[of] for name, of in named.items() if isinstance(of, str) and sums[of].total.ndim == 0}
-        value, extra = problem.loss(outputs, batch, **(scalars or {})), penalty(plan, factors)
-        if isinstance(value, Weighted):
-            return Weighted(value.total + extra * value.weight, value.weight), aux
-        return value + extra, aux
+            aux |= mean_scores(scored(problem, outputs, batch)[0])
+        return _penalised(problem.loss(outputs, batch, **(scalars or {})), penalty(plan, factors)), aux
 
     return loss
+
+
+def _penalised(value: Any, extra: Any) -> Any:
+    """A loss, and a penalty beside it that does not grow with the batch."""
+    if isinstance(value, Weighted):
+        return Weighted(value.total + extra * value.weight, value.weight)
+    return value + extra
 
 
 def with_state(state: State, info: Info) -> State:

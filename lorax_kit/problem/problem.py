@@ -31,6 +31,9 @@ class Problem:
       score: (outputs, batch) -> sums over the batch's examples: `lk.Score` of a classifier, or a mapping from names to
         sums with their divisor under "weight" (or `lk.Weighted` each), "loss" among them. None: the loss alone, which
         must then be `lk.Weighted`.
+      sums: (params, batch) -> what `score` gives for the outputs of `apply`, formed without holding them whole: logits
+        of 50,000 words at every place, say. Training and evaluation run it in place of `apply`, `loss` and `score`, as
+        far as they need no outputs; its "loss" is then what is trained on. None: they form the outputs.
       metrics: what is measured beside the loss: `lk.Metric`s, or the names "accuracy", "perplexity", "mse". Default:
         "accuracy" where the score is an `lk.Score`.
       metric: the name of the metric that chooses rates and ranks; default: the first of `metrics`, else "loss".
@@ -69,6 +72,7 @@ class Problem:
     score: Callable[[Any, Any], Any] | None = None
     metrics: Sequence[Metric | str] | None = None
     metric: str = ""
+    sums: Callable[[Params, Any], Any] | None = None
     predict: Callable[[Any, Any], Any] | None = None
     train_apply: Callable[[Params, Any, Array], Any] | None = None
     state: tuple[str, ...] = ()

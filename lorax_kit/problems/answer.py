@@ -18,8 +18,9 @@ from lorax_kit.models.tokenizer import Window
 from lorax_kit.problem import Problem
 from lorax_kit.problem.metric import share_metric
 from lorax_kit.problems.classify import text_of
-from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, load_kind, read_parts
+from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, load, read_parts
 from lorax_kit.tasks import Spans, best_spans, exact_match, span_losses, word_f1
+from lorax_kit.transform import compressed
 
 if TYPE_CHECKING:
     from lorax_kit.models import Loaded
@@ -69,7 +70,7 @@ class Answer(TextSettings):
           DataError: an answer that does not stand in its passage, or as `read_parts`.
           StudyError: the model is no encoder.
         """
-        loaded = load_kind(self.model, "encoder", "qa")
+        loaded = load(self, "qa", "encoder")
         length = self.length or min(DEFAULT_LENGTH, loaded.positions or DEFAULT_LENGTH)
         held: list[Held] = []
         data = read_parts(self, self._encoding(loaded, length, held), group="passage")
@@ -175,7 +176,7 @@ def _applying(loaded: Loaded) -> Callable[[Any, Spans], Array]:
         hidden: Any = loaded.model.apply({"params": params["encoder"]}, batch.ids, batch.mask, batch.types)
         return jnp.stack(answer(params[HEAD], hidden), axis=-1)
 
-    return apply
+    return compressed(apply)  # params may be quantised as they were loaded
 
 
 def _mean_over_rows(held: Sequence[Held], measure: Callable[[str, str], float]) -> Callable[..., float]:

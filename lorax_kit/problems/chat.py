@@ -15,7 +15,7 @@ from lorax_kit.models import Loaded, laid_out
 from lorax_kit.problem import Problem
 from lorax_kit.problems.classify import text_of
 from lorax_kit.problems.parts.decoded import decoder_problem
-from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, load_kind, read_parts
+from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, load, read_parts
 from lorax_kit.tasks import Told, told_batch
 
 PLAIN = (
@@ -64,7 +64,7 @@ class Chat(TextSettings):
           DataError: a conversation of another form, or in which the assistant says nothing; or as `read_parts`.
           StudyError: the model is no decoder, or brings no template and none is given.
         """
-        loaded = load_kind(self.model, "decoder", "chat")
+        loaded = load(self, "chat", "decoder")
 
         def conversation(row: Row) -> list[dict[str, str]]:
             if self.messages is None:

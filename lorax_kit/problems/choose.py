@@ -16,8 +16,9 @@ from lorax_kit.data import Examples, Row, evaluation_batches, key_of, training_s
 from lorax_kit.errors import DataError, StudyError
 from lorax_kit.problem import Problem, Score
 from lorax_kit.problems.classify import text_of
-from lorax_kit.problems.parts.rows import TextSettings, facts_of, length_of, load_kind, read_parts
+from lorax_kit.problems.parts.rows import TextSettings, facts_of, length_of, load, read_parts
 from lorax_kit.tasks import Told, correct, cross_entropies, row_log_likelihoods, told_batch
+from lorax_kit.transform import compressed
 
 NEVER = -1e9
 
@@ -76,7 +77,7 @@ class Choose(TextSettings):
           DataError: fewer than two choices, an answer that is none of them, or as `read_parts`.
           StudyError: the model is no decoder.
         """
-        loaded = load_kind(self.model, "decoder", "choose")
+        loaded = load(self, "choose", "decoder")
         tokenizer, most = loaded.tokenizer, loaded.positions
 
         def encode(rows: Sequence[Row]) -> dict[str, Any]:
@@ -148,7 +149,7 @@ class Choose(TextSettings):
         return Problem(
             name="choose",
             params=lambda key: loaded.params,
-            apply=apply,
+            apply=compressed(apply),
             loss=lambda scores, batch: score(scores, batch).loss / jnp.maximum(jnp.sum(batch.weight), 1e-9),
             score=score,
             train=train,

@@ -11,11 +11,11 @@ import numpy as np
 
 from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import DataError, StudyError
-from lorax_kit.models import Loaded, load_model
+from lorax_kit.models import Loaded
 from lorax_kit.problem import Problem
 from lorax_kit.problem.metric import share_metric
 from lorax_kit.problems.parts.pooled import HEAD, pooled
-from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, read_parts
+from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, load, read_parts
 from lorax_kit.tasks import macro_f1, micro_f1, one_class_sums, several_classes_sums
 
 HEADS = ("auto", "trained", "fresh")
@@ -67,7 +67,7 @@ class Classify(TextSettings):
         Raises:
           DataError: one class alone, or as `read_parts`.
         """
-        loaded = load_model(self.model)
+        loaded = load(self, "classify")
         several = self.several or self.separator is not None
         codes: dict[str, int] = {}
 

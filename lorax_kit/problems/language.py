@@ -13,7 +13,7 @@ from lorax_kit.errors import DataError
 from lorax_kit.problem import Problem
 from lorax_kit.problems.classify import text_of
 from lorax_kit.problems.parts.decoded import decoder_problem
-from lorax_kit.problems.parts.rows import TextSettings, facts_of, load_kind, read_parts
+from lorax_kit.problems.parts.rows import TextSettings, facts_of, load, read_parts
 from lorax_kit.tasks import Told
 
 DEFAULT_LENGTH = 256
@@ -43,7 +43,7 @@ class Language(TextSettings):
         Raises:
           DataError: fewer rows of tokens than a batch, or as `read_parts`.
         """
-        loaded = load_kind(self.model, "decoder", "lm")
+        loaded = load(self, "lm", "decoder")
         end = list(loaded.special.eos[:1])
 
         def encode(rows: Sequence[Row]) -> dict[str, Any]:

@@ -12,11 +12,10 @@ import numpy as np
 
 from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import DataError
-from lorax_kit.models import load_model
 from lorax_kit.problem import Metric, Problem
 from lorax_kit.problems.classify import Labelled, text_of
 from lorax_kit.problems.parts.pooled import HEAD, pooled
-from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, read_parts
+from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, load, read_parts
 from lorax_kit.tasks import number_sums, pearson
 
 
@@ -42,7 +41,7 @@ class Regress(TextSettings):
         Raises:
           DataError: a label that is no number, labels that do not vary, or as `read_parts`.
         """
-        loaded = load_model(self.model)
+        loaded = load(self, "regress")
         most = loaded.positions
 
         def encode(rows: Sequence[Row]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -13,13 +13,15 @@ from jax import Array
 from lorax_kit.core.setting import shown
 from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import StudyError
-from lorax_kit.models import Loaded, load_model
+from lorax_kit.models import Loaded
 from lorax_kit.problem import Problem
 from lorax_kit.problems.chat import template_of, told_problem
 from lorax_kit.problems.classify import text_of
-from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, read_parts
+from lorax_kit.problems.parts.layers import fewer_layers
+from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, load, read_parts
 from lorax_kit.tasks import Pairs, correct, cross_entropies
 from lorax_kit.training import Weighted
+from lorax_kit.transform import compressed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ class Translate(TextSettings):
           StudyError: the model is an encoder, or a decoder without a chat template.
           DataError: as `read_parts`.
         """
-        loaded = load_model(self.model)
+        loaded = load(self, "translate")
         if loaded.kind == "encoder":
             raise StudyError(f"the task 'translate' needs a model that writes; {self.model!r} is an encoder.")
         if loaded.kind == "encoder-decoder":
@@ -98,10 +100,20 @@ class Translate(TextSettings):
             given = np.concatenate([np.full((size, 1), start, np.int32), label[:, :-1]], axis=1)
             return Pairs(ids, mask, given, label, weight)
 
-        def apply(params: Any, batch: Pairs) -> Any:
-            return loaded.model.apply(
-                {"params": params}, batch.ids, batch.mask, batch.given, jnp.ones_like(batch.given)
-            )
+        def applying(model: Any) -> Any:
+            def apply(params: Any, batch: Pairs) -> Any:
+                return model.apply({"params": params}, batch.ids, batch.mask, batch.given, jnp.ones_like(batch.given))
+
+            return compressed(apply)  # params may be quantised as they were loaded
+
+        parts = {"encoder": loaded.config.num_hidden_layers, "decoder": loaded.config.num_decoder_layers}
+
+        def student(count: int, params: Any) -> tuple[Any, Any]:
+            read = max(round(count * parts["encoder"] / sum(parts.values())), 1)
+            written = max(count - read, 1)
+            smaller = replace(loaded.config, num_hidden_layers=read, num_decoder_layers=written)
+            fewer = {part: fewer_layers(params[part], n) for part, n in (("encoder", read), ("decoder", written))}
+            return applying(type(loaded.model)(smaller)), {**params, **fewer}
 
         def sums(logits: Array, batch: Pairs) -> dict[str, Weighted]:
             weight = batch.weight.astype(jnp.float32)
@@ -112,12 +124,14 @@ class Translate(TextSettings):
         return Problem(
             name="translate",
             params=lambda key: loaded.params,
-            apply=apply,
+            apply=applying(loaded.model),
             loss=lambda logits, batch: sums(logits, batch)["loss"],
             score=sums,
             metrics=["perplexity", "accuracy"],
             targets=("{encoder,decoder}/layer_*/**/kernel",),
+            layers=tuple(f"{part}/layer_{i}/**" for part, n in parts.items() for i in range(n)),
             places=lambda batch: batch.weight.astype(jnp.float32),
+            student=student,
             **batches_of(data, make, self, length),
             facts=facts_of(self, data, length, "translate", {"target_length": longest}),
         )

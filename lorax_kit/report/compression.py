@@ -23,7 +23,19 @@ from lorax_kit.report.tables.text import bytes_text
 COSTS = {"bytes_ratio": "bytes", "flops_ratio": "FLOPs", "latency_ratio": "latency", "memory_ratio": "peak memory"}
 MOST = 30
 """Perplexities above so many times the original's are drawn at the edge."""
-FAMILIES = ("svd", "fisher", "asvd", "whitened", "low-rank, quantised", "pruned", "quantised", "student")
+FAMILIES = (
+    "svd",
+    "fisher",
+    "asvd",
+    "whitened",
+    "low-rank, quantised",
+    "pruned",
+    "quantised",
+    "student",
+    "original_tuned",
+)
+LOOKS = (*zip(OKABE_ITO, MARKERS, strict=True), (QUIET, "*"))
+"""Colour and marker of each family."""
 COLUMNS = (
     *("subject", "method", "keep", "seed", "params", "bytes", "bytes_ratio", "model_bytes", "model_ratio"),
     *("flops_ratio", "latency_ms", "latency_ratio", "memory_ratio", "metric"),
@@ -212,7 +224,7 @@ def _pareto(lines: Sequence[Line]) -> tuple[Figure, str]:
         axes.axhline(shown(original), color=QUIET, linewidth=0.8)
         axes.axvline(1, color=FAINT, linewidth=0.8, zorder=0)
         for line in lines:
-            x, colour, marker = line.row[cost], OKABE_ITO[line.family], MARKERS[line.family]
+            x, (colour, marker) = line.row[cost], LOOKS[line.family]
             style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4.5, "linestyle": "none"}
             label = None if line.family in named else FAMILIES[line.family]
             named.add(line.family)
@@ -242,7 +254,8 @@ def _pareto(lines: Sequence[Line]) -> tuple[Figure, str]:
     edge = f" Perplexities above {MOST * original:.0f} are drawn at the edge." if metric == "perplexity" else ""
     caption = (
         f"What is left of the {metric} (grey line: the original) against costs, as shares of the original's. Hollow "
-        "marks are before healing, filled ones what a method ends with, thick bars 95 % intervals over seeds; the "
+        "marks are before healing, filled ones what a method ends with (original_tuned: the original, trained "
+        "as long by the same loss), thick bars 95 % intervals over seeds; the "
         f"black line joins those that no other beats in both.{edge}"
     )
     return figure, caption

@@ -39,8 +39,10 @@ def split_prefix(fn: Callable[[Params, Any], Any], params: Params, trained: Coll
     named, _ = flatten(params)
     closed, out = jax.make_jaxpr(fn, return_shape=True)(params, batch)
     out_tree = jax.tree_util.tree_structure(out)
-    jaxpr, count = closed.jaxpr, sum(is_array(x) for x in named.values())
-    touched = {v for v, path in zip(jaxpr.invars, named, strict=False) if path in trained}
+    jaxpr = closed.jaxpr
+    owners = [path for path, x in named.items() if is_array(x) for _ in jax.tree.leaves(x)]  # quantised ones have some
+    count = len(owners)
+    touched = {v for v, path in zip(jaxpr.invars, owners, strict=False) if path in trained}
     fed = set(jaxpr.invars[count:])
     head: list[Any] = []
     for eqn in jaxpr.eqns:

@@ -39,7 +39,7 @@ class Adapted:
     plan: Plan
     kernel: str = "auto"
     trials: int = 1
-    recompute: bool = True
+    recompute: bool | str = True
     costs: Costs | None = None
     scale: Any = None
     dropout: Any = None
@@ -89,7 +89,7 @@ class Adapted:
                 weights[path] = frozen_weight(path, leaf)
         if not weights:
             return self.fn(unflatten(leaves, treedef), *args, **kwargs), Context()
-        recompute = self.recompute and self.kernel != "plain"  # forward mode has no use for it
+        recompute = self.recompute if self.kernel != "plain" else False  # forward mode has no use for it
         ctx = Context(
             kernel=self.kernel,
             trials=self.trials,
@@ -159,7 +159,7 @@ def adapt(
     *,
     kernel: str = "auto",
     trials: int = 1,
-    recompute: bool = True,
+    recompute: bool | str = True,
     costs: Costs | None = None,
     scale: Any = None,
     dropout: Any = None,
@@ -174,7 +174,8 @@ def adapt(
       trials: how many stacked trials a surrounding `vmap` runs; steers "auto".
       recompute: the backward pass keeps the results of products and forms the norms, activations and layout changes
         between them again: about half the temporary memory, at the same speed and FLOPs to a few per cent. On meshes
-        with explicit axes it keeps them all.
+        with explicit axes it keeps them all. "everything": it keeps what enters each attention and each feed-forward
+        part, and forms all else again: a fraction of the memory, and about a forward pass more of time.
       costs: what "auto" weighs, from `Costs.read(FILE)` (`lorax-kit bench calibrate`); default: those measured for the
         kind of backend, or none in particular.
       scale: s of every site, in place of alpha / rank; it may be traced, so that one program serves many.
@@ -208,6 +209,8 @@ def adapt(
         raise PlanError(f"kernel {kernel!r} is unknown; choose from auto, {', '.join(KERNELS)}.")
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
         raise PlanError(f"trials is {trials!r}; it must be an integer of at least 1.")
+    if recompute not in (True, False, "everything"):
+        raise PlanError(f"recompute is {recompute!r}; it must be True, False or 'everything'.")
     if costs is not None and not isinstance(costs, Costs):
         raise PlanError(f"costs is a {type(costs).__name__}; read it from the file: Costs.read(FILE).")
     if "dropout_key" in _keywords(fn):

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import Array
 from jax.tree_util import Partial
 
 from lorax_kit.core.site import Axes
 from lorax_kit.dtypes import widest
+from lorax_kit.placement import varies
 from lorax_kit.transform.cost import NONE, Costs, Product, choose, together
 from lorax_kit.transform.kernels import KERNELS, Operands, Outputs
 from lorax_kit.transform.recompute import Keep
@@ -49,12 +51,26 @@ class Use:
     note: str = ""
 
 
-Tap = Callable[[Weight, tuple[tuple[int, ...], ...], Array, Partial], Array]
-"""(weight, (contracted, free, stacked dimensions), value, inputs) -> value.
+Tap = Callable[[Weight, tuple[tuple[int, ...], ...], Array, Partial, frozenset[str]], Array]
+"""(weight, (contracted, free, stacked dimensions), value, inputs, axes of devices along which it differs) -> value.
 
 What watches the inputs of parameters while a plan is being resolved. `inputs(value)` are those of one use: floats
 (*S, M, K), the contracted dimensions in the order of the parameter's axes, or the rows looked up, integers (M,).
 """
+
+
+class Shards(NamedTuple):
+    """What watches the inputs of parameters within `shard_map`, into which no mutable array of the program goes.
+
+    Attributes:
+      begin: (whether types tell along which axes of devices a value differs), called as a device's program begins.
+      end: what was seen since, arrays that all devices share; called as it ends.
+      add: takes that outside.
+    """
+
+    begin: Callable[[bool], None]
+    end: Callable[[], Any]
+    add: Callable[[Any], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +87,11 @@ class Context:
       narrow: variable -> (shape, array): what was broadcast to it, and its shape with axes of size 1 where it was.
       said: variable -> axes of devices along which its value differs, where its type was told of more.
       explicit: whether arrays lie on a mesh with explicit axes.
-      recompute: whether the backward pass forms elementwise results again instead of keeping them.
+      recompute: whether the backward pass forms elementwise results again instead of keeping them; "everything": those
+        of products, too.
       keep: runs an equation whose results it keeps, within a block of which it recomputes the rest.
       tap: watches the inputs of parameters, or None.
+      shards: what a tap needs to watch within `shard_map`; None: it does not.
     """
 
     kernel: str = "auto"
@@ -86,9 +104,10 @@ class Context:
     narrow: dict[Any, Any] = field(default_factory=dict)
     said: dict[Any, frozenset[str]] = field(default_factory=dict)
     explicit: bool = False
-    recompute: bool = False
+    recompute: bool | str = False
     keep: Keep | None = None
     tap: Tap | None = None
+    shards: Shards | None = None
 
     def record(
         self,
@@ -128,6 +147,15 @@ class Context:
                 repeats=self.repeats,
                 note="; ".join(filter(None, (undropped, self.note))),
             )
+
+    def tapped(self, eqn: Any, weight: Weight, dims: tuple[tuple[int, ...], ...], x: Array, inputs: Partial) -> Array:
+        """The value of an equation's other operand, shown to `tap`."""
+        assert self.tap is not None
+        differs = varies(x)
+        for v in eqn.invars:  # what met a sharded parameter was said to differ along its axes, too, and does not
+            if not isinstance(v, jex.Literal) and v in self.said:
+                differs &= self.said[v]
+        return self.tap(weight, dims, x, inputs, differs)
 
     def update_dtype(self, *operands: Array | jax.ShapeDtypeStruct) -> Any:
         """What a low-rank update is computed in: the plan's dtype, or the one that holds all operands."""

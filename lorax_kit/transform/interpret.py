@@ -134,7 +134,8 @@ def evaluate(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any
         _run(ctx, jaxpr.eqns, env, frozenset() if ctx.keep is None else products(jaxpr.eqns))
     else:
         given = set(env)
-        for block in blocks(jaxpr, {v for v, x in env.items() if isinstance(x, Weight)}):
+        parameters = {v for v, x in env.items() if isinstance(x, Weight)}
+        for block in blocks(jaxpr, parameters, ctx.recompute == "everything"):
             if block.recomputed:
                 _run_recomputed(ctx, block, env, given)
             else:
@@ -160,7 +161,7 @@ def _run_recomputed(ctx: Context, block: Block, env: dict[Any, Any], given: set[
 
     made = [env[v] for v, m in zip(block.reads, is_made, strict=True) if m]
     held = [env[v] for v, m in zip(block.reads, is_made, strict=True) if not m]
-    out = recomputed(fn, made, (held, [ctx.narrow[v][1] for v in narrow]))
+    out = recomputed(fn, made, (held, [ctx.narrow[v][1] for v in narrow]), ctx.recompute == "everything")
     env.update(zip(block.writes, jax.tree.unflatten(trees[-1], out), strict=True))
 
 

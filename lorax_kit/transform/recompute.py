@@ -130,15 +130,19 @@ def products(eqns: Sequence[Any]) -> frozenset[int]:
     return frozenset(id(eqn) for eqn in eqns if _dear(eqn) == 1)
 
 
-def blocks(jaxpr: Any, parameters: set[Any]) -> list[Block]:
+def blocks(jaxpr: Any, parameters: set[Any], everything: bool = False) -> list[Block]:
     """Cut a jaxpr where fewer bytes are alive than at the neighbouring places between two products.
 
     Args:
       jaxpr: to cut.
       parameters: variables that hold adapted parameters: alive throughout, and not counted.
+      everything: a block runs all it holds again, functions with a derivative rule of their own among it.
     """
     eqns = list(jaxpr.eqns)
     dear = [_dear(eqn) for eqn in eqns]
+    if everything:
+        own_rule = [eqn.primitive.name in CALLS - INLINED and not eqn.effects for eqn in eqns]
+        dear = [min(cost, 1) if own else cost for cost, own in zip(dear, own_rule, strict=True)]
     born, dies, still = _lives(jaxpr, parameters)
     alive = [0] * (len(eqns) + 1)
     for v, i in born.items():
@@ -217,28 +221,38 @@ def _without_tangents(tree: Any) -> Any:
     return jax.tree.map(constant, tree)
 
 
-def recomputed(fn: Callable[[Keep, Any, Any], Any], made: Any, held: Any) -> Any:
+def recomputed(fn: Callable[[Keep, Any, Any], Any], made: Any, held: Any, everything: bool = False) -> Any:
     """`fn(keep, made, held)`, of which the backward pass keeps the arguments, and what `keep` was asked to run.
 
     Args:
       fn: runs what is kept by `keep`, in the same order each time.
       made: values of the program, formed by it.
       held: parameters and inputs, which are there anyway.
+      everything: the backward pass keeps the arguments alone.
     """
-    return _without_tangents(_recomputed(fn, made, held))
+    return _without_tangents(_recomputed(fn, everything, made, held))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recomputed(fn: Callable[[Keep, Any, Any], Any], made: Any, held: Any) -> Any:
+AGAIN = Keep(lambda run, *args: run(*args), lambda kernel, precision, x, sites: kernel.run(x, sites, precision))
+"""Keeps nothing."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _recomputed(fn: Callable[[Keep, Any, Any], Any], everything: bool, made: Any, held: Any) -> Any:
     keep = Keep(lambda run, *args: run(*args), lambda kernel, precision, x, sites: kernel.infer(x, sites, precision))
     return fn(keep, made, held)
 
 
-def _recomputed_fwd(fn: Any, made: Any, held: Any) -> tuple[Any, tuple[Any, Any, list[Any], list[Any]]]:
+def _recomputed_fwd(
+    fn: Any, everything: bool, made: Any, held: Any
+) -> tuple[Any, tuple[Any, Any, list[Any], list[Any]]]:
     kept: list[Any] = []
     # Which arguments are differentiated, told by structure: a residual cannot be a bool.
     moving = [() if x.perturbed else None for x in jax.tree.leaves((made, held))]
     made, held = jax.tree.map(lambda x: x.value, (made, held))
+
+    if everything:
+        return fn(AGAIN, made, held), (made, held, kept, moving)
 
     def run(fn: Run, *args: Any) -> Any:
         kept.append(fn(*args))
@@ -253,7 +267,9 @@ def _recomputed_fwd(fn: Any, made: Any, held: Any) -> tuple[Any, tuple[Any, Any,
     return fn(Keep(run, product), made, held), (made, held, kept, moving)
 
 
-def _recomputed_bwd(fn: Any, residuals: tuple[Any, Any, list[Any], list[Any]], g: Any) -> tuple[Any, Any]:
+def _recomputed_bwd(
+    fn: Any, everything: bool, residuals: tuple[Any, Any, list[Any], list[Any]], g: Any
+) -> tuple[Any, Any]:
     made, held, kept, moving = residuals
     g = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x, g)
     floats = [x for x in jax.tree.leaves(g) if _float(x)]
@@ -271,6 +287,7 @@ def _recomputed_bwd(fn: Any, residuals: tuple[Any, Any, list[Any], list[Any]], g
         lambda run, *args: _without_tangents(_known(run, next(found), args)),
         lambda kernel, precision, x, sites: _known_product(kernel, precision, next(found), x, sites),
     )
+    keep = AGAIN if everything else keep
     leaves, tree = jax.tree.flatten((made, held))
 
     def again(differentiated: list[Any]) -> Any:

@@ -24,7 +24,7 @@ from lorax_kit.core.site import Site
 from lorax_kit.errors import PlanError
 from lorax_kit.placement import explicit_mesh
 from lorax_kit.transform import rules
-from lorax_kit.transform.context import Context
+from lorax_kit.transform.context import Context, Shards
 from lorax_kit.transform.interpret import evaluate_arrays
 from lorax_kit.transform.weight import Part, Weight, whole
 
@@ -100,12 +100,14 @@ class Given(NamedTuple):
       layer: () int32 where the inputs are (M, K), of one of the stacked matrices alone; None otherwise.
       value: the operand as the function has it; of a lookup, its result.
       arrange: `value`, or another array of its shape, -> what lies in the places of `inputs`.
+      differs: the mapped axes of devices along which the inputs differ.
     """
 
     inputs: Array
     layer: Array | None
     value: Array
     arrange: Callable[[Array], Array]
+    differs: frozenset[str] = frozenset()
 
 
 Sink = Callable[[Site, Given], None]
@@ -113,7 +115,11 @@ Sink = Callable[[Site, Given], None]
 
 
 def watch(
-    fn: Callable[..., Any], plan: Plan, sink: Sink, missed: Callable[[Site, str], None] | None = None
+    fn: Callable[..., Any],
+    plan: Plan,
+    sink: Sink,
+    missed: Callable[[Site, str], None] | None = None,
+    shards: Shards | None = None,
 ) -> Callable[..., Any]:
     """The same function, which also shows the inputs of each site to `sink`, in whatever scan or branch they arise.
 
@@ -124,6 +130,8 @@ def watch(
       plan: from `lk.resolve`; which parameters, and what their inputs are. Ranks do not matter.
       sink: called once for each use of a site, while the function is being traced.
       missed: called with the site and the reason for each use whose inputs are not those of the site.
+      shards: for a sink that may be called within `shard_map`, with the inputs of one device; None: uses there are
+        missed.
 
     Returns:
       `run(params, *inputs, **kwargs)`, which returns what `fn` returns. Params may be `Quantised`.
@@ -138,12 +146,18 @@ def watch(
     """
     sites = {site.path: site for site in plan.sites}
 
-    def tap(weight: Weight, dims: tuple[tuple[int, ...], ...], x: Array, arrange: Callable[[Array], Array]) -> Array:
+    def tap(
+        weight: Weight,
+        dims: tuple[tuple[int, ...], ...],
+        x: Array,
+        arrange: Callable[[Array], Array],
+        differs: frozenset[str],
+    ) -> Array:
         for part in weight.parts:
             site = sites[part.path]
-            why = _not_of_the_site(site, part, weight, dims)
+            why = _not_of_the_site(site, part, weight, dims, shards is not None)
             if not why:
-                given = Given(arrange(x), weight.layer, x, arrange)
+                given = Given(arrange(x), weight.layer, x, arrange, differs)
                 rows = jnp.issubdtype(given.inputs.dtype, jnp.integer) and given.inputs.ndim == 1
                 if rows == site.lookup:
                     sink(site, given)
@@ -156,24 +170,27 @@ def watch(
     def watched(params: Params, *args: Any, **kwargs: Any) -> Any:
         named, treedef = flatten(params)
         probes = {p: Weight(parts=(whole(p, site.shape),), w=dense(named[p])) for p, site in sites.items()}
-        return run(Context(tap=tap), fn, named, treedef, probes, args, kwargs)
+        return run(Context(tap=tap, shards=shards), fn, named, treedef, probes, args, kwargs)
 
     return watched
 
 
-def _not_of_the_site(site: Site, part: Part, weight: Weight, dims: tuple[tuple[int, ...], ...]) -> str:
+def _not_of_the_site(site: Site, part: Part, weight: Weight, dims: tuple[tuple[int, ...], ...], in_shards: bool) -> str:
     """Why the inputs of a use are not those of the site; "" where they are."""
     contract, free, stack = dims
     axes = part.axes(contract, free)
     sizes = [prod(weight.shape[d] for d in some) for some in (contract, stack)]
     if part.altered:
         return f"it goes through {part.altered!r} before it is multiplied"
-    if jax.sharding.get_abstract_mesh().manual_axes:  # JAX lets no mutable array in
+    mapped = bool(jax.sharding.get_abstract_mesh().manual_axes)
+    if mapped and not in_shards:  # JAX lets no mutable array in
         return "it is used inside shard_map; calibrate the function of one device"
     if axes is None or axes.inputs != site.axes.inputs:
         return "it is multiplied along other axes than the plan's inputs"
     if sizes == [prod(site.in_shape), 1] and weight.layer is not None:
         return ""
+    if mapped and sizes != [prod(site.in_shape), prod(site.stack_shape)]:
+        return "a device of a shard_map holds a part of its inputs; calibrate the function of one device"
     if sizes != [prod(site.in_shape), prod(site.stack_shape)]:
         return "a part of it is used alone, as a slice, or a layer picked by its index"
     return ""

@@ -173,16 +173,6 @@ def test_a_loop_without_gradients_has_no_fisher():
         calibrate(fn, params, plan, [x], loss=lambda y, x: jnp.mean(y), progress=False)
 
 
-def test_inside_shard_map_is_an_error_that_says_so():
-    params, x = {"w": draw(0, 6, 4)}, draw(1, 4, 6)
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    specs = {"in_specs": (jax.P(), jax.P("data")), "out_specs": jax.P("data")}
-    fn = lambda p, x: jax.shard_map(lambda w, x: x @ w, mesh=mesh, **specs)(p["w"], x)  # noqa: E731
-    plan = sites(params, fn, x)
-    with pytest.raises(CompressError, match="used inside shard_map"):
-        calibrate(fn, params, plan, [x], progress=False)
-
-
 def test_a_table_that_is_multiplied_elsewhere_is_an_error():
     params, ids = {"w": draw(0, 7, 7)}, jnp.asarray([0, 3])
     fn = lambda p, ids: jax.nn.one_hot(ids, 7) @ p["w"] + p["w"][ids]  # noqa: E731

@@ -1,11 +1,13 @@
 """Every method on a tiny decoder: what a row says, what is healed, how a comparison goes on, and its page."""
 
+import itertools
 import json
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lorax_kit.checkpoint.staging import sole_writer
@@ -15,7 +17,7 @@ from lorax_kit.commands.compress.compression import load_small, save_small
 from lorax_kit.commands.compress.methods import Method, finished, smaller, statistics_for, stored_bytes
 from lorax_kit.compress import CompressError, LowRank
 from lorax_kit.compress.replace import low_rank
-from lorax_kit.core.paths import flatten
+from lorax_kit.core.paths import flatten, unflatten
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.data import Plays
 from lorax_kit.problems.parts.layers import fewer_layers
@@ -137,6 +139,8 @@ def test_bad_input(subject, stats, tmp_path):
         ({"method": "pca"}, "method 'pca' is unknown"),
         ({"method": "whitened+int3"}, "is unknown"),
         ({"method": "nf4", "steps": 3}, "nothing low-rank to heal"),
+        ({"method": "wanda", "steps": 4, "keep": 1}, "nothing becomes pruned, and nothing can be healed"),
+        ({"method": "original_tuned"}, "is the original after some steps: say how many"),
         ({"method": "nf4", "sequential": True}, "does not go layer by layer"),
         ({"method": "svd", "sequential": True}, "does not go layer by layer"),
         ({"method": "student", "keep": 1.5}, "keep is 1.5"),
@@ -157,20 +161,25 @@ def test_a_comparison_goes_on_and_draws_its_page(subject, tmp_path):
     options = {"steps": 2, "keeps": (0.5,), "heal": ("whitened",), "rank": None, "seeds": (0, 1), **QUIET, "rounds": 1}
     out = tmp_path / "compare"
     rows = compare(subject, out, methods=("svd", "whitened", "nf4"), **options)
-    assert [(r["method"], r["seed"]) for r in rows] == [("svd", 0), ("whitened", 0), ("whitened", 1), ("nf4", 0)]
+    tuned = [("original_tuned", 0), ("original_tuned", 1)]
+    whole = [("svd", 0), ("whitened", 0), ("whitened", 1), ("nf4", 0), *tuned]
+    assert [(r["method"], r["seed"]) for r in rows] == whole
+    assert {(r["keep"], r["bytes_ratio"], r["metric_after"] == r["metric_before"]) for r in rows[4:]} == {(1, 1, True)}
+    assert all(r["metric_healed"] < r["metric_before"] for r in rows[4:])
     with (out / "rows.jsonl").open("a") as file:
         file.write('{"method": "cut')
     again = compare(subject, out, methods=("svd", "whitened", "nf4", "magnitude"), **options)
-    assert again[:4] == rows
-    assert again[4]["method"] == "magnitude"
-    assert len((out / "rows.jsonl").read_text().splitlines()) == 5
+    assert again[:6] == rows
+    assert again[6]["method"] == "magnitude"
+    assert len((out / "rows.jsonl").read_text().splitlines()) == 7
     page = write_comparison(out)
     text = page.read_text()
     assert "whitened" in text
     assert "<svg" in text
     assert (out / "results.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
     assert (out / "plots" / "pareto.png").stat().st_size > 10_000
-    assert len(comparison_table(out).splitlines()) == 5
+    assert len(comparison_table(out).splitlines()) == 6
+    assert "original_tuned" in comparison_table(out)
     with pytest.raises(CompressError, match="holds a comparison with steps 2, not 3"):
         compare(subject, out, methods=("whitened",), **{**options, "steps": 3})
     for setting, message in (({"lr": 2e-3}, "with lr 0.001, not 0.002"), ({"rank": 8}, "with rank None, not 8")):
@@ -199,6 +208,45 @@ def test_a_comparison_has_one_writer(subject, tmp_path):
     with sole_writer(out), pytest.raises(CompressError, match="another process is writing to"):
         compare(subject, out, methods=("nf4",), **QUIET)
     assert len(compare(subject, out, methods=("int8", "nf4"), **QUIET)) == 2
+
+
+@pytest.mark.parametrize("rank", [2, None])
+@pytest.mark.parametrize("method", ["magnitude", "wanda-2:4"])
+def test_a_pruned_model_is_healed_and_its_zeros_stay(subject, stats, method, rank):
+    pruned = smaller(subject, Method.parse(method), 0.5, stats).params
+    options = {"method": method, "keep": 0.5, "steps": 6, "lr": 5e-3, "rank": rank, "stats": stats, **QUIET}
+    row, healed = compress_subject(subject, **options)
+    assert row["metric_healed"] < row["metric_after"]
+    before, after = (flatten(params)[0] for params in (pruned, healed.params))
+    for site in subject.sites.sites:
+        zero = np.asarray(before[site.path]) == 0
+        assert zero.any()
+        assert np.array_equal(np.asarray(after[site.path]) == 0, zero)
+        assert np.asarray(after[site.path])[zero].tobytes() == bytes(4 * zero.sum())
+        assert not np.array_equal(after[site.path], before[site.path])
+    untouched = set(before) - {site.path for site in subject.sites.sites}
+    assert all(np.array_equal(before[path], after[path]) for path in untouched)
+    whole = compress_subject(subject, **options | {"steps": 0})[0]
+    assert (row["params"], row["bytes"], row["flops_ratio"]) == (whole["params"], whole["bytes"], whole["flops_ratio"])
+
+
+def test_the_original_is_tuned_by_adamw_on_the_batches_that_heal(subject):
+    options = {"keep": 0.5, "steps": 4, "rank": None, "share": 0.0, "seed": 3, **QUIET}
+    row, _ = compress_subject(subject, method="original_tuned", **options)
+    named, treedef = flatten(subject.params)
+    own = {site.path: named[site.path] for site in subject.sites.sites}
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.warmup_cosine_decay_schedule(1e-3, 1e-3, 1, 4)))
+
+    def loss(own, batch):
+        return subject.loss(subject.apply(unflatten(named | own, treedef), batch), batch)
+
+    state, gradient = tx.init(own), jax.jit(jax.grad(loss))
+    for batch in itertools.islice(subject.train(3), 4):
+        updates, state = tx.update(gradient(own, batch), state, own)
+        own = optax.apply_updates(own, updates)
+    by_hand = subject.quality(subject.apply, unflatten(named | own, treedef))
+    assert row["metric_healed"] == pytest.approx(by_hand.value("perplexity"), rel=1e-4)
+    assert row["metric_healed"] < row["metric_before"]
 
 
 @pytest.mark.parametrize("method", ["whitened+int8", "magnitude", "student"])

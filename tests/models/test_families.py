@@ -73,6 +73,18 @@ def test_a_folder_computes_what_transformers_did_and_goes_back(tmp_path, family)
         np.testing.assert_array_equal(x.astype(np.float32), written[name], err_msg=name)
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "marian"])
+def test_quantised_as_it_loads_is_quantised_once_loaded_bit_for_bit(tmp_path, family):
+    folder = copied(family, tmp_path / "x")
+    ours = load_model(folder, quantise="nf4").params
+    wanted = lk.quantise(load_model(folder).params, ["**/layer_*/**/kernel"], "nf4")
+    assert jax.tree.structure(ours) == jax.tree.structure(wanted)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    with pytest.raises(lk.PlanError, match="method 'nf5' is unknown; choose from int8, int4, nf4"):
+        load_model(folder, quantise="nf5")
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama3", "mistral_window", "qwen3", "gemma", "t5", "marian"])
 def test_a_cache_gives_the_logits_of_the_full_pass(tmp_path, family):
     loaded, found = load_model(copied(family, tmp_path / "x")), recorded(family)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lorax_kit.checkpoint.fingerprint import fingerprint
 from lorax_kit.checkpoint.staging import refuse_existing, sole_writer
 from lorax_kit.commands.compress.compression import check_settings, compress_subject
-from lorax_kit.commands.compress.methods import Method, statistics_for
+from lorax_kit.commands.compress.methods import TUNED, Method, statistics_for
 from lorax_kit.commands.compress.subjects import Subject
 from lorax_kit.compress import ALLOCATIONS
 from lorax_kit.compress.arguments import check_count, check_word
@@ -29,7 +29,7 @@ METHODS = (
     *("svd", "fisher", "asvd", "whitened", "whitened+int8", "whitened+residual-nf4"),
     *("magnitude", "wanda", "wanda-2:4", "int8", "int4", "nf4", "student"),
 )
-WITHOUT_SHARE = ("int8", "int4", "nf4", "magnitude-2:4", "wanda-2:4")
+WITHOUT_SHARE = ("int8", "int4", "nf4", "magnitude-2:4", "wanda-2:4", TUNED)
 """Methods whose share of the parameters is not a choice."""
 SETTINGS = {name: signature(compress_subject).parameters[name].default
             for name in ("lr", "rank", "share", "allocation", "rounds")}  # fmt: skip
@@ -55,6 +55,10 @@ def compare(
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """A row for each method, share and (where it is healed) seed; `lorax_kit.report.write_comparison` draws them.
+
+    Where something is healed, "original_tuned" stands beside it: the original, trained by the same loss, optimiser and
+    rate on the same batches in the same order. Set beside an original that was never tuned, healing would be credited
+    with what any training on these data gives.
 
     Args:
       out: folder of `rows.jsonl` and `comparison.json`; a row that is there is not measured again.
@@ -85,6 +89,9 @@ def compare(
         raise CompressError(
             f"steps is {steps}, and none of the methods is healed.\n  leave it out, or name one in heal"
         )
+    if heal and TUNED not in methods:
+        ways.append(Method.parse(TUNED))
+    heal = (*heal, TUNED) if heal else ()
     about = {
         "subject": subject.name,
         "params": fingerprint(subject.params),

@@ -29,7 +29,7 @@ from lorax_kit.commands.compress.methods import (
     total_bytes,
 )
 from lorax_kit.commands.compress.subjects import Apply, Quality, Subject
-from lorax_kit.compress import Moments, compressed, distil, distillation, heal
+from lorax_kit.compress import Moments, compressed, distil, distillation, heal, tune
 from lorax_kit.compress.arguments import check_count, check_number, check_positive, check_share
 from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.paths import Params, flatten
@@ -69,8 +69,9 @@ def compress_subject(
       keep: share of the targets' parameters (of each one's entries when pruning, of the layers for a student;
         quantising keeps all).
       batches: of calibration.
-      steps, lr, rank, share: of healing; no steps, no healing. Only low-rank models are healed, before their factors
-        are quantised, and students are trained, in full: at a tenth of `lr`, or where `rank` is None at `lr` itself.
+      steps, lr, rank, share: of healing; no steps, no healing. Low-rank models are healed before their factors are
+        quantised, pruned ones with their zeros as they are, and students are trained, in full: at a tenth of `lr`, or
+        where `rank` is None at `lr` itself. "original_tuned" makes nothing smaller, and trains the targets likewise.
       sequential: compress layer after layer, each calibrated anew.
       rounds: alternating rounds of latency, dense against compressed; 0 leaves latency out.
       seed: of healing: its order of the data, and its updates.
@@ -119,7 +120,7 @@ def compress_subject(
     row = {
         "subject": subject.name,
         "method": method + IN_TURN * sequential,
-        "keep": 1.0 if way.kind == "quantised" else keep,
+        "keep": 1.0 if way.kind in ("quantised", "tuned") else keep,
         "seed": seed,
         "params": _count(final.params),
         "bytes": stored,
@@ -145,13 +146,17 @@ def check_settings(
     check_count("seed", seed, 0)
     check_count("rounds", rounds, 0)
     if not check_count("steps", steps, 0):
+        if method.kind == "tuned":
+            raise CompressError(f"{method.name!r} is the original after some steps: say how many.")
         return
     if not method.healed:
-        raise CompressError(f"{method.name!r} leaves nothing low-rank to heal.\n  heal svd, fisher, asvd or whitened")
+        raise CompressError(
+            f"{method.name!r} leaves nothing low-rank to heal.\n  heal svd, fisher, asvd, whitened, magnitude or wanda"
+        )
     if method.kind == "low-rank" and rank is not None and steps < 2:
         raise CompressError("healing takes 2 steps at least: one for each side of the products.")
-    if method.kind == "low-rank" and keep == 1:
-        raise CompressError("keep is 1: nothing becomes low-rank, and nothing can be healed.")
+    if method.kind in ("low-rank", "pruned") and keep == 1:
+        raise CompressError(f"keep is 1: nothing becomes {method.kind}, and nothing can be healed.")
     check_positive("lr", lr)
     if rank is not None:
         check_count("rank", rank)
@@ -200,7 +205,7 @@ def load_small(folder: str | Path, subject: Subject) -> tuple[dict[str, Any], Sm
     params, (apply, expected) = load_tensors(path / MODEL), (subject.apply, subject.params)
     if way.kind == "student":
         apply, expected = subject.student(students_layers(subject, check_share("keep", keep)))
-    elif way.kind != "pruned":
+    elif way.kind not in ("pruned", "tuned"):
         apply = compressed(apply)
     if _layout(params) != _layout(expected):
         raise CompressError(f"{str(path)!r} is damaged: its tensors are not those of a {row['method']!r} model.")
@@ -252,6 +257,12 @@ def healed_model(
         return subject.apply(params, pair[0])
 
     key = jax.random.key(seed)
+    if method.kind in ("pruned", "tuned"):
+        params = tune(
+            dense, small.params, subject.sites, loss, pairs(), key, steps=steps, lr=lr, rank=rank,
+            keep_zeros=method.kind == "pruned", progress=progress,
+        )  # fmt: skip
+        return Small(small.apply, params)
     params = heal(dense, small.params, loss, pairs(), key, steps=steps, lr=lr, rank=rank, progress=progress)
     return Small(small.apply, params)
 

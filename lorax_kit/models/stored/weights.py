@@ -42,12 +42,18 @@ class Stored:
         if layers > len(self.names):
             raise ValueError(f"{str(self.source)!r} has {len(self.names)} tensors, {self.config} says {layers} layers.")
 
-    def params(self, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]] | None) -> dict[str, Any]:
+    def params(
+        self,
+        names: Mapping[str, str],
+        shapes: Mapping[str, tuple[int, ...]] | None,
+        held: Callable[[str, Any], Any] = lambda path, x: x,
+    ) -> dict[str, Any]:
         """The nested params of `names` (path -> name of a tensor), fp32, kernels (in, out).
 
         Args:
           names: a name NAME[start:end] stands for those outputs of a tensor; see `TorchName` for matrices (in, out).
           shapes: that the paths must have; None: any.
+          held: (path, array) -> the leaf in its place, made before the next tensor is read.
 
         Raises:
           ValueError: a tensor is missing, holds no floats, or has not its path's shape; no tensor is named for a path.
@@ -70,7 +76,7 @@ class Stored:
             *parents, leaf = path.split("/")
             for parent in parents:
                 node = node.setdefault(parent, {})
-            node[leaf] = jnp.asarray(np.ascontiguousarray(value, np.float32))
+            node[leaf] = held(path, jnp.asarray(np.ascontiguousarray(value, np.float32)))
         return params
 
     def equal(self, name: str, other: str) -> bool:

@@ -10,6 +10,7 @@ from jax import Array
 
 from lorax_kit.models.heads import classify, fresh_head
 from lorax_kit.problems.parts.layers import fewer_layers
+from lorax_kit.transform import compressed
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -62,7 +63,7 @@ def pooled(loaded: Loaded, outputs: int, trained: Any = None) -> Pooled:
                 hidden = model.apply({"params": backbone}, ids, mask, method="encode")
             return classify(loaded.family, params[HEAD], hidden, mask)
 
-        return apply
+        return compressed(apply)  # params may be quantised as they were loaded
 
     def student(count: int, params: Any) -> tuple[Callable[[Any, Any], Any], Any]:
         smaller = type(loaded.model)(replace(loaded.config, num_hidden_layers=count))

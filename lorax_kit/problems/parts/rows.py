@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from lorax_kit.core.quantised import METHODS as QUANTISATIONS
 from lorax_kit.core.setting import is_int, shown
 from lorax_kit.data import Encode, Examples, evaluation_batches, read_rows, split_rows, training_stream
 from lorax_kit.errors import DataError, StudyError
@@ -30,6 +31,7 @@ class TextSettings(Settings):
     Args:
       data: a CSV, TSV, JSON Lines or Parquet file; what `val_data` and `test_data` do not give is split off it.
       model: what `load_model` takes: "minilm", "smollm2", a GGUF file or a Hugging Face folder.
+      quantise: "int8", "int4" or "nf4": keep the kernels of the model's layers in so many bits, as they are loaded.
       val_data, test_data: further files of the same columns.
       encoding: of the files, where they are text.
       batch_size: examples of a training batch.
@@ -42,6 +44,7 @@ class TextSettings(Settings):
 
     data: str
     model: str = "minilm"
+    quantise: str | None = None
     val_data: str | None = None
     test_data: str | None = None
     encoding: str = "utf-8"
@@ -60,6 +63,9 @@ class TextSettings(Settings):
         for name in ("data", "model", "encoding", *self.roles, *optional):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise StudyError(f"problem {name} is {shown(getattr(self, name))}; it must be a string.")
+        if self.quantise is not None and self.quantise not in QUANTISATIONS:
+            known = ", ".join(QUANTISATIONS)
+            raise StudyError(f"problem quantise is {shown(self.quantise)}; choose from {known}, or leave it out.")
         for name, low in (("batch_size", 1), ("length", 2), ("split_seed", 0)):
             x = getattr(self, name)
             if (name != "length" or x is not None) and (not is_int(x) or x < low):
@@ -87,16 +93,20 @@ class TextSettings(Settings):
         return {name: value for name, value in data.items() if value != default[name]}
 
 
-def load_kind(source: str, kind: str, task: str) -> Loaded:
-    """`load_model` of a kind of model.
+def load(settings: TextSettings, task: str, kind: str | None = None) -> Loaded:
+    """The model of a task, in the bits that it asks for.
+
+    Args:
+      kind: that the task needs; None: any.
 
     Raises:
       StudyError: the model is of another kind.
     """
-    loaded = load_model(source)
-    if loaded.kind != kind:
+    loaded = load_model(settings.model, quantise=settings.quantise)
+    if kind is not None and loaded.kind != kind:
         raise StudyError(
-            f"the task {task!r} needs a model of the kind {kind!r}; {source!r} ({loaded.family}) is of {loaded.kind!r}."
+            f"the task {task!r} needs a model of the kind {kind!r}; {settings.model!r} ({loaded.family}) is of "
+            f"{loaded.kind!r}."
         )
     return loaded
 

@@ -71,9 +71,10 @@ def shard_map(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
         whole: Any = None if x.scale is None else PartitionSpec()
         key: Any = None if x.key is None else PartitionSpec()
         rate: Any = None if x.rate is None else PartitionSpec()
+        layer: Any = None if x.layer is None else PartitionSpec()
         w: Any = spec
         a, b, gain = cut(x.a, 1), cut(x.b, 1), cut(x.gain, 0)
-        return replace(x, w=w, a=a, b=b, gain=gain, scale=whole, key=key, rate=rate)
+        return replace(x, w=w, a=a, b=b, gain=gain, scale=whole, key=key, rate=rate, layer=layer)
 
     # Where types do not tell along which axes data vary, those count that split an array: devices draw other masks.
     split: set[str] = set()
@@ -81,20 +82,26 @@ def shard_map(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
         if not isinstance(x, Weight) and not p["check_vma"]:
             split.update(name for names in spec for name in ((names,) if isinstance(names, str) else names or ()))
 
-    def body(*values: Any) -> tuple[Any, ...]:
+    def body(*values: Any) -> tuple[tuple[Any, ...], Any]:
         values = tuple(x.folded(frozenset(split)) if isinstance(x, Weight) else x for x in values)
-        return tuple(evaluate_arrays(replace(ctx, recompute=False), jaxpr, consts, values))
+        if ctx.shards is not None:
+            ctx.shards.begin(p["check_vma"])
+        out = tuple(evaluate_arrays(replace(ctx, recompute=False), jaxpr, consts, values))
+        return out, () if ctx.shards is None else ctx.shards.end()
 
     args = [replace(x, w=x.base(), source=None) if isinstance(x, Weight) else x for x in args]
     mapped = jax.shard_map(
         body,
         mesh=p["mesh"],
         in_specs=tuple(spec_of(x, spec) for x, spec in zip(args, p["in_specs"], strict=True)),
-        out_specs=tuple(p["out_specs"]),
+        out_specs=(tuple(p["out_specs"]), PartitionSpec()),
         axis_names=set(p["newly_manual_axes"] if "newly_manual_axes" in p else p["manual_axes"]),
         check_vma=p["check_vma"],
     )
-    return list(mapped(*args))
+    out, seen = mapped(*args)
+    if ctx.shards is not None:
+        ctx.shards.add(seen)
+    return list(out)
 
 
 @rule("pvary", "pcast")

@@ -34,7 +34,7 @@ def conv_general_dilated(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] |
         if ctx.tap is not None and p["batch_group_count"] == 1:
             own = tuple(sorted(ins, key=lambda d: weight.parts[0].dims[d]))
             patches = Partial(partial(_patches, shape=weight.shape, own=own, params=dict(p)))
-            x = ctx.tap(weight, (own, (out,), ()), x, patches)
+            x = ctx.tapped(eqn, weight, (own, (out,), ()), x, patches)
         return bind(eqn, [x, weight.w])
     if p["batch_group_count"] != 1:
         return "a convolution with batch groups"

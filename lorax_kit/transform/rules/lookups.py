@@ -80,7 +80,7 @@ def gather(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
             (y,) = bind(eqn, [weight.w, indices])
             if ctx.tap is not None:
                 looked_up = Partial(lambda indices, _: indices.reshape(-1), look.indices)
-                y = ctx.tap(weight, ((axis,), rest, ()), y, looked_up)
+                y = ctx.tapped(eqn, weight, ((axis,), rest, ()), y, looked_up)
             return [y]
         parts = tuple(p._replace(looked=(*p.looked, *p.dims[axis])) for p in weight.parts)
         return [_with_kept(_looked_up(eqn, replace(weight, parts=parts), indices, look), look)]

@@ -64,7 +64,7 @@ def dot_general(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
         if ctx.tap is not None:
             own = _in_own_order(weight, at)
             inputs = Partial(partial(_inputs_of, at=own))
-            x = ctx.tap(weight, (own.contract, own.free, own.batch), x, inputs)
+            x = ctx.tapped(eqn, weight, (own.contract, own.free, own.batch), x, inputs)
         return bind(eqn, [weight.w, x] if at.left else [x, weight.w])
     scaled = _scaled(weight, at)
     if scaled == "both":
