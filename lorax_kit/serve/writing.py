@@ -153,15 +153,13 @@ def _encoder(loaded: Loaded) -> Part:
         )
         return _mixed(found[1].cross)
 
-    return Part(
-        name="encoder", fn=compressed(run), inputs=inputs, outputs=tuple(_layered("read_", layers)), carried={}
-    )
+    return Part(name="encoder", fn=compressed(run), inputs=inputs, outputs=tuple(_layered("read_", layers)), carried={})
 
 
 def with_factors(part: Part, params: Params, sites: Collection[Site]) -> Part:
-    """The program with the factors of an adapter as further inputs, PATH/a (R, *stack, *in) and PATH/b (R, *stack, *out).
+    """The program with the factors of an adapter as further inputs.
 
-    What is added to a parameter is a^T b, its scale within b. The rank R varies: rows of zeros change nothing, so that
+    They are PATH/a (R, *stack, *in) and PATH/b (R, *stack, *out) of each site. What is added to a parameter is a^T b, its scale within b. The rank R varies: rows of zeros change nothing, so that
     sites whose ranks differ are filled up to the largest. Sites that the program does not read have no inputs.
     """
     read = parameters_read(part.fn, params, part.inputs)
