@@ -8,7 +8,7 @@ Shapes: B rows, T new tokens, P slots of the cache that are given, E tokens of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -159,8 +159,9 @@ def _encoder(loaded: Loaded) -> Part:
 def with_factors(part: Part, params: Params, sites: Collection[Site]) -> Part:
     """The program with the factors of an adapter as further inputs.
 
-    They are PATH/a (R, *stack, *in) and PATH/b (R, *stack, *out) of each site. What is added to a parameter is a^T b, its scale within b. The rank R varies: rows of zeros change nothing, so that
-    sites whose ranks differ are filled up to the largest. Sites that the program does not read have no inputs.
+    They are PATH/a (R, *stack, *in) and PATH/b (R, *stack, *out) of each site. What is added to a parameter is a^T b,
+    its scale within b. The rank R varies, and rows of zeros change nothing: sites whose ranks differ are filled up to
+    the largest. Sites that the program does not read have no inputs.
     """
     read = parameters_read(part.fn, params, part.inputs)
     adapted = [site for site in sites if site.path in read]
@@ -187,8 +188,3 @@ def with_factors(part: Part, params: Params, sites: Collection[Site]) -> Part:
         return part.fn(unflatten(named, treedef), *arrays[: len(part.inputs)])
 
     return replace(part, fn=fn, inputs=part.inputs | factors)
-
-
-def sizes_of(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, list[int | str]]:
-    """name -> sizes, those that vary by name."""
-    return {name: [n if isinstance(n, int) else str(n) for n in x.shape] for name, x in shapes.items()}
