@@ -113,7 +113,7 @@ def export_adapter(
         method, keep, healed = kept["method"], kept["keep"], kept["metric_healed"] is not None
     elif method is not None:
         keep = 1.0 if Method.parse(method).kind == "quantised" else check_share("keep", keep)
-        model = _compressed(subject, Method.parse(method), keep, batches, progress)
+        model = compressed_by(subject, Method.parse(method), keep, batches, progress=progress)
     if int8 and any(isinstance(x, Quantised) for x in flatten(model.params)[0].values()):
         raise ExportError("int8 quantises float params, and these are quantised already.\n  leave int8 out")
     about, texts = _texts(adapter, subject.problem.facts, model.params)
@@ -152,7 +152,8 @@ def export_adapter(
     return {**row, "path": str(path), "files": files}
 
 
-def _compressed(subject: Subject, method: Method, keep: float, batches: int, progress: bool) -> Small:
+def compressed_by(subject: Subject, method: Method, keep: float, batches: int, *, progress: bool) -> Small:
+    """The model made smaller by a method."""
     stats = statistics_for(subject, [method], batches, progress=progress)
     return finished(subject, method, smaller(subject, method, keep, stats, progress=progress))
 

@@ -13,9 +13,13 @@ import numpy as np
 from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.checkpoint.tensors import write_tensors
-from lorax_kit.commands.compress.methods import total_bytes
+from lorax_kit.commands.compress.compression import IN_TURN, load_small
+from lorax_kit.commands.compress.methods import Method, total_bytes
+from lorax_kit.commands.compress.subjects import subject_of
+from lorax_kit.commands.deployment import compressed_by
 from lorax_kit.commands.generation import Author, Origin, origin_of
 from lorax_kit.commands.writers_measured import SENTENCES, Sample, measured, samples_of
+from lorax_kit.compress.arguments import check_share
 from lorax_kit.core.merge import merge
 from lorax_kit.core.method import update_of
 from lorax_kit.core.paths import Params, flatten
@@ -146,6 +150,36 @@ def export_writer(
         (folder / DOCUMENT).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
     return {**row, "path": str(path), "files": sizes}
+
+
+def smaller_writer(
+    source: str | Path,
+    *,
+    method: str | None,
+    compressed: str | Path | None = None,
+    keep: float = 0.5,
+    targets: Sequence[str] = (),
+    batches: int = 16,
+) -> Params:
+    """The params of a model that writes, made smaller by a method, or by `lorax-kit compress --out` before.
+
+    Raises:
+      ExportError: both ways at once; a method that makes another model (a student).
+      CompressError: what compression raises.
+    """
+    if method is not None and compressed is not None:
+        raise ExportError("a model that is compressed already takes no method: give one of the two.")
+    subject = subject_of(source, targets=targets)
+    if compressed is not None:
+        kept, model = load_small(compressed, subject)
+        way = Method.parse(kept["method"].removesuffix(IN_TURN))
+    else:
+        way = Method.parse(str(method))
+        share = 1.0 if way.kind == "quantised" else check_share("keep", keep)
+        model = compressed_by(subject, way, share, batches, progress=True)
+    if way.kind == "student":
+        raise ExportError("a student is another model than its teacher: it is not exported to write.")
+    return model.params
 
 
 def add_adapter(source: str | Path, onto: str | Path, *, name: str | None = None, overwrite: bool = False) -> Path:

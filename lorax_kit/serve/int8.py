@@ -48,6 +48,7 @@ def in_blocks(source: Path, file: Path, tables: Collection[tuple[tuple[int, ...]
 
     def quantised(node: Any) -> Iterator[Any]:
         settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        options: dict[str, Any]
         matrix = node.input[0] if node.op_type == "Gather" else node.input[1] if len(node.input) > 1 else ""
         if matrix not in stored:
             yield node

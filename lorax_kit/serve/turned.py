@@ -36,11 +36,8 @@ def turned(params: Params) -> Params:
     def one(x: Any) -> Any:
         if not isinstance(x, LowRank) or x.stack or not all(_floats(y) for y in (x.a, x.b)):
             return x
-        a, b = (np.asarray(y, np.float64).reshape(len(y), -1) for y in (x.a, x.b))
-        new = _turned(a, b)
-        return replace(
-            x, **{n: y.reshape(o.shape).astype(o.dtype) for n, y, o in zip("ab", new, (x.a, x.b), strict=True)}
-        )
+        a, b = _turned(*(np.asarray(y, np.float64).reshape(len(y), -1) for y in (x.a, x.b)))
+        return replace(x, a=a.reshape(x.a.shape).astype(x.a.dtype), b=b.reshape(x.b.shape).astype(x.b.dtype))
 
     return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, LowRank))
 

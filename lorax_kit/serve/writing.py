@@ -146,7 +146,7 @@ def _encoder(loaded: Loaded) -> Part:
     def run(params: Params, ids: Array, mask: Array) -> tuple[Array, ...]:
         hidden = loaded.model.apply({"params": params}, ids, mask, method="encode")
         cache = loaded.model.empty_cache(ids.shape[0], 1)  # type: ignore[attr-defined]
-        first = jnp.full((ids.shape[0], 1), loaded.special.start, jnp.int32)
+        first = jnp.full((ids.shape[0], 1), loaded.special.start or 0, jnp.int32)
         # The decoder reads a token only for the keys and values that it forms of `hidden`: the rest is left out.
         found: Any = loaded.model.apply(
             {"params": params}, first, jnp.ones_like(first), hidden, mask, cache, method="decode"
