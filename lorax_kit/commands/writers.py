@@ -127,7 +127,7 @@ def export_writer(
         if separate:
             (folder / ADAPTERS).mkdir()
             write_tensors(folder / ADAPTERS / f"{name}.safetensors", arrays, {})
-        runner = load_parts(folder, parts, files, origin.loaded.special.start, arrays)
+        runner = load_parts(folder, parts, files, origin.loaded, arrays)
         row = {
             "format": form,
             "int8": int8,

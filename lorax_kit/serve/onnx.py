@@ -23,7 +23,6 @@ from lorax_kit.core.paths import Params, flatten
 from lorax_kit.errors import ExportError
 from lorax_kit.serve.int8 import in_blocks, mark, with_activations
 from lorax_kit.serve.program import first_line, program
-from lorax_kit.serve.turned import turned
 
 
 def check_installed() -> None:
@@ -50,8 +49,7 @@ def save_onnx(
       fn, params, inputs: as `lorax_kit.serve.program.program` takes them: sizes of the inputs may be symbolic.
       outputs: a name for each array that `fn` returns.
       int8: matrices in 8 bits with a scale for each of their outputs, looked-up tables with one, but in fp32 those
-        whose entries differ too much for one; activations are quantised as they come. The factors of `LowRank` params
-        are turned first, so that their rounding costs least (`lorax_kit.serve.turned`).
+        whose entries differ too much for one; activations are quantised as they come.
       blocks: of int8, a scale for each 64 inputs instead, and of tables, too: closer, as fast for one token at a time,
         and slower for batches.
       overwrite: replace an existing file; otherwise it is an error.
@@ -69,7 +67,6 @@ def save_onnx(
     path = Path(file).absolute()
     refuse_existing(path, overwrite, None, "file")
     check_installed()
-    params = turned(params) if int8 else params
     traced = program(fn, params, inputs)
     if len(outputs) != traced.outputs or len(set(outputs)) != len(outputs):
         raise ExportError(f"the function returns {traced.outputs} arrays, and `outputs` names {list(outputs)}.")

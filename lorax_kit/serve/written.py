@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorax_kit.core.paths import Params
+from lorax_kit.models import Loaded
 from lorax_kit.serve.onnx import load_onnx, save_onnx
 from lorax_kit.serve.stablehlo import load_stablehlo, save_stablehlo
 from lorax_kit.serve.writing import Part
@@ -76,18 +77,21 @@ class Runner(NamedTuple):
       runs: name -> `run(*arrays)`.
       factors: of an adapter, input -> array; {} where it is merged.
       start: the first token of what an encoder-decoder writes.
+      longest: tokens of the longest text; None: there is no limit.
     """
 
     parts: Sequence[Part]
     runs: Mapping[str, Callable[..., Sequence[Any]]]
     factors: Mapping[str, np.ndarray]
     start: int | None
+    longest: int | None = None
 
     def begin(self, ids: np.ndarray, mask: np.ndarray, new: int) -> tuple[np.ndarray, dict[str, Any]]:
         """Logits (B, V) after prompts (B, T), padding on the left, and what `step` takes; `new` tokens may follow."""
         decoder, held = self.parts[-1], dict(self.factors)
         rows, slots, length = len(ids), new + (ids.shape[1] if len(self.parts) == 1 else 1), ids.shape[1]
-        sizes = {"batch": rows, "past": 0, "slots": -(-slots // 32) * 32, "length": length}
+        slots = min(-(-slots // 32) * 32, self.longest or 2**31)
+        sizes = {"batch": rows, "past": 0, "slots": slots, "length": length}
         for name in decoder.carried.values():
             x = decoder.inputs[name]
             held[name] = np.zeros([n if isinstance(n, int) else sizes[str(n)] for n in x.shape], x.dtype)
@@ -119,11 +123,16 @@ class Runner(NamedTuple):
 
 
 def load_parts(
-    folder: Path, parts: Sequence[Part], files: Mapping[str, str], start: int | None, factors: Mapping[str, np.ndarray]
+    folder: Path,
+    parts: Sequence[Part],
+    files: Mapping[str, str],
+    loaded: Loaded,
+    factors: Mapping[str, np.ndarray] | None = None,
 ) -> Runner:
-    """What `save_parts` wrote, on this machine."""
+    """What `save_parts` wrote of a model, on this machine."""
     load: Any = load_onnx if all(name.endswith(".onnx") for name in files.values()) else load_stablehlo
-    return Runner(parts, {name: load(folder / file) for name, file in files.items()}, factors, start)
+    runs = {name: load(folder / file) for name, file in files.items()}
+    return Runner(parts, runs, factors or {}, loaded.special.start, loaded.positions)
 
 
 def adapter_arrays(parts: Sequence[Part], factors: Mapping[str, tuple[Any, Any]]) -> dict[str, np.ndarray]:
