@@ -3,6 +3,10 @@
 With activations: products of integers, a scale for each output; the fastest on batches. In blocks: a scale for each 64
 inputs of an output, for ONNX Runtime's MatMulNBits, which rounds activations by blocks, too: as fast on a token at a
 time, and closer. SmolLM2's perplexity on plays, 51.02 in fp32, becomes 53.89 with activations and 50.84 in blocks.
+
+Low-rank factors need no more than blocks: the logits of a MiniLM whose kernels are halved differ by 0.019 (root mean
+square; with activations by 0.089), and by 0.022 where the components of a product are made as large as each other
+first, by scales or by a rotation.
 """
 
 from __future__ import annotations
