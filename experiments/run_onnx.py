@@ -205,12 +205,10 @@ class Packaged:
             sys.exit(f"{file} is neither WordPiece nor byte-level BPE: it needs `pip install tokenizers`.")
         self.inner = Tokenizer.from_file(str(file))
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        """Ids of a text."""
+    def encode(self, text: str, special: bool) -> list[int]:
         return self.inner.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens left out."""
         return self.inner.decode(list(ids))
 
 
@@ -297,7 +295,6 @@ def _session(file: Path) -> Any:
 
 
 def write(folder: Path, document: dict[str, Any], texts: Sequence[str], options: argparse.Namespace) -> None:
-    """Print what follows each text."""
     tokenizer, writer, laid = (
         load_tokenizer(folder, document),
         Writer(folder, document, options.adapter),
@@ -307,12 +304,15 @@ def write(folder: Path, document: dict[str, Any], texts: Sequence[str], options:
         ids = tokenizer.encode(f"{laid['before']}{text}{laid['after']}", laid["special_tokens"])
         if not ids:
             sys.exit(f"{text!r} has no tokens: there is nothing to go on from.")
-        new = writer.tokens(ids, options.max_new_tokens, options.temperature, options.seed)
+        longest = document["max_length"] or sys.maxsize
+        room = longest - (0 if "encoder" in document["parts"] else len(ids))
+        if room < 1 or len(ids) > longest:
+            sys.exit(f"a prompt has {len(ids)} tokens, and the model {longest} positions.")
+        new = writer.tokens(ids, min(options.max_new_tokens, room), options.temperature, options.seed)
         print(tokenizer.decode(list(new)))
 
 
 def classify(folder: Path, document: dict[str, Any], texts: Sequence[str]) -> None:
-    """Print each text's label and its probability."""
     tokenizer, session = load_tokenizer(folder, document), _session(folder / document["file"])
     rows = [tokenizer.encode(text, document["max_length"]) for text in texts]
     ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
