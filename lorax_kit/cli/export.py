@@ -156,3 +156,23 @@ def _writer(source: str, as_json: bool, options: dict[str, Any]) -> None:
     shown = ("format", "int8", "bytes", "tokens_equal", "perplexity_jax", "perplexity", "latency_jax_ms", "latency_ms")
     click.echo(table([row], shown))
     click.echo(f"{row['prompts']} prompts, {row['tokens']:,} tokens told; {', '.join(row['files'])} in {row['path']}")
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False))
+@click.option("--out", type=click.Path(dir_okay=False), help="An HTML page of the same table.")
+@click.option("--overwrite", is_flag=True, help="Replace the page.")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+def exports(folders: tuple[str, ...], out: str | None, overwrite: bool, as_json: bool) -> None:
+    """Compare exports by size, quality and latency, as each measured when it was written.
+
+    FOLDERS are what `lorax-kit export` wrote.
+    """
+    from lorax_kit.benchmarks import table
+    from lorax_kit.report.exports import COLUMNS, export_rows, exports_page
+
+    rows = export_rows(folders) if out is None else exports_page(folders, out, overwrite=overwrite)
+    if as_json:
+        echo(rows)
+    else:
+        click.echo(table(rows, COLUMNS))
