@@ -227,12 +227,12 @@ def read_factors(file: Path) -> dict[str, np.ndarray]:
     content = file.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    places = {name: (x["data_offsets"][0], x["shape"]) for name, x in header.items()}
+    whole = content[start:]
     return {
-        name: np.frombuffer(
-            content[start:], "<f4", count=int(np.prod(x["shape"])), offset=x["data_offsets"][0]
-        ).reshape(x["shape"])
-        for name, x in header.items()
-        if name != "__metadata__"
+        name: np.frombuffer(whole, "<f4", int(np.prod(shape)), at).reshape(shape)
+        for name, (at, shape) in places.items()
     }
 
 
@@ -338,10 +338,9 @@ def main(argv: Sequence[str]) -> None:
     texts = options.texts or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not texts:
         sys.exit("no text: give texts as arguments, or one per line on the standard input.")
-    try:
-        document = json.loads((options.folder / "export.json").read_text(encoding="utf-8"))
-    except OSError as e:
-        sys.exit(f"{options.folder} is no folder of lorax-kit export: {e}")
+    if not (options.folder / "export.json").is_file():
+        sys.exit(f"{options.folder} is no folder of lorax-kit export: it has no export.json.")
+    document = json.loads((options.folder / "export.json").read_text(encoding="utf-8"))
     if document["format"] != "onnx":
         sys.exit(f"{options.folder} holds {document['format']}; this runs what `lorax-kit export --format onnx` wrote.")
     if "parts" in document:

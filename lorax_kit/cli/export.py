@@ -17,8 +17,9 @@ from lorax_kit.cli.root import cli, echo, refuse_given
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["safetensors", "stablehlo", "onnx"]),
-    help="Params alone; a program for jax alone; a model for ONNX Runtime (the export extra).",
+    type=click.Choice(["safetensors", "stablehlo", "onnx", "litert"]),
+    help="Params alone; a program for jax alone; a model for ONNX Runtime (the export extra); of models that "
+    "write, one for LiteRT (the litert extra).",
 )
 @click.option(
     "--problem", metavar="MODULE:OBJECT", default=None, help="The problem; default: the one it was trained on."
@@ -62,6 +63,9 @@ from lorax_kit.cli.root import cli, echo, refuse_given
     help="Instead of --out: add ADAPTER, as a file, to an export with separate adapters.",
 )
 @click.option(
+    "--slots", type=click.IntRange(2), default=256, show_default=True, help="Of LiteRT: tokens of the longest text."
+)
+@click.option(
     "--texts", type=click.Path(exists=True, dir_okay=False), help="A file of texts to measure a model that writes on."
 )
 @click.option(
@@ -99,6 +103,8 @@ def export(adapter: str | None, model: str | None, onto: str | None, as_json: bo
         refuse_given({"keep": "--keep", "targets": "--target", "batches": "--batches"}, "--method")
     if options["form"] != "stablehlo":
         refuse_given({"platforms": "--platform"}, "--format stablehlo")
+    if options["form"] != "litert":
+        refuse_given({"slots": "--slots"}, "--format litert")
     if model is not None or (options["problem"] is None and options["form"] != "safetensors" and writes(str(adapter))):
         _writer(str(model or adapter), as_json, options)
     else:
@@ -115,7 +121,9 @@ def _whole(adapter: str, as_json: bool, options: dict[str, Any]) -> None:
     method = options["method"]
     if method in QUANTISATIONS:
         refuse_given({"keep": "--keep"}, f"methods that leave something out: {method} keeps all")
-    row = export_adapter(adapter, **{name: x for name, x in options.items() if name not in ("adapters", "texts")})
+    row = export_adapter(
+        adapter, **{name: x for name, x in options.items() if name not in ("adapters", "texts", "slots")}
+    )
     if as_json:
         echo(row)
         return
@@ -141,14 +149,14 @@ def _writer(source: str, as_json: bool, options: dict[str, Any]) -> None:
         names = ("method", "compressed", "keep", "targets", "batches")
         params = smaller_writer(source, **{name: options[name] for name in names})
     lines = [] if options["texts"] is None else Path(options["texts"]).read_text(encoding="utf-8").splitlines()
-    names = ("form", "int8", "platforms", "rounds", "overwrite")
+    kept = ("form", "int8", "platforms", "slots", "rounds", "overwrite")
     row = export_writer(
         source,
         options["out"],
         separate=options["adapters"] == "separate",
         params=params,
         texts=[line for line in lines if line.strip()],
-        **{name: options[name] for name in names},
+        **{name: options[name] for name in kept},
     )
     if as_json:
         echo(row)

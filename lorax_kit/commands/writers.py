@@ -30,11 +30,12 @@ from lorax_kit.json_text import read_json
 from lorax_kit.problem.base import cast
 from lorax_kit.problems import problem_of
 from lorax_kit.problems.packaged.sentiment import adapter_folder
-from lorax_kit.serve.onnx import check_installed
+from lorax_kit.serve import litert, onnx
 from lorax_kit.serve.writing import parts_of, with_factors
-from lorax_kit.serve.written import adapter_arrays, described, load_parts, save_parts
+from lorax_kit.serve.written import adapter_arrays, described, load_parts, one_at_a_time, save_parts
 from lorax_kit.version import __version__
 
+FORMATS = ("onnx", "stablehlo", "litert")
 DOCUMENT, TOKENIZER, ADAPTERS = "export.json", "tokenizer.json", "adapters"
 TASKS = ("lm", "language", "chat", "translate", "plays")
 """Problems whose adapters are of models that write."""
@@ -61,6 +62,7 @@ def export_writer(
     params: Params = None,
     texts: Sequence[str] = (),
     platforms: Sequence[str] = ("cpu",),
+    slots: int = 256,
     new: int = 16,
     rounds: int = 15,
     overwrite: bool = False,
@@ -69,15 +71,16 @@ def export_writer(
 
     Args:
       source: an adapter of a language, chat or translation task, or what `load_model` takes.
-      out: folder to create: decoder.onnx or decoder.stablehlo (of an encoder-decoder encoder.*, too, and weights.bin),
+      out: folder to create: decoder.onnx, .stablehlo or .tflite (of an encoder-decoder encoder.* and weights.bin, too),
         tokenizer.json, export.json, and with `separate` adapters/NAME.safetensors.
-      form: "onnx" or "stablehlo".
+      form: "onnx", "stablehlo", or "litert", whose program reads one token of one text.
       int8: of ONNX, weights in 8 bits, a scale for each 64 inputs.
       separate: the programs hold the base alone, and an adapter's factors are inputs: one base serves many adapters.
         False: the adapter is merged.
       params: other params of the same model, compressed ones among them, in place of the merged; None: those.
       texts: to measure on; default: the test rows of an adapter's problem, else twenty sentences.
       platforms: that StableHLO is lowered for.
+      slots: of LiteRT, tokens of the longest text.
       new: tokens to write after each prompt while measuring.
       rounds: alternating rounds of latency, JAX against the exported decoder; 0 leaves latency out.
       overwrite: replace an earlier export; otherwise it is an error.
@@ -93,12 +96,15 @@ def export_writer(
       AdapterError, LoraxError: as `origin_of`; `out` exists.
     """
     path = Path(out).absolute()
-    if form not in ("onnx", "stablehlo"):
-        raise ExportError(f"format {form!r} is none of a model that writes; choose from onnx, stablehlo.")
+    if form not in FORMATS:
+        raise ExportError(f"format {form!r} is none of a model that writes; choose from {', '.join(FORMATS)}.")
     if int8 and form != "onnx":
         raise ExportError(f"int8 is a form of onnx, not of {form}.")
-    if form == "onnx":
-        check_installed()
+    if separate and form == "litert":
+        raise ExportError("LiteRT has one size of everything: an adapter of any rank goes with onnx or stablehlo.")
+    for name, check in (("onnx", onnx.check_installed), ("litert", litert.check_installed)):
+        if form == name:
+            check()
     refuse_existing(path, overwrite, DOCUMENT, "export")
     origin = origin_of(source)
     if separate and (origin.adapter is None or params is not None):
@@ -118,7 +124,11 @@ def export_writer(
     author = Author(
         origin.loaded, Writer(decoder_of(origin.loaded), origin.loaded.tokenizer), whole, asking=origin.asking
     )
-    samples = _samples(origin, source, author, texts)
+    longest = origin.loaded.positions
+    if form == "litert":
+        longest = min(slots, longest or slots)
+        parts = one_at_a_time(parts, longest)
+    samples = _samples(origin, source, author, texts, longest)
     with staged(path, overwrite) as folder:
         folder.mkdir()
         files = save_parts(folder, parts, stored, form, int8=int8, platforms=platforms)
@@ -138,7 +148,7 @@ def export_writer(
             },
             "adapter_bytes": None if origin.adapter is None else adapter_bytes(adapter_folder(source)),
             "params_bytes": total_bytes(stored),
-            **measured(author, runner, samples, new=new, rounds=rounds),
+            **measured(author, runner, samples, longest=longest, new=new, rounds=rounds),
         }
         document = {
             "lorax_kit": __version__,
@@ -146,7 +156,10 @@ def export_writer(
             "writes": origin.loaded.kind,
             "parts": described(parts, files),
         }
-        document |= _about(author) | {"adapters": [name] if separate else [], "measured": row}
+        document |= _about(author, longest) | {
+            "adapters": [name] if separate else [],
+            "measured": row,
+        }
         (folder / DOCUMENT).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
     return {**row, "path": str(path), "files": sizes}
@@ -267,14 +280,16 @@ def _restored(params: Params) -> Params:
     return jax.tree.map(whole, params, is_leaf=lambda x: isinstance(x, Quantised))
 
 
-def _samples(origin: Origin, source: str | Path, author: Author, texts: Sequence[str]) -> list[Sample]:
+def _samples(
+    origin: Origin, source: str | Path, author: Author, texts: Sequence[str], longest: int | None
+) -> list[Sample]:
     """What is measured on: texts, else the test rows, else sentences."""
     if texts or origin.adapter is None:
-        return samples_of(author, texts or SENTENCES)
-    return samples_of(author, problem_of(adapter_folder(source)).test)
+        return samples_of(author, texts or SENTENCES, longest)
+    return samples_of(author, problem_of(adapter_folder(source)).test, longest)
 
 
-def _about(author: Author) -> dict[str, Any]:
+def _about(author: Author, longest: int | None) -> dict[str, Any]:
     """What export.json says of texts: how a prompt is laid out, and which tokens mean what.
 
     Raises:
@@ -293,5 +308,5 @@ def _about(author: Author) -> dict[str, Any]:
         "eos": list(loaded.special.eos),
         "pad": loaded.special.pad or 0,
         "start": loaded.special.start,
-        "max_length": loaded.positions,
+        "max_length": longest,
     }

@@ -59,7 +59,7 @@ class Sample(NamedTuple):
     weight: list[int]
 
 
-def samples_of(author: Author, source: Iterable[Any]) -> list[Sample]:
+def samples_of(author: Author, source: Iterable[Any], longest: int | None = None) -> list[Sample]:
     """Up to twenty samples of texts, or of the batches of a task: what is told counts, what comes before is the prompt.
 
     Raises:
@@ -80,8 +80,9 @@ def samples_of(author: Author, source: Iterable[Any]) -> list[Sample]:
             for ids, mask, marks in zip(one.ids, one.mask, told, strict=True):
                 kept = np.asarray(mask) > 0
                 out.append(_sample([int(i) for i in ids[kept]], [int(i) for i in marks[kept]], "decoder"))
-    most = author.loaded.positions or 2**31
-    good = [s for s in out if s.prompt and any(s.weight) and len(s.prompt) + len(s.target) <= most]
+    two, most = author.loaded.kind == "encoder-decoder", longest or 2**31
+    lengths = [max(len(s.prompt), len(s.target)) if two else len(s.prompt) + len(s.target) for s in out]
+    good = [s for s, n in zip(out, lengths, strict=True) if s.prompt and any(s.weight) and n <= most]
     if not good:
         raise ExportError("no text is long enough to measure on: each needs a token to read and one to tell.")
     return good[:MOST]
@@ -96,7 +97,9 @@ def _sample(ids: list[int], told: list[int], kind: str) -> Sample:
     return Sample(ids[:first], ids[first:][:LONGEST], told[first:][:LONGEST])
 
 
-def measured(author: Author, runner: Runner, samples: Sequence[Sample], *, new: int, rounds: int) -> dict[str, Any]:
+def measured(
+    author: Author, runner: Runner, samples: Sequence[Sample], *, longest: int | None, new: int, rounds: int
+) -> dict[str, Any]:
     """Tokens, perplexity and latency of exported programs beside JAX's.
 
     Returns:
@@ -104,9 +107,9 @@ def measured(author: Author, runner: Runner, samples: Sequence[Sample], *, new: 
       `perplexity_jax, perplexity, perplexity_ratio`; `max_difference` (of a token's log-probability);
       `latency_jax_ms, latency_ms, latency_ratio` (of one token after a prompt of 32).
     """
-    longest = author.loaded.positions or 2**31
+    most = longest or 2**31
     alone = author.loaded.kind == "encoder-decoder"
-    new = max(1, min(new, *(longest - (0 if alone else len(s.prompt)) for s in samples)))
+    new = max(1, min(new, *(most - (0 if alone else len(s.prompt)) for s in samples)))
     ours = author.writer(author.params, [s.prompt for s in samples], max_new_tokens=new)
     ids, mask = _padded([s.prompt for s in samples], author.loaded.special.pad or 0)
     theirs = runner.greedy(ids, mask, new)
@@ -124,7 +127,7 @@ def measured(author: Author, runner: Runner, samples: Sequence[Sample], *, new: 
         "perplexity": perplexity,
         "perplexity_ratio": perplexity / perplexity_jax,
         "max_difference": float(np.abs(jaxs - exported).max()),
-        **_latency(author, runner, samples[0].prompt, rounds),
+        **_latency(author, runner, samples[0].prompt, longest, rounds),
     }
 
 
@@ -185,14 +188,14 @@ def _told(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return logits[np.arange(len(logits)), tokens] - total
 
 
-def _latency(author: Author, runner: Runner, prompt: Sequence[int], rounds: int) -> dict[str, Any]:
+def _latency(author: Author, runner: Runner, prompt: Sequence[int], longest: int | None, rounds: int) -> dict[str, Any]:
     """Milliseconds of one token after a prompt of up to 32, in JAX and exported, a row alone."""
     if not rounds:
         return dict.fromkeys(("latency_jax_ms", "latency_ms", "latency_ratio"))
-    prompt = (list(prompt) * 32)[: min(32, (author.loaded.positions or 64) // 2)]
+    prompt = (list(prompt) * 32)[: min(32, (longest or 64) // 2)]
     ids, mask = _padded([prompt], 0)
     decoder, one = author.writer.decoder, (ids[:, :1], np.ones((1, 1), np.int32))
-    slots = min(-(-(len(prompt) + 1) // 32) * 32, author.loaded.positions or 2**31)
+    slots = min(-(-(len(prompt) + 1) // 32) * 32, longest or 2**31)
     _, cache = jax.jit(decoder.begin, static_argnums=3)(author.params, ids, mask, slots)
     step = jax.jit(decoder.step)
     _, held = runner.begin(ids, mask, 1)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from lorax_kit.core.paths import Params
 from lorax_kit.models import Loaded
+from lorax_kit.serve.litert import load_litert, save_litert
 from lorax_kit.serve.onnx import load_onnx, save_onnx
 from lorax_kit.serve.stablehlo import load_stablehlo, save_stablehlo
 from lorax_kit.serve.writing import Part
@@ -21,24 +24,36 @@ SHARED = 4096
 """Bytes from which on an array is stored apart from the program."""
 
 
+def one_at_a_time(parts: Sequence[Part], slots: int) -> list[Part]:
+    """The same programs for sizes that are fixed: one row, one token, and texts of so many tokens."""
+    sizes = {"batch": 1, "tokens": 1, "slots": slots, "length": slots}
+
+    def fixed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(tuple(n if isinstance(n, int) else sizes[str(n)] for n in x.shape), x.dtype)
+
+    return [replace(part, inputs={name: fixed(x) for name, x in part.inputs.items()}) for part in parts]
+
+
 def save_parts(
     folder: Path, parts: Sequence[Part], params: Params, form: str, *, int8: bool = False, platforms: Sequence[str] = ()
 ) -> dict[str, str]:
     """Write each program to NAME.FORM in an existing folder; of several ONNX programs the weights once, beside them.
 
     Args:
-      form: "onnx" or "stablehlo".
+      form: "onnx", "stablehlo", or, of parts of fixed sizes, "litert", whose files end in .tflite.
       int8: of ONNX, weights in 8 bits in blocks.
       platforms: that StableHLO is lowered for.
 
     Returns:
       name of a part -> its file's name.
     """
-    files = {part.name: f"{part.name}.{form}" for part in parts}
+    files = {part.name: f"{part.name}.{'tflite' if form == 'litert' else form}" for part in parts}
     for part in parts:
         file = folder / files[part.name]
         if form == "onnx":
             save_onnx(file, part.fn, params, part.inputs, outputs=part.outputs, int8=int8, blocks=True)
+        elif form == "litert":
+            save_litert(file, part.fn, params, part.inputs, outputs=part.outputs)
         else:
             save_stablehlo(file, part.fn, params, part.inputs, platforms=platforms)
     if form == "onnx" and len(parts) > 1:
@@ -88,21 +103,52 @@ class Runner(NamedTuple):
 
     def begin(self, ids: np.ndarray, mask: np.ndarray, new: int) -> tuple[np.ndarray, dict[str, Any]]:
         """Logits (B, V) after prompts (B, T), padding on the left, and what `step` takes; `new` tokens may follow."""
-        decoder, held = self.parts[-1], dict(self.factors)
+        if self.fixed:
+            found = [self._read_alone(row[on > 0]) for row, on in zip(ids, mask, strict=True)]
+            return np.concatenate([logits for logits, _ in found]), {"rows": [held for _, held in found]}
         rows, slots, length = len(ids), new + (ids.shape[1] if len(self.parts) == 1 else 1), ids.shape[1]
         slots = min(-(-slots // 32) * 32, self.longest or 2**31)
-        sizes = {"batch": rows, "past": 0, "slots": slots, "length": length}
-        for name in decoder.carried.values():
-            x = decoder.inputs[name]
-            held[name] = np.zeros([n if isinstance(n, int) else sizes[str(n)] for n in x.shape], x.dtype)
+        held = self._empty({"batch": rows, "past": 0, "slots": slots, "length": length})
         if len(self.parts) > 1:
             held |= self._run(self.parts[0], {**held, "ids": ids, "mask": mask}) | {"read": mask != 0}
             ids = np.full((rows, 1), self.start, np.int32)
             mask = np.ones_like(ids)
-        return self.step(ids, mask, held)
+        return self._step(ids, mask, held)
 
     def step(self, ids: np.ndarray, mask: np.ndarray, held: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
         """Logits (B, V) after one more token a row, (B, 1)."""
+        if not self.fixed:
+            return self._step(ids, mask, held)
+        found = [self._step(ids[i : i + 1], mask[i : i + 1], own) for i, own in enumerate(held["rows"])]
+        return np.concatenate([logits for logits, _ in found]), {"rows": [own for _, own in found]}
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the programs take a row alone, token by token."""
+        return all(isinstance(n, int) for n in self.parts[-1].inputs["ids"].shape)
+
+    def _read_alone(self, ids: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+        """One row, token by token; what an encoder reads is padded to its size."""
+        held, logits = self._empty({}), np.zeros((1, 0))
+        if len(self.parts) > 1:
+            whole = np.zeros(self.parts[0].inputs["ids"].shape, np.int32)
+            mask = np.zeros_like(whole)
+            whole[0, whole.shape[1] - len(ids) :], mask[0, whole.shape[1] - len(ids) :] = ids, 1
+            held |= self._run(self.parts[0], {**held, "ids": whole, "mask": mask}) | {"read": mask != 0}
+            ids = np.asarray([self.start])
+        for token in ids:
+            logits, held = self._step(np.asarray([[token]], np.int32), np.ones((1, 1), np.int32), held)
+        return logits, held
+
+    def _empty(self, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """A cache that has read nothing, and the adapter."""
+        inputs, held = self.parts[-1].inputs, dict[str, Any](self.factors)
+        for name in self.parts[-1].carried.values():
+            shape = [n if isinstance(n, int) else sizes[str(n)] for n in inputs[name].shape]
+            held[name] = np.zeros(shape, inputs[name].dtype)
+        return held
+
+    def _step(self, ids: np.ndarray, mask: np.ndarray, held: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
         decoder = self.parts[-1]
         found = self._run(decoder, {**held, "ids": ids, "mask": mask})
         after = {name: found[output] for output, name in decoder.carried.items()}
@@ -130,9 +176,14 @@ def load_parts(
     factors: Mapping[str, np.ndarray] | None = None,
 ) -> Runner:
     """What `save_parts` wrote of a model, on this machine."""
-    load: Any = load_onnx if all(name.endswith(".onnx") for name in files.values()) else load_stablehlo
-    runs = {name: load(folder / file) for name, file in files.items()}
+    runs = {part.name: _load(folder / files[part.name], part) for part in parts}
     return Runner(parts, runs, factors or {}, loaded.special.start, loaded.positions)
+
+
+def _load(file: Path, part: Part) -> Callable[..., Sequence[Any]]:
+    if file.suffix == ".tflite":
+        return load_litert(file, part.outputs)
+    return load_onnx(file) if file.suffix == ".onnx" else load_stablehlo(file)
 
 
 def adapter_arrays(parts: Sequence[Part], factors: Mapping[str, tuple[Any, Any]]) -> dict[str, np.ndarray]:
