@@ -227,13 +227,12 @@ def read_factors(file: Path) -> dict[str, np.ndarray]:
     content = file.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
-    header.pop("__metadata__", None)
-    places = {name: (x["data_offsets"][0], x["shape"]) for name, x in header.items()}
-    whole = content[start:]
-    return {
-        name: np.frombuffer(whole, "<f4", int(np.prod(shape)), at).reshape(shape)
-        for name, (at, shape) in places.items()
-    }
+    out, whole = {}, content[start:]
+    for name, x in header.items():
+        if name != "__metadata__":
+            count, at = int(np.prod(x["shape"])), x["data_offsets"][0]
+            out[name] = np.frombuffer(whole, "<f4", count, at).reshape(x["shape"])
+    return out
 
 
 class Writer:
@@ -246,9 +245,10 @@ class Writer:
         # Without an adapter a row of zeros each.
         self.factors = {name: np.zeros((1, *x["shape"][1:]), np.float32) for name, x in inputs if "/" in name}
         if adapter is not None:
-            if not self.factors:
-                sys.exit(f"{folder} holds a merged model: it takes no adapter.")
-            self.factors = read_factors(folder / "adapters" / f"{adapter}.safetensors")
+            file = folder / "adapters" / f"{adapter}.safetensors"
+            if not self.factors or not file.is_file():
+                sys.exit(f"{folder} has no adapter {adapter!r}, or holds a merged model.")
+            self.factors = read_factors(file)
 
     def tokens(self, ids: Sequence[int], new: int, temperature: float, seed: int) -> Iterator[int]:
         """Tokens after a prompt, up to one that ends a text."""

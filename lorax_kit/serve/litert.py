@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from lorax_kit.checkpoint.staging import refuse_existing, staged
@@ -62,11 +63,19 @@ def save_litert(
     from jax.experimental import jax2tf
 
     names = [f"x{i}" for i in range(len(traced.inputs))]  # a signature's names are Python's
-    run = jax2tf.convert(lambda *arrays: dict(zip(outputs, traced.run(*arrays), strict=True)), with_gradient=False)
     given = [tf.TensorSpec(x.shape, x.dtype, name=name) for name, x in zip(names, traced.inputs.values(), strict=True)]
+    leaves, treedef = jax.tree.flatten(params)
+
+    def run(leaves: Any, *arrays: Any) -> dict[str, Any]:
+        found = jax.tree.leaves(fn(jax.tree.unflatten(treedef, leaves), *arrays))
+        return dict(zip(outputs, found, strict=True))
+
     try:
         module = tf.Module()
-        module.run = tf.function(run, autograph=False, jit_compile=True)
+        # As variables, which the converter freezes: constants within the StableHLO of a large model take it minutes.
+        module.weights = [tf.Variable(np.asarray(x), trainable=False) for x in leaves]
+        converted_run = jax2tf.convert(run, with_gradient=False)
+        module.run = tf.function(lambda *x: converted_run(module.weights, *x), autograph=False, jit_compile=True)
         concrete = module.run.get_concrete_function(*given)
         converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete], module)
         converted = converter.convert()

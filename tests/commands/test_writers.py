@@ -108,6 +108,25 @@ def test_an_adapter_is_laid_out_as_in_its_training_and_served_beside_its_base(ad
     assert "take no adapters" in capsys.readouterr().err
 
 
+def test_a_compressed_model_is_exported_to_write_and_compared(adapters, tmp_path, capsys):
+    halved = ["--method", "svd", "--keep", "0.5", "--batches", "1"]
+    for name, chosen in {"whole": [], "half": halved}.items():
+        row = export(capsys, adapters / "r2", "--format", "stablehlo", *chosen, "--rounds", "0", "--out",
+                     tmp_path / name)  # fmt: skip
+        assert row["tokens_equal"] == 1.0
+    folders = [str(tmp_path / name) for name in ("whole", "half")]
+    main(["exports", *folders, "--out", str(tmp_path / "page.html"), "--json"])
+    whole, half = json.loads(capsys.readouterr().out)
+    assert half["params_bytes"] < whole["params_bytes"]
+    assert half["jax"] == pytest.approx(half["exported"], rel=1e-4)
+    assert half["jax"] != pytest.approx(whole["jax"], rel=1e-4)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<td class="text">stablehlo</td>') == 2
+    with pytest.raises(SystemExit):
+        main(["exports", str(tmp_path)])
+    assert "is no folder of `lorax-kit export`" in capsys.readouterr().err
+
+
 def alone(*argv):
     """The script in a process that cannot import jax, the project or tokenizers."""
     code = f"""

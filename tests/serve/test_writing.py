@@ -1,20 +1,24 @@
 """Exported models that write give JAX's logits token by token, and one exported base serves many adapters."""
 
+from importlib.util import find_spec
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lorax_kit as lk
-from lorax_kit.errors import LoraxError
+from lorax_kit.errors import ExportError, LoraxError
 from lorax_kit.models import load_model
 from lorax_kit.serve.int8 import BLOCK, ZERO, blocks_of
+from lorax_kit.serve.litert import save_litert
 from lorax_kit.serve.writing import parts_of, with_factors
-from lorax_kit.serve.written import WEIGHTS, adapter_arrays, load_parts, save_parts
+from lorax_kit.serve.written import WEIGHTS, adapter_arrays, load_parts, one_at_a_time, save_parts
 from tests.models.test_families import copied, recorded
 from tests.problems.folders import write_model
 
 ONNX = pytest.mark.interop
+LITERT = pytest.mark.skipif(find_spec("tensorflow") is None, reason="needs the litert extra")
 
 
 def inputs(family):
@@ -53,6 +57,7 @@ CASES = [
         for family in ("llama3", "gpt2", "mistral_window", "t5_gated", "marian")
     ),
     *((family, "stablehlo") for family in ("llama3", "t5")),
+    *(pytest.param(family, "litert", marks=LITERT) for family in ("llama3", "t5", "marian")),
 ]
 
 
@@ -63,11 +68,13 @@ def test_tokens_read_one_by_one_give_the_logits_of_the_whole_text(family, form, 
     if read:  # its text begins with the start token, and is not padded
         ids[:, 0], mask = loaded.special.start, np.ones_like(mask)
     parts = parts_of(loaded, grows=form == "onnx")
+    parts = one_at_a_time(parts, 12) if form == "litert" else parts
     (tmp_path / "out").mkdir()
     files = save_parts(tmp_path / "out", parts, loaded.params, form, platforms=("cpu",))
     runner = load_parts(tmp_path / "out", parts, files, loaded)
     found = logits_by_token(runner, read, ids, mask)
     np.testing.assert_allclose(found, whole(loaded, loaded.params, read, ids, mask), atol=1e-4, rtol=0)
+    assert runner.fixed == (form == "litert")
     if read and form == "onnx":  # the table of words is in one file, once
         table = np.asarray(loaded.params["embeddings"]["embedding"])
         stored = (tmp_path / "out" / WEIGHTS).read_bytes() if table.nbytes >= 4096 else table.tobytes()
@@ -117,6 +124,17 @@ def test_adapters_of_any_rank_on_one_base_equal_their_merged_models(family, form
 def test_what_does_not_write_is_refused(tmp_path):
     with pytest.raises(LoraxError, match="is an encoder"):
         parts_of(load_model(copied("bert", tmp_path / "x")), grows=True)
+
+
+def test_litert_says_what_it_lacks(tmp_path, monkeypatch):
+    (part,) = parts_of(load_model(copied("llama3", tmp_path / "x")), grows=False)
+    monkeypatch.setattr("lorax_kit.serve.litert.find_spec", lambda name: None)
+    with pytest.raises(ExportError, match=r"tensorflow is not installed.\n  install the extra: pip install"):
+        save_litert(tmp_path / "m.tflite", part.fn, {}, part.inputs)
+    monkeypatch.setattr("lorax_kit.serve.litert.find_spec", lambda name: name)
+    with pytest.raises(ExportError, match="LiteRT needs sizes that are numbers"):
+        save_litert(tmp_path / "m.tflite", part.fn, {}, part.inputs)
+    assert not (tmp_path / "m.tflite").exists()
 
 
 @ONNX
