@@ -10,13 +10,16 @@ from lorax_kit.cli.root import cli, echo, refuse_given
 
 
 @cli.command()
-@click.argument("adapter", type=click.Path(exists=True, file_okay=False))
+@click.argument("adapter", type=click.Path(exists=True, file_okay=False), required=False)
+@click.option(
+    "--model", default=None, help="Without an adapter: a model that writes, smollm2, a .gguf file or a folder."
+)
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["safetensors", "stablehlo", "onnx"]),
-    required=True,
-    help="Params alone; a program for jax alone; a model for ONNX Runtime (the export extra).",
+    type=click.Choice(["safetensors", "stablehlo", "onnx", "litert"]),
+    help="Params alone; a program for jax alone; a model for ONNX Runtime (the export extra); of models that "
+    "write, one for LiteRT (the litert extra).",
 )
 @click.option(
     "--problem", metavar="MODULE:OBJECT", default=None, help="The problem; default: the one it was trained on."
@@ -48,29 +51,79 @@ from lorax_kit.cli.root import cli, echo, refuse_given
     help="That runs the StableHLO; may be repeated.",
 )
 @click.option(
+    "--adapters",
+    type=click.Choice(["merged", "separate"]),
+    default="merged",
+    show_default=True,
+    help="Of a model that writes: in the weights; or as inputs of the program, so that one base serves many adapters.",
+)
+@click.option(
+    "--onto",
+    type=click.Path(exists=True, file_okay=False),
+    help="Instead of --out: add ADAPTER, as a file, to an export with separate adapters.",
+)
+@click.option(
+    "--slots", type=click.IntRange(2), default=256, show_default=True, help="Of LiteRT: tokens of the longest text."
+)
+@click.option(
+    "--texts", type=click.Path(exists=True, dir_okay=False), help="A file of texts to measure a model that writes on."
+)
+@click.option(
     "--rounds", type=click.IntRange(0), default=15, show_default=True, help="Alternating rounds of latency; 0: none."
 )
-@click.option("--out", type=click.Path(file_okay=False), required=True, help="Folder for the model and its words.")
+@click.option("--out", type=click.Path(file_okay=False), help="Folder for the model and its words.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
-def export(adapter: str, out: str, as_json: bool, **options: Any) -> None:
+def export(adapter: str | None, model: str | None, onto: str | None, as_json: bool, **options: Any) -> None:
     """Export a trained model, and measure what was written against JAX on its problem's test set.
 
     ADAPTER is a folder of `train` or of a study. The folder --out holds the model and export.json, and vocab.txt of a
-    classifier of texts.
+    classifier of texts. A model that writes (of the tasks lm, chat and translate, or --model) is exported with its
+    cache, to be called token by token: decoder.FORMAT, of an encoder-decoder encoder.FORMAT, too, and tokenizer.json.
     """
+    from lorax_kit.commands.writers import add_adapter, writes
+
+    if (adapter is None) == (model is None):
+        raise click.UsageError("give an ADAPTER, or --model: one of the two.")
+    if onto is not None:
+        if adapter is None or options["out"] is not None or options["form"] is not None:
+            raise click.UsageError(
+                "--onto adds an ADAPTER to an export that is there: it goes without --out and --format."
+            )
+        file = add_adapter(adapter, onto, overwrite=options["overwrite"])
+        if as_json:
+            echo({"file": str(file), "bytes": file.stat().st_size})
+        else:
+            click.echo(f"{file}: {file.stat().st_size:,} bytes")
+        return
+    for name in ("form", "out"):
+        if options[name] is None:
+            raise click.UsageError(f"Missing option '--{'format' if name == 'form' else name}'.")
+    if options["method"] is None:
+        refuse_given({"keep": "--keep", "targets": "--target", "batches": "--batches"}, "--method")
+    if options["form"] != "stablehlo":
+        refuse_given({"platforms": "--platform"}, "--format stablehlo")
+    if options["form"] != "litert":
+        refuse_given({"slots": "--slots"}, "--format litert")
+    if model is not None or (options["problem"] is None and options["form"] != "safetensors" and writes(str(adapter))):
+        _writer(str(model or adapter), as_json, options)
+    else:
+        refuse_given({"adapters": "--adapters", "texts": "--texts"}, "models that write")
+        _whole(str(adapter), as_json, options)
+
+
+def _whole(adapter: str, as_json: bool, options: dict[str, Any]) -> None:
+    """A model that is called once a batch."""
     from lorax_kit.benchmarks import table
     from lorax_kit.commands.deployment import export_adapter
     from lorax_kit.core.quantised import METHODS as QUANTISATIONS
 
     method = options["method"]
-    if method is None:
-        refuse_given({"keep": "--keep", "targets": "--target", "batches": "--batches"}, "--method")
     if method in QUANTISATIONS:
         refuse_given({"keep": "--keep"}, f"methods that leave something out: {method} keeps all")
-    if options["form"] != "stablehlo":
-        refuse_given({"platforms": "--platform"}, "--format stablehlo")
-    row = export_adapter(adapter, out, **options)
+    row = export_adapter(
+        adapter, **{name: x for name, x in options.items() if name not in ("adapters", "texts", "slots")}
+    )
     if as_json:
         echo(row)
         return
@@ -81,3 +134,53 @@ def export(adapter: str, out: str, as_json: bool, **options: Any) -> None:
     click.echo(f"inputs: {sizes}")
     click.echo(f"adapter {row['adapter_bytes']:,} bytes, base {row['base_bytes']:,}, exported {row['params_bytes']:,}")
     click.echo(f"{row['examples']:,} test examples; {', '.join(row['files'])} in {row['path']}")
+
+
+def _writer(source: str, as_json: bool, options: dict[str, Any]) -> None:
+    """A model that is called token by token."""
+    from pathlib import Path
+
+    from lorax_kit.benchmarks import table
+    from lorax_kit.commands.writers import export_writer, smaller_writer
+
+    refuse_given({"problem": "--problem"}, "models that are called once a batch")
+    params = None
+    if options["method"] is not None or options["compressed"] is not None:
+        names = ("method", "compressed", "keep", "targets", "batches")
+        params = smaller_writer(source, **{name: options[name] for name in names})
+    lines = [] if options["texts"] is None else Path(options["texts"]).read_text(encoding="utf-8").splitlines()
+    kept = ("form", "int8", "platforms", "slots", "rounds", "overwrite")
+    row = export_writer(
+        source,
+        options["out"],
+        separate=options["adapters"] == "separate",
+        params=params,
+        texts=[line for line in lines if line.strip()],
+        **{name: options[name] for name in kept},
+    )
+    if as_json:
+        echo(row)
+        return
+    shown = ("format", "int8", "bytes", "tokens_equal", "perplexity_jax", "perplexity", "latency_jax_ms", "latency_ms")
+    click.echo(table([row], shown))
+    click.echo(f"{row['prompts']} prompts, {row['tokens']:,} tokens told; {', '.join(row['files'])} in {row['path']}")
+
+
+@cli.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False))
+@click.option("--out", type=click.Path(dir_okay=False), help="An HTML page of the same table.")
+@click.option("--overwrite", is_flag=True, help="Replace the page.")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+def exports(folders: tuple[str, ...], out: str | None, overwrite: bool, as_json: bool) -> None:
+    """Compare exports by size, quality and latency, as each measured when it was written.
+
+    FOLDERS are what `lorax-kit export` wrote.
+    """
+    from lorax_kit.benchmarks import table
+    from lorax_kit.report.exports import COLUMNS, export_rows, exports_page
+
+    rows = export_rows(folders) if out is None else exports_page(folders, out, overwrite=overwrite)
+    if as_json:
+        echo(rows)
+    else:
+        click.echo(table(rows, COLUMNS))

@@ -19,6 +19,7 @@ from lorax_kit.commands.compress.compression import load_small
 from lorax_kit.commands.compress.methods import Method, Small, finished, smaller, statistics_for, total_bytes
 from lorax_kit.commands.compress.subjects import Subject, subject_of
 from lorax_kit.compress.arguments import check_share
+from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import ExportError
@@ -69,7 +70,7 @@ def export_adapter(
       method, keep, targets, batches: compress first, as `compress_subject` takes them; without a method the adapter
         is merged.
       compressed: instead, a folder of `lorax-kit compress ADAPTER --out`, healed or not.
-      int8: quantise the ONNX model.
+      int8: quantise the ONNX model, with its activations; a compressed one in blocks, which is closer.
       platforms: that StableHLO is lowered for.
       rounds: alternating rounds of latency, JAX against the exported model; 0 leaves latency out.
       overwrite: replace an earlier export; otherwise it is an error.
@@ -113,7 +114,7 @@ def export_adapter(
         method, keep, healed = kept["method"], kept["keep"], kept["metric_healed"] is not None
     elif method is not None:
         keep = 1.0 if Method.parse(method).kind == "quantised" else check_share("keep", keep)
-        model = _compressed(subject, Method.parse(method), keep, batches, progress)
+        model = compressed_by(subject, Method.parse(method), keep, batches, progress=progress)
     if int8 and any(isinstance(x, Quantised) for x in flatten(model.params)[0].values()):
         raise ExportError("int8 quantises float params, and these are quantised already.\n  leave int8 out")
     about, texts = _texts(adapter, subject.problem.facts, model.params)
@@ -152,7 +153,8 @@ def export_adapter(
     return {**row, "path": str(path), "files": files}
 
 
-def _compressed(subject: Subject, method: Method, keep: float, batches: int, progress: bool) -> Small:
+def compressed_by(subject: Subject, method: Method, keep: float, batches: int, *, progress: bool) -> Small:
+    """The model made smaller by a method."""
     stats = statistics_for(subject, [method], batches, progress=progress)
     return finished(subject, method, smaller(subject, method, keep, stats, progress=progress))
 
@@ -167,7 +169,9 @@ def _write(file: Path, form: str, model: Small, inputs: Inputs, int8: bool, plat
         save_stablehlo(file, inputs.fn, model.params, inputs.shapes, platforms=platforms)
         exported = load_stablehlo(file)
         return lambda batch: jax.device_get(exported(*inputs.of(batch)))
-    save_onnx(file, inputs.fn, model.params, inputs.shapes, outputs=_outputs(model, inputs), int8=int8)
+    held = flatten(model.params, whole=(LowRank,))[0].values()
+    options = {"int8": int8, "blocks": int8 and any(isinstance(x, LowRank) for x in held)}
+    save_onnx(file, inputs.fn, model.params, inputs.shapes, outputs=_outputs(model, inputs), **options)
     session = load_onnx(file)
     return lambda batch: session(*inputs.of(batch))
 

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lorax_kit.checkpoint.adapter import load_adapter, read_document
+from lorax_kit.checkpoint.adapter import Adapter, load_adapter, read_document
 from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import flatten
 from lorax_kit.core.quantised import Quantised
@@ -17,7 +17,7 @@ from lorax_kit.generate import Sampling, Writer, adapted, beam_search, decoder_o
 from lorax_kit.models import Loaded, load_model
 from lorax_kit.problem.base import based
 from lorax_kit.problems import settings_from
-from lorax_kit.problems.chat import Chat, conversation_ids, template_of
+from lorax_kit.problems.chat import Chat, conversation_text, template_of
 from lorax_kit.problems.packaged.sentiment import adapter_folder
 from lorax_kit.problems.translate import Translate
 
@@ -40,18 +40,39 @@ class Author:
 
     def prompt(self, text: str, *, chat: bool, system: str | None) -> str | list[int]:
         """What the model reads of a prompt: the text, or the tokens of a conversation that ends where it answers."""
+        laid, alone = self.laid(text, chat=chat, system=system)
+        return self.loaded.tokenizer.encode_spans([laid])[0][0] if alone else laid
+
+    def laid(self, text: str, *, chat: bool, system: str | None) -> tuple[str, bool]:
+        """The text that the model reads of a prompt, and whether that is all: no special tokens are added to it."""
         asking = self.asking
         if isinstance(asking, Translate):
             text, system = asking.prompt.replace("{source}", text), system or asking.system
             if self.loaded.kind == "encoder-decoder":
-                return text
+                return text, False
         elif isinstance(asking, Chat):
             system = system or asking.system
         elif not chat:
-            return text
+            return text, False
         template = template_of(self.loaded, getattr(asking, "template", None))
         begins = [] if system is None else [{"role": "system", "content": system}]
-        return conversation_ids(self.loaded, template, [*begins, {"role": "user", "content": text}])
+        return conversation_text(self.loaded, template, [*begins, {"role": "user", "content": text}]), True
+
+
+class Origin(NamedTuple):
+    """Where a model that writes comes from.
+
+    Attributes:
+      loaded: the pretrained model.
+      base: its params, in the form in which an adapter was trained on them.
+      adapter: None of a model as it is.
+      asking: settings of the task that the adapter was trained on; None without.
+    """
+
+    loaded: Loaded
+    base: Any
+    adapter: Adapter | None
+    asking: Any
 
 
 def author_of(source: str | Path) -> Author:
@@ -62,6 +83,24 @@ def author_of(source: str | Path) -> Author:
         where the base is quantised; else what `load_model` takes.
 
     Raises:
+      AdapterError, LoraxError, FileNotFoundError, ValueError: as `origin_of`.
+    """
+    loaded, base, adapter, asking = origin_of(source)
+    decoder = decoder_of(loaded)
+    if adapter is None:
+        return Author(loaded, Writer(decoder, loaded.tokenizer), base)
+    if any(isinstance(x, Quantised) for x in flatten(base)[0].values()):
+        return Author(loaded, Writer(adapted(decoder, adapter.plan), loaded.tokenizer), (base, adapter.factors), asking)
+    return Author(loaded, Writer(decoder, loaded.tokenizer), merge(base, adapter.factors, adapter.plan), asking)
+
+
+def origin_of(source: str | Path) -> Origin:
+    """The model that writes, its adapter apart.
+
+    Args:
+      source: a folder of `lorax-kit train` or of a study; else what `load_model` takes.
+
+    Raises:
       AdapterError: an adapter of a problem of one's own, whose model is not known by a name, or of a task that writes
         nothing.
       LoraxError: a model that writes nothing.
@@ -70,7 +109,8 @@ def author_of(source: str | Path) -> Author:
     path = adapter_folder(source)
     if not (path / "spec").is_dir():
         loaded = load_model(source)
-        return Author(loaded, Writer(decoder_of(loaded), loaded.tokenizer), loaded.params)
+        decoder_of(loaded)  # an encoder is refused
+        return Origin(loaded, loaded.params, None, None)
     meta = read_document(path)["meta"]
     settings = meta.get("settings")
     if meta.get("address") or not isinstance(settings, dict):
@@ -84,11 +124,7 @@ def author_of(source: str | Path) -> Author:
         raise AdapterError(f"the adapter at {str(path)!r} is of {meta.get('problem')!r}: it writes nothing.")
     form = meta.get("base_form") or {}
     base = based(loaded.params, form.get("dtype"), form.get("quantise"), tuple(form.get("paths", ())))
-    adapter = load_adapter(path, base=base)
-    decoder = decoder_of(loaded)
-    if any(isinstance(x, Quantised) for x in flatten(base)[0].values()):
-        return Author(loaded, Writer(adapted(decoder, adapter.plan), loaded.tokenizer), (base, adapter.factors), asking)
-    return Author(loaded, Writer(decoder, loaded.tokenizer), merge(base, adapter.factors, adapter.plan), asking)
+    return Origin(loaded, base, load_adapter(path, base=base), asking)
 
 
 def generate(

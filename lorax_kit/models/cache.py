@@ -1,5 +1,8 @@
 """Keys and values of the tokens that a decoder has read, so that its next step reads only what is new.
 
+Slots are filled where they lie; or, for programs whose sizes are found as they run (ONNX), the cache grows by what is
+read: its `end` is None, and every slot is filled.
+
 Shapes: L layers, B rows, N key and value heads, S slots, T new tokens, K size of a head.
 """
 
@@ -37,14 +40,14 @@ class Cache(NamedTuple):
     Attributes:
       keys, values: a layer each, (B, N, S, K).
       seen: (B, S), which slots hold a token that counts.
-      end: int32 (), how many slots are filled.
+      end: int32 (), how many slots are filled; None: all of them, and the cache grows.
       cross: of an encoder-decoder, once it has read its first tokens; before, and of other decoders, None.
     """
 
     keys: tuple[Float[Array, "B N S K"], ...]
     values: tuple[Float[Array, "B N S K"], ...]
     seen: Bool[Array, "B S"]
-    end: Int[Array, ""]
+    end: Int[Array, ""] | None
     cross: Cross | None = None
 
 
@@ -55,9 +58,35 @@ def empty_cache(layers: int, batch: int, heads: int, slots: int, size: int, dtyp
     return Cache(zeros[0], zeros[1], jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
 
 
+def slots_of(tokens: int, cache: Cache | None) -> int:
+    """How many slots there are once T new tokens are read; symbolic where a program's sizes are."""
+    return tokens if cache is None else cache.seen.shape[1] + (tokens if cache.end is None else 0)
+
+
+def rows_for(slots: int, longest: int, what: str = "decoder") -> int:
+    """Rows of a table with one for each place: the slots, or the longest text where their number is symbolic.
+
+    Raises:
+      ValueError: more slots than the longest text has.
+    """
+    if not isinstance(slots, int):
+        return longest
+    if slots > longest:
+        raise ValueError(f"a text of {slots} tokens, for a {what} of {longest} positions.")
+    return slots
+
+
 def places_of(cache: Cache, tokens: int) -> Int[Array, " T"]:
     """The slots that the next tokens take."""
-    return cache.end + jnp.arange(tokens, dtype=jnp.int32)
+    new = jnp.arange(tokens, dtype=jnp.int32)
+    return (cache.seen.shape[1] if cache.end is None else cache.end) + new
+
+
+def rows_at(table: Float[Array, "S K"], cache: Cache, tokens: int) -> Float[Array, "T K"]:
+    """The rows of a table by place, of the places of the next tokens."""
+    if cache.end is None:
+        return jnp.take(table, places_of(cache, tokens), axis=0)
+    return lax.dynamic_slice_in_dim(table, cache.end, tokens)
 
 
 def causal(mask: Int[Array, "B T"], window: int | None = None) -> Bool[Array, "B 1 T T"]:
@@ -77,10 +106,15 @@ def opened(cache: Cache, mask: Int[Array, "B T"], window: int | None = None) -> 
 
     More tokens than there are free slots overwrite the last ones without a word: the caller counts.
     """
-    seen = lax.dynamic_update_slice_in_dim(cache.seen, mask.astype(bool), cache.end, axis=1)
+    tokens, end = mask.shape[1], cache.end
+    if end is None:
+        seen = jnp.concatenate([cache.seen, mask.astype(bool)], axis=1)
+    else:
+        seen = lax.dynamic_update_slice_in_dim(cache.seen, mask.astype(bool), end, axis=1)
     slots = jnp.arange(seen.shape[1], dtype=jnp.int32)
-    before = _before(places_of(cache, mask.shape[1]), slots, window)  # (T, S)
-    return cache._replace(seen=seen, end=cache.end + mask.shape[1]), before[None, None] & seen[:, None, None]
+    before = _before(places_of(cache, tokens), slots, window)  # (T, S)
+    after = cache._replace(seen=seen, end=None if end is None else end + tokens)
+    return after, before[None, None] & seen[:, None, None]
 
 
 def _before(places: Int[Array, " T"], others: Int[Array, " S"], window: int | None) -> Bool[Array, "T S"]:
@@ -89,15 +123,17 @@ def _before(places: Int[Array, " T"], others: Int[Array, " S"], window: int | No
 
 
 class Past(NamedTuple):
-    """What one layer has read: keys and values (B, N, S, K), and how many slots are filled."""
+    """What one layer has read: keys and values (B, N, S, K), and how many slots are filled (None: all)."""
 
     keys: Float[Array, "B N S K"]
     values: Float[Array, "B N S K"]
-    end: Int[Array, ""]
+    end: Int[Array, ""] | None
 
     def extended(self, k: Float[Array, "B N T K"], v: Float[Array, "B N T K"]) -> tuple[Array, Array]:
         """Keys and values of all slots, those of T new tokens written after what was there."""
         pairs = ((self.keys, k), (self.values, v))
+        if self.end is None:
+            return tuple(jnp.concatenate([x, y.astype(x.dtype)], axis=2) for x, y in pairs)  # type: ignore[return-value]
         keys, values = (lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), self.end, axis=2) for x, y in pairs)
         return keys, values
 

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.models.cache import Cache, Past, causal, empty_cache, opened, past_of
+from lorax_kit.models.cache import Cache, Past, causal, empty_cache, opened, past_of, rows_for, slots_of
 from lorax_kit.models.layers import attention, gelu, gelu_tanh, in_fp32, tied_logits
 from lorax_kit.models.stored.sizes import check_sizes, expect_whole_heads, read_sizes
 
@@ -192,9 +192,7 @@ class Gpt2Model(nn.Module):
     @nn.compact
     def __call__(self, ids: Int[Array, "B T"], mask: Array, cache: Cache | None = None, hidden: bool = False) -> Any:
         c = self.config
-        slots = ids.shape[1] if cache is None else cache.seen.shape[1]
-        if slots > c.max_position_embeddings:
-            raise ValueError(f"a text of {slots} tokens, for a decoder of {c.max_position_embeddings} positions.")
+        rows_for(slots_of(ids.shape[1], cache), c.max_position_embeddings)  # checks
         after, seen = (None, causal(mask)) if cache is None else opened(cache, mask)  # (B, 1, T, S)
         places = jnp.maximum(jnp.sum(seen[:, 0], axis=-1, dtype=jnp.int32) - 1, 0)  # (B, T)
         words = Embeddings(c, self.dtype, name="embeddings")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from lorax_kit.models.cache import Cache, Past, causal, empty_cache, opened, past_of
+from lorax_kit.models.cache import Cache, Past, causal, empty_cache, opened, past_of, rows_at, rows_for, slots_of
 from lorax_kit.models.layers import attention, gelu_tanh, in_fp32, tied_logits
 from lorax_kit.models.llama_config import LlamaConfig
 
@@ -172,19 +172,17 @@ class LlamaModel(nn.Module):
     def __call__(self, ids: Int[Array, "B T"], mask: Array, cache: Cache | None = None, hidden: bool = False) -> Any:
         c = self.config
         tokens = ids.shape[1]
-        slots = tokens if cache is None else cache.seen.shape[1]
-        if slots > c.max_position_embeddings:
-            raise ValueError(f"a text of {slots} tokens, for a decoder of {c.max_position_embeddings} positions.")
+        rows = rows_for(slots_of(tokens, cache), c.max_position_embeddings)
         words = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, name="embeddings")
         x = words(ids)  # (B, T, D)
         x = x * jnp.asarray(c.hidden_size**0.5, x.dtype) if c.gelu else x
-        cos, sin = angles(slots, c)  # (S, K/2)
+        cos, sin = angles(rows, c)  # (S, K/2)
         after = cache
         if cache is None:
             seen = causal(mask, c.sliding_window)  # (B, 1, T, T)
         else:
             after, seen = opened(cache, mask, c.sliding_window)  # (B, 1, T, S)
-            cos, sin = (lax.dynamic_slice_in_dim(table, cache.end, tokens) for table in (cos, sin))  # (T, K/2)
+            cos, sin = (rows_at(table, cache, tokens) for table in (cos, sin))  # (T, K/2)
         kept = []
         for i in range(c.num_hidden_layers):
             layer = Layer(c, self.dtype, self.plain, name=f"layer_{i}")

@@ -123,14 +123,13 @@ def told_problem(
     return decoder_problem(name, loaded, **batches, facts=facts_of(settings, data, length, name, {}))
 
 
-def conversation_ids(loaded: Loaded, template: str, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """The tokens of a conversation that the assistant is to go on with.
+def conversation_text(loaded: Loaded, template: str, messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation that the assistant is to go on with.
 
     Raises:
       ValueError: as `laid_out`.
     """
-    text = laid_out(template, messages, answer=True, special=_special(loaded))
-    return loaded.tokenizer.encode_spans([text])[0][0]
+    return laid_out(template, messages, answer=True, special=_special(loaded))
 
 
 def tokens_of(loaded: Loaded, template: str, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[int]]:

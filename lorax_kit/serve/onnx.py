@@ -19,8 +19,9 @@ import jax
 import numpy as np
 
 from lorax_kit.checkpoint.staging import refuse_existing, staged
-from lorax_kit.core.paths import Params
+from lorax_kit.core.paths import Params, flatten
 from lorax_kit.errors import ExportError
+from lorax_kit.serve.int8 import in_blocks, mark, with_activations
 from lorax_kit.serve.program import first_line, program
 
 
@@ -38,6 +39,7 @@ def save_onnx(
     *,
     outputs: Sequence[str] = ("output",),
     int8: bool = False,
+    blocks: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Write `fn(params, *inputs.values())` as an ONNX model that ONNX Runtime has loaded once.
@@ -48,6 +50,8 @@ def save_onnx(
       outputs: a name for each array that `fn` returns.
       int8: matrices in 8 bits with a scale for each of their outputs, looked-up tables with one, but in fp32 those
         whose entries differ too much for one; activations are quantised as they come.
+      blocks: of int8, a scale for each 64 inputs instead, and of tables, too: closer, as fast for one token at a time,
+        and slower for batches.
       overwrite: replace an existing file; otherwise it is an error.
 
     Raises:
@@ -82,13 +86,17 @@ def save_onnx(
         except Exception as e:
             raise _unsupported(e, traced.operations) from e
         _plain_products(model)
+        _tied_products(model)
         with TemporaryDirectory() as folder, staged(path, overwrite) as new:
             raw, folded = Path(folder) / "raw.onnx", Path(folder) / "folded.onnx"
             onnx.save(model, raw)
             try:
                 _fold(raw, folded)
-                if int8:
-                    _quantise(folded, new)
+                if int8 and blocks:
+                    floats = [x for x in flatten(params)[0].values() if getattr(x, "dtype", None) == np.float32]
+                    in_blocks(folded, new, {mark(x) for x in floats if x.ndim == 2})
+                elif int8:
+                    with_activations(folded, new)
                 else:
                     new.write_bytes(folded.read_bytes())
                 load_onnx(new)
@@ -159,6 +167,37 @@ def _plain_products(model: Any) -> None:
             node.op_type = "MatMul"
 
 
+def _tied_products(model: Any) -> None:
+    """Products with the rows of a stored matrix as Gemm, which reads it as it lies: Einsum transposes it each time.
+
+    So a table of words is stored once where a model looks words up in it and scores them by it.
+    """
+    from onnx import helper, numpy_helper
+
+    graph, nodes = model.graph, []
+    stored = {x.name: list(x.dims) for x in graph.initializer}
+    for node in graph.node:
+        equation = next((a.s.decode() for a in node.attribute if a.name == "equation"), "")
+        x, _, rest = equation.partition(",")
+        y, _, out = rest.partition("->")
+        if not equation or len(y) != 2 or node.input[1] not in stored or x[-1:] != y[1] or out != x[:-1] + y[0]:
+            nodes.append(node)
+            continue
+        rows, columns = stored[node.input[1]]
+        name = node.output[0]
+        for given, value in (("flat", [-1, columns]), ("rows", [rows])):
+            graph.initializer.append(numpy_helper.from_array(np.array(value), f"{name}_{given}"))
+        nodes += [
+            helper.make_node("Shape", [node.input[0]], [f"{name}_before"], end=-1),
+            helper.make_node("Concat", [f"{name}_before", f"{name}_rows"], [f"{name}_shape"], axis=0),
+            helper.make_node("Reshape", [node.input[0], f"{name}_flat"], [f"{name}_x"]),
+            helper.make_node("Gemm", [f"{name}_x", node.input[1]], [f"{name}_y"], transB=1),
+            helper.make_node("Reshape", [f"{name}_y", f"{name}_shape"], [name]),
+        ]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 def _fold(source: Path, file: Path) -> None:
     """Evaluate what depends on params alone, by the runtime's own standard rewrites; transposed factors among it."""
     import onnx
@@ -176,39 +215,6 @@ def _fold(source: Path, file: Path) -> None:
     del model.opset_import[:]
     model.opset_import.extend(kept)
     onnx.save(model, file)
-
-
-def _quantise(source: Path, file: Path) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    kept = _spread_tables(source)
-    quantize_dynamic(source, file, weight_type=QuantType.QInt8, per_channel=True, nodes_to_exclude=kept)
-
-
-def _spread_tables(file: Path) -> list[str]:
-    """Names of the lookups whose table would lose more than a tenth of over 1 % of its rows under one int8 scale.
-
-    The runtime quantises a table with one scale for all of it, so a single large entry rounds every other row to zero.
-    Matrices have a scale for each output: rounding costs one at most 0.0023 sqrt(inputs) of its norm.
-    """
-    import onnx
-    from onnx import numpy_helper
-
-    graph = onnx.load(file).graph
-    tables = {x.name: x for x in graph.initializer}
-    names = []
-    for node in graph.node:
-        if node.op_type != "Gather" or node.input[0] not in tables:
-            continue
-        table = numpy_helper.to_array(tables[node.input[0]])
-        if table.dtype.kind != "f" or table.ndim < 2 or table.size == 0:
-            continue
-        rows = table.reshape(len(table), -1).astype(np.float32)
-        norms = np.linalg.norm(rows, axis=1)
-        lost = np.abs(rows).max() / 127 / np.sqrt(12) * np.sqrt(rows.shape[1])  # of evenly spread rounding errors
-        if np.mean(lost > 0.1 * norms[norms > 0]) > 0.01:
-            names.append(node.name)
-    return names
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 
-from lorax_kit.core.paths import Params, is_array
+from lorax_kit.core.paths import Params, flatten, is_array, unflatten
 from lorax_kit.errors import ExportError
 
 HOST = frozenset(("pure_callback", "io_callback", "debug_callback", "debug_print"))
@@ -65,6 +65,18 @@ def program(fn: Callable[..., Any], params: Params, inputs: Mapping[str, Any]) -
             "  leave it out of the function that you export"
         )
     return Program(jex.jaxpr_as_fun(closed), shapes, len(closed.jaxpr.outvars), operations)
+
+
+def parameters_read(fn: Callable[..., Any], params: Params, inputs: Mapping[str, Any]) -> set[str]:
+    """Paths of the parameters that the outputs of `fn(params, *inputs.values())` depend on."""
+    named, treedef = flatten(params)
+    shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in named.items()}
+    closed = jax.make_jaxpr(lambda named, *arrays: jax.tree.leaves(fn(unflatten(named, treedef), *arrays)))(
+        shapes, *inputs.values()
+    )
+    jaxpr = _needed(closed.jaxpr)
+    read = set(_variables(jaxpr.outvars)).union(*(_variables(eqn.invars) for eqn in jaxpr.eqns))
+    return {path for path, x in zip(sorted(shapes), jaxpr.invars, strict=False) if x in read}
 
 
 def _needed(jaxpr: Any) -> Any:

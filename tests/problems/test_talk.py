@@ -15,7 +15,7 @@ from lorax_kit.commands.generation import author_of, generate
 from lorax_kit.models import load_model
 from lorax_kit.problem import Evaluator
 from lorax_kit.problems import Chat, Translate
-from lorax_kit.problems.chat import conversation_ids, tokens_of
+from lorax_kit.problems.chat import conversation_text, tokens_of
 from tests.problems.folders import tokenizer, write_model
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -63,7 +63,7 @@ def test_what_the_assistant_says_is_told_and_nothing_else(decoder):
     assert words == expected.split()
     answers = [word for word, own in zip(words, told, strict=True) if own]
     assert " ".join(answers) == "a house the car ."
-    asked = conversation_ids(loaded, PLAIN, talk[:3])
+    asked = loaded.tokenizer.encode_spans([conversation_text(loaded, PLAIN, talk[:3])])[0][0]
     assert asked == tokens_of(loaded, PLAIN, talk)[0][: len(asked)]  # what is asked is how the whole begins
     with pytest.raises(ValueError, match="the assistant says nothing"):
         tokens_of(loaded, PLAIN, talk[:1])

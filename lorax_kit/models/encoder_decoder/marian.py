@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.models.cache import Cache, Past, advanced, causal, crossed, empty_cache, opened, past_of
+from lorax_kit.models.cache import Cache, Past, advanced, causal, crossed, empty_cache, opened, past_of, rows_for
 from lorax_kit.models.layers import attention, gelu, tied_logits
 from lorax_kit.models.stored.sizes import check_sizes, expect_whole_heads, read_sizes
 
@@ -269,13 +269,12 @@ class MarianModel(nn.Module):
 
     def _embedded(self, ids: Array, seen: Bool[Array, "B 1 #T S"]) -> Float[Array, "B T D"]:
         """Words at their places: a token's place is how many it sees up to its own, less one."""
-        c, slots = self.config, seen.shape[-1]
-        if slots > c.max_position_embeddings:
-            raise ValueError(f"a text of {slots} tokens, for a model of {c.max_position_embeddings} positions.")
+        c = self.config
+        rows = rows_for(seen.shape[-1], c.max_position_embeddings, "model")
         places = jnp.maximum(jnp.sum(seen[:, 0], axis=-1, dtype=jnp.int32) - 1, 0)  # (B, T)
         x = self.embeddings(ids)
         x = x * jnp.asarray(c.hidden_size**0.5, x.dtype) if c.scale_embedding else x
-        return x + sinusoids(slots, c.hidden_size)[places].astype(x.dtype)
+        return x + sinusoids(rows, c.hidden_size)[places].astype(x.dtype)
 
     def encode(self, ids: Int[Array, "B E"], mask: Array) -> Float[Array, "B E D"]:
         """Hidden states of the text that is read."""

@@ -127,7 +127,8 @@ def position_bias(
     ahead = keys[None] - queries[:, None]  # (T, S)
     count = config.buckets // 2 if both_sides else config.buckets
     distance = jnp.abs(ahead) if both_sides else jnp.maximum(-ahead, 0)
-    bucket = jnp.asarray(buckets_of(len(keys), count, config.furthest))[distance]
+    far = config.furthest  # and what is further falls in the same bucket
+    bucket = jnp.asarray(buckets_of(far + 1, count, far))[jnp.minimum(distance, far)]
     if both_sides:
         bucket = bucket + jnp.where(ahead > 0, count, 0).astype(jnp.int32)
     return table(bucket).transpose(2, 0, 1)[None].astype(jnp.float32)

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array, lax
 
 from lorax_kit.core.paths import Params, flatten
-from lorax_kit.models.cache import Cache, Past, causal, empty_cache, opened, past_of
+from lorax_kit.models.cache import Cache, Past, causal, empty_cache, opened, past_of, rows_at
 from lorax_kit.models.layers import attention, gelu_tanh, in_fp32, tied_logits
 from lorax_kit.models.llama import angles, rotate
 from lorax_kit.models.llama_config import LlamaConfig
@@ -137,7 +137,7 @@ class LlamaNnx(nnx.Module):
             after, seen = None, causal(mask, c.sliding_window)  # (B, 1, T, T)
         else:
             after, seen = opened(cache, mask, c.sliding_window)  # (B, 1, T, S)
-            cos, sin = (lax.dynamic_slice_in_dim(table, cache.end, tokens) for table in (cos, sin))  # (T, K/2)
+            cos, sin = (rows_at(table, cache, tokens) for table in (cos, sin))  # (T, K/2)
         kept = []
         for i in range(c.num_hidden_layers):
             x, both = getattr(self, f"layer_{i}")(x, (cos, sin), seen, past_of(cache, i))
