@@ -30,8 +30,8 @@ def test_a_training_on_a_stream_of_grain_goes_on_from_the_middle_of_an_epoch_to_
 
     def trained(name):
         problem = tiny.problem(facts={}, train=train)
-        done = train_adapter(problem, lk.LoRA(rank=2), out=tmp_path / name, lr=1e-2, seed=0, epochs=2, steps_per_epoch=4,
-                             progress=False, targets=["up/kernel"])  # fmt: skip
+        settings = {"lr": 1e-2, "seed": 0, "epochs": 2, "steps_per_epoch": 4, "targets": ["up/kernel"]}
+        done = train_adapter(problem, lk.LoRA(rank=2), out=tmp_path / name, progress=False, **settings)
         return lk.load_adapter(done["adapter"], base=tiny.params(jax.random.key(0))).factors
 
     whole = trained("whole")
