@@ -10,7 +10,7 @@ How:       the kernels become NF4 as they are read, the loss forms the logits of
            backward pass keeps what enters each half of a layer. What is left is mostly the compiler and temporaries.
 Enforced:  the commands run as processes of their own, which a watcher kills as soon as the peak of their resident
            memory (VmHWM, every 20 ms) is above the limit; the figures are the kernel's at the end (ru_maxrss).
-Writes:    runs/small_memory/{plays.txt,results.json} and the adapter
+Writes:    runs/small_memory/{plays.txt,small.json} and the adapter under small
 """
 
 import argparse
