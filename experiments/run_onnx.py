@@ -295,11 +295,8 @@ def _session(file: Path) -> Any:
 
 
 def write(folder: Path, document: dict[str, Any], texts: Sequence[str], options: argparse.Namespace) -> None:
-    tokenizer, writer, laid = (
-        load_tokenizer(folder, document),
-        Writer(folder, document, options.adapter),
-        document["prompt"],
-    )
+    tokenizer, laid = load_tokenizer(folder, document), document["prompt"]
+    writer = Writer(folder, document, options.adapter)
     for text in texts:
         ids = tokenizer.encode(f"{laid['before']}{text}{laid['after']}", laid["special_tokens"])
         if not ids:

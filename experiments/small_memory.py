@@ -1,13 +1,16 @@
 """SmolLM2 on plays within 3 GiB: 8 x 256 tokens, LoRA r=8 on every linear layer, over a base in NF4.
 
 Command:   python experiments/small_memory.py            # --plain: the same in fp32, to see what is saved
-Hardware:  2 CPU cores, beside other work
-Result:    TODO
+Hardware:  2 CPU cores, 20 minutes beside much other work
+Result:    peak of the whole training process 2.12 GiB (2,279,256,064 bytes), of the evaluation before it 1.23 GiB; test
+           perplexity 123.4 -> 53.7 after 20 steps (39.5 after 40). A step takes 10.8 s where little else runs, 10.5 s
+           with the results of products kept, whose process peaks at 3.6 GiB: a step's temporaries are 0.41 GiB instead
+           of 1.74. Losses of the first three steps are the same to every digit printed.
 How:       the kernels become NF4 as they are read, the loss forms the logits of 256 places at a time, and the
            backward pass keeps what enters each half of a layer. What is left is mostly the compiler and temporaries.
 Enforced:  the commands run as processes of their own, which a watcher kills as soon as the peak of their resident
            memory (VmHWM, every 20 ms) is above the limit; the figures are the kernel's at the end (ru_maxrss).
-Writes:    runs/small_memory/{plays.txt,results.json} and the adapter
+Writes:    runs/small_memory/{plays.txt,small.json} and the adapter under small
 """
 
 import argparse

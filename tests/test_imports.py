@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "starts": {"core", "svd", "dtypes"},
     "methods": {"core", "starts", "dtypes", "peft_form", "svd"},
     "transform": {"json_text", "core", "after", "placement", "dtypes"},
-    "calibration": {"core", "transform", "dtypes"},
+    "calibration": {"core", "transform", "placement", "dtypes"},
     "training": {"json_text", "core", "transform", "placement", "dtypes", "svd"},
     "meta": {"core", "training"},
     "parallel": {"core", "transform", "training"},
