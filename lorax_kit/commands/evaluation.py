@@ -37,7 +37,8 @@ def evaluate_base(problem: Problem, texts: str | Path | None = None, *, progress
     settings = problem.facts.get("settings")
     if not isinstance(settings, dict) or "task" not in settings:
         raise LoraxError(f"problem {problem.name!r} is of no task in which a text can be compared: chat, translate.")
-    author = author_of(settings_from(settings).model)  # type: ignore[attr-defined]
+    asked: Any = settings_from(settings)
+    author = author_of(asked.model, asked.quantise)
     wrote = _compared(problem, author, Path(texts), progress)
     return _measured(problem, problem.params(jax.random.key(0)), ()) | wrote
 

@@ -75,17 +75,18 @@ class Origin(NamedTuple):
     asking: Any
 
 
-def author_of(source: str | Path) -> Author:
+def author_of(source: str | Path, quantise: str | None = None) -> Author:
     """The model that writes.
 
     Args:
       source: a folder of `lorax-kit train` or of a study, whose adapter is merged into its base, or stays factored
         where the base is quantised; else what `load_model` takes.
+      quantise: the kernels of a model without an adapter, as `load_model` does.
 
     Raises:
       AdapterError, LoraxError, FileNotFoundError, ValueError: as `origin_of`.
     """
-    loaded, base, adapter, asking = origin_of(source)
+    loaded, base, adapter, asking = origin_of(source, quantise)
     decoder = decoder_of(loaded)
     if adapter is None:
         return Author(loaded, Writer(decoder, loaded.tokenizer), base)
@@ -94,11 +95,12 @@ def author_of(source: str | Path) -> Author:
     return Author(loaded, Writer(decoder, loaded.tokenizer), merge(base, adapter.factors, adapter.plan), asking)
 
 
-def origin_of(source: str | Path) -> Origin:
+def origin_of(source: str | Path, quantise: str | None = None) -> Origin:
     """The model that writes, its adapter apart.
 
     Args:
       source: a folder of `lorax-kit train` or of a study; else what `load_model` takes.
+      quantise: as of `author_of`.
 
     Raises:
       AdapterError: an adapter of a problem of one's own, whose model is not known by a name, or of a task that writes
@@ -108,7 +110,7 @@ def origin_of(source: str | Path) -> Origin:
     """
     path = adapter_folder(source)
     if not (path / "spec").is_dir():
-        loaded = load_model(source)
+        loaded = load_model(source, quantise=quantise)
         decoder_of(loaded)  # an encoder is refused
         return Origin(loaded, loaded.params, None, None)
     meta = read_document(path)["meta"]

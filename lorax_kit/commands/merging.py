@@ -83,7 +83,7 @@ def merge_trained(
     if document["meta"].get("address") or not isinstance(settings, dict) or "task" not in settings:
         raise AdapterError(f"the adapter at {str(path)!r} does not say which model it is of.\n  give it as --base")
     built: Any = settings_from(settings)
-    loaded = models.load_model(built.model)
+    loaded = models.load_model(built.model, quantise=getattr(built, "quantise", None))
     refuse_near(target, [*read_from(built.model, []), path])
     refuse_existing(target, overwrite, SINGLE, "model")
     base, name = _around(loaded, document["arrays"])

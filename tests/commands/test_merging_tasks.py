@@ -12,6 +12,7 @@ from lorax_kit.cli import main
 from lorax_kit.commands import train_adapter
 from lorax_kit.commands.merging import merge_trained
 from lorax_kit.models import load_model
+from lorax_kit.problem.base import restored
 from lorax_kit.problems import Answer, Classify, Language
 from lorax_kit.problems.load import base_of, problem_of
 from tests.problems.folders import write_model
@@ -51,6 +52,10 @@ def test_a_decoders_adapter_becomes_a_model_of_its_family(tmp_path, capsys):
     half = load_model(tmp_path / "merged").params
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-8), half, merged)
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    few = Language(data=data, model=decoder, batch_size=2, length=16, quantise="int8").build()
+    _, merged = trained(tmp_path / "few", few)
+    merge_trained(str(tmp_path / "few"), str(tmp_path / "whole"))
+    jax.tree.map(np.testing.assert_array_equal, load_model(tmp_path / "whole").params, restored(merged))
     with pytest.raises(lk.LoraxError, match="which is read"):
         merge_trained(str(tmp_path / "o"), str(Path(decoder) / "in"))
 
