@@ -181,7 +181,7 @@ def exports(folders: tuple[str, ...], out: str | None, overwrite: bool, as_json:
     FOLDERS are what `lorax-kit export` wrote.
     """
     from lorax_kit.benchmarks import table
-    from lorax_kit.report.exports import COLUMNS, export_rows, exports_page
+    from lorax_kit.commands.exports import COLUMNS, export_rows, exports_page
 
     rows = export_rows(folders) if out is None else exports_page(folders, out, overwrite=overwrite)
     if as_json:

@@ -26,13 +26,13 @@ from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import ExportError
 from lorax_kit.generate import Writer, decoder_of
+from lorax_kit.generate.exported import WEIGHTS, adapter_arrays, described, load_parts, one_at_a_time, save_parts
+from lorax_kit.generate.programs import parts_of, with_factors
 from lorax_kit.json_text import read_json
 from lorax_kit.problem.base import cast
 from lorax_kit.problems import problem_of
 from lorax_kit.problems.packaged.sentiment import adapter_folder
 from lorax_kit.serve import litert, onnx
-from lorax_kit.serve.writing import parts_of, with_factors
-from lorax_kit.serve.written import WEIGHTS, adapter_arrays, described, load_parts, one_at_a_time, save_parts
 from lorax_kit.version import __version__
 
 FORMATS = ("onnx", "stablehlo", "litert")

@@ -2,7 +2,7 @@
 
 `save_tensors` keeps params of any kind as they are; `save_stablehlo`, `save_onnx` and `save_litert` keep
 `fn(params, *inputs)` with its params inside, to be run by jax alone, by ONNX Runtime alone, or by LiteRT alone. Each
-writes one file, whole or not at all. `writing.parts_of` makes such functions of a model that writes, with its cache.
+writes one file, whole or not at all. `lorax_kit.generate.programs` makes such functions of a model that writes.
 """
 
 from lorax_kit.errors import ExportError
