@@ -148,14 +148,18 @@ def _writer(source: str, as_json: bool, options: dict[str, Any]) -> None:
     if options["method"] is not None or options["compressed"] is not None:
         names = ("method", "compressed", "keep", "targets", "batches")
         params = smaller_writer(source, **{name: options[name] for name in names})
-    lines = [] if options["texts"] is None else Path(options["texts"]).read_text(encoding="utf-8").splitlines()
+    lines: list[str] = []
+    if options["texts"] is not None:
+        lines = [line for line in Path(options["texts"]).read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise click.UsageError(f"{options['texts']!r} holds no text.")
     kept = ("form", "int8", "platforms", "slots", "rounds", "overwrite")
     row = export_writer(
         source,
         options["out"],
         separate=options["adapters"] == "separate",
         params=params,
-        texts=[line for line in lines if line.strip()],
+        texts=lines,
         **{name: options[name] for name in kept},
     )
     if as_json:
@@ -177,7 +181,7 @@ def exports(folders: tuple[str, ...], out: str | None, overwrite: bool, as_json:
     FOLDERS are what `lorax-kit export` wrote.
     """
     from lorax_kit.benchmarks import table
-    from lorax_kit.report.exports import COLUMNS, export_rows, exports_page
+    from lorax_kit.commands.exports import COLUMNS, export_rows, exports_page
 
     rows = export_rows(folders) if out is None else exports_page(folders, out, overwrite=overwrite)
     if as_json:

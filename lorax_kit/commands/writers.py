@@ -26,13 +26,13 @@ from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import ExportError
 from lorax_kit.generate import Writer, decoder_of
+from lorax_kit.generate.exported import WEIGHTS, adapter_arrays, described, load_parts, one_at_a_time, save_parts
+from lorax_kit.generate.programs import parts_of, with_factors
 from lorax_kit.json_text import read_json
 from lorax_kit.problem.base import cast
 from lorax_kit.problems import problem_of
 from lorax_kit.problems.packaged.sentiment import adapter_folder
 from lorax_kit.serve import litert, onnx
-from lorax_kit.serve.writing import parts_of, with_factors
-from lorax_kit.serve.written import adapter_arrays, described, load_parts, one_at_a_time, save_parts
 from lorax_kit.version import __version__
 
 FORMATS = ("onnx", "stablehlo", "litert")
@@ -106,11 +106,14 @@ def export_writer(
         if form == name:
             check()
     refuse_existing(path, overwrite, DOCUMENT, "export")
+    _refuse_others(path)
     origin = origin_of(source)
     if separate and (origin.adapter is None or params is not None):
         raise ExportError(
             "adapters are separate of an adapter that is not merged or compressed: give an ADAPTER alone."
         )
+    if int8 and any(isinstance(x, Quantised) for x in flatten(params)[0].values()):
+        raise ExportError("int8 quantises float params, and these are quantised already.\n  leave int8 out")
     whole = cast(params if params is not None else _merged(origin), "float32")
     parts, factors = parts_of(origin.loaded, grows=form == "onnx"), {}
     stored = whole
@@ -120,7 +123,7 @@ def export_writer(
         factors = products_of(origin)
         parts = [with_factors(part, stored, origin.adapter.plan.sites) for part in parts]
     arrays = adapter_arrays(parts, factors) if separate else {}
-    name = Path(source).name
+    name = Path(source).resolve().name
     author = Author(
         origin.loaded, Writer(decoder_of(origin.loaded), origin.loaded.tokenizer), whole, asking=origin.asking
     )
@@ -236,7 +239,7 @@ def add_adapter(source: str | Path, onto: str | Path, *, name: str | None = None
     for path, pair in factors.items():
         for end, x in zip("ab", pair, strict=True):
             arrays[f"{path}/{end}"][: len(x)] = x
-    file = folder / ADAPTERS / f"{name or Path(source).name}.safetensors"
+    file = folder / ADAPTERS / f"{name or Path(source).resolve().name}.safetensors"
     refuse_existing(file, overwrite, None, "adapter")
     with staged(file, overwrite) as new:
         write_tensors(new, arrays, {})
@@ -265,6 +268,17 @@ def products_of(origin: Origin) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             )
         out[site.path] = (np.asarray(update.a, np.float32), np.asarray(update.b, np.float32) * np.float32(site.scale))
     return out
+
+
+def _refuse_others(path: Path) -> None:
+    """Raise `ExportError` where a folder to be replaced holds what no export has written."""
+    ours = {DOCUMENT, TOKENIZER, WEIGHTS, ADAPTERS}
+    ends = (".onnx", ".stablehlo", ".tflite")
+    for file in sorted(path.iterdir()) if path.is_dir() else ():
+        if file.name not in ours and file.suffix not in ends:
+            raise ExportError(
+                f"{str(path)!r} holds {file.name!r}, too, which is no part of an export: nothing is done."
+            )
 
 
 def _merged(origin: Origin) -> Params:

@@ -15,7 +15,7 @@ from jax import Array
 from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.commands.generation import Author
 from lorax_kit.errors import ExportError
-from lorax_kit.serve.written import Runner
+from lorax_kit.generate.exported import Runner
 from lorax_kit.tasks import Pairs
 from lorax_kit.transform import compressed
 

@@ -1,7 +1,7 @@
 """A function with its params inside as an ONNX model, in fp32 or int8, which ONNX Runtime runs on servers and phones.
 
-The only file that uses jax2onnx, onnx and onnxruntime (the `export` extra). The converter is given the traced program:
-from a Flax module it would make larger operations, but loses the sizes that vary.
+This file and `int8` are the only ones that use jax2onnx, onnx and onnxruntime (the `export` extra). The converter is
+given the traced program: from a Flax module it would make larger operations, but loses the sizes that vary.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,9 @@ from lorax_kit.core.paths import Params, flatten
 from lorax_kit.errors import ExportError
 from lorax_kit.serve.int8 import in_blocks, mark, with_activations
 from lorax_kit.serve.program import first_line, program
+
+SHARED = 4096
+"""Bytes from which on an array is stored apart from the program."""
 
 
 def check_installed() -> None:
@@ -137,6 +141,29 @@ def load_onnx(file: str | Path) -> Callable[..., list[np.ndarray]]:
             raise ExportError(f"{str(file)!r} cannot be run on these inputs: {first_line(e)}.") from e
 
     return run
+
+
+def share_weights(files: Sequence[Path], out: Path) -> None:
+    """Move the large arrays of several ONNX models to one file beside them, equal ones once."""
+    import onnx
+    from onnx.external_data_helper import set_external_data
+
+    places: dict[bytes, int] = {}
+    with out.open("wb") as stored:
+        for file in files:
+            model = onnx.load(file)
+            for array in model.graph.initializer:
+                content = array.raw_data
+                if len(content) < SHARED:
+                    continue
+                key = sha256(content).digest()
+                if key not in places:
+                    stored.write(bytes(-stored.tell() % 64))
+                    places[key] = stored.tell()
+                    stored.write(content)
+                set_external_data(array, out.name, offset=places[key], length=len(content))
+                array.ClearField("raw_data")
+            onnx.save(model, file)
 
 
 def _unsupported(error: Exception, operations: frozenset[str]) -> ExportError:

@@ -78,6 +78,9 @@ def test_bad_calls_exit_2_and_write_nothing(decoder, texts, tmp_path, capsys):  
         ([*model, *out, "--format", "stablehlo", "--problem", "a:b"], "--problem goes with"),
         (["--model", "minilm", *out, "--format", "stablehlo"], "is an encoder"),
         ([*model, "--onto", tmp_path], "--onto adds an ADAPTER"),
+        ([*model, *out, "--format", "stablehlo", "--texts", tmp_path / "empty"], "holds no text"),
+        ([*model, *out, "--format", "stablehlo", "--slots", "9"], "--slots goes with --format litert"),
+        ([*model, "--format", "stablehlo", "--out", tmp_path, "--overwrite"], "is no such export"),
     ):
         with pytest.raises(SystemExit) as e:
             main(["export", *map(str, argv)])

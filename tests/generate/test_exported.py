@@ -9,11 +9,11 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.errors import ExportError, LoraxError
+from lorax_kit.generate.exported import WEIGHTS, adapter_arrays, load_parts, one_at_a_time, save_parts
+from lorax_kit.generate.programs import parts_of, with_factors
 from lorax_kit.models import load_model
 from lorax_kit.serve.int8 import BLOCK, ZERO, blocks_of
 from lorax_kit.serve.litert import save_litert
-from lorax_kit.serve.writing import parts_of, with_factors
-from lorax_kit.serve.written import WEIGHTS, adapter_arrays, load_parts, one_at_a_time, save_parts
 from tests.models.test_families import copied, recorded
 from tests.problems.folders import write_model
 

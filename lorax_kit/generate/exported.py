@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,16 +11,14 @@ import jax
 import numpy as np
 
 from lorax_kit.core.paths import Params
+from lorax_kit.generate.programs import Part
 from lorax_kit.models import Loaded
 from lorax_kit.serve.litert import load_litert, save_litert
-from lorax_kit.serve.onnx import load_onnx, save_onnx
+from lorax_kit.serve.onnx import load_onnx, save_onnx, share_weights
 from lorax_kit.serve.stablehlo import load_stablehlo, save_stablehlo
-from lorax_kit.serve.writing import Part
 
 WEIGHTS = "weights.bin"
 """What the programs of one model have in common."""
-SHARED = 4096
-"""Bytes from which on an array is stored apart from the program."""
 
 
 def one_at_a_time(parts: Sequence[Part], slots: int) -> list[Part]:
@@ -59,29 +56,6 @@ def save_parts(
     if form == "onnx" and len(parts) > 1:
         share_weights([folder / name for name in files.values()], folder / WEIGHTS)
     return files
-
-
-def share_weights(files: Sequence[Path], out: Path) -> None:
-    """Move the large arrays of several ONNX models to one file beside them, equal ones once."""
-    import onnx
-    from onnx.external_data_helper import set_external_data
-
-    places: dict[bytes, int] = {}
-    with out.open("wb") as stored:
-        for file in files:
-            model = onnx.load(file)
-            for array in model.graph.initializer:
-                content = array.raw_data
-                if len(content) < SHARED:
-                    continue
-                key = sha256(content).digest()
-                if key not in places:
-                    stored.write(bytes(-stored.tell() % 64))
-                    places[key] = stored.tell()
-                    stored.write(content)
-                set_external_data(array, out.name, offset=places[key], length=len(content))
-                array.ClearField("raw_data")
-            onnx.save(model, file)
 
 
 class Runner(NamedTuple):
