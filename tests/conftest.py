@@ -35,7 +35,7 @@ def standard_promotion():
         yield
 
 
-SLOW = ("test_cli.py", "test_table.py", "test_device.py", "test_deployment.py", "test_docs.py")
+SLOW = ("test_cli.py", "test_table.py", "test_device.py", "test_export_called.py", "test_docs.py")
 
 
 def pytest_collection_modifyitems(items):

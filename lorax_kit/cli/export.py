@@ -81,7 +81,7 @@ def export(adapter: str | None, model: str | None, onto: str | None, as_json: bo
     classifier of texts. A model that writes (of the tasks lm, chat and translate, or --model) is exported with its
     cache, to be called token by token: decoder.FORMAT, of an encoder-decoder encoder.FORMAT, too, and tokenizer.json.
     """
-    from lorax_kit.commands.writers import add_adapter, writes
+    from lorax_kit.commands.export.written import add_adapter, writes
 
     if (adapter is None) == (model is None):
         raise click.UsageError("give an ADAPTER, or --model: one of the two.")
@@ -115,7 +115,7 @@ def export(adapter: str | None, model: str | None, onto: str | None, as_json: bo
 def _whole(adapter: str, as_json: bool, options: dict[str, Any]) -> None:
     """A model that is called once a batch."""
     from lorax_kit.benchmarks import table
-    from lorax_kit.commands.deployment import export_adapter
+    from lorax_kit.commands.export.called import export_adapter
     from lorax_kit.core.quantised import METHODS as QUANTISATIONS
 
     method = options["method"]
@@ -141,7 +141,7 @@ def _writer(source: str, as_json: bool, options: dict[str, Any]) -> None:
     from pathlib import Path
 
     from lorax_kit.benchmarks import table
-    from lorax_kit.commands.writers import export_writer, smaller_writer
+    from lorax_kit.commands.export.written import export_writer, smaller_writer
 
     refuse_given({"problem": "--problem"}, "models that are called once a batch")
     params = None
@@ -181,7 +181,7 @@ def exports(folders: tuple[str, ...], out: str | None, overwrite: bool, as_json:
     FOLDERS are what `lorax-kit export` wrote.
     """
     from lorax_kit.benchmarks import table
-    from lorax_kit.commands.exports import COLUMNS, export_rows, exports_page
+    from lorax_kit.commands.export.table import COLUMNS, export_rows, exports_page
 
     rows = export_rows(folders) if out is None else exports_page(folders, out, overwrite=overwrite)
     if as_json:

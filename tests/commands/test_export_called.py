@@ -16,7 +16,7 @@ import lorax_kit as lk
 from lorax_kit.cli import main
 from lorax_kit.commands import train_adapter
 from lorax_kit.commands.compress.subjects import sentiment_subject
-from lorax_kit.commands.deployment import export_adapter
+from lorax_kit.commands.export.called import export_adapter
 from lorax_kit.data import load_reviews
 from lorax_kit.models import Tokenizer, load_bert
 from lorax_kit.problems import Sentiment
@@ -41,7 +41,7 @@ def quicker():
     """Reviews are read once, and programs that hold the model's weights stay out of the compilation cache."""
     least = jax.config.jax_persistent_cache_min_compile_time_secs
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorax_kit.commands.deployment.subject_of", subject_of)
+        patch.setattr("lorax_kit.commands.export.called.subject_of", subject_of)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
         yield
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
@@ -117,12 +117,12 @@ def test_a_failure_while_measuring_leaves_the_earlier_export(adapter, tmp_path, 
         export_adapter(adapter, tmp_path / "x", form="safetensors", overwrite=True, progress=False)
     (tmp_path / "x" / "mine").rmdir()
     before = {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir()}
-    monkeypatch.setattr("lorax_kit.commands.deployment._measured", lambda *_: 1 / 0)
+    monkeypatch.setattr("lorax_kit.commands.export.called._measured", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_adapter(adapter, tmp_path / "x", form="safetensors", overwrite=True, progress=False)
     assert {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
-    monkeypatch.setattr("lorax_kit.commands.deployment._measured", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("lorax_kit.commands.export.called._measured", lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit) as e:  # as a scheduler ends a job
         call("export", adapter, "--format", "safetensors", "--rounds", 0, "--out", tmp_path / "y")
     assert e.value.code == 130

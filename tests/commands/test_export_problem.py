@@ -12,7 +12,7 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.cli import main
 from lorax_kit.commands import Subject
-from lorax_kit.commands.deployment import export_adapter
+from lorax_kit.commands.export.called import export_adapter
 from lorax_kit.errors import ExportError
 from lorax_kit.serve import load_stablehlo, load_tensors
 from lorax_kit.serve.inputs import inputs_of
@@ -90,7 +90,7 @@ def measured(tmp_path, **changes):
     adapter = adapter_of(problem, tmp_path / "run")
     subject = Subject(problem=problem, params=problem.params(jax.random.key(0)), targets=("up/kernel",))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorax_kit.commands.deployment.subject_of", lambda *_, **__: subject)
+        patch.setattr("lorax_kit.commands.export.called.subject_of", lambda *_, **__: subject)
         return export_adapter(adapter, tmp_path / "out", form="stablehlo", rounds=0, progress=False)
 
 
