@@ -1,15 +1,22 @@
-"""WordPiece, byte-level BPE and other tokenizers: from a tokenizer.json, or from tokens and merges."""
+"""WordPiece, byte-level BPE and other tokenizers: from a tokenizer.json, from tokens and merges, or from pieces."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import tokenizers
+
+SPACE = "\u2581"
+"""What stands for a space in pieces of SentencePiece."""
+CODE, OTHER = "\U0010fffd", "\U0010fffc"
+"""Private characters: the first begins a token that is found at the start of a text, the second stands for it there."""
 
 
 class Window(NamedTuple):
@@ -33,9 +40,17 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Texts to ids and back. Any truncation and padding that the file presets is switched off."""
+    """Texts to ids and back. Any truncation and padding that the file presets is switched off.
+
+    Attributes:
+      inner: the library's, whose ids may be larger than the model's.
+      size: how many tokens the model has, where that is fewer; None: it is not.
+      unknown: the id that stands for all further ones.
+    """
 
     inner: tokenizers.Tokenizer
+    size: int | None = None
+    unknown: int = 0
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -98,6 +113,79 @@ class Tokenizer:
         return cls(inner)
 
     @classmethod
+    def from_pieces(
+        cls,
+        pieces: Sequence[tuple[str, float | None]],
+        unknown: int,
+        *,
+        special: Sequence[str],
+        whole: Sequence[str] = (),
+        codes: Sequence[str] = (),
+        missing: Sequence[tuple[str, float]] = (),
+        charsmap: bytes = b"",
+        by_word: bool = False,
+    ) -> Tokenizer:
+        """Unigram pieces as SentencePiece finds them (Kudo, 2018), and </s> at the end of a text.
+
+        Args:
+          pieces: by id, with their scores; None: it is decoded, and never found in a text.
+          unknown: the id of what no piece is found in.
+          special: tokens with a meaning of their own, found in a text before it is split, and left out by `decode`.
+          whole: tokens found likewise, that belong to the text.
+          codes: tokens >>...<< that are found where a text begins.
+          missing: further pieces, of which the model has no token: they are found, and unknown.
+          charsmap: how SentencePiece replaces characters; empty: it does not.
+          by_word: texts are split into words first, as transformers does for T5; else as SentencePiece does.
+
+        Raises:
+          ValueError: pieces that are not a tokenizer.
+        """
+        import tokenizers
+        from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+        ids = {piece: i for i, (piece, _) in enumerate(pieces)}
+        least = min((score for _, score in (*pieces, *missing) if score is not None), default=0.0)
+        # Every space of a text is replaced before pieces are looked for: one that begins with it is never found.
+        hidden = {x: SPACE + CODE + x[2:] if x in set(codes) else f" {x}" for x, score in pieces if score is None}
+        vocabulary = [(hidden.get(x, x), least if score is None else score) for x, score in (*pieces, *missing)]
+        replaced: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
+        try:
+            inner = tokenizers.Tokenizer(models.Unigram(vocabulary, unknown))
+        except Exception as e:  # the library raises bare Exception
+            raise ValueError(f"these pieces are not a tokenizer: {e}.") from None
+        if by_word:
+            metaspace = pre_tokenizers.Metaspace(SPACE, "always")
+            inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace])
+            inner.decoder = decoders.Metaspace(SPACE, "always")
+        else:
+            known = "|".join(re.escape(x[2:-2]) for x in codes)
+            begins = [
+                normalizers.Replace(CODE, OTHER),
+                normalizers.Replace(Regex(rf"\A>>(?=(?:{known})<<)"), CODE),
+                normalizers.Replace(Regex(rf"{CODE}[^<]*\K<<"), "<< "),
+            ]
+            spaces = [
+                normalizers.Replace(Regex(r"\A +| +\z"), ""),
+                normalizers.Replace(Regex(" +"), " "),
+                normalizers.Prepend(SPACE),
+                normalizers.Replace(" ", SPACE),
+                normalizers.Replace(Regex(rf"{SPACE}+\z"), ""),
+            ]
+            replaced = [*(begins if codes else []), *replaced, *spaces]
+            shown: list[tuple[Any, str]] = [(SPACE + CODE, ">>"), (Regex(r"\A "), ""), (SPACE, " ")]
+            ends = [decoders.Fuse(), decoders.Replace(Regex(r"\A\s+|\s+\z"), "")]
+            inner.decoder = decoders.Sequence([*(decoders.Replace(a, b) for a, b in shown), *ends])
+        if replaced:
+            inner.normalizer = normalizers.Sequence(replaced)
+        inner.add_special_tokens([tokenizers.AddedToken(x, special=True, normalized=False) for x in special])
+        inner.add_tokens([tokenizers.AddedToken(x, normalized=False) for x in whole])
+        pair = ["$A", "</s>", "$B", "</s>"] if by_word else ["$A", "$B", "</s>"]
+        inner.post_processor = processors.TemplateProcessing(
+            single=["$A", "</s>"], pair=pair, special_tokens=[("</s>", ids["</s>"])]
+        )
+        return cls(inner, len(pieces) if missing else None, unknown)
+
+    @classmethod
     def from_texts(cls, texts: Sequence[str], size: int) -> Tokenizer:
         """Whole words in lower case, punctuation apart: the most frequent of these texts, of equal ones the first.
 
@@ -130,7 +218,7 @@ class Tokenizer:
         """
         out = []
         for encoding in self.inner.encode_batch(list(texts)):
-            ids = encoding.ids
+            ids = self._known(encoding.ids)
             if len(ids) > max_length:
                 end = ids[-1:] if encoding.special_tokens_mask[-1] else []
                 ids = ids[: max_length - len(end)] + end
@@ -140,7 +228,7 @@ class Tokenizer:
     def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Ids of each text without further special tokens, and the characters [start, end) that each token is of."""
         found = self.inner.encode_batch(list(texts), add_special_tokens=False)
-        return [(x.ids, x.offsets) for x in found]
+        return [(self._known(x.ids), x.offsets) for x in found]
 
     def text_of(self, token: int | None) -> str | None:
         """The text that stands for a token; None of None."""
@@ -169,9 +257,21 @@ class Tokenizer:
                     f"{first[:60]!r} leaves no room in {max_length} tokens for windows that share {overlap}: {e}."
                 ) from None
             windows = [whole, *whole.overflowing]
-            out.append([Window.of(x.ids, x.type_ids, x.offsets, x.sequence_ids) for x in windows])
+            out.append([Window.of(self._known(x.ids), x.type_ids, x.offsets, x.sequence_ids) for x in windows])
         return out
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
         return self.inner.decode(list(ids))
+
+    def save(self, path: str | Path) -> None:
+        """Write a tokenizer.json all of whose ids the model has: pieces without one are not there, nor found."""
+        if self.size is None:
+            self.inner.save(str(path))
+            return
+        data = json.loads(self.inner.to_str())
+        data["model"]["vocab"] = data["model"]["vocab"][: self.size]
+        Path(path).write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    def _known(self, ids: list[int]) -> list[int]:
+        return ids if self.size is None else [i if i < self.size else self.unknown for i in ids]

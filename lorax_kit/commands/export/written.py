@@ -136,7 +136,7 @@ def export_writer(
         folder.mkdir()
         files = save_parts(folder, parts, stored, form, int8=int8, platforms=platforms)
         size = sum(file.stat().st_size for file in folder.iterdir())
-        origin.loaded.tokenizer.inner.save(str(folder / TOKENIZER))
+        origin.loaded.tokenizer.save(folder / TOKENIZER)
         if separate:
             (folder / ADAPTERS).mkdir()
             write_tensors(folder / ADAPTERS / f"{name}.safetensors", arrays, {})

@@ -18,6 +18,7 @@ from lorax_kit.core.quantised import quantise
 from lorax_kit.models.llama import LlamaModel
 from lorax_kit.models.stored.families import FAMILIES, Family
 from lorax_kit.models.stored.gguf import gguf_names, read_gguf
+from lorax_kit.models.stored.sentencepiece import stored_tokenizer
 from lorax_kit.models.stored.weights import Stored, chat_template, open_folder, read_config, read_json
 from lorax_kit.models.tokenizer import Tokenizer
 
@@ -92,7 +93,8 @@ def load_model(source: str | Path, *, quantise: str | None = None) -> Loaded:
 
     Args:
       source: "minilm" or "smollm2", from their packages; a file NAME.gguf; or a Hugging Face folder holding
-        config.json, model.safetensors (or its parts and their index) and tokenizer.json.
+        config.json, model.safetensors (or its parts and their index) and tokenizer.json; Marian's may have
+        source.spm and vocab.json in its place, T5's spiece.model.
       quantise: "int8", "int4" or "nf4": keep the kernels of the layers in so many bits, each from when it is read on:
         the model is never there in fp32. The same bits as `lk.quantise(params, ["**/layer_*/**/kernel"], quantise)`.
 
@@ -123,7 +125,7 @@ def load_model(source: str | Path, *, quantise: str | None = None) -> Loaded:
         params=found.params,
         heads=heads,
         labels=_labels(data, heads["classify"]) if "classify" in heads else None,
-        tokenizer=Tokenizer.from_file(path / "tokenizer.json"),
+        tokenizer=stored_tokenizer(path, data),
         special=_special(path, data),
         chat_template=chat_template(path),
         source=str(source),

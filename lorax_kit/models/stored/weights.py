@@ -15,10 +15,8 @@ from lorax_kit.json_text import read_json as json_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = "\n  pytorch_model.bin is not read: save_pretrained(FOLDER) of transformers writes safetensors"
-MARIAN_TOKENIZER = """
-  Marian's folders have source.spm and vocab.json in its place. With the package tokenizers, build
-  models.Unigram([(piece, score), ...]) with the pieces in the order of vocab.json, their scores those of source.spm,
-  the Metaspace pre-tokenizer and decoder, and "$A </s>" as template, and save it as tokenizer.json."""
+SENTENCEPIECE = {"marian": ("source.spm", "vocab.json"), "t5": ("spiece.model",), "mt5": ("spiece.model",)}
+"""Model type -> what its folders may have in place of tokenizer.json."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +127,11 @@ def read_config(folder: Path) -> Any:
             pickled = name == SINGLE and any(folder.glob("pytorch_model*.bin"))
             raise FileNotFoundError(f"{str(folder)!r} has no {name}; {holds}" + (torch if pickled else ""))
     data = read_json(folder / "config.json")
-    if not (folder / "tokenizer.json").is_file():
-        marian = isinstance(data, dict) and data.get("model_type") == "marian"
-        raise FileNotFoundError(
-            f"{str(folder)!r} has no tokenizer.json; {holds}" + (MARIAN_TOKENIZER if marian else "")
-        )
+    kind = data.get("model_type") if isinstance(data, dict) else None
+    others = SENTENCEPIECE.get(kind, ()) if isinstance(kind, str) else ()
+    if not any((folder / name).is_file() for name in ("tokenizer.json", *others)):
+        instead = f"\n  in place of tokenizer.json a {kind} may have {' and '.join(others)}" if others else ""
+        raise FileNotFoundError(f"{str(folder)!r} has no tokenizer.json; {holds}{instead}")
     return data
 
 
