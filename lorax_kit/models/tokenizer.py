@@ -138,7 +138,7 @@ class Tokenizer:
           by_word: texts are split into words first, as transformers does for T5; else as SentencePiece does.
 
         Raises:
-          ValueError: pieces that are not a tokenizer.
+          ValueError: pieces that are not a tokenizer, or codes that `charsmap` replaces.
         """
         import tokenizers
         from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -149,6 +149,8 @@ class Tokenizer:
         hidden = {x: SPACE + CODE + x[2:] if x in set(codes) else f" {x}" for x, score in pieces if score is None}
         vocabulary = [(hidden.get(x, x), least if score is None else score) for x, score in (*pieces, *missing)]
         replaced: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
+        if changed := [x for x in codes if replaced and replaced[0].normalize_str(x) != x]:
+            raise ValueError(f"the token {changed[0][:60]!r} would be replaced in a text before it is found.")
         try:
             inner = tokenizers.Tokenizer(models.Unigram(vocabulary, unknown))
         except Exception as e:  # the library raises bare Exception
