@@ -132,9 +132,10 @@ def t5_tokenizer(folder: Path) -> Tokenizer:
 def marian_tokenizer(folder: Path) -> Tokenizer:
     """Of source.spm and vocab.json: ids are those of vocab.json, texts are split by the pieces of source.spm.
 
-    Pieces that source.spm lacks, those of target.spm, are decoded and never found in a text, but for >>fra<< and the
-    like, found where a text begins. A piece that vocab.json lacks stands for the unknown, as in transformers: there
-    are some in folders that are in use. A text ends with </s>.
+    Pieces that source.spm lacks, those of target.spm, are decoded and never found in a text (transformers finds one
+    where letters unknown to source.spm spell it), but for >>fra<< and the like, found where a text begins. A piece
+    that vocab.json lacks stands for the unknown, as in transformers: folders that are in use lack some. A text ends
+    with </s>.
 
     Raises:
       ValueError: as `read_sentencepiece`; a file that is not there; a vocab.json of another kind.
