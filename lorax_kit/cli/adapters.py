@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from lorax_kit.cli.problems import described, problem_options, problem_settings
+from lorax_kit.cli.problems import FILES, described, problem_options, problem_settings
 from lorax_kit.cli.root import cli, echo, refuse_given
 from lorax_kit.cli.settings import FLAGS, setting_of, setting_options
 
@@ -75,15 +75,17 @@ def train(
 def evaluate(adapter: str | None, texts: str | None, as_json: bool, **options: Any) -> None:
     """Measure a saved adapter on the test split of the problem it was trained on; or a model as it is.
 
-    ADAPTER is a folder of `train` or of a study, which remembers its problem. With --model, --task and --data the model
+    ADAPTER is a folder of `train` or of a study, which remembers its problem; --data, --val-data and --test-data say
+    where its rows lie now, or give others. With --model, --task and --data the model
     is measured without one; a head that it lacks is drawn at random.
     """
-    settings = described(adapter, options, "ADAPTER, a folder of train or of a study")
+    settings = described(adapter, options, "ADAPTER, a folder of train or of a study", moved=True)
     from lorax_kit.commands import evaluate_adapter, evaluate_base
     from lorax_kit.problems import problem_from
 
     if settings is None:
-        result = evaluate_adapter(str(adapter), options["problem"], texts)
+        files = {name: options[name] for name in FILES if options[name] is not None}
+        result = evaluate_adapter(str(adapter), options["problem"], texts, files=files)
     else:
         result = evaluate_base(problem_from(settings), texts)
     if as_json:

@@ -61,6 +61,7 @@ OPTIONS = (
     click.option("--source", default=None, help="Of film reviews: rotten_tomatoes (the default), imdb or all."),
     click.option("--problem", metavar="MODULE:OBJECT", default=None, help="A problem of your own in Python."),
 )
+FILES = ("data", "val_data", "test_data")
 OF_FILES = ("data", "val_data", "test_data", "text", "label", "columns", "further", "quantise")
 NAMES = ("model", "task", *OF_FILES, "batch_size", "length", "source", "problem")
 FLAGS = {name: f"--{name.replace('_', '-')}" for name in NAMES} | {"columns": "--column", "further": "--with"}
@@ -99,8 +100,11 @@ def problem_settings(options: dict[str, Any]) -> Any:
     return settings
 
 
-def described(model: str | None, options: dict[str, Any], what: str) -> Any:
+def described(model: str | None, options: dict[str, Any], what: str, moved: bool = False) -> Any:
     """The problem on which a command measures `what`, an argument that may be left out where --task says enough.
+
+    Args:
+      moved: --data, --val-data and --test-data may say where the rows of an adapter lie now: they stay in `options`.
 
     Returns:
       Settings as `problem_from` takes them, or None where the argument is an adapter that remembers its problem, whose
@@ -110,11 +114,12 @@ def described(model: str | None, options: dict[str, Any], what: str) -> Any:
       click.UsageError: options that do not go together.
     """
     if options["task"] is None:
-        refuse_given({name: FLAGS[name] for name in NAMES if name not in ("task", "problem")}, "--task")
+        kept = ("task", "problem", *(FILES if moved else ()))
+        refuse_given({name: FLAGS[name] for name in NAMES if name not in kept}, "--task")
         if model is None:
             raise click.UsageError(f"give {what}, or --model, --task and --data.")
         for name in NAMES:
-            if name != "problem":
+            if name not in kept[1:]:
                 options.pop(name)
         return None
     if model is not None and options["model"] is not None:

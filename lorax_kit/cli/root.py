@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -52,11 +53,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with _terminated_as_interrupted():
             cli.main(args=None if argv is None else list(argv), prog_name="lorax-kit", standalone_mode=False)
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("lorax-kit: interrupted", err=True)
-        sys.exit(INTERRUPTED)
-    except KeyboardInterrupt:
-        click.echo("lorax-kit: interrupted", err=True)
+        if argv is None:  # a process of our own: XLA's threads may still compute, and crash if Python is taken down
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
         sys.exit(INTERRUPTED)
     except click.exceptions.NoArgsIsHelpError as e:
         click.echo(e.format_message(), err=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,12 @@ def evaluate_base(problem: Problem, texts: str | Path | None = None, *, progress
 
 
 def evaluate_adapter(
-    path: str | Path, address: str | None = None, texts: str | Path | None = None, *, progress: bool = True
+    path: str | Path,
+    address: str | None = None,
+    texts: str | Path | None = None,
+    *,
+    files: Mapping[str, str] | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Test metrics of a saved adapter, by the program that measured it when its study ended.
 
@@ -52,13 +57,14 @@ def evaluate_adapter(
       address: of the problem, in place of the one that the adapter remembers.
       texts: a JSON Lines file to create: the model writes after each prompt of the test set, and what it writes is
         measured against what was wanted; see `lorax_kit.commands.written.written`.
+      files: of the rows, where they are not where they were; see `lorax_kit.problems.load.problem_of`.
 
     Raises:
       AdapterError: no adapter, a damaged one, or one that names no problem known here; `texts` exists.
       LoraxError: `texts`, and a task that writes nothing.
     """
     path = adapter_folder(path)
-    problem = problem_of(path, address)
+    problem = problem_of(path, address, files)
     wrote = {} if texts is None else _compared(problem, author_of(path), Path(texts), progress)
     base = base_of(problem, path)
     adapter = load_adapter(path, base=base)
@@ -68,12 +74,12 @@ def evaluate_adapter(
 def _measured(problem: Problem, params: Params, trained: Collection[str], plan: Plan | None = None) -> dict[str, Any]:
     found = Evaluator(problem, params, trained, problem.test, plan=plan)(params)
     named = {f"test_{metric.name}": found[metric.name] for metric in problem.all_metrics}
-    return {**named, "examples": found["examples"]}
+    return {**named, "examples": problem.facts.get("test", found["examples"])}
 
 
 def _compared(problem: Problem, author: Author, file: Path, progress: bool) -> dict[str, Any]:
     """Metrics of what is written after the prompts of the test set; the texts go into a file."""
-    refuse_existing(file, False, None, "file")
+    refuse_existing(file, None, None, "file")
     found = written(author, problem.test, progress=progress)
     with staged(file, False) as new:
         new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found["rows"]), encoding="utf-8")

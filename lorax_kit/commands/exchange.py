@@ -30,6 +30,7 @@ from lorax_kit.models import (
 from lorax_kit.models.stored.load import MINILM, SMOLLM2
 from lorax_kit.models.stored.weights import Stored, open_folder, read_json
 from lorax_kit.peft import load_peft, save_peft
+from lorax_kit.problems.packaged.sentiment import adapter_folder
 
 FORMATS = ("orbax", "peft")
 WEIGHTS = "adapter_model.safetensors"
@@ -159,9 +160,20 @@ def _head_of(adapter: str | Path) -> tuple[int | None, bool]:
 
 
 def read_adapter(folder: str | Path, model: Model, form: str | None = None) -> Any:
-    """An adapter of a model, of either format."""
+    """An adapter of a model, of either format.
+
+    Raises:
+      AdapterError: of a task whose head no class of transformers or PEFT computes.
+    """
     if (form or format_of(folder)) == "peft":
         return load_peft(folder, base=model.base, names=model.names)
+    document = read_document(folder)
+    if any(path.startswith(("classifier/output/", "answer/output/")) for path in document["arrays"]):
+        task = document["meta"].get("problem")
+        raise AdapterError(
+            f"the adapter at {str(folder)!r} has a head of the task {task!r}, which no class of PEFT computes."
+            "\n  lorax-kit merge --without-head writes its model; lorax-kit export its model and head"
+        )
     return load_adapter(folder, base=model.base)
 
 
@@ -189,6 +201,7 @@ def convert_adapter(
     """
     if (rank is not None or energy is not None) and not lora:
         raise AdapterError("a rank or an energy is for the plain LoRA of --lora.")
+    source = source[0], str(adapter_folder(source[1]))
     if format_of(source[1]) != source[0]:
         raise AdapterError(f"{source[1]!r} is an adapter of {format_of(source[1])}, not of {source[0]}.")
     refuse_near(Path(target[1]).absolute(), read_from(base, [source[1]]))
@@ -247,6 +260,7 @@ def combine_adapters(
     Raises:
       AdapterError: as `combine`; heads that began at values which the base does not have, and no mean of them is asked.
     """
+    sources = [str(adapter_folder(source)) for source in sources]
     refuse_near(Path(out).absolute(), read_from(base, sources))
     model = load_model(base, sources)
     adapters = [read_adapter(folder, model) for folder in sources]

@@ -47,7 +47,7 @@ def merge_adapter(
       AdapterError: `out` is what is read, or lies within or around it, or holds other files; the adapter changes
         what the base does not have, or brings a head of another shape.
     """
-    path = Path(out).absolute()
+    path, source = Path(out).absolute(), str(adapter_folder(source))
     refuse_near(path, read_from(base, [source]))
     refuse_existing(path, overwrite, SINGLE, "model", {SINGLE, *FILES})
     model = load_model(base, [source])

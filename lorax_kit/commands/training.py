@@ -14,7 +14,7 @@ import jax
 import optax
 from tqdm import tqdm
 
-from lorax_kit.checkpoint.adapter import adapter_bytes, save_adapter
+from lorax_kit.checkpoint.adapter import adapter_bytes, read_document, save_adapter
 from lorax_kit.checkpoint.fingerprint import fingerprint
 from lorax_kit.commands.memory import within
 from lorax_kit.core.leaves import trained_only
@@ -81,7 +81,7 @@ def train_adapter(
     if not 0 < lr < float("inf"):
         raise StudyError(f"lr is {lr}; it must be a positive number.")
     if (out / "adapter").exists():
-        raise AdapterError(f"{str(out / 'adapter')!r} exists.\n  choose another folder")
+        raise AdapterError(f"{str(out / 'adapter')!r} exists: that training is finished.\n  choose another folder")
     problem = problem if isinstance(problem, Problem) else problem.build()
     per_epoch: Any = steps_per_epoch or problem.facts.get("steps_per_epoch")
     if not is_int(per_epoch) or per_epoch < 1:
@@ -150,10 +150,16 @@ def train_adapter(
         measures=[Measure(**one.to_dict()) for one in dict.fromkeys((problem.chief, *problem.all_metrics))],
         history=fitted.history,
         test=final,
-        examples=int(tested["examples"]),
+        examples=int(problem.facts.get("test", tested["examples"])),
         stopped=fitted.stopped,
         data=problem.facts,
         spec=spec.to_dict(),
+        run={
+            "optimiser": "AdamW, its rate falling linearly to 0, gradients clipped at 1",
+            **{"lr": lr, "seed": seed, "epochs": epochs, "steps per epoch": per_epoch, "save memory": save_memory},
+            "base": settings["base"],
+            "versions": read_document(out / "adapter")["versions"],
+        },
         trained=sum(x.size for x in jax.tree.leaves(trained_only(plan, fitted.state.factors))),
         parameters=sum(prod(x.shape) for x in flatten(params)[0].values()),
         adapter_bytes=adapter_bytes(out / "adapter"),

@@ -136,7 +136,7 @@ def check_steps(steps: Any) -> None:
 def check_rates(factors: Any, rates: Any) -> None:
     """Raise `LoraxError` unless `rates` has a number or None for each leaf of the factors."""
     try:
-        fits = jax.tree.map(lambda rate, x: rate is None or jnp.ndim(rate) == 0, rates, dict(factors), is_leaf=_absent)
+        fits = jax.tree.map(_one_rate, rates, dict(factors), is_leaf=_absent)
         ok = all(jax.tree.leaves(fits))
     except (TypeError, ValueError):
         ok = False
@@ -145,3 +145,8 @@ def check_rates(factors: Any, rates: Any) -> None:
             "the inner rates do not hold one number for each leaf of the factors.\n"
             "  rates = meta.inner_rates(plan, factors, 0.1)"
         )
+
+
+def _one_rate(rate: Any, x: Any) -> bool:
+    """Whether a number, or None, meets one leaf, and no branch of factors."""
+    return (rate is None or jnp.ndim(rate) == 0) and jax.tree_util.treedef_is_leaf(jax.tree.structure(x))

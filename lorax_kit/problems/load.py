@@ -75,19 +75,24 @@ def settings_from(data: Mapping[str, Any]) -> Settings:
     return made
 
 
-def problem_of(adapter: str | Path, address: str | None = None) -> Problem:
+def problem_of(adapter: str | Path, address: str | None = None, files: Mapping[str, str] | None = None) -> Problem:
     """The problem that a saved adapter was trained on.
 
     Args:
       address: in place of the one that the adapter remembers.
+      files: "data", "val_data" or "test_data" -> a file, in place of the one that the adapter remembers, whatever it
+        holds.
 
     Raises:
-      AdapterError: no adapter, a damaged one, or one that does not say.
+      AdapterError: no adapter, a damaged one, or one that does not say; other files, and a problem that has none, or
+        whose classes are others than the adapter's.
       StudyError: an address that leads nowhere.
     """
     path = adapter_folder(adapter)
     meta = read_document(path)["meta"]
     settings = meta.get("settings")
+    if files and (address is not None or not isinstance(settings, Mapping) or "task" not in settings):
+        raise AdapterError(f"the adapter at {str(path)!r} was not trained on a file of rows: no other can be given.")
     if address is not None or meta.get("address"):
         given = settings if isinstance(settings, Mapping) else None
         same = address == meta.get("address")
@@ -100,7 +105,17 @@ def problem_of(adapter: str | Path, address: str | None = None) -> Problem:
             "  give its address: --problem module:object"
         )
     own = settings if "task" in settings else {"name": meta["problem"], **settings}
-    return settings_from(own).build()
+    if not files:
+        return settings_from(own).build()
+    digests = {name: digest for name, digest in (own.get("sha256") or {}).items() if name not in files}
+    problem = settings_from({**own, **files, "sha256": digests or None}).build()
+    had, has = meta.get("labels"), problem.facts.get("labels")
+    if had is not None and list(had) != list(has or ()):
+        raise AdapterError(
+            f"the adapter at {str(path)!r} tells {', '.join(map(str, had))}; the rows given have the classes "
+            f"{', '.join(map(str, has or ()))}."
+        )
+    return problem
 
 
 def base_of(problem: Problem, adapter: str | Path) -> Params:

@@ -7,7 +7,7 @@ import pytest
 
 import lorax_kit as lk
 import lorax_kit.commands.training as module
-from lorax_kit.commands import train_adapter
+from lorax_kit.commands import evaluate_adapter, train_adapter
 from lorax_kit.report.pages.training import data_text
 from tests import tiny
 
@@ -47,6 +47,8 @@ def test_an_interrupted_training_goes_on_and_each_epoch_is_logged_once(tmp_path,
     with pytest.raises(lk.LoraxError, match=r"other settings: lr was 0\.01, and is 0\.02"):
         train(tmp_path / "o", lr=0.02)
     assert "going on" in capsys.readouterr().err
+    with pytest.raises(lk.AdapterError, match="a training that is not finished"):
+        evaluate_adapter(tmp_path / "o")
     again, whole = train(tmp_path / "o"), train(tmp_path / "whole")
     assert again["test_loss"] == whole["test_loss"]
     assert [json.loads(x)["epoch"] for x in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()] == [1, 2]

@@ -181,3 +181,10 @@ def test_a_meta_gradient_of_ones_own_plugs_in():
     state, _ = step(init(START, RATES), BASE, TASKS)
     expected = vector(START) - 0.5 * mean_gradient(joint, TASKS)[0]
     np.testing.assert_allclose(vector(state.factors), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rates", [0.1, {"w": 0.1}, {"w": {"a": 0.1}}, None])
+def test_rates_that_are_not_one_for_each_leaf_are_refused_at_once(rates):
+    init, _ = meta_step(maml(loss_fn, steps=1), optax.sgd(0.5))
+    with pytest.raises(lk.LoraxError, match="do not hold one number for each leaf"):
+        init(START, rates)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import lorax_kit as lk
+from lorax_kit.cli import main
 from lorax_kit.commands import evaluate_adapter, evaluate_base, train_adapter
 from lorax_kit.errors import DataError
 from lorax_kit.models import load_model
@@ -51,7 +53,7 @@ def lines(file, found):
     return str(file)
 
 
-def test_classes_are_learnt_and_an_adapter_needs_only_its_folder(tmp_path, models):
+def test_classes_are_learnt_and_an_adapter_needs_only_its_folder(tmp_path, models, capsys):
     data = table(tmp_path / "a.csv", ["body", "colour"], rows(180))
     settings = {"task": "classify", "model": models["bert"], "data": data, "text": "body", "label": "colour"}
     problem = problem_from({**settings, "batch_size": 8})
@@ -65,10 +67,23 @@ def test_classes_are_learnt_and_an_adapter_needs_only_its_folder(tmp_path, model
     assert {name: again[name] for name in done if name.startswith("test_")} == {
         name: value for name, value in done.items() if name.startswith("test_")
     }
-    with open(data, "a") as more:
+    moved = tmp_path / "elsewhere" / "a.csv"
+    moved.parent.mkdir()
+    shutil.move(data, moved)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        evaluate_adapter(tmp_path / "o")
+    assert evaluate_adapter(tmp_path / "o", files={"data": str(moved)}) == again
+    with open(moved, "a") as more:
         more.write("the red car,red\n")
+    shutil.copy(moved, data)
     with pytest.raises(DataError, match="has changed since: its SHA-256"):
         evaluate_adapter(tmp_path / "o")
+    main(["evaluate", str(tmp_path / "o"), "--data", data, "--json"])
+    assert json.loads(capsys.readouterr().out)["examples"] == 18
+    with open(moved, "a") as more:
+        more.write("the red car,mauve\n" * 3)
+    with pytest.raises(lk.AdapterError, match="the rows given have the classes"):
+        evaluate_adapter(tmp_path / "o", files={"data": str(moved)})
 
 
 def test_macro_f1_is_that_of_its_definition(tmp_path, models):

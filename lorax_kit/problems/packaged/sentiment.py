@@ -130,7 +130,11 @@ class Sentiment(Settings):
 def adapter_folder(path: str | Path) -> Path:
     """The adapter itself, given it or the folder that `lorax-kit train` made."""
     inner = Path(path) / "adapter"
-    return inner if (inner / "spec").is_dir() else Path(path)
+    if (inner / "spec").is_dir():
+        return inner
+    if (Path(path) / "training.npz").is_file():
+        raise AdapterError(f"{str(path)!r} holds a training that is not finished.\n  the same train command goes on")
+    return Path(path)
 
 
 def workload_of(adapter: str | Path) -> Sentiment:

@@ -146,10 +146,11 @@ def read_parts(
             rows = read_rows(file, settings.columns, encoding=settings.encoding, may_be_empty=may_be_empty)
             read[name] = Examples.of(rows, encode)
             files[name] = _digest(Path(file))
-            if settings.sha256 is not None and settings.sha256.get(name) != files[name]:
+            remembered = (settings.sha256 or {}).get(name, files[name])
+            if remembered != files[name]:
                 raise DataError(
                     f"{file!r} has changed since: its SHA-256 is {files[name][:12]}..., and was "
-                    f"{str(settings.sha256.get(name))[:12]}....\n  give the data anew to use it as it is now"
+                    f"{remembered[:12]}....\n  evaluate it as it is now: --data FILE"
                 )
     whole = read["data"]
     sizes = {name: 0 if f"{name}_data" in read else getattr(settings, name) for name in ("val", "test")}

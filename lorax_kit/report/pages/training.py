@@ -32,6 +32,7 @@ class Training:
       stopped: why training ended: "epochs", or what stopped it.
       data: the problem's facts: "rows", "train", "val", "test", "left_out", "cut", "length", "settings".
       spec: what is trained and how, as JSON data.
+      run: the optimiser, rate, seed, steps and versions, as JSON data.
       trained, parameters: how many numbers are trained, and how many the model has.
       adapter_bytes: on disk.
     """
@@ -44,6 +45,7 @@ class Training:
     stopped: str
     data: Mapping[str, Any]
     spec: Mapping[str, Any]
+    run: Mapping[str, Any]
     trained: int
     parameters: int
     adapter_bytes: int
@@ -121,6 +123,7 @@ def _context(training: Training) -> dict[str, Any]:
         ],
         "best": training.best,
         "spec": json.dumps(training.spec, indent=2),
+        "run": json.dumps(training.run, indent=2),
         "problem": json.dumps(training.data.get("settings"), indent=2),
     }
 
