@@ -91,7 +91,8 @@ def evaluate(adapter: str | None, texts: str | None, as_json: bool, **options: A
     if as_json:
         echo(result)
     else:
-        click.echo(f"{_tested(result)} ({result['examples']} examples)")
+        left = f", {result['left_out']} rows left out: longer than a batch" if result.get("left_out") else ""
+        click.echo(f"{_tested(result)} ({result['examples']} examples{left})")
 
 
 def _tested(result: dict[str, Any]) -> str:

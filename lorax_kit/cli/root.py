@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except click.ClickException as e:
         _fail(e.format_message())
-    except (ValueError, OSError, OverflowError, RecursionError) as e:
-        # Every error that this package raises on purpose is a ValueError, or an OSError about a file.
+    except (ValueError, OSError, OverflowError, RecursionError, ImportError) as e:
+        # What this package raises on purpose: a ValueError, an OSError about a file, an ImportError about an extra.
         _fail(str(e))
 
 

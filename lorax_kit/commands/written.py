@@ -83,10 +83,12 @@ def asked_of(batches: Iterable[Any]) -> Iterator[Asked]:
 def _of_told(ids: np.ndarray, mask: np.ndarray, told: np.ndarray) -> Iterator[Asked]:
     if mask.max() > 1:
         raise LoraxError("the task 'lm' continues texts: there is no prompt, and no reference to compare with.")
-    for row, marks in zip(ids, told, strict=True):
+    for row, counts, marks in zip(ids, mask, told, strict=True):
         places = np.flatnonzero(marks)
         if not len(places):
-            continue  # it only fills the batch
+            if counts.sum() > 1:  # its answer lies beyond the batch; a row that only fills it has one token
+                yield Asked(row[counts != 0].tolist(), [], True)
+            continue
         last = places[-1] + 1
         first = last - int(np.argmin(np.append(marks[:last][::-1], 0)))
         yield Asked(row[:first].tolist(), row[first:last].tolist(), last == len(row))

@@ -60,7 +60,7 @@ def split_rows(
     Raises:
       DataError: nothing left to train on.
     """
-    kept, equal, contradictory = _distinct(keys, strata)
+    kept, equal, contradictory = distinct(keys, strata)
     rng = np.random.Generator(np.random.PCG64(seed))
     sizes = {"test": size_of(test, len(kept)), "val": size_of(val, len(kept))}
     if min(sizes.values()) < 0 or sum(sizes.values()) >= max(len(kept), 1):
@@ -79,7 +79,7 @@ def split_rows(
     return Parts(rest, parts["val"], parts["test"], equal, contradictory)
 
 
-def _distinct(keys: np.ndarray, strata: np.ndarray | None) -> tuple[np.ndarray, int, int]:
+def distinct(keys: np.ndarray, strata: np.ndarray | None) -> tuple[np.ndarray, int, int]:
     """Places of the rows that count, in order; how many equal others, and how many contradict each other."""
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     torn = np.zeros(len(first), bool)

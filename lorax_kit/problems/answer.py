@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -18,7 +19,7 @@ from lorax_kit.models.tokenizer import Window
 from lorax_kit.problem import Problem
 from lorax_kit.problem.metric import share_metric
 from lorax_kit.problems.classify import text_of
-from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, load, read_parts
+from lorax_kit.problems.parts.rows import TextSettings, batches_of, check_length, facts_of, load, read_parts
 from lorax_kit.tasks import Spans, best_spans, exact_match, span_losses, word_f1
 from lorax_kit.transform import compressed
 
@@ -71,6 +72,7 @@ class Answer(TextSettings):
           StudyError: the model is no encoder.
         """
         loaded = load(self, "qa", "encoder")
+        check_length(self, loaded.positions)
         length = self.length or min(DEFAULT_LENGTH, loaded.positions or DEFAULT_LENGTH)
         held: list[Held] = []
         data = read_parts(self, self._encoding(loaded, length, held), group="passage")
@@ -143,15 +145,22 @@ def _answers(file: str, row: Row, passage: str) -> tuple[tuple[str, ...], int]:
     if not answers or not all(isinstance(x, str) and x.strip() for x in answers):
         raise DataError(f"{file!r}, line {row.line}: answer is {shown(value)}; it must be text, or a list of texts.")
     answers = tuple(x.strip() for x in answers)
-    at = passage.find(answers[0])
-    if at < 0:
-        at = passage.lower().find(answers[0].lower())
-    if at < 0:
+    at = _place(passage, answers[0])
+    if at is None:
         raise DataError(
             f"{file!r}, line {row.line}: the answer {answers[0][:60]!r} does not stand in the passage.\n"
             "  answers are spans of their passage, letter by letter"
         )
     return answers, at
+
+
+def _place(passage: str, answer: str) -> int | None:
+    """Where an answer stands: as a word of its own before within another, letter by letter before in other case."""
+    for before, after in (("(?<!\\w)", "(?!\\w)"), ("", "")):
+        for flags in (0, re.IGNORECASE):
+            if found := re.search(before + re.escape(answer) + after, passage, flags):
+                return found.start()
+    return None
 
 
 def _tokens_of(window: Window, start: int, end: int) -> tuple[int, int]:

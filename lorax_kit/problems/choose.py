@@ -184,11 +184,11 @@ def _choices(settings: Choose, row: Row) -> tuple[list[str], int]:
             f"{where}: choices are {shown(given)}; they must be two or more that differ.\n"
             f"  a list in JSON Lines, or parted by separator={settings.separator!r}"
         )
+    text = str(answer).strip()
+    if text in choices:  # before a number is taken for a place: what is asked may be a number
+        return choices, choices.index(text)
     if is_int(answer) and 0 <= answer < len(choices):
         return choices, answer
-    text = str(answer).strip()
-    if text in choices:
-        return choices, choices.index(text)
     if len(text) == 1 and text in string.ascii_uppercase[: len(choices)]:
         return choices, string.ascii_uppercase.index(text)
     raise DataError(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_kit.core.setting import shown
 from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import DataError, StudyError
 from lorax_kit.models import Loaded
@@ -58,6 +59,8 @@ class Classify(TextSettings):
                 f"problem separator is {self.separator!r}; it must be a string that stands between classes."
             )
 
+        if not isinstance(self.several, bool):
+            raise StudyError(f"problem several is {shown(self.several)}; it must be true or false.")
         if self.head not in HEADS:
             raise StudyError(f"problem head is {self.head!r}; choose from {', '.join(HEADS)}.")
 
@@ -78,7 +81,7 @@ class Classify(TextSettings):
                 codes.setdefault(name, len(codes))
             given = [[codes[name] for name in some] for some in classes]
             return {
-                "ids": loaded.tokenizer.encode(texts, self.length or most or 512),
+                "ids": loaded.tokenizer.encode(texts, 2**31),
                 "label": given if several else [some[0] for some in given],
                 "key": [key_of(text) for text in texts],
             }
@@ -150,6 +153,13 @@ def text_of(file: str, row: Row, name: str) -> str:
     value = row.cells[name]
     if not isinstance(value, str):
         raise DataError(f"{file!r}, line {row.line}: {name} is {value!r}; it must be text.")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{file!r}, line {row.line}: {name} holds half of a character (a lone surrogate)."
+            ) from None
     return value
 
 

@@ -80,8 +80,8 @@ def problem_of(adapter: str | Path, address: str | None = None, files: Mapping[s
 
     Args:
       address: in place of the one that the adapter remembers.
-      files: "data", "val_data" or "test_data" -> a file, in place of the one that the adapter remembers, whatever it
-        holds.
+      files: "data", "val_data" or "test_data" -> a file, in place of the one that the adapter remembers. "data" must be
+        as it was, for what was trained on to be known; of the others any rows are.
 
     Raises:
       AdapterError: no adapter, a damaged one, or one that does not say; other files, and a problem that has none, or
@@ -107,7 +107,9 @@ def problem_of(adapter: str | Path, address: str | None = None, files: Mapping[s
     own = settings if "task" in settings else {"name": meta["problem"], **settings}
     if not files:
         return settings_from(own).build()
-    digests = {name: digest for name, digest in (own.get("sha256") or {}).items() if name not in files}
+    digests = {
+        name: digest for name, digest in (own.get("sha256") or {}).items() if name == "data" or name not in files
+    }
     problem = settings_from({**own, **files, "sha256": digests or None}).build()
     had, has = meta.get("labels"), problem.facts.get("labels")
     if had is not None and list(had) != list(has or ()):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_kit.core.setting import is_number, shown
 from lorax_kit.data import Examples, Row, key_of, padded
-from lorax_kit.errors import DataError
+from lorax_kit.errors import DataError, StudyError
 from lorax_kit.problem import Metric, Problem
 from lorax_kit.problems.classify import Labelled, text_of
 from lorax_kit.problems.parts.pooled import HEAD, pooled
@@ -28,12 +29,23 @@ class Regress(TextSettings):
 
     Args:
       text, label: columns.
+      centre, spread: what labels are shifted and divided by, for the head to learn; None: mean and standard deviation
+        of the training labels, which adapters remember.
     """
 
     text: str = "text"
     label: str = "label"
+    centre: float | None = None
+    spread: float | None = None
 
     roles: ClassVar[tuple[str, ...]] = ("text", "label")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("centre", "spread"):
+            x = getattr(self, name)
+            if x is not None and (not is_number(x) or (name == "spread" and x <= 0)):
+                raise StudyError(f"problem {name} is {shown(x)}; it must be a number, and a spread above 0.")
 
     def build(self) -> Problem:
         """Load weights and data.
@@ -47,13 +59,16 @@ class Regress(TextSettings):
         def encode(rows: Sequence[Row]) -> dict[str, Any]:
             texts = [text_of(self.data, row, "text") for row in rows]
             return {
-                "ids": loaded.tokenizer.encode(texts, self.length or most or 512),
+                "ids": loaded.tokenizer.encode(texts, 2**31),
                 "label": [_number(self.data, row) for row in rows],
                 "key": [key_of(text) for text in texts],
             }
 
         data = read_parts(self, encode)
-        mean, spread = float(np.mean(data.train["label"])), float(np.std(data.train["label"]))
+        mean, spread = (
+            float(of(data.train["label"])) if given is None else float(given)
+            for of, given in ((np.mean, self.centre), (np.std, self.spread))
+        )
         if spread == 0:
             raise DataError(f"{self.data!r}: every training row has the label {mean:g}; there is nothing to learn.")
         length = length_of(self, data.train["ids"].lengths, most)
@@ -90,7 +105,13 @@ class Regress(TextSettings):
             counts=lambda batch: batch.mask * batch.weight[:, None],
             student=model.student,
             **batches_of(data, make, self, length),
-            facts=facts_of(self, data, length, "regress", {"label_mean": mean, "label_spread": spread}),
+            facts=facts_of(
+                replace(self, centre=mean, spread=spread),
+                data,
+                length,
+                "regress",
+                {"label_mean": mean, "label_spread": spread},
+            ),
         )
 
 

@@ -95,7 +95,7 @@ class Translate(TextSettings):
 
         def make(part: Examples, index: np.ndarray, size: int, length: int) -> Pairs:
             ids, mask = padded([part["ids"][i] for i in index], size, length)
-            label, weight = padded([part["target"][i] for i in index], size, longest)
+            label, weight = padded([part["target"][i][:longest] for i in index], size, longest)
             weight[len(index) :] = 0
             given = np.concatenate([np.full((size, 1), start, np.int32), label[:, :-1]], axis=1)
             return Pairs(ids, mask, given, label, weight)
@@ -133,5 +133,17 @@ class Translate(TextSettings):
             places=lambda batch: batch.weight.astype(jnp.float32),
             student=student,
             **batches_of(data, make, self, length),
-            facts=facts_of(self, data, length, "translate", {"target_length": longest}),
+            facts=facts_of(
+                self,
+                data,
+                length,
+                "translate",
+                {
+                    "target_length": longest,
+                    "cut": sum(
+                        int(((part["ids"].lengths > length) | (part["target"].lengths > longest)).sum())
+                        for part in data[:3]
+                    ),
+                },
+            ),
         )

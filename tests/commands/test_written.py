@@ -26,7 +26,10 @@ def test_what_a_row_asks_for_is_the_last_answer_and_filling_rows_ask_nothing():
     ids = np.asarray([[1, 2, 3, 4, 5, 6, 7, 0], [1, 2, 3, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 8]], np.int32)
     told = np.asarray([[0, 1, 0, 0, 1, 1, 0, 0], [0] * 8, [0, 0, 0, 0, 0, 0, 1, 1]], np.int32)
     found = list(asked_of([Told(ids, np.minimum(ids, 1), told)]))
-    assert found == [([1, 2, 3, 4], [5, 6], False), ([1, 2, 3, 4, 5, 6], [7, 8], True)]
+    beyond = ([1, 2, 3], [], True)  # its answer is not in the batch any more
+    assert found == [([1, 2, 3, 4], [5, 6], False), beyond, ([1, 2, 3, 4, 5, 6], [7, 8], True)]
+    filling = Told(ids[:1], np.eye(1, 8, dtype=np.int32), told[1:2])
+    assert list(asked_of([filling])) == []
     some = np.asarray([[4, 5, 0], [4, 5, 6], [0, 0, 0]], np.int32)
     mask = np.minimum(some, 1)
     read = list(asked_of([Pairs(some, mask, some, some[[0, 0, 2]], mask[[0, 0, 2]])]))

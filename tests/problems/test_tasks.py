@@ -16,6 +16,7 @@ from lorax_kit.errors import DataError
 from lorax_kit.models import load_model
 from lorax_kit.problem import Evaluator
 from lorax_kit.problems import Answer, Choose, Classify, Language, Regress, problem_from, settings_from
+from lorax_kit.problems.answer import _place
 from lorax_kit.tasks import exact_match, word_f1
 from tests.problems.folders import write_model
 
@@ -73,17 +74,68 @@ def test_classes_are_learnt_and_an_adapter_needs_only_its_folder(tmp_path, model
     with pytest.raises(FileNotFoundError, match="there is no file"):
         evaluate_adapter(tmp_path / "o")
     assert evaluate_adapter(tmp_path / "o", files={"data": str(moved)}) == again
-    with open(moved, "a") as more:
+    with open(data := str(moved), "a") as more:
         more.write("the red car,red\n")
-    shutil.copy(moved, data)
-    with pytest.raises(DataError, match="has changed since: its SHA-256"):
-        evaluate_adapter(tmp_path / "o")
-    main(["evaluate", str(tmp_path / "o"), "--data", data, "--json"])
-    assert json.loads(capsys.readouterr().out)["examples"] == 18
-    with open(moved, "a") as more:
-        more.write("the red car,mauve\n" * 3)
+    for files in (None, {"data": data}):
+        with pytest.raises((DataError, FileNotFoundError), match=r"has changed since: its SHA-256|there is no file"):
+            evaluate_adapter(tmp_path / "o", files=files)
+
+
+def test_other_rows_are_measured_on_the_adapters_own_terms(tmp_path, models, capsys):
+    data = table(tmp_path / "a.csv", ["text", "label"], rows(90))
+    problem = Classify(data=data, model=models["bert"], batch_size=8).build()
+    train_adapter(problem, lk.LoRA(rank=2), out=tmp_path / "o", lr=1e-2, seed=0, epochs=1, steps_per_epoch=2,
+                  progress=False)  # fmt: skip
+    other = table(tmp_path / "b.csv", ["text", "label"], [(f"a {text}", label) for text, label in rows(20)])
+    main(["evaluate", str(tmp_path / "o"), "--test-data", other, "--json"])
+    assert json.loads(capsys.readouterr().out)["examples"] == len({text for text, _ in rows(20)})
+    mauve = table(tmp_path / "c.csv", ["text", "label"], [("a red car", "mauve"), ("a blue car", "blue")])
     with pytest.raises(lk.AdapterError, match="the rows given have the classes"):
-        evaluate_adapter(tmp_path / "o", files={"data": str(moved)})
+        evaluate_adapter(tmp_path / "o", files={"test_data": mauve})
+    numbers = table(tmp_path / "n.csv", ["text", "label"], [(text, i % 7) for i, (text, _) in enumerate(rows(90))])
+    problem = Regress(data=numbers, model=models["bert"], batch_size=8).build()
+    train_adapter(problem, lk.LoRA(rank=2), out=tmp_path / "r", lr=1e-2, seed=0, epochs=1, steps_per_epoch=2,
+                  progress=False)  # fmt: skip
+    pairs = [(f"a {text}", i % 7) for i, (text, _) in enumerate(rows(20))]
+    near = table(tmp_path / "d.csv", ["text", "label"], pairs)
+    far = table(tmp_path / "e.csv", ["text", "label"], [(text, x + 1000) for text, x in pairs])
+    found = [evaluate_adapter(tmp_path / "r", files={"test_data": x})["test_mae"] for x in (near, far)]
+    assert found[1] == pytest.approx(1000, abs=8)
+    assert found[0] < 8
+
+
+def test_no_row_is_in_two_parts_whatever_the_files(tmp_path, models):
+    some = list(rows(60))
+    data = table(tmp_path / "a.csv", ["text", "label"], some)
+    test = table(tmp_path / "b.csv", ["text", "label"], [*some[:12], *some[:3]])
+    problem = Classify(data=data, test_data=test, model=models["bert"], batch_size=4).build()
+    parts = {name: {tuple(row[row > 0]) for batch in getattr(problem, name) for row in batch.ids[batch.weight > 0]}
+             for name in ("val", "test")}  # fmt: skip
+    parts["train"] = {tuple(row[row > 0]) for _, batch in zip(range(40), problem.train(0, 0), strict=False)
+                      for row in batch.ids}  # fmt: skip
+    assert not parts["val"] & parts["test"]
+    assert not parts["train"] & (parts["val"] | parts["test"])
+    assert problem.facts["left_out"]["that stand in the files of validation or test, too"] >= 12
+    with pytest.raises(DataError, match="none are left for val: left out"):
+        Classify(data=data, test_data=test, val_data=test, model=models["bert"], batch_size=4).build()
+
+
+def test_what_is_cut_is_counted_and_what_is_ambiguous_is_read_as_it_stands(tmp_path, models):
+    data = table(tmp_path / "a.csv", ["text", "label"], rows(60))
+    assert Classify(data=data, model=models["bert"], length=3).build().facts["cut"] > 30
+    with pytest.raises(lk.StudyError, match="several is 'False'"):
+        Classify(data=data, model=models["bert"], several="False")
+    sums = [{"question": f"what is 1 + {i}", "choices": [1, 2, 3], "answer": 2} for i in range(30)]
+    problem = Choose(data=lines(tmp_path / "s.jsonl", sums), model=models["llama"], length=24).build()
+    assert all((batch.label[batch.weight > 0] == 1).all() for batch in problem.test)
+    assert _place("the matter on the mat", "mat") == 18
+    assert _place("İİİ dog, Good cat", "good") == 9
+    assert _place("a cat", "dog") is None
+    with pytest.raises(lk.StudyError, match="length 1000 is above the 64 positions"):
+        Answer(data=data, model=models["bert"], length=1000).build()
+    broken = lines(tmp_path / "u.jsonl", [{"text": "half \ud83d", "label": "a"}, {"text": "b", "label": "b"}])
+    with pytest.raises(DataError, match="line 1: text holds half of a character"):
+        Classify(data=broken, model=models["bert"]).build()
 
 
 def test_macro_f1_is_that_of_its_definition(tmp_path, models):
@@ -258,7 +310,10 @@ def test_an_answer_that_is_not_there_is_named_by_its_line(tmp_path, models):
         Choose(data=lines(tmp_path / "b.jsonl", choices), model=models["llama"]).build()
 
 
-def test_settings_are_plain_data_both_ways():
+def test_settings_are_plain_data_both_ways(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bert").mkdir()
+    assert Classify(data="/x.csv", model="bert").to_dict()["model"] == str(tmp_path / "bert")
     made = Classify(data="/x.csv", separator="|", val=0.2)
     assert made.to_dict() == {"data": "/x.csv", "separator": "|", "val": 0.2}
     assert settings_from({"task": "classify", **made.to_dict()}) == made

@@ -14,6 +14,7 @@ import numpy as np
 from lorax_kit.core.quantised import METHODS as QUANTISATIONS
 from lorax_kit.core.setting import is_int, shown
 from lorax_kit.data import Encode, Examples, evaluation_batches, read_rows, split_rows, training_stream
+from lorax_kit.data.split import distinct
 from lorax_kit.errors import DataError, StudyError
 from lorax_kit.models import Loaded, load_model
 from lorax_kit.problems.settings import Settings
@@ -85,8 +86,10 @@ class TextSettings(Settings):
         return {role: getattr(self, role) for role in self.roles}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, the files by their absolute paths; `from_dict` is the inverse."""
+        """Plain data, files and the model's folder by their absolute paths; `from_dict` is the inverse."""
         data = asdict(self)
+        if self.model not in ("minilm", "smollm2") and Path(self.model).exists():
+            data["model"] = str(Path(self.model).absolute())
         for name in ("data", "val_data", "test_data"):
             data[name] = None if data[name] is None else str(Path(data[name]).absolute())
         default = {field.name: field.default for field in fields(self)}
@@ -150,34 +153,52 @@ def read_parts(
             if remembered != files[name]:
                 raise DataError(
                     f"{file!r} has changed since: its SHA-256 is {files[name][:12]}..., and was "
-                    f"{remembered[:12]}....\n  evaluate it as it is now: --data FILE"
+                    f"{remembered[:12]}....\n  evaluate --test-data FILE measures on other rows"
                 )
     whole = read["data"]
     sizes = {name: 0 if f"{name}_data" in read else getattr(settings, name) for name in ("val", "test")}
     firsts = whole.firsts  # of a row that gives several examples all are in one part
-    keys = whole["key"][firsts]
     strata, groups = (None if name is None else whole[name][firsts] for name in (stratum, group))
-    places = split_rows(keys, strata, **sizes, seed=settings.split_seed, groups=groups)
-    held = {name: read.get(f"{name}_data", whole.take_rows(getattr(places, name))) for name in ("val", "test")}
-    seen = [part["key"] for part in held.values()]
-    new = ~np.isin(keys[places.train], np.concatenate(seen))
-    train = whole.take_rows(places.train[new])
-    for name, part in (("train", train), *held.items()):
-        if len(part) == 0:
-            raise DataError(f"{settings.data!r} has {len(firsts)} rows, of which none are left for {name}.")
+    places = split_rows(whole["key"][firsts], strata, **sizes, seed=settings.split_seed, groups=groups)
+    equal, contradictory, elsewhere = places.equal, places.contradictory, 0
+    parts: dict[str, Examples] = {}
+    seen = {name: np.zeros(0, np.int64) for name in ("key", group or "key")}
+    for name in ("test", "val", "train"):  # what is in an earlier one is left out of the later
+        part = read.get(f"{name}_data")
+        if part is None:
+            part = whole.take_rows(getattr(places, name))
+        else:
+            own = part.firsts
+            kept, same, torn = distinct(part["key"][own], None if stratum is None else part[stratum][own])
+            part, equal, contradictory = part.take_rows(kept), equal + same, contradictory + torn
+        own = part.firsts
+        new = ~np.any([np.isin(part[field][own], values) for field, values in seen.items()], axis=0)
+        parts[name], elsewhere = part.take_rows(np.flatnonzero(new)), elsewhere + int((~new).sum())
+        seen = {field: np.concatenate([values, parts[name][field]]) for field, values in seen.items()}
     left_out = {
-        "equal to an earlier row": places.equal,
-        "of one text and different labels": places.contradictory,
-        "that stand in the files of validation or test, too": int((~new).sum()),
+        "equal to an earlier row": equal,
+        "of one text and different labels": contradictory,
+        "that stand in the files of validation or test, too": elsewhere,
     }
+    for name, part in parts.items():
+        if len(part) == 0:
+            why = "; ".join(f"left out {count} {why}" for why, count in left_out.items() if count)
+            why = f": {why}." if why else "."
+            raise DataError(f"{settings.data!r} has {len(firsts)} rows, of which none are left for {name}{why}")
     facts = {"rows": len(firsts), "left_out": {name: count for name, count in left_out.items() if count}}
-    return Data(train, held["val"], held["test"], files, facts)
+    return Data(parts["train"], parts["val"], parts["test"], files, facts)
 
 
 def _digest(file: Path) -> str:
     """SHA-256 of a file's bytes."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def check_length(settings: TextSettings, most: int | None) -> None:
+    """Raise `StudyError` where a length is asked for that the model does not take."""
+    if settings.length is not None and most is not None and settings.length > most:
+        raise StudyError(f"length {settings.length} is above the {most} positions of {settings.model!r}.")
 
 
 def length_of(settings: TextSettings, sizes: np.ndarray, most: int | None) -> int:
@@ -190,9 +211,8 @@ def length_of(settings: TextSettings, sizes: np.ndarray, most: int | None) -> in
     Raises:
       StudyError: a length that the model does not take.
     """
+    check_length(settings, most)
     if settings.length is not None:
-        if most is not None and settings.length > most:
-            raise StudyError(f"length {settings.length} is above the {most} positions of {settings.model!r}.")
         return settings.length
     fits = int(np.ceil(np.quantile(sizes, PART_THAT_FITS) / 16)) * 16
     return min(fits, LONGEST, most or LONGEST)
