@@ -70,7 +70,7 @@ def test_a_users_own_model_is_exported_and_measured(adapter, tmp_path, capsys):
 
 
 def test_several_outputs_and_fixed_sizes_are_told(tmp_path, capsys):
-    adapter = adapter_of(lk.problem_at("tests.serve.test_export_problem:regression"), tmp_path / "run")
+    adapter = adapter_of(lk.problem_at("tests.commands.test_export_problem:regression"), tmp_path / "run")
     main(["export", str(adapter), "--format", "stablehlo", "--rounds", "0", "--out", str(tmp_path / "out")])
     assert f"inputs: x (16, {tiny.WIDTH})" in capsys.readouterr().out
     document = json.loads((tmp_path / "out" / "export.json").read_text())
