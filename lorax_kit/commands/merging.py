@@ -15,15 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit import models
-from lorax_kit.algebra import merge_loss
+from lorax_kit.algebra import MergeLoss, merge_loss
 from lorax_kit.checkpoint.adapter import load_adapter, read_document
 from lorax_kit.checkpoint.staging import refuse_existing, refuse_near, staged
 from lorax_kit.checkpoint.tensors import write_tensors
 from lorax_kit.commands.exchange import Model, load_model, read_adapter, read_from
-from lorax_kit.core.merge import beyond, merge
+from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.errors import AdapterError
 from lorax_kit.models.stored.families import FAMILIES
+from lorax_kit.models.stored.save import cast_tensor
 from lorax_kit.models.stored.weights import SINGLE, open_folder
 from lorax_kit.problem.base import based, restored
 from lorax_kit.problems import settings_from
@@ -54,15 +55,14 @@ def merge_adapter(
     adapter = read_adapter(source, model)
     loss = merge_loss(model.base, adapter, dtype=dtype)
     merged = flatten(merge(model.base, adapter.factors, adapter.plan))[0]
-    tensors = {name: _cast(name, x, dtype) for name, x in _tensors(model, adapter, merged).items()}
+    tensors = {name: cast_tensor(name, x, dtype) for name, x in _tensors(model, adapter, merged).items()}
     with staged(path, overwrite) as new:
         new.mkdir()
         write_tensors(new / SINGLE, tensors)
         for name in FILES:
             if model.folder is not None and (model.folder / name).is_file():
                 shutil.copyfile(model.folder / name, new / name)
-    rows = [{"path": row.path, "error": row.ratio, "lost": row.share} for row in loss.rows]
-    return {"model": out, "dtype": dtype, "tensors": len(tensors), "sites": rows, "table": str(loss)}
+    return _told(out, dtype, len(tensors), loss)
 
 
 def merge_trained(
@@ -97,15 +97,20 @@ def merge_trained(
     heads: dict[str, Any] = {}
     if own is not None and head:
         heads = {HEADS[str(name)]: own}
-        _check_head(loaded, heads)
+        _check_head(loaded, HEADS[str(name)], own)
     labels = None
     if "classify" in heads:
         labels = tuple(document["meta"].get("labels") or built.build().facts.get("labels") or ("value",))
     with staged(target, overwrite) as new:
         models.save_model(new, replace(loaded, heads=heads, labels=labels), backbone, dtype=dtype)
         count = len(open_folder(new).names)
+    return _told(out, dtype, count, loss)
+
+
+def _told(out: str, dtype: str, tensors: int, loss: MergeLoss) -> dict[str, Any]:
+    """What was written, and what the merge loses, as plain data."""
     rows = [{"path": row.path, "error": row.ratio, "lost": row.share} for row in loss.rows]
-    return {"model": out, "dtype": dtype, "tensors": count, "sites": rows, "table": str(loss)}
+    return {"model": out, "dtype": dtype, "tensors": tensors, "sites": rows, "table": str(loss)}
 
 
 def _around(loaded: models.Loaded, arrays: dict[str, Any]) -> tuple[Params, str | None]:
@@ -124,14 +129,13 @@ def _around(loaded: models.Loaded, arrays: dict[str, Any]) -> tuple[Params, str 
     return base, name
 
 
-def _check_head(loaded: models.Loaded, heads: dict[str, Any]) -> None:
-    for name, head in heads.items():
-        if set(flatten(head)[0]) != set(FAMILIES[loaded.family].heads.get(name, ())):
-            of = "the last token" if loaded.kind == "decoder" else "the mean over the tokens"
-            raise AdapterError(
-                f"the adapter's head is a linear map of {of}, which no class of transformers for {loaded.family!r} "
-                "computes.\n  --without-head writes the model below it alone"
-            )
+def _check_head(loaded: models.Loaded, name: str, head: Params) -> None:
+    if set(flatten(head)[0]) != set(FAMILIES[loaded.family].heads.get(name, ())):
+        of = "the last token" if loaded.kind == "decoder" else "the mean over the tokens"
+        raise AdapterError(
+            f"the adapter's head is a linear map of {of}, which no class of transformers for {loaded.family!r} "
+            "computes.\n  --without-head writes the model below it alone"
+        )
 
 
 def _tensors(model: Model, adapter: Any, merged: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -172,20 +176,3 @@ def _tensors(model: Model, adapter: Any, merged: dict[str, Any]) -> dict[str, np
 
 def _in_torch(path: str, x: Any) -> np.ndarray:
     return np.asarray(x).T if path.endswith("/kernel") else np.asarray(x)
-
-
-def _cast(name: str, x: np.ndarray, dtype: str) -> np.ndarray:
-    """Floats in another dtype; what counts or indexes stays.
-
-    Raises:
-      AdapterError: the dtype does not hold them.
-    """
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    with np.errstate(over="ignore"):
-        made = x.astype(jnp.dtype(dtype))
-    if x.size and not np.isfinite(made).all():
-        largest = np.max(np.abs(x[np.isfinite(x)].astype(np.float64)), initial=0)
-        if largest > float(jnp.finfo(dtype).max):
-            raise beyond(name, largest, dtype)
-    return made

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_kit.core.merge import beyond
 from lorax_kit.core.paths import Packed, Params, flatten, is_array
 from lorax_kit.models.stored.families import FAMILIES
 from lorax_kit.models.stored.load import Loaded
@@ -60,7 +61,7 @@ def save_model(folder: str | Path, loaded: Loaded, params: Params | None = None,
     try:
         new = stage / "written"
         new.mkdir()
-        _write_tensors(new / SINGLE, {name: _cast(name, x, dtype) for name, x in tensors.items()})
+        _write_tensors(new / SINGLE, {name: cast_tensor(name, x, dtype) for name, x in tensors.items()})
         (new / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         _write_tokenizer(new, loaded)
         new.rename(target)
@@ -143,11 +144,20 @@ def _config(loaded: Loaded, dtype: str) -> dict[str, Any]:
     return data | {"id2label": {str(i): x for i, x in named.items()}, "label2id": {x: i for i, x in named.items()}}
 
 
-def _cast(name: str, x: np.ndarray, dtype: str) -> np.ndarray:
+def cast_tensor(name: str, x: np.ndarray, dtype: str) -> np.ndarray:
+    """Floats in another dtype; what counts or indexes stays.
+
+    Raises:
+      AdapterError: the dtype does not hold them.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
     with np.errstate(over="ignore"):
         made = x.astype(jnp.dtype(dtype))
-    if not np.isfinite(made.astype(np.float32)).all() and np.isfinite(x).all():
-        raise ValueError(f"{name!r} holds {np.abs(x).max():.3g}, which {dtype} does not.\n  save it in another dtype")
+    if x.size and not np.isfinite(made).all():
+        largest = np.max(np.abs(x[np.isfinite(x)].astype(np.float64)), initial=0)
+        if largest > float(jnp.finfo(dtype).max):
+            raise beyond(name, largest, dtype)
     return made
 
 
