@@ -27,7 +27,7 @@ from lorax_kit.models import (
     locate,
     torch_names,
 )
-from lorax_kit.models.stored.load import MINILM, SMOLLM2
+from lorax_kit.models.stored.load import MINILM, PACKAGED
 from lorax_kit.models.stored.weights import Stored, open_folder, read_json
 from lorax_kit.peft import load_peft, save_peft
 from lorax_kit.problems.packaged.sentiment import adapter_folder
@@ -115,7 +115,7 @@ def load_model(source: str, adapters: Sequence[str | Path]) -> Model:
 
 def read_from(source: str, adapters: Sequence[str | Path]) -> list[Path]:
     """The files and folders that a command reads, in whose place nothing may be written."""
-    base = {"minilm": MINILM, "smollm2": SMOLLM2}.get(source)
+    base = PACKAGED.get(source)
     return [Path(source) if base is None else locate(*base), *map(Path, adapters)]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,12 @@ import numpy as np
 from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.core.paths import Params
 from lorax_kit.errors import ExportError
-from lorax_kit.serve.program import first_line, program
+from lorax_kit.serve.program import first_line, need, program
 
 
 def check_installed() -> None:
     """Raise `ExportError` unless the converter and the runtime are there."""
-    if missing := [name for name in ("tensorflow", "ai_edge_litert") if find_spec(name) is None]:
-        raise ExportError(f"{missing[0]} is not installed.\n  install the extra: pip install 'lorax_kit[litert]'")
+    need(("tensorflow", "ai_edge_litert"), "litert")
 
 
 def save_litert(

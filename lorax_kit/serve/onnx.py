@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +22,7 @@ from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.errors import ExportError
 from lorax_kit.serve.int8 import in_blocks, mark, with_activations
-from lorax_kit.serve.program import first_line, program
+from lorax_kit.serve.program import first_line, need, program
 
 SHARED = 4096
 """Bytes from which on an array is stored apart from the program."""
@@ -31,8 +30,7 @@ SHARED = 4096
 
 def check_installed() -> None:
     """Raise `ExportError` unless the converter and the runtime are there."""
-    if missing := [name for name in ("jax2onnx", "onnx", "onnxruntime") if find_spec(name) is None]:
-        raise ExportError(f"{missing[0]} is not installed.\n  install the extra: pip install 'lorax_kit[export]'")
+    need(("jax2onnx", "onnx", "onnxruntime"), "export")
 
 
 def save_onnx(

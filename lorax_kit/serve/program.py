@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
@@ -113,3 +114,9 @@ def first_line(e: Exception) -> str:
     """What an error says, in one line without its full stop."""
     lines = str(e).strip().splitlines()
     return f"{type(e).__name__}: {lines[0][:200].rstrip('. ')}" if lines else type(e).__name__
+
+
+def need(modules: Sequence[str], extra: str) -> None:
+    """Raise `ExportError` unless the modules of an extra are installed."""
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise ExportError(f"{missing[0]} is not installed.\n  install the extra: pip install 'lorax_kit[{extra}]'")

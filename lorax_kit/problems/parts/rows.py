@@ -17,6 +17,7 @@ from lorax_kit.data import Encode, Examples, evaluation_batches, read_rows, spli
 from lorax_kit.data.split import distinct
 from lorax_kit.errors import DataError, StudyError
 from lorax_kit.models import Loaded, load_model
+from lorax_kit.models.stored.load import PACKAGED
 from lorax_kit.problems.settings import Settings
 
 LONGEST, EVALUATED_AT_ONCE, PART_THAT_FITS = 128, 32, 0.95
@@ -88,7 +89,7 @@ class TextSettings(Settings):
     def to_dict(self) -> dict[str, Any]:
         """Plain data, files and the model's folder by their absolute paths; `from_dict` is the inverse."""
         data = asdict(self)
-        if self.model not in ("minilm", "smollm2") and Path(self.model).exists():
+        if self.model not in PACKAGED and Path(self.model).exists():
             data["model"] = str(Path(self.model).absolute())
         for name in ("data", "val_data", "test_data"):
             data[name] = None if data[name] is None else str(Path(data[name]).absolute())
