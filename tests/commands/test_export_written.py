@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 import lorax_kit as lk
+from lorax_kit.assets import MissingPackageError
 from lorax_kit.cli import main
 from lorax_kit.commands import train_adapter
 from lorax_kit.commands.export.written import export_writer, writes
@@ -196,12 +198,35 @@ def test_an_encoder_decoder_reads_and_writes(t5, tmp_path, capsys):  # noqa: F81
     assert load_model(t5).kind == "encoder-decoder"
 
 
+def smollm2s_pairs():
+    try:
+        return load_model("smollm2").tokenizer.inner
+    except (MissingPackageError, ImportError) as e:
+        pytest.skip(f"SmolLM2 is installed by make llama ({e})")
+
+
+def learnt_pairs():
+    """Pairs as SmolLM2 has them (digits apart, special tokens), learnt on this file: no model need be installed."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [digits, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=special)
+    inner.train_from_iterator([Path(__file__).read_text()], trainer)
+    return inner
+
+
 @pytest.mark.interop
-def test_the_scripts_byte_pairs_are_the_models(tmp_path):
+@pytest.mark.parametrize("pairs", [learnt_pairs, smollm2s_pairs])
+def test_the_scripts_byte_pairs_are_the_models(pairs):
     spec = importlib.util.spec_from_file_location("run_onnx", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    inner = load_model("smollm2").tokenizer.inner
+    inner = pairs()
     ours = script.BytePairs(json.loads(inner.to_str()))
     odd = ["", " ", "  a  b\n\nc 12 3² ½ x\t\n 1a's don't it'll  ", "Crème brûlée—naïve?!", "北京 is\x85big\u200b\t\n",
            "<|im_start|>user\nhi<|im_end|>\n <|endoftext|>", "😀 a😀\u3000b",
