@@ -35,7 +35,7 @@ from lorax_kit.core import (
 )
 from lorax_kit.core.leaves import site_key
 from lorax_kit.methods import HRA, IA3, AdaLoRA, DeLoRA, DoRA, Factors, LoHa, LoKr, LoRA, LoRAXS, MiSS, Rows, VeRA
-from lorax_kit.parallel import device_mesh, pmap_step, sharded_step, study_mesh
+from lorax_kit.parallel import device_mesh, layout, place, pmap_step, sharded_step, study_mesh, training_mesh
 from lorax_kit.peft import load_peft, save_peft
 from lorax_kit.problem import Metric, Problem, Score, problem_at, problem_builder
 from lorax_kit.starts import loftq
@@ -108,6 +108,7 @@ __all__ = [
     "fingerprint",
     "first_rows",
     "fit",
+    "layout",
     "load_adapter",
     "load_peft",
     "loftq",
@@ -118,6 +119,7 @@ __all__ = [
     "partition",
     "paths",
     "penalty",
+    "place",
     "pmap_step",
     "problem_at",
     "problem_builder",
@@ -133,4 +135,5 @@ __all__ = [
     "split",
     "starts",
     "study_mesh",
+    "training_mesh",
 ]

@@ -10,6 +10,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Tree = TypeVar("Tree")
+DATA, FSDP, TENSOR, TRIAL = "data", "fsdp", "tensor", "trial"
+"""What the axes of a mesh split: batches; batches and the base; the base alone; the trials of a study."""
 
 
 def varies(x: Any) -> frozenset[str]:
@@ -42,6 +44,15 @@ def explicit_mesh(tree: Any) -> Any:
         if mesh is not None and AxisType.Explicit in (mesh.axis_types or ()):
             return mesh
     return None
+
+
+def partitioned_axes() -> frozenset[str]:
+    """The axes over which XLA's partitioner splits what is traced now, where that was told (`lk.sharded_step`)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return frozenset()
+    sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return frozenset(name for name, size, kind in sizes if size > 1 and kind == AxisType.Auto)
 
 
 def replicated(mesh: Any) -> NamedSharding:

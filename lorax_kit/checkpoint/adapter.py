@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lorax_kit.checkpoint.agreed import told
 from lorax_kit.checkpoint.document import axes_of, check_arrays, check_document, kept_by_json
 from lorax_kit.checkpoint.fingerprint import (
     differences,
@@ -38,6 +39,7 @@ from lorax_kit.core.setting import is_int, shown
 from lorax_kit.core.spec import Spec
 from lorax_kit.errors import AdapterError, LoraxError
 from lorax_kit.json_text import read_json
+from lorax_kit.processes import gathered, is_shared
 from lorax_kit.version import __version__
 
 FORMAT = 2
@@ -94,7 +96,8 @@ def save_adapter(
 ) -> None:
     """Save an adapter: plan + factors, apart from the base.
 
-    The directory appears whole or not at all: it is written beside `path` and renamed.
+    The directory appears whole or not at all: it is written beside `path` and renamed. Where factors or base lie over
+    several processes, all of them call this, and process 0 writes.
 
     Args:
       path: directory to create.
@@ -130,7 +133,8 @@ def save_adapter(
     plan = plan_of(plan, base, older, "save_adapter")
     check_params(flatten(base)[0], plan)
     check_factors(plan, factors)
-    arrays = named_arrays(factors)
+    together = is_shared((factors, base))
+    arrays = named_arrays(gathered(factors))
     check_finite(arrays)
     meta, identity = kept_by_json(meta), identity or identity_of(base, plan)
     stored, same = _apart(arrays)
@@ -145,9 +149,13 @@ def save_adapter(
         "versions": {"lorax_kit": __version__, **{name: version(name) for name in ("jax", "orbax-checkpoint")}},
         "meta": meta,
     }
-    with staged(path, overwrite) as new:
-        write_files(new, stored, document)
-        seal(new)
+
+    def write() -> None:
+        with staged(path, overwrite) as new:
+            write_files(new, stored, document)
+            seal(new)
+
+    return told(write, AdapterError) if together else write()
 
 
 class BaseIdentity(NamedTuple):

@@ -17,6 +17,7 @@ import numpy as np
 
 from lorax_kit.core.paths import Params, flatten, is_array, is_state
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.processes import gathered
 
 
 def fingerprint(base: Params, trained_in_full: Collection[str] = ()) -> str:
@@ -26,7 +27,7 @@ def fingerprint(base: Params, trained_in_full: Collection[str] = ()) -> str:
       base: params with concrete arrays. Random keys, counters and running statistics are left out.
       trained_in_full: paths to leave out: the adapter brings its own values for them.
 
-    About 1 s per GiB of base.
+    About 1 s per GiB of base. Where that lies over several processes, all must call this: each array is gathered.
     """
     return _hash(base, {*trained_in_full, *statistics(base)})
 
@@ -115,7 +116,7 @@ def _leaves(tree: Any, counters: bool = False) -> Iterator[tuple[str, Any]]:
 
 
 def _parts(leaf: Any) -> list[np.ndarray]:
-    return [np.ascontiguousarray(part) for part in jax.tree.leaves(leaf)]
+    return [np.ascontiguousarray(gathered(part)) for part in jax.tree.leaves(leaf)]
 
 
 def _bytes(array: np.ndarray) -> Any:

@@ -1,23 +1,21 @@
-"""Meshes and shardings: the step data-parallel over devices, or the trials of a study spread over them."""
+"""Meshes by what their axes split, and batches and whole trees on them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
 from lorax_kit.core.paths import is_array
 from lorax_kit.core.setting import is_int
 from lorax_kit.errors import LoraxError
-from lorax_kit.training.step import Init, Loss, Step, make_step
-
-DATA = "data"
-TRIAL = "trial"
+from lorax_kit.placement import DATA, FSDP, TENSOR, TRIAL
+from lorax_kit.processes import spread
 
 
 def device_mesh(axis: str = DATA, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -39,76 +37,69 @@ def study_mesh(trials: int = 1, data: int = 1, devices: Sequence[jax.Device] | N
       >>> dict(study_mesh(trials=1, data=1).shape)
       {'trial': 1, 'data': 1}
     """
+    return _mesh({TRIAL: trials, DATA: data}, devices)
+
+
+def training_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh for `lk.sharded_step`: batches split over "data" and "fsdp", the base over "fsdp" and "tensor".
+
+    Args:
+      data, fsdp, tensor: devices along each axis. The fastest connections belong to "tensor", the last axis.
+      devices: at least data x fsdp x tensor of them; None: all.
+
+    Raises:
+      LoraxError: fewer devices.
+
+    Example:
+      >>> dict(training_mesh().shape)
+      {'data': 1, 'fsdp': 1, 'tensor': 1}
+    """
+    return _mesh({DATA: data, FSDP: fsdp, TENSOR: tensor}, devices)
+
+
+def _mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None) -> Mesh:
     given = list(jax.devices() if devices is None else devices)
-    if not (is_int(trials) and is_int(data) and trials >= 1 and data >= 1):
-        raise LoraxError(f"a mesh of {trials!r} x {data!r} devices; both must be integers of at least 1.")
-    if len(given) < trials * data:
-        raise LoraxError(f"a mesh of {trials} x {data} devices needs {trials * data}; there are {len(given)}.")
-    return Mesh(np.asarray(given[: trials * data]).reshape(trials, data), (TRIAL, DATA))
+    shown = " x ".join(repr(n) for n in sizes.values())
+    if not all(is_int(n) and n >= 1 for n in sizes.values()):
+        raise LoraxError(f"a mesh of {shown} devices; all must be integers of at least 1.")
+    needed = prod(sizes.values())
+    if len(given) < needed:
+        raise LoraxError(f"a mesh of {shown} devices needs {needed}; there are {len(given)}.")
+    return Mesh(np.asarray(given[:needed]).reshape(*sizes.values()), tuple(sizes))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """The same arrays on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """The same arrays on every device of the mesh, whose devices may be of several processes."""
+    return spread(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def shard(tree: Any, mesh: Mesh, axis: str = DATA) -> Any:
+def shard(tree: Any, mesh: Mesh, axis: str | tuple[str, ...] = DATA, *, local: bool = False) -> Any:
     """Split every array along its first axis over the mesh; numbers and single random keys lie on every device.
+
+    Args:
+      tree: a batch; in several processes each has the whole of it.
+      axis: of the mesh, or several.
+      local: each process has its own rows alone, in the order of the processes.
 
     Raises:
       LoraxError: a first axis that the devices do not divide, or a leaf that is neither an array nor a number.
     """
-    n, split, whole = mesh.shape[axis], NamedSharding(mesh, PartitionSpec(axis)), NamedSharding(mesh, PartitionSpec())
+    axes = (axis,) if isinstance(axis, str) else axis
+    n, split, whole = (
+        prod(mesh.shape[x] for x in axes),
+        NamedSharding(mesh, PartitionSpec(axes)),
+        NamedSharding(mesh, PartitionSpec()),
+    )
+    here = n // jax.process_count() if local else n
 
     def sharding(path: Any, x: Any) -> NamedSharding:
         if not is_array(x) and not isinstance(x, bool | int | float | complex):
             raise LoraxError(
                 f"batch{keystr(path)} is a {type(x).__name__}; a batch holds arrays, numbers and random keys."
             )
-        if np.ndim(x) and x.shape[0] % n:
+        if np.ndim(x) and x.shape[0] % here:
             name = f"batch{keystr(path)}, an array of shape {x.shape},"
-            raise LoraxError(f"{name} does not split over {n} devices along its first axis.")
+            raise LoraxError(f"{name} does not split over {here} devices along its first axis.")
         return split if np.ndim(x) else whole
 
-    return jax.device_put(tree, jax.tree_util.tree_map_with_path(sharding, tree))
-
-
-def sharded_step(
-    loss_fn: Loss, tx: optax.GradientTransformation, mesh: Mesh, *, axis: str | None = None, accumulate: int = 1
-) -> tuple[Init, Step]:
-    """`lk.make_step`, data-parallel over an axis of the mesh under `jit` with `NamedSharding`.
-
-    State and base are replicated, batches are split along their first axis; the gradient's reduction over devices
-    is what XLA derives from the mean in the loss. The returned step accepts host batches and places them; a base that
-    lies on one device is copied at every step, so place it once: `replicate(base, mesh)`.
-
-    Args:
-      loss_fn, tx, accumulate: as for `lk.make_step`.
-      mesh: of any number of axes.
-      axis: the one that splits batches. Default: "data", or the only one.
-
-    Raises:
-      LoraxError: the mesh has no such axis; when called with a batch that the devices do not divide.
-    """
-    names = tuple(mesh.axis_names)
-    if axis is None:
-        axis = names[0] if len(names) == 1 else DATA
-    if axis not in names:
-        raise LoraxError(
-            f"the mesh has the axes {', '.join(map(repr, names))}, and none is {axis!r}.\n"
-            f"  say which splits the batch: sharded_step(..., axis={names[0]!r})"
-        )
-    over = axis
-    whole = NamedSharding(mesh, PartitionSpec())
-    init, step = make_step(loss_fn, tx, accumulate=accumulate, jit=False)
-    compiled: Callable[..., Any] = jax.jit(
-        step, in_shardings=(whole, whole, None), out_shardings=(whole, whole), donate_argnums=(0,)
-    )
-
-    def place(*args: Any, **kwargs: Any) -> Any:
-        return replicate(init(*args, **kwargs), mesh)
-
-    def run(state: Any, base: Any, batch: Any) -> Any:
-        return compiled(state, base, shard(batch, mesh, over))
-
-    return place, run
+    return spread(tree, jax.tree_util.tree_map_with_path(sharding, tree), local=local)

@@ -17,6 +17,7 @@ from lorax_kit.core.paths import Params
 from lorax_kit.core.setting import is_number
 from lorax_kit.errors import StudyError
 from lorax_kit.problem import Problem
+from lorax_kit.processes import several
 from lorax_kit.study.design.stopping import Stopping
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.folder.shared import SharedStore
@@ -26,7 +27,6 @@ from lorax_kit.study.machines import machines_of, team_of
 from lorax_kit.study.plan import check_race, check_rows, planned_groups, planned_stacks
 from lorax_kit.study.programs.forms import DEFAULT, Examples
 from lorax_kit.study.programs.groups import Group
-from lorax_kit.study.programs.processes import several
 from lorax_kit.study.running.cluster import Cluster, Workers
 from lorax_kit.study.running.race import Race
 from lorax_kit.study.running.session import Job, Session

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from lorax_kit.checkpoint.agreed import told
 from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.errors import LoraxError
+from lorax_kit.processes import gathered, is_shared, is_writer, spread
 from lorax_kit.training.objective import is_key
 from lorax_kit.training.saved import Saved, load_training, save_training
 from lorax_kit.training.step import State, Step
@@ -85,7 +87,7 @@ class _Running:
 
 def _placed(x: np.ndarray, like: Any) -> Any:
     """Where another array lies: a step over a mesh has the state on all devices."""
-    return jax.device_put(x, like.sharding) if isinstance(like, jax.Array) else jnp.asarray(x)
+    return spread(x, like.sharding) if isinstance(like, jax.Array) else jnp.asarray(x)
 
 
 def _scalars(aux: Any) -> dict[str, Any]:
@@ -137,6 +139,9 @@ def fit(
       LoraxError: a saved training that is damaged or another one; no epochs, an epoch without batches, `patience`
         without `evaluate`, an unknown `monitor`, or one without `better`.
 
+    Of several processes all call this with the same batches (or their own rows, `sharded_step(local=True)`); process 0
+    alone writes and shows.
+
     A loss that is not finite ends training with the best state so far (else the last finite one); `stopped`
     names the step.
     """
@@ -149,15 +154,17 @@ def fit(
     found = None if saved is None else load_training(Path(saved), state, about)
     now = Saved(state, []) if found is None else found
     state, history, best, waited, stopped = now.state, now.history, now.best, now.waited, now.stopped
-    if log is not None and found is not None:
-        _complete(Path(log), history)
 
     def keep(running: _Running) -> None:
         if saved is not None:
             under_way = Saved(state, history, best, waited, running.totals, running.steps, running.seconds, stopped)
             save_training(Path(saved), under_way, about)
 
-    last = around[0] + len(epochs) + around[1]
+    if not is_writer():
+        log, progress = None, False
+    if log is not None and found is not None:
+        _complete(Path(log), history)
+    last, together = around[0] + len(epochs) + around[1], is_shared(state)
     for number, batches in enumerate(epochs, around[0] + 1):
         if stopped is not None:
             break
@@ -181,7 +188,7 @@ def fit(
                 break
             bar.set_postfix({name: f"{x:.4f}" for name, x in running.means().items()})
             running.seconds = time.perf_counter() - began
-            if began + running.seconds - kept > SAVE_SECONDS:
+            if saved is not None and _is_due(began + running.seconds - kept, running.steps, together):
                 keep(running)
                 kept = time.perf_counter()
         if running.steps == 0:
@@ -205,7 +212,7 @@ def fit(
                 raise LoraxError(f"monitor {monitor!r} is not measured; there are {', '.join(row)}.")
             score = sign * row[monitor] if math.isfinite(row[monitor]) else math.inf
             if (best is None and score < math.inf) or (best is not None and score < best[0]):
-                best, waited = (score, jax.tree.map(np.asarray, state.factors)), 0
+                best, waited = (score, gathered(state.factors)), 0
             else:
                 waited += 1
                 if patience is not None and waited >= patience:
@@ -217,6 +224,13 @@ def fit(
     if best is not None:
         state = state._replace(factors=jax.tree.map(_placed, best[1], state.factors))
     return Fitted(state, history, stopped or "epochs")
+
+
+def _is_due(seconds: float, steps: int, together: bool) -> bool:
+    """Whether to keep the training now; several processes agree on it, every tenth step."""
+    if not together:
+        return seconds > SAVE_SECONDS
+    return steps % 10 == 0 and told(lambda: seconds > SAVE_SECONDS)
 
 
 def _complete(log: Path, history: Sequence[Mapping[str, float]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -84,12 +85,22 @@ def gradients(run: Run) -> Run:
     return with_gradients
 
 
-def accumulated(run: Run, n: int) -> Run:
+def in_parts(run: Run, n: int, device: Array | None) -> Run:
     """The sums over `n` micro-batches, one after the other, each with a key of its own.
 
     Arrays of the batch are split along their first axis. What has none (numbers) reaches every micro-batch as it is,
     a random key folded with the micro-batch's number. Sums of floats are kept in at least fp32.
+
+    Args:
+      device: the place of this device among those that split the batch; None where one has the whole of it. Parts are
+        numbered over all devices, so that keys are those of one device which takes as many parts one by one.
     """
+    if n == 1 and device is None:
+        return run
+    if n == 1:
+        return lambda factors, base, batch, key: run(
+            factors, base, batch, None if key is None else jax.random.fold_in(key, device)
+        )
 
     def over_parts(factors: Any, base: Params, batch: Any, key: Array | None) -> Sums:
         leaves, tree = jax.tree_util.tree_flatten(batch)
@@ -97,7 +108,8 @@ def accumulated(run: Run, n: int) -> Run:
         if count is not None and count % n:
             raise LoraxError(f"a batch of {count} does not divide into accumulate={n} micro-batches.")
         split = {i: _parts(x, n) for i, x in _arrays(leaves).items()}
-        keys = None if key is None else jax.random.split(key, n)
+        first = 0 if device is None else device * n
+        keys = None if key is None else jax.vmap(partial(jax.random.fold_in, key))(first + jnp.arange(n))
 
         def part(number: Array, some: dict[int, Any], key: Array | None) -> Sums:
             micro = [some[i] if i in some else folded(x, number) for i, x in enumerate(leaves)]

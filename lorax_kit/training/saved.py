@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_kit.checkpoint.agreed import told
 from lorax_kit.errors import LoraxError
 from lorax_kit.json_text import parse_json
+from lorax_kit.processes import gathered, is_shared, spread
 from lorax_kit.training.step import State
 
 
@@ -45,10 +47,13 @@ class Saved(NamedTuple):
 def save_training(file: Path, saved: Saved, settings: Mapping[str, Any]) -> None:
     """Write where a training stands, in one step: the file is never half new.
 
+    Where its arrays lie over several processes, all of them call this, and process 0 writes.
+
     Args:
       settings: JSON data that say what is trained; another training does not go on from this file.
     """
     best = None if saved.best is None else saved.best[1]
+    together = is_shared(saved.state)
     leaves = [_plain(x) for x in jax.tree.leaves((saved.state, best, dict(saved.totals)))]
     facts = {
         "settings": settings,
@@ -62,11 +67,15 @@ def save_training(file: Path, saved: Saved, settings: Mapping[str, Any]) -> None
     arrays: dict[str, Any] = {
         f"leaf_{i}": np.ascontiguousarray(x).reshape(-1).view(np.uint8) for i, x in enumerate(leaves)
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    staged = file.with_name(f".{file.name}.tmp")
-    with open(staged, "wb") as opened:
-        np.savez(opened, facts=np.array(json.dumps(facts)), **arrays)
-    os.replace(staged, file)
+
+    def write() -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        staged = file.with_name(f".{file.name}.tmp")
+        with open(staged, "wb") as opened:
+            np.savez(opened, facts=np.array(json.dumps(facts)), **arrays)
+        os.replace(staged, file)
+
+    return told(write) if together else write()
 
 
 def load_training(file: Path, state: State, settings: Mapping[str, Any]) -> Saved | None:
@@ -116,7 +125,8 @@ def load_training(file: Path, state: State, settings: Mapping[str, Any]) -> Save
 def _plain(x: Any) -> np.ndarray:
     """An array of numbers; of random keys their words."""
     keys = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(x) if keys else x)
+    whole: np.ndarray = gathered(jax.random.key_data(x) if keys else x)
+    return whole
 
 
 def _placed(x: np.ndarray, like: Any) -> Any:
@@ -124,5 +134,6 @@ def _placed(x: np.ndarray, like: Any) -> Any:
     if not isinstance(like, jax.Array):
         return x
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(like))
-    return jax.device_put(x, like.sharding) if len(like.sharding.device_set) > 1 else jnp.asarray(x, like.dtype)
+        key = jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(like))
+        return spread(key, like.sharding) if is_shared(like) else key
+    return spread(x, like.sharding) if len(like.sharding.device_set) > 1 else jnp.asarray(x, like.dtype)

@@ -15,7 +15,7 @@ from lorax_kit.core.paths import Params
 from lorax_kit.core.setting import is_int, plain, shown
 from lorax_kit.errors import LoraxError
 from lorax_kit.placement import varying
-from lorax_kit.training.objective import Run, accumulated, gradients, losses, means
+from lorax_kit.training.objective import Run, gradients, in_parts, losses, means
 from lorax_kit.training.optimisers.extra import check_transformation, extra_arguments, started, updated
 
 
@@ -78,8 +78,8 @@ def make_step(
       accumulate: micro-batches per step. Every array of the batch is split along its first axis; numbers reach
         every micro-batch as they are, random keys (`jax.random.key`) folded with its number. Loss and gradients are
         means, summed in at least fp32.
-      axis_name: a mapped axis (`pmap`, `shard_map`), or several, over which loss and gradients are averaged; the key
-        is folded with the device's place along them.
+      axis_name: a mapped axis (`pmap`, `shard_map`), or several, over which loss and gradients are averaged. Each part
+        of a batch has a key of its own, folded with its number: n devices draw what one does with accumulate=n.
       jit: compile the step, donating the state (factors and optimiser state); the base and the batch are
         never donated. False returns the plain function, to be wrapped in `vmap`, `pmap` or a mesh.
 
@@ -115,11 +115,10 @@ def make_step(
         parts, axes = accumulate, frozenset((axis_name,) if isinstance(axis_name, str) else axis_name or ())
         if axis_name is not None:
             parts *= jax.lax.axis_size(axis_name)
-            key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        run = losses(loss_fn, exact=parts == 1)
+        run, place = losses(loss_fn, exact=parts == 1), None if axis_name is None else jax.lax.axis_index(axis_name)
 
         def over_batch(run: Run, factors: Any) -> tuple[Array, Any, Any]:
-            run = accumulated(run, accumulate) if accumulate > 1 else run
+            run = in_parts(run, accumulate, place)
             if axis_name is None:
                 return means(run(factors, base, batch, key), factors, parts)
             # Varying factors: of those that all devices share, shard_map's autodiff would sum the gradients itself.

@@ -16,7 +16,17 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax.sharding import AxisType, reshard
 
-from lorax_kit.placement import explicit_mesh, like, partitioned, replicated, varies
+from lorax_kit.placement import (
+    DATA,
+    FSDP,
+    TRIAL,
+    explicit_mesh,
+    like,
+    partitioned,
+    partitioned_axes,
+    replicated,
+    varies,
+)
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.recompute import INLINED, Block, Keep, blocks, products, recomputed
 from lorax_kit.transform.weight import Weight
@@ -224,7 +234,9 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
             if found is not None:
                 env.update(zip((eqn.outvars[0] for eqn in ready), found, strict=True))
 
-    groups, makers = _same_input(eqns), {v: eqn for eqn in eqns for v in eqn.outvars}
+    # Joined, matrices of which devices hold parts would move from one to another.
+    apart = partitioned_axes() - {DATA, FSDP, TRIAL}
+    groups, makers = {} if apart else _same_input(eqns), {v: eqn for eqn in eqns for v in eqn.outvars}
     for eqn in eqns:
         if id(eqn) in groups:
             run_together(groups.pop(id(eqn)))

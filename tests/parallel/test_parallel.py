@@ -13,7 +13,7 @@ PROBLEM = tiny.problem()
 GRID = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
-def train(make, **options):
+def train(make, placed=lambda base: base, **options):
     batch = next(tiny.stream(0, 0))
     spec = lk.Spec({"head/{kernel,bias}": lk.Full(), "{up,down}/kernel": lk.LoRA(rank=2)})
     params = tiny.params(jax.random.key(0))
@@ -28,7 +28,7 @@ def train(make, **options):
     loss.__name__ = make.__name__
     counted = chex.assert_max_traces(loss, n=1)
     init, step = make(counted, lk.partition(optax.adamw(1e-2), plan, clip=1.0), **options)
-    state, losses = init(factors), []
+    state, losses, base = init(factors), [], placed(base)
     batches = tiny.stream(0, 0)
     for _ in range(20):
         state, info = step(state, base, next(batches))
@@ -41,6 +41,18 @@ def single():
     return train(lk.make_step)
 
 
+def split(factors="replicated", **axes):
+    """Training on a mesh, the base in parts."""
+    mesh = lk.training_mesh(**axes)
+    rules = {"up/kernel": ("tensor", None), "down/kernel": (None, "tensor")}
+
+    def placed(base):
+        where = lk.layout(base, mesh, rules if mesh.shape["tensor"] > 1 else None, smallest=1)
+        return lk.place(base, where)
+
+    return train(lk.sharded_step, placed, mesh=mesh, factors=factors)
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -49,10 +61,26 @@ def single():
         lambda: train(lk.sharded_step, mesh=lk.device_mesh("batch")),
         lambda: train(lk.sharded_step, mesh=GRID),
         lambda: train(lk.sharded_step, mesh=GRID, axis="model"),
+        lambda: split(fsdp=4),
+        lambda: split(data=2, fsdp=2, factors="sharded"),
+        lambda: split(data=2, tensor=2),
+        lambda: split(fsdp=2, tensor=2),
         lambda: train(lk.pmap_step),
         lambda: train(lk.pmap_step, devices=jax.devices()[:2]),
     ],
-    ids=["mesh of 4", "mesh of 2", "axis batch", "2 x 2", "2 x 2 by model", "pmap over 4", "pmap over 2"],
+    ids=[
+        "mesh of 4",
+        "mesh of 2",
+        "axis batch",
+        "2 x 2",
+        "2 x 2 by model",
+        "fsdp",
+        "data, fsdp, sharded factors",
+        "data, tensor",
+        "fsdp, tensor",
+        "pmap over 4",
+        "pmap over 2",
+    ],  # fmt: skip
 )
 def test_equal_to_one_device_after_20_steps_with_one_trace(single, other):
     assert len(jax.devices()) == 4

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorax_kit.checkpoint.agreed import told
 from lorax_kit.errors import StudyError
+from lorax_kit.processes import is_writer
 from lorax_kit.study.folder.store import RunStore, plain
-from lorax_kit.study.programs.processes import is_writer, told
 from lorax_kit.study.programs.progress import Progress
 
 

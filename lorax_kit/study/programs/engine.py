@@ -12,18 +12,19 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lorax_kit.checkpoint.agreed import told
 from lorax_kit.core.paths import Params, arrays_only
 from lorax_kit.core.plan import Plan
 from lorax_kit.errors import StudyError
 from lorax_kit.measure import collective_bytes
-from lorax_kit.parallel.mesh import DATA, TRIAL
+from lorax_kit.placement import DATA, TRIAL
 from lorax_kit.problem import Problem
 from lorax_kit.problem.check import told_in_words
 from lorax_kit.problem.evaluate import form_of_batch, summarised
+from lorax_kit.processes import gathered, several, spread
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.programs.forms import DEFAULT, Form
 from lorax_kit.study.programs.packing import Pack, Scalars
-from lorax_kit.study.programs.processes import gathered, several, spread, told
 from lorax_kit.study.programs.progress import Course, Progress, Trained
 from lorax_kit.study.programs.slices import Layout, in_slices
 from lorax_kit.study.programs.steps import Running, programs

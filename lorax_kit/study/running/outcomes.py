@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lorax_kit.analysis.spectra import effective_rank, rank_for_energy, site_spectrum
 from lorax_kit.checkpoint.adapter import BaseIdentity, adapter_bytes, identity_of, save_adapter
+from lorax_kit.checkpoint.agreed import told
 from lorax_kit.core.leaves import trained_only
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import merge
@@ -30,7 +31,6 @@ from lorax_kit.study.folder.store import RunStore
 from lorax_kit.study.programs.forms import Form, trial_plan
 from lorax_kit.study.programs.groups import Group
 from lorax_kit.study.programs.packing import start, unpack
-from lorax_kit.study.programs.processes import told
 from lorax_kit.study.programs.progress import Progress, Trained
 from lorax_kit.study.programs.slices import Layout
 

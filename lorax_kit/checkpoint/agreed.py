@@ -1,4 +1,4 @@
-"""Several processes of `jax.distributed`: one of them writes, all of them know what it found."""
+"""What one of several processes makes, known to all of them."""
 
 from __future__ import annotations
 
@@ -6,26 +6,14 @@ import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
 
 from lorax_kit.checkpoint.orbax_files import wait_for_all
-from lorax_kit.core.paths import is_array
 from lorax_kit.errors import LoraxError
+from lorax_kit.processes import is_writer, several
 
 Value = TypeVar("Value")
-
-
-def several() -> bool:
-    """Whether the program runs in several processes."""
-    return jax.process_count() > 1
-
-
-def is_writer() -> bool:
-    """Whether this process is the one that writes."""
-    return jax.process_index() == 0
 
 
 def told(make: Callable[[], Value], error: type[LoraxError] = LoraxError) -> Value:
@@ -60,36 +48,3 @@ def _broadcast(value: Any) -> Any:
     size = int(np.asarray(multihost_utils.broadcast_one_to_all(np.int64(data.size).astype(np.int32))))
     mine = data if is_writer() else np.zeros(size, np.uint8)
     return pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(mine), np.uint8).tobytes())
-
-
-def spread(tree: Any, sharding: Any) -> Any:
-    """Arrays that every process has whole, on a mesh that may reach over several processes.
-
-    Args:
-      sharding: one for all leaves, or a tree of them.
-    """
-    if not several():
-        return jax.device_put(tree, sharding)
-    shardings = jax.tree.map(lambda _: sharding, tree) if isinstance(sharding, Sharding) else sharding
-    return jax.tree.map(_spread, tree, shardings)
-
-
-def _spread(x: Any, sharding: Any) -> Any:
-    if is_array(x) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-        impl, data = jax.random.key_impl(x), np.asarray(jax.random.key_data(x))
-        return jax.jit(lambda d: jax.random.wrap_key_data(d, impl=impl), out_shardings=sharding)(
-            _spread(data, sharding)
-        )
-    whole = np.asarray(x)
-    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
-
-
-def gathered(tree: Any) -> Any:
-    """The arrays of a tree as numpy, whole, in every process."""
-
-    def one(x: Any) -> np.ndarray:
-        if not several() or not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-            return np.asarray(x)
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-    return jax.tree.map(one, tree)

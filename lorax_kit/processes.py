@@ -1,0 +1,73 @@
+"""Several processes of `jax.distributed`: which one writes, and arrays that lie over the devices of all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+
+def several() -> bool:
+    """Whether the program runs in several processes."""
+    return jax.process_count() > 1
+
+
+def is_writer() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+def spread(tree: Any, sharding: Any, *, local: bool = False) -> Any:
+    """Arrays that every process has whole, on a mesh that may reach over several processes.
+
+    Args:
+      sharding: one for all leaves, or a tree of them.
+      local: of arrays that are split, each process has its own rows alone.
+    """
+    shardings = jax.tree.map(lambda _: sharding, tree) if isinstance(sharding, Sharding) else sharding
+    if not several():
+        return jax.tree.map(_placed, tree, shardings)
+    return jax.tree.map(lambda x, at: _spread(x, at, local), tree, shardings)
+
+
+def _placed(x: Any, sharding: Any) -> Any:
+    """On the devices of one process: of a host array each device is given its part alone."""
+    if isinstance(x, np.ndarray) and not sharding.is_fully_replicated:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.device_put(x, sharding)
+
+
+def _spread(x: Any, sharding: Any, local: bool = False) -> Any:
+    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        impl, data = jax.random.key_impl(x), np.asarray(jax.random.key_data(x))
+        return jax.jit(lambda d: jax.random.wrap_key_data(d, impl=impl), out_shardings=sharding)(
+            _spread(data, sharding)
+        )
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:  # it lies on such a mesh already
+        return x if x.sharding == sharding else jax.jit(lambda y: y, out_shardings=sharding)(x)
+    whole = x if isinstance(x, np.ndarray) else np.asarray(x)
+    if local and np.ndim(x):
+        return jax.make_array_from_process_local_data(sharding, whole)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def is_shared(tree: Any) -> bool:
+    """Whether an array of the tree lies on devices of several processes, all of which must then call what reads it."""
+    return any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(tree))
+
+
+def gathered(tree: Any) -> Any:
+    """The arrays of a tree as numpy, whole, in every process.
+
+    All processes must call it where an array lies over several, and is not whole on each.
+    """
+
+    def one(x: Any) -> np.ndarray:
+        if not several() or not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+    return jax.tree.map(one, tree)

@@ -1,0 +1,167 @@
+"""A base in parts: where its arrays lie, what crosses the network, and the randomness of one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lorax_kit as lk
+from lorax_kit.core.lowrank import LowRank
+from lorax_kit.measure import collective_bytes
+from lorax_kit.parallel import device_bytes, replicate, shard
+from tests.draws import draw, moved
+
+PARAMS = {"layer_0": {"mlp": {"up": {"kernel": draw(0, 16, 64)}, "down": {"kernel": draw(1, 64, 16)}}}}
+X = draw(2, 8, 16)
+ABSTRACT = jax.sharding.AbstractMesh((2, 2), ("fsdp", "tensor"))
+
+
+def model(p, x):
+    mlp = p["layer_0"]["mlp"]
+    return jnp.tanh(x @ mlp["up"]["kernel"]) @ mlp["down"]["kernel"]
+
+
+def setting(dropout=0.0, params=PARAMS):
+    plan = lk.resolve(lk.Spec({"**/kernel": lk.LoRA(rank=2, dropout=dropout)}), params, model, X)
+    base, factors = lk.split(params, plan, jax.random.key(0))
+    run = lk.adapt(model, plan)
+    if dropout:
+        return (lambda b, f, x, key: jnp.mean(run(b, f, x, dropout_key=key) ** 2)), plan, base, moved(factors)
+    return (lambda b, f, x: jnp.mean(run(b, f, x) ** 2)), plan, base, moved(factors)
+
+
+def nbytes(tree):
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def close(ours, theirs):
+    for g, h in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(g, h, atol=1e-5)
+
+
+def test_a_layout_follows_rules_and_splits_the_rest_by_size():
+    mlp = lk.layout(PARAMS, ABSTRACT)["layer_0"]["mlp"]
+    assert mlp["up"]["kernel"].spec == P("fsdp", "tensor")
+    assert mlp["down"]["kernel"].spec == P("tensor", "fsdp")
+    assert device_bytes(PARAMS, lk.layout(PARAMS, ABSTRACT)) == nbytes(PARAMS) / 4
+    # Another function than the model's: too small, odd, and one axis split by both.
+    others = {"small": draw(0, 8), "odd": draw(0, 33, 35), "tall": draw(0, 1024, 3), "n": 3}
+    found = lk.layout(others, ABSTRACT, {"tall": ("tensor", None)})
+    assert (found["small"].spec, found["odd"].spec) == (P(None), P(None, None))
+    assert found["tall"].spec == P(("tensor", "fsdp"), None)
+    assert found["n"] is None
+
+
+def test_codes_and_products_are_split_as_their_parameters():
+    base = lk.quantise(PARAMS, ["**/up/kernel"], "nf4", block=16)
+    up = lk.layout(base, ABSTRACT, smallest=256)["layer_0"]["mlp"]["up"]["kernel"]
+    assert (up.codes.spec, up.scales.spec, up.log_step.spec) == (P("fsdp", "tensor"), P(None, "tensor"), P(None, None))
+    product = LowRank(a=draw(0, 4, 16), b=draw(1, 4, 64), residual=draw(2, 16, 64), shape=(16, 64), dtype=np.float32)
+    low = lk.layout({"w": product}, ABSTRACT, {"w": (None, "tensor")}, smallest=128)["w"]
+    assert (low.a.spec, low.b.spec, low.residual.spec) == (P(None, None), P("fsdp", "tensor"), P("fsdp", "tensor"))
+
+
+@pytest.mark.parametrize(
+    ("rules", "error", "says"),
+    [
+        ({"**/up/kernal": ("tensor", None)}, lk.PlanError, "'**/up/kernal' matches no parameter to split"),
+        ({"**/up/kernel": ("model", None)}, lk.LoraxError, "the axis 'model'; the mesh has 'fsdp', 'tensor'"),
+        ({"**/up/kernel": ("tensor",)}, lk.LoraxError, "its rule ('tensor',) is for 1 axes"),
+    ],
+)
+def test_rules_that_do_not_hold_are_errors(rules, error, says):
+    with pytest.raises(error) as e:
+        lk.layout(PARAMS, ABSTRACT, rules)
+    assert says in str(e.value)
+
+
+def test_devices_that_no_rule_uses_are_an_error():
+    with pytest.raises(lk.LoraxError, match=r"2 devices along 'tensor'.*\n  rules=\{"):
+        lk.layout({"w": draw(0, 4, 4)}, ABSTRACT)
+    with pytest.raises(lk.LoraxError, match="'w' of shape \\(3, 4\\) does not split over 2 devices along its axis 0"):
+        lk.layout({"w": draw(0, 3, 4)}, ABSTRACT, {"w": ("tensor", None)})
+    with pytest.raises(lk.LoraxError, match="a mesh of 4 x 2 x 1 devices needs 8; there are 4"):
+        lk.training_mesh(4, 2)
+    with pytest.raises(lk.LoraxError, match="factors is 'split'; it is 'replicated' or 'sharded'"):
+        lk.sharded_step(lambda b, f, x: f, optax.sgd(1.0), lk.training_mesh(4), factors="split")
+
+
+def test_only_gradients_of_factors_cross_the_network_and_the_base_is_gathered():
+    loss, plan, base, factors = setting()
+    for mesh in (lk.training_mesh(data=4), lk.training_mesh(fsdp=4)):
+        init, step = lk.sharded_step(loss, lk.partition(optax.adam(1e-2), plan), mesh)
+        parts = mesh.shape["fsdp"] > 1
+        placed = lk.place(base, lk.layout(base, mesh)) if parts else replicate(base, mesh)
+        program = step.lower(init(factors), placed, shard(X, mesh, ("data", "fsdp")))
+        across = collective_bytes(program.compile())
+        gathered = nbytes(base) if parts else 0
+        assert gathered <= across <= gathered * 2 + 1.05 * nbytes(factors)
+        if parts:
+            held = {x.addressable_shards[0].data.nbytes / x.nbytes for x in jax.tree.leaves(placed)}
+            assert held == {0.25}
+            # The backward pass gathers anew: what XLA may not merge stands behind a barrier.
+            assert program.as_text().count("optimization_barrier") > 0
+
+
+def test_parts_of_codes_are_gathered_not_restored_weights():
+    quantised = lk.quantise(PARAMS, ["**/kernel"], "int8", block=16)
+    loss, plan, base, factors = setting(params=quantised)
+    one = lk.make_step(loss, lk.partition(optax.sgd(1e-2), plan))
+    mesh = lk.training_mesh(fsdp=4)
+    many = lk.sharded_step(loss, lk.partition(optax.sgd(1e-2), plan), mesh)
+    placed = lk.place(base, lk.layout(base, mesh))
+    across = collective_bytes(many[1].lower(many[0](factors), placed, shard(X, mesh, "fsdp")).compile())
+    assert across <= 2 * nbytes(base) + 1.05 * nbytes(factors)
+    close(many[1](many[0](factors), placed, X)[0].factors, one[1](one[0](factors), base, X)[0].factors)
+
+
+@pytest.mark.parametrize("axes", [{"data": 4}, {"fsdp": 4}, {"data": 2, "tensor": 2}], ids=str)
+def test_masks_are_those_of_one_device(axes):
+    loss, plan, base, factors = setting(dropout=0.5)
+    results = []
+    for mesh in (lk.training_mesh(devices=jax.devices()[:1]), lk.training_mesh(**axes)):
+        init, step = lk.sharded_step(loss, lk.partition(optax.sgd(1e-2), plan), mesh)
+        state, _ = step(init(factors, jax.random.key(1)), lk.place(base, lk.layout(base, mesh)), X)
+        results.append(jax.device_get(state.factors))
+    close(*results)
+
+
+def test_masks_of_pmap_are_those_of_one_device_that_takes_the_parts_one_by_one():
+    loss, plan, base, factors = setting(dropout=0.5)
+    results = []
+    for init, step in (
+        lk.make_step(loss, lk.partition(optax.sgd(1e-2), plan), accumulate=4),
+        lk.pmap_step(loss, lk.partition(optax.sgd(1e-2), plan)),
+        lk.pmap_step(loss, lk.partition(optax.sgd(1e-2), plan), accumulate=2, devices=jax.devices()[:2]),
+    ):
+        state, _ = step(init(factors, jax.random.key(1)), base, X)
+        results.append(jax.device_get(state.factors))
+    close(results[1], results[0])
+    close(results[2], results[0])
+
+
+def test_a_mesh_with_explicit_axes_gathers_too():
+    loss, plan, base, factors = setting()
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Explicit,))
+    results = []
+    for make, place in (
+        (lk.make_step, lambda base: base),
+        (lambda *args: lk.sharded_step(*args, mesh), lambda base: lk.place(base, lk.layout(base, mesh))),
+    ):
+        init, step = make(loss, lk.partition(optax.sgd(1e-2), plan))
+        results.append(jax.device_get(step(init(factors), place(base), X)[0].factors))
+    close(*results)
+
+
+def test_host_arrays_are_placed_part_by_part(tmp_path):
+    file = tmp_path / "w.npy"
+    np.save(file, np.arange(4096, dtype=np.float32).reshape(64, 64))
+    mesh = lk.training_mesh(fsdp=4)
+    mapped = {"w": np.load(file, mmap_mode="r"), "label": "a name"}
+    placed = lk.place(mapped, lk.layout(mapped, mesh))
+    assert placed["w"].sharding == NamedSharding(mesh, P("fsdp", None))
+    np.testing.assert_array_equal(placed["w"], mapped["w"])
+    assert placed["label"] == "a name"
