@@ -14,10 +14,22 @@ SUFFIXES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl",
 
 
 class Row(NamedTuple):
-    """One row: the line where it begins (of Parquet: its number), from 1, and its cells by the names asked for."""
+    """One row of a file.
+
+    Attributes:
+      line: where it begins (of Parquet: its number), from 1.
+      cells: by the names asked for.
+      file: its path.
+    """
 
     line: int
     cells: Mapping[str, Any]
+    file: str = ""
+
+    @property
+    def where(self) -> str:
+        """File and line, as errors name them."""
+        return f"{self.file!r}, line {self.line}"
 
 
 def read_rows(
@@ -42,8 +54,9 @@ def read_rows(
       >>> import tempfile, pathlib
       >>> file = pathlib.Path(tempfile.mkdtemp()) / "a.csv"
       >>> _ = file.write_text("text,label\\ngood,yes\\n")
-      >>> next(read_rows(file, {"text": "text"}))
-      Row(line=2, cells={'text': 'good'})
+      >>> row = next(read_rows(file, {"text": "text"}))
+      >>> row.line, row.cells
+      (2, {'text': 'good'})
     """
     path = Path(file)
     kind = SUFFIXES.get(path.suffix.lower())
@@ -60,10 +73,11 @@ def _not_empty(path: Path, rows: Iterator[Row], may_be_empty: Collection[str]) -
     """The rows, each of whose cells holds something; an error where there are none."""
     count = 0
     for count, row in enumerate(rows, 1):  # noqa: B007
+        row = row._replace(file=str(path))
         for name, value in row.cells.items():
             empty = value is None or (isinstance(value, str) and not value.strip())
             if empty and name not in may_be_empty:
-                raise DataError(f"{str(path)!r}, line {row.line}: {name} is empty.\n  fill it in, or remove the row")
+                raise DataError(f"{row.where}: {name} is empty.\n  fill it in, or remove the row")
         yield row
     if count == 0:
         raise DataError(f"{str(path)!r} holds no rows.")

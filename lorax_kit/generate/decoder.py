@@ -35,6 +35,7 @@ class Decoder:
       eos: ids that end a text.
       pad: id that fills prompts.
       positions: tokens of the longest text, prompt and what is written together; None: there is no limit.
+      vocabulary: how many tokens the model has; None: not known.
       written_alone: the cache holds what is written alone, not the prompt (an encoder has read that).
 
     `begin` and `step` are traced by JAX; arrays of the cache have the rows first, but for numbers all rows share.
@@ -45,6 +46,7 @@ class Decoder:
     eos: tuple[int, ...] = ()
     pad: int = 0
     positions: int | None = None
+    vocabulary: int | None = None
     written_alone: bool = False
 
 
@@ -56,6 +58,7 @@ def decoder_of(loaded: Loaded) -> Decoder:
     """
     model, special = loaded.model, loaded.special
     facts: dict[str, Any] = {"eos": special.eos, "pad": special.pad or 0, "positions": loaded.positions}
+    facts["vocabulary"] = loaded.config.vocab_size
     if loaded.kind == "decoder":
 
         def begin(params: Any, ids: Array, mask: Array, slots: int) -> tuple[Array, Any]:

@@ -121,8 +121,8 @@ class Answer(TextSettings):
             fields: dict[str, list[Any]] = {
                 name: [] for name in ("ids", "types", "inside", "start", "end", "number", "key", "passage", "line")
             }
-            pairs = [(text_of(self.data, row, "question"), text_of(self.data, row, "context")) for row in rows]
-            right = [_answers(self.data, row, passage) for row, (_, passage) in zip(rows, pairs, strict=True)]
+            pairs = [(text_of(row, "question"), text_of(row, "context")) for row in rows]
+            right = [_answers(row, passage) for row, (_, passage) in zip(rows, pairs, strict=True)]
             cut = loaded.tokenizer.encode_pairs(pairs, length, self.overlap)
             for row, (question, passage), (answers, at), windows in zip(rows, pairs, right, cut, strict=True):
                 for place, window in enumerate(windows):
@@ -138,17 +138,17 @@ class Answer(TextSettings):
         return encode
 
 
-def _answers(file: str, row: Row, passage: str) -> tuple[tuple[str, ...], int]:
+def _answers(row: Row, passage: str) -> tuple[tuple[str, ...], int]:
     """The right answers, and where the first begins in the passage."""
     value = row.cells["answer"]
     answers = tuple(value) if isinstance(value, list) else (value,)
     if not answers or not all(isinstance(x, str) and x.strip() for x in answers):
-        raise DataError(f"{file!r}, line {row.line}: answer is {shown(value)}; it must be text, or a list of texts.")
+        raise DataError(f"{row.where}: answer is {shown(value)}; it must be text, or a list of texts.")
     answers = tuple(x.strip() for x in answers)
     at = _place(passage, answers[0])
     if at is None:
         raise DataError(
-            f"{file!r}, line {row.line}: the answer {answers[0][:60]!r} does not stand in the passage.\n"
+            f"{row.where}: the answer {answers[0][:60]!r} does not stand in the passage.\n"
             "  answers are spans of their passage, letter by letter"
         )
     return answers, at

@@ -75,7 +75,7 @@ class Classify(TextSettings):
         codes: dict[str, int] = {}
 
         def encode(rows: Sequence[Row]) -> dict[str, Any]:
-            texts = [text_of(self.data, row, "text") for row in rows]
+            texts = [text_of(row, "text") for row in rows]
             classes = [_classes(self, row, several) for row in rows]
             for name in (name for some in classes for name in some):
                 codes.setdefault(name, len(codes))
@@ -148,18 +148,16 @@ def _trained_head(loaded: Loaded, names: Sequence[str]) -> Any:
     return {**head, "output": output}
 
 
-def text_of(file: str, row: Row, name: str) -> str:
+def text_of(row: Row, name: str) -> str:
     """A cell that must be text."""
     value = row.cells[name]
     if not isinstance(value, str):
-        raise DataError(f"{file!r}, line {row.line}: {name} is {value!r}; it must be text.")
+        raise DataError(f"{row.where}: {name} is {value!r}; it must be text.")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise DataError(
-                f"{file!r}, line {row.line}: {name} holds half of a character (a lone surrogate)."
-            ) from None
+            raise DataError(f"{row.where}: {name} holds half of a character (a lone surrogate).") from None
     return value
 
 
@@ -169,7 +167,7 @@ def _classes(settings: Classify, row: Row, several: bool) -> list[str]:
     if isinstance(value, list):
         if not several:
             raise DataError(
-                f"{settings.data!r}, line {row.line}: label is the list {value!r}, of a text that has one class.\n"
+                f"{row.where}: label is the list {value!r}, of a text that has one class.\n"
                 "  say that it may have more: several=true"
             )
         found = [str(x).strip() for x in value]

@@ -234,6 +234,12 @@ BAD = [
     ({"prompts": "Hello"}, "prompts must be a list of texts"),
     ({"prompts": [""]}, "prompt 0 is empty"),
     ({"prompts": ["a" * 90], "max_new_tokens": 7}, "prompt 0 has 90 tokens, and 7 are to be written: the model has 96"),
+    ({"prompts": [3]}, "prompt 0 is 3; it must be a text, or a list of token ids"),
+    ({"prompts": ["a", [7, 300]]}, "prompt 1 holds 300; the id of a token is an integer from 0 below the model's 300"),
+    ({"prompts": [[-1]]}, "prompt 0 holds -1"),
+    ({"prompts": [[1.7]]}, "prompt 0 holds 1.7"),
+    ({"prompts": [[True]]}, "prompt 0 holds True"),
+    ({"prompts": [np.array([[1, 2]])]}, "prompt 0 holds array([1, 2])"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be an integer of at least 1"),
     ({"samples": 1.5}, "samples is 1.5"),
     ({"stop": "x"}, "stop is 'x'; it must be a list of strings"),
@@ -263,6 +269,13 @@ def test_sampling_says_what_is_out_of_range(settings, says):
         Sampling.from_dict(settings)
     assert says in str(error.value)
     assert Sampling.from_dict(Sampling(temperature=0.5).to_dict()) == Sampling(temperature=0.5)
+
+
+def test_ids_of_any_array_are_the_text_they_stand_for(loaded, writer):
+    ids = loaded.tokenizer.encode(["Hello"], 9)[0]
+    (wanted,) = writer(loaded.params, ["Hello"], max_new_tokens=4)
+    for given in (ids, np.array(ids), jnp.array(ids), [np.int64(i) for i in ids]):
+        assert writer(loaded.params, [given], max_new_tokens=4) == [wanted]
 
 
 def test_the_longest_text_fits(loaded, writer):

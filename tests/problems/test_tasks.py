@@ -17,7 +17,7 @@ from lorax_kit.models import load_model
 from lorax_kit.problem import Evaluator
 from lorax_kit.problems import Answer, Choose, Classify, Language, Regress, problem_from, settings_from
 from lorax_kit.problems.answer import _place
-from lorax_kit.tasks import exact_match, word_f1
+from lorax_kit.tasks import exact_match, pearson, word_f1
 from tests.problems.folders import write_model
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -191,6 +191,39 @@ def test_numbers_are_measured_in_their_own_units(tmp_path, models):
     assert found["mae"] == pytest.approx(np.mean(np.abs(errors)), rel=1e-5)
 
 
+def test_the_correlation_of_numbers_that_lie_closely_together_is_that_of_float64(tmp_path, models):
+    data = table(tmp_path / "a.csv", ["text", "label"], [(text, 100 + 7 * len(label)) for text, label in rows(120)])
+    problem = Regress(data=data, model=models["bert"]).build()
+    params = problem.params(jax.random.key(0))
+    params["classifier"]["output"]["bias"] += 2000  # what is found varies in the fourth digit
+    found = Evaluator(problem, params, (), problem.test)(params)
+    outputs = [np.asarray(problem.apply(params, batch), np.float64)[batch.weight > 0, 0] for batch in problem.test]
+    true = [np.asarray(batch.label[batch.weight > 0], np.float64) for batch in problem.test]
+    assert found["pearson"] == pytest.approx(np.corrcoef(*map(np.concatenate, (outputs, true)))[0, 1], abs=1e-2)
+    assert found["rmse"] == pytest.approx(problem.facts["label_spread"] * 2000, rel=0.01)
+    x = 1e5 + np.arange(50, dtype=np.float32) / 64
+    y = np.sin(np.arange(50))
+    assert pearson(x, y) == pytest.approx(np.corrcoef(np.float64(x), y)[0, 1], rel=1e-12)
+    assert np.isnan(pearson(np.full(3, 0.1), np.arange(3)))
+
+
+FAR = {
+    "out of double precision": ("a", [1e308, -1e308], "a.csv': the labels lie between -1e+308 and 1e+308: their mean"),
+    "one number": ("a", [0.1], "every training row has the label 0.1; there is nothing to learn"),
+    "far off in a file of its own": ("b", [1, 2], "b.csv', line 2: label 1e+300 lies 2e+300 times the spread 0.4"),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_labels_that_cannot_be_scaled_are_named(tmp_path, models, name):
+    where, labels, says = FAR[name]
+    found = [(text, labels[i % len(labels)]) for i, (text, _) in enumerate(rows(61))]
+    more = {} if where == "a" else {"test_data": table(tmp_path / "b.csv", ["text", "label"], [("the bird", 1e300)])}
+    with pytest.raises(DataError) as error:
+        Regress(data=table(tmp_path / "a.csv", ["text", "label"], found), model=models["bert"], val=11, **more).build()
+    assert says in str(error.value)
+
+
 def test_answers_are_spans_of_passages_of_any_length(tmp_path, models):
     rng = np.random.default_rng(0)
     found = []
@@ -308,6 +341,27 @@ def test_an_answer_that_is_not_there_is_named_by_its_line(tmp_path, models):
     choices = [{"question": "where ?", "choices": ["a", "the"], "answer": "car"}]
     with pytest.raises(DataError, match="line 1: the answer 'car' is none of the choices, a, the"):
         Choose(data=lines(tmp_path / "b.jsonl", choices), model=models["llama"]).build()
+
+
+def test_a_token_that_the_model_lacks_is_named_with_the_row_and_file_that_hold_it(tmp_path):
+    model = write_model(tmp_path / "bert", WORDS)
+    tokenizer = json.loads((tmp_path / "bert" / "tokenizer.json").read_text())
+    count = len(tokenizer["model"]["vocab"])
+    tokenizer["model"]["vocab"]["zebra"] = count
+    (tmp_path / "bert" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    data = table(tmp_path / "a.csv", ["text", "label"], rows(60))
+    other = table(tmp_path / "b.csv", ["text", "label"], [["the bird", "red"], ["the zebra", "red"]])
+    Classify(data=data, model=model).build()
+    with pytest.raises(DataError) as error:
+        Classify(data=data, val_data=other, model=model).build()
+    assert str(error.value).startswith(
+        f"{other!r}, line 3: the token 'zebra' has the id {count}; the model has {count} tokens, the tokenizer "
+        f"{count + 1}.\n"
+    )
+    wrong = table(tmp_path / "c.csv", ["text", "label"], [["the bird", "many"]])
+    with pytest.raises(DataError, match=r"c\.csv', line 2: label is 'many'"):
+        numbers = table(tmp_path / "d.csv", ["text", "label"], [[text, i] for i, (text, _) in enumerate(rows(60))])
+        Regress(data=numbers, test_data=wrong, model=model).build()
 
 
 def test_settings_are_plain_data_both_ways(tmp_path, monkeypatch):

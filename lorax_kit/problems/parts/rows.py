@@ -13,9 +13,9 @@ import numpy as np
 
 from lorax_kit.core.quantised import METHODS as QUANTISATIONS
 from lorax_kit.core.setting import is_int, shown
-from lorax_kit.data import Encode, Examples, evaluation_batches, read_rows, split_rows, training_stream
+from lorax_kit.data import Encode, Examples, Row, evaluation_batches, read_rows, split_rows, training_stream
 from lorax_kit.data.split import distinct
-from lorax_kit.errors import DataError, StudyError
+from lorax_kit.errors import DataError, LoraxError, StudyError
 from lorax_kit.models import Loaded, load_model
 from lorax_kit.models.stored.load import PACKAGED
 from lorax_kit.problems.settings import Settings
@@ -148,7 +148,7 @@ def read_parts(
     for name in ("data", "val_data", "test_data"):
         if (file := getattr(settings, name)) is not None:
             rows = read_rows(file, settings.columns, encoding=settings.encoding, may_be_empty=may_be_empty)
-            read[name] = Examples.of(rows, encode)
+            read[name] = Examples.of(rows, _naming_rows(encode))
             files[name] = _digest(Path(file))
             remembered = (settings.sha256 or {}).get(name, files[name])
             if remembered != files[name]:
@@ -188,6 +188,24 @@ def read_parts(
             raise DataError(f"{settings.data!r} has {len(firsts)} rows, of which none are left for {name}{why}")
     facts = {"rows": len(firsts), "left_out": {name: count for name, count in left_out.items() if count}}
     return Data(parts["train"], parts["val"], parts["test"], files, facts)
+
+
+def _naming_rows(encode: Encode) -> Encode:
+    """The same, where what the model's side (a tokenizer, a chat template) refuses is told with the row it is of."""
+
+    def named(rows: Sequence[Row]) -> Mapping[str, Sequence[Any]]:
+        try:
+            return encode(rows)
+        except LoraxError:
+            raise
+        except ValueError as e:
+            if len(rows) == 1:
+                raise DataError(f"{rows[0].where}: {e}") from None
+            for row in rows:  # texts are encoded together: which one it is shows alone
+                named([row])
+            raise
+
+    return named
 
 
 def _digest(file: Path) -> str:
