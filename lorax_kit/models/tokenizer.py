@@ -254,15 +254,19 @@ class Tokenizer:
         import tokenizers
 
         cutting = tokenizers.Tokenizer.from_str(self.inner.to_str())  # truncation is a state of the library's object
-        cutting.enable_truncation(max_length, stride=overlap, strategy="only_second")
+        most = max(max_length - cutting.num_special_tokens_to_add(True), 1)
         out = []
         for first, second in pairs:
-            try:
-                whole = cutting.encode(first, second)
-            except Exception as e:  # the library raises bare Exception
+            cutting.no_truncation()
+            taken = len(cutting.encode(first, "").ids)
+            # Where nothing is left beside what windows share, the library ends the process's thread with a panic.
+            if max_length - taken <= overlap and len(cutting.encode(first, second).ids) > max_length:
                 raise ValueError(
-                    f"{first[:60]!r} leaves no room in {max_length} tokens for windows that share {overlap}: {e}."
-                ) from None
+                    f"{first[:60]!r} takes {taken} of a window's {max_length} tokens; the rest must be more than "
+                    f"the {overlap} that windows share.\n  shorten it, or give a smaller overlap or a greater length"
+                )
+            cutting.enable_truncation(max_length, stride=min(overlap, most - 1), strategy="only_second")
+            whole = cutting.encode(first, second)
             windows = [whole, *whole.overflowing]
             out.append([Window.of(self._known(x.ids), x.type_ids, x.offsets, x.sequence_ids) for x in windows])
         return out

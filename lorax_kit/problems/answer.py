@@ -26,7 +26,7 @@ from lorax_kit.transform import compressed
 if TYPE_CHECKING:
     from lorax_kit.models import Loaded
 
-HEAD, DEFAULT_LENGTH = "answer", 256
+HEAD, DEFAULT_LENGTH, DEFAULT_OVERLAP = "answer", 256, 64
 
 
 class Held(NamedTuple):
@@ -49,19 +49,19 @@ class Answer(TextSettings):
       question, context, answer: columns. JSON Lines may hold lists of answers: the first is trained on, and any of
         them is right.
       length: of question and window, in tokens; None: 256, or what the model takes.
-      overlap: tokens that a window shares with the one before it.
+      overlap: tokens that a window shares with the one before it; None: 64, or half of a length below 128.
     """
 
     question: str = "question"
     context: str = "context"
     answer: str = "answer"
-    overlap: int = 64
+    overlap: int | None = None
 
     roles: ClassVar[tuple[str, ...]] = ("question", "context", "answer")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_int(self.overlap) or self.overlap < 0:
+        if self.overlap is not None and (not is_int(self.overlap) or self.overlap < 0):
             raise StudyError(f"problem overlap is {shown(self.overlap)}; it must be an integer of at least 0.")
 
     def build(self) -> Problem:
@@ -116,6 +116,7 @@ class Answer(TextSettings):
 
     def _encoding(self, loaded: Loaded, length: int, held: list[Held]) -> Callable[[Sequence[Row]], dict[str, Any]]:
         """Rows to windows; `held` gets what the host needs of each."""
+        overlap = min(DEFAULT_OVERLAP, length // 2) if self.overlap is None else self.overlap
 
         def encode(rows: Sequence[Row]) -> dict[str, Any]:
             fields: dict[str, list[Any]] = {
@@ -123,7 +124,7 @@ class Answer(TextSettings):
             }
             pairs = [(text_of(row, "question"), text_of(row, "context")) for row in rows]
             right = [_answers(row, passage) for row, (_, passage) in zip(rows, pairs, strict=True)]
-            cut = loaded.tokenizer.encode_pairs(pairs, length, self.overlap)
+            cut = loaded.tokenizer.encode_pairs(pairs, length, overlap)
             for row, (question, passage), (answers, at), windows in zip(rows, pairs, right, cut, strict=True):
                 for place, window in enumerate(windows):
                     start, end = _tokens_of(window, at, at + len(answers[0]))

@@ -133,8 +133,8 @@ def tokens_of(loaded: Loaded, template: str, messages: Sequence[Mapping[str, str
     """The tokens of a conversation, and for each whether the assistant says it, its end included.
 
     Raises:
-      ValueError: the assistant says nothing, or a template that lays out the beginning of a conversation in another way
-        than the whole.
+      ValueError: the assistant says nothing, or speaks first, or a template that lays out the beginning of a
+        conversation in another way than the whole.
     """
     special = _special(loaded)
     text = laid_out(template, messages, special=special)
@@ -142,6 +142,10 @@ def tokens_of(loaded: Loaded, template: str, messages: Sequence[Mapping[str, str
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        if i == 0:
+            raise ValueError(
+                "the assistant speaks first: there is nothing that it answers.\n  begin with a user's message"
+            )
         before = laid_out(template, messages[:i], answer=True, special=special)
         until = laid_out(template, messages[: i + 1], special=special)
         if not (text.startswith(until) and until.startswith(before)):

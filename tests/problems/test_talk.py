@@ -65,6 +65,8 @@ def test_what_the_assistant_says_is_told_and_nothing_else(decoder):
     assert " ".join(answers) == "a house the car ."
     asked = loaded.tokenizer.encode_spans([conversation_text(loaded, PLAIN, talk[:3])])[0][0]
     assert asked == tokens_of(loaded, PLAIN, talk)[0][: len(asked)]  # what is asked is how the whole begins
+    with pytest.raises(ValueError, match="the assistant speaks first: there is nothing that it answers"):
+        tokens_of(loaded, PLAIN, [{"role": "assistant", "content": "yes"}, *talk])
     with pytest.raises(ValueError, match="the assistant says nothing"):
         tokens_of(loaded, PLAIN, talk[:1])
 

@@ -364,6 +364,26 @@ def test_a_token_that_the_model_lacks_is_named_with_the_row_and_file_that_hold_i
         Regress(data=numbers, test_data=wrong, model=model).build()
 
 
+def test_windows_of_small_models_share_less_and_a_question_that_fills_one_is_named(tmp_path):
+    model = write_model(tmp_path / "bert", WORDS, max_position_embeddings=32)
+    asked = [
+        {"question": f"where is {name} ?", "context": f"{name} lives in the " + "red house " * 30} for name in NAMES
+    ]
+    found = [{**row, "answer": "red house"} for row in asked]
+    problem = Answer(data=lines(tmp_path / "a.jsonl", found), model=model, val=1, test=1).build()
+    assert sum(float(batch.weight.sum()) for batch in problem.test) > 1
+    (windows,) = load_model(model).tokenizer.encode_pairs([(asked[0]["question"], asked[0]["context"])], 32, 16)
+    starts = [next(span for span in window.spans if span[0] >= 0)[0] for window in windows]
+    words = [asked[0]["context"][:start].count(" ") for start in starts]
+    assert set(np.diff(words)) == {32 - 7 - 16}  # the question, the specials and what is shared leave so many
+    found[3]["question"] = "where " * 40
+    with pytest.raises(DataError) as error:
+        Answer(data=lines(tmp_path / "b.jsonl", found), model=model, val=1, test=1).build()
+    assert "b.jsonl', line 4: 'where where" in str(error.value)
+    assert "takes 43 of a window's 32 tokens; the rest must be more than the 16 that windows share" in str(error.value)
+    assert len(load_model(model).tokenizer.encode_pairs([("where ?", "the house")], 32, 30)[0]) == 1
+
+
 def test_settings_are_plain_data_both_ways(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bert").mkdir()
