@@ -36,7 +36,9 @@ class Decoder:
       pad: id that fills prompts.
       positions: tokens of the longest text, prompt and what is written together; None: there is no limit.
       vocabulary: how many tokens the model has; None: not known.
-      written_alone: the cache holds what is written alone, not the prompt (an encoder has read that).
+      start: the token that begins what is written, where an encoder has read the prompt, which the cache does not hold
+        then. None: a text goes on from its prompt.
+      per_row: params hold an adapter for each row.
 
     `begin` and `step` are traced by JAX; arrays of the cache have the rows first, but for numbers all rows share.
     """
@@ -47,7 +49,13 @@ class Decoder:
     pad: int = 0
     positions: int | None = None
     vocabulary: int | None = None
-    written_alone: bool = False
+    start: int | None = None
+    per_row: bool = False
+
+    @property
+    def written_alone(self) -> bool:
+        """Whether the cache holds what is written alone, not the prompt."""
+        return self.start is not None
 
 
 def decoder_of(loaded: Loaded) -> Decoder:
@@ -88,7 +96,7 @@ def decoder_of(loaded: Loaded) -> Decoder:
         found: Any = model.apply({"params": params}, ids, mask, None, None, cache, method="decode")
         return found[0], found[1]
 
-    return _of_any_form(Decoder(read, write, **facts, written_alone=True))
+    return _of_any_form(Decoder(read, write, **facts, start=start))
 
 
 def _of_any_form(decoder: Decoder) -> Decoder:
@@ -147,7 +155,7 @@ def per_row_decoder(decoder: Decoder, stacked: Stacked) -> Decoder:
         logits, after = per_row(own, stacked)(base, factors, ids, mask, rows, shared=shared)
         return logits, _once(after, cache)
 
-    return replace(decoder, begin=begin, step=step)
+    return replace(decoder, begin=begin, step=step, per_row=True)
 
 
 def _once(rows: Any, like: Any) -> Any:

@@ -226,7 +226,10 @@ class Writer:
                 used = None
                 if form[2]:
                     rows = jnp.arange(len(ids))[:, None]
-                    used = jnp.zeros(logits.shape, bool).at[rows, ids].max(mask != 0)
+                    text, there = ids, mask != 0
+                    if decoder.start is not None:  # as in transformers: what an encoder reads is no part of the text
+                        text, there = jnp.full_like(rows, decoder.start), jnp.ones_like(rows, bool)
+                    used = jnp.zeros(logits.shape, bool).at[rows, text].max(there)
                 return took(logits, jnp.int32(0), cache, used, keys, scalars)
 
             def step(params: Any, token: Array, count: Array, held: Any, keys: Any, scalars: Scalars) -> _Running:

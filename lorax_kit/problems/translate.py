@@ -57,7 +57,7 @@ class Translate(TextSettings):
         """Load weights and data.
 
         Raises:
-          StudyError: the model is an encoder, or a decoder without a chat template.
+          StudyError: the model is an encoder, a decoder without a chat template, or an encoder-decoder with one.
           DataError: as `read_parts`.
         """
         loaded = load(self, "translate")
@@ -80,6 +80,8 @@ class Translate(TextSettings):
     def _from_encoder(self, loaded: Loaded) -> Problem:
         """Of an encoder-decoder: teacher forcing, the target after its start token."""
         tokenizer, start = loaded.tokenizer, loaded.special.start
+        if self.system is not None or self.template is not None:
+            raise StudyError(f"{self.model!r} is an encoder-decoder: a system and a template are of a conversation.")
         if start is None:
             raise StudyError(f"{self.model!r} does not say which token its texts begin with: decoder_start_token_id.")
 

@@ -173,6 +173,21 @@ def test_a_text_ends_before_a_stop_string_and_streams_in_whole_characters(loaded
     assert (text.finished, text.whole(), text.rest()) == ("stop", "aäEN", "")
 
 
+def test_bytes_that_are_no_character_stream_as_they_are_decoded():
+    space = "\u2581"
+    pieces = [space + "a", "b", *(f"<0x{byte:02X}>" for byte in (0xC3, 0xA9, 0x97))]
+    inner = tokenizers.Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="b"))
+    steps = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence(steps)  # as LLaMA's
+    for ids, wanted in (([0, 2, 3, 0, 1], "aé ab"), ([2, 3, 4, 1], "\ufffd\ufffd\ufffdb"), ([0, 2], "a\ufffd")):
+        text = Pieces(Tokenizer(inner))
+        shown = ""
+        for token in ids:
+            text.add(token, 0.0, ())
+            shown += text.piece()
+        assert shown + text.rest() == text.whole() == wanted
+
+
 def adapters(loaded, count, ranks=(2,)):
     ids = jnp.zeros((1, 4), jnp.int32)
 
@@ -225,6 +240,8 @@ def test_each_row_writes_with_its_own_adapter(loaded):
         solo = plain(params, [prompt], max_new_tokens=8)[0]
         assert one.tokens == solo.tokens
         np.testing.assert_allclose(one.logprobs, solo.logprobs, atol=1e-5)
+    with pytest.raises(LoraxError, match="params hold an adapter for each row of the prompts alone"):
+        beam_search(writer, (loaded.params, lk.algebra.rows_of(stacked, [0, 1, 2])), PROMPTS, beams=2)
     writer((loaded.params, lk.algebra.rows_of(stacked, [0, 1, 2])), PROMPTS, max_new_tokens=8)
     assert traces(decoder) == first
 
