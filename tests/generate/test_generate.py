@@ -230,6 +230,8 @@ def test_each_row_writes_with_its_own_adapter(loaded):
     stacked = lk.algebra.stack([None, *some], base=loaded.params)
     decoder = traced(decoder_of(loaded))
     writer = Writer(per_row_decoder(decoder, stacked), loaded.tokenizer)
+    with pytest.raises(LoraxError, match="params hold an adapter for each row of the prompts alone"):
+        beam_search(writer, (loaded.params, lk.algebra.rows_of(stacked, [0, 1, 2])), PROMPTS, beams=2)
     which = jnp.asarray([2, 0, 3])
     found = writer((loaded.params, lk.algebra.rows_of(stacked, which)), PROMPTS, max_new_tokens=8)
     first = traces(decoder)
@@ -240,8 +242,6 @@ def test_each_row_writes_with_its_own_adapter(loaded):
         solo = plain(params, [prompt], max_new_tokens=8)[0]
         assert one.tokens == solo.tokens
         np.testing.assert_allclose(one.logprobs, solo.logprobs, atol=1e-5)
-    with pytest.raises(LoraxError, match="params hold an adapter for each row of the prompts alone"):
-        beam_search(writer, (loaded.params, lk.algebra.rows_of(stacked, [0, 1, 2])), PROMPTS, beams=2)
     writer((loaded.params, lk.algebra.rows_of(stacked, [0, 1, 2])), PROMPTS, max_new_tokens=8)
     assert traces(decoder) == first
 
