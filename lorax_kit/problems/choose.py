@@ -98,7 +98,7 @@ class Choose(TextSettings):
                     fields[name].append(value)
             return fields
 
-        data = read_parts(self, encode)
+        data = read_parts(self, encode, target="label")
         parts = (data.train, data.val, data.test)
         count = max(int(part["ends"].lengths.max()) for part in parts)
         longest = {id(part): np.array([_lengths(part, i).max() for i in range(len(part))]) for part in parts}

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.core.setting import shown
-from lorax_kit.data import Examples, Row, key_of, padded
+from lorax_kit.data import Examples, Ragged, Row, key_of, padded
 from lorax_kit.errors import DataError, StudyError
 from lorax_kit.models import Loaded
 from lorax_kit.problem import Problem
 from lorax_kit.problem.metric import share_metric
 from lorax_kit.problems.parts.pooled import HEAD, pooled
-from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, load, read_parts
+from lorax_kit.problems.parts.rows import Data, TextSettings, batches_of, facts_of, length_of, load, read_parts
 from lorax_kit.tasks import macro_f1, micro_f1, one_class_sums, several_classes_sums
 
 HEADS = ("auto", "trained", "fresh")
@@ -68,7 +68,7 @@ class Classify(TextSettings):
         """Load weights and data.
 
         Raises:
-          DataError: one class alone, or as `read_parts`.
+          DataError: one class alone, a class that only a file of validation or test has, or as `read_parts`.
         """
         loaded = load(self, "classify")
         several = self.several or self.separator is not None
@@ -90,6 +90,7 @@ class Classify(TextSettings):
         data = read_parts(
             self, encode, stratum=None if several else "label", may_be_empty=("label",) if several else ()
         )
+        _check_classes(self, data, [*codes])
         names = sorted(codes)
         if len(names) < 2:
             raise DataError(f"{self.data!r} has one class alone, {names}; two or more are needed.")
@@ -136,6 +137,21 @@ class Classify(TextSettings):
             **batches_of(data, make, self, length),
             facts=facts_of(self, data, length, "classify", {"labels": names, "head": chosen}),
         )
+
+
+def _check_classes(settings: Classify, data: Data, names: Sequence[str]) -> None:
+    """Raise `DataError` where a file of validation or test has a class that no row to train on has."""
+    trained, *others = (
+        set(np.unique(labels.flat if isinstance(labels, Ragged) else labels).tolist())
+        for labels in (part["label"] for part in data[:3])
+    )
+    for file, found in zip((settings.val_data, settings.test_data), others, strict=True):
+        if file is not None and (odd := sorted(names[code] for code in found - trained)):
+            raise DataError(
+                f"{file!r} has the class {shown(odd[0])}, which no row to train on has; those of {settings.data!r} have "
+                f"{', '.join(sorted(names[code] for code in trained))}.\n"
+                "  correct it, leave its rows out, or add rows of it to train on"
+            )
 
 
 def _trained_head(loaded: Loaded, names: Sequence[str]) -> Any:

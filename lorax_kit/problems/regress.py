@@ -67,7 +67,7 @@ class Regress(TextSettings):
                 "key": [key_of(text) for text in texts],
             }
 
-        data = read_parts(self, encode)
+        data = read_parts(self, encode, target="label")
         with np.errstate(over="ignore", invalid="ignore"):
             mean, spread = (
                 float(of(data.train["label"])) if given is None else float(given)

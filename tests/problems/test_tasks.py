@@ -90,7 +90,9 @@ def test_other_rows_are_measured_on_the_adapters_own_terms(tmp_path, models, cap
     main(["evaluate", str(tmp_path / "o"), "--test-data", other, "--json"])
     assert json.loads(capsys.readouterr().out)["examples"] == len({text for text, _ in rows(20)})
     mauve = table(tmp_path / "c.csv", ["text", "label"], [("a red car", "mauve"), ("a blue car", "blue")])
-    with pytest.raises(lk.AdapterError, match="the rows given have the classes"):
+    with pytest.raises(
+        DataError, match=r"c\.csv' has the class 'mauve', which no row to train on has; .* have blue, green"
+    ):
         evaluate_adapter(tmp_path / "o", files={"test_data": mauve})
     numbers = table(tmp_path / "n.csv", ["text", "label"], [(text, i % 7) for i, (text, _) in enumerate(rows(90))])
     problem = Regress(data=numbers, model=models["bert"], batch_size=8).build()
@@ -118,6 +120,23 @@ def test_no_row_is_in_two_parts_whatever_the_files(tmp_path, models):
     assert problem.facts["left_out"]["that stand in the files of validation or test, too"] >= 12
     with pytest.raises(DataError, match="none are left for val: left out"):
         Classify(data=data, test_data=test, val_data=test, model=models["bert"], batch_size=4).build()
+
+
+def test_rows_that_disagree_are_told_from_equal_ones(tmp_path, models):
+    found = [(text, len(label)) for text, label in rows(60)]
+    found += [(found[0][0], found[0][1]), (found[1][0], 50), (found[2][0], 50), (found[2][0], 51)]
+    facts = Regress(data=table(tmp_path / "a.csv", ["text", "label"], found), model=models["bert"]).build().facts
+    assert facts["left_out"] == {
+        "equal to an earlier row": 64 - 3 - len({text for text, _ in found}),
+        "of an earlier row's text, with another label": 3,
+    }
+    torn = table(tmp_path / "b.csv", ["text", "label"], [("the car", "red"), ("the car", "blue")] * 3)
+    with pytest.raises(DataError, match="all 6 rows contradict each other: each has another row's text, and another l"):
+        Classify(data=torn, model=models["bert"]).build()
+    odd = table(tmp_path / "c.csv", ["text", "label"], [("a bird", "red;mauve"), ("a lamp", "blue")])
+    data = table(tmp_path / "d.csv", ["text", "label"], rows(60))
+    with pytest.raises(DataError, match=r"c\.csv' has the class 'mauve', which no row to train on has"):
+        Classify(data=data, val_data=odd, separator=";", model=models["bert"]).build()
 
 
 def test_what_is_cut_is_counted_and_what_is_ambiguous_is_read_as_it_stands(tmp_path, models):
