@@ -148,8 +148,8 @@ def _check_classes(settings: Classify, data: Data, names: Sequence[str]) -> None
     for file, found in zip((settings.val_data, settings.test_data), others, strict=True):
         if file is not None and (odd := sorted(names[code] for code in found - trained)):
             raise DataError(
-                f"{file!r} has the class {shown(odd[0])}, which no row to train on has; those of {settings.data!r} have "
-                f"{', '.join(sorted(names[code] for code in trained))}.\n"
+                f"{file!r} has the class {shown(odd[0])}, which no row to train on has; those of {settings.data!r} "
+                f"have {', '.join(sorted(names[code] for code in trained))}.\n"
                 "  correct it, leave its rows out, or add rows of it to train on"
             )
 
