@@ -39,6 +39,19 @@ def read_json(file: str | Path) -> Any:
     return parse_json(Path(file).read_bytes())
 
 
+def first_difference(was: Any, now: Any, name: str = "") -> tuple[str, Any, Any]:
+    """(name, the one, the other) of the first value that differs: of objects within objects, the innermost.
+
+    Example:
+      >>> first_difference({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 2}})
+      ('b, d', 3, None)
+    """
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return name, was, now
+    odd = min(key for key in {*was, *now} if was.get(key) != now.get(key) or (key in was) != (key in now))
+    return first_difference(was.get(odd), now.get(odd), f"{name}, {odd}" if name else odd)
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """JSON leaves open which of two values counts; taking the last one would drop the other without a word."""
     made = dict(pairs)

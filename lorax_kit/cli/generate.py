@@ -24,7 +24,7 @@ from lorax_kit.cli.root import cli, echo
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True)
 @click.option("--beams", type=click.IntRange(1), default=1, show_default=True, help="Beam search with so many.")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Texts a prompt.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of what is drawn.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=None, help="Of what is drawn; default: 0.")
 @click.option("--stop", multiple=True, help="A text ends before this string; may be repeated.")
 @click.option("--chat", is_flag=True, help="Lay prompts out as a conversation; adapters of chats do so by themselves.")
 @click.option("--system", default=None, help="What a conversation begins with.")
@@ -54,6 +54,7 @@ def generate(
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     sampling = Sampling(**{name: options.pop(name) for name in names})
+    options = {name: value for name, value in options.items() if name != "seed" or value is not None}
     author = author_of(str(adapter or model))
     single = len(asked) == 1 and options["samples"] == options["beams"] == 1
     if stream and (as_json or not single):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,19 +44,34 @@ class Author:
         return self.loaded.tokenizer.encode_spans([laid])[0][0] if alone else laid
 
     def laid(self, text: str, *, chat: bool, system: str | None) -> tuple[str, bool]:
-        """The text that the model reads of a prompt, and whether that is all: no special tokens are added to it."""
+        """The text that the model reads of a prompt, and whether that is all: no special tokens are added to it.
+
+        Raises:
+          LoraxError: a system's message, or the wish for a conversation, that the model does not read.
+          ValueError: as `conversation_text`.
+        """
         asking = self.asking
         if isinstance(asking, Translate):
-            text, system = asking.prompt.replace("{source}", text), system or asking.system
-            if self.loaded.kind == "encoder-decoder":
-                return text, False
-        elif isinstance(asking, Chat):
-            system = system or asking.system
-        elif not chat:
+            text = asking.prompt.replace("{source}", text)
+        if self.loaded.kind == "encoder-decoder" and (chat or system is not None):
+            raise LoraxError(
+                f"{self.loaded.source!r} reads the prompt alone: it goes without a conversation and a system."
+            )
+        if self.loaded.kind == "encoder-decoder" or not (chat or isinstance(asking, Chat | Translate)):
+            if system is not None:
+                raise LoraxError(
+                    "a prompt that is no conversation has no system: lay it out as one, --chat (chat=True)."
+                )
             return text, False
         template = template_of(self.loaded, getattr(asking, "template", None))
-        begins = [] if system is None else [{"role": "system", "content": system}]
-        return conversation_text(self.loaded, template, [*begins, {"role": "user", "content": text}]), True
+        user = [{"role": "user", "content": text}]
+        given = getattr(asking, "system", None) if system is None else system
+        if given is None:
+            return conversation_text(self.loaded, template, user), True
+        laid = conversation_text(self.loaded, template, [{"role": "system", "content": given}, *user])
+        if system is not None and laid == conversation_text(self.loaded, template, user):
+            raise LoraxError(f"the chat template of {self.loaded.source!r} leaves out the system's message.")
+        return laid, True
 
 
 class Origin(NamedTuple):
@@ -151,13 +166,12 @@ def generate(
       included.
 
     Raises:
-      LoraxError: what cannot be written.
+      LoraxError: what cannot be written; an option that nothing reads, such as a seed of temperature 0.
     """
+    _check_read(sampling or Sampling(), beams, options)
     asked = [author.prompt(text, chat=chat, system=system) for text in prompts]
     began = time.perf_counter()
     if beams > 1:
-        if sampling not in (None, Sampling()) or options.get("samples", 1) > 1:
-            raise LoraxError("beams take the likeliest texts: they go without temperature, penalty and samples.")
         own = {name: options[name] for name in ("max_new_tokens", "stop") if name in options}
         found = beam_search(author.writer, author.params, asked, beams=beams, **own)
     else:
@@ -178,6 +192,24 @@ def generate(
     return {"texts": texts, "seconds": seconds, "tokens_per_second": count / seconds}
 
 
-def streamed(author: Author, prompt: str, *, chat: bool, system: str | None, **options: Any) -> Iterator[str]:
-    """The text after one prompt, piece by piece; see `Writer.stream`."""
+def _check_read(sampling: Sampling, beams: int, options: Mapping[str, Any]) -> None:
+    """Raise `LoraxError` where an option is given that nothing reads."""
+    many = options.get("samples", 1) > 1
+    if beams > 1 and (sampling != Sampling() or many or "seed" in options):
+        raise LoraxError("beams take the likeliest texts: they go without temperature, penalty, samples and seed.")
+    if sampling.temperature == 0 and (many or "seed" in options):
+        what = "samples would be one text many times" if many else "no seed is read"
+        raise LoraxError(f"temperature 0 takes the likeliest token: {what}.\n  give a temperature above 0")
+
+
+def streamed(
+    author: Author, prompt: str, *, chat: bool, system: str | None, sampling: Sampling | None = None, **options: Any
+) -> Iterator[str]:
+    """The text after one prompt, piece by piece; see `Writer.stream`.
+
+    Raises:
+      LoraxError: as `generate`.
+    """
+    _check_read(sampling or Sampling(), 1, options)
+    options["sampling"] = sampling
     return author.writer.stream(author.params, author.prompt(prompt, chat=chat, system=system), **options)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from lorax_kit.core.setting import shown
 from lorax_kit.errors import LoraxError
 from lorax_kit.measure import facts, held_memory, peak_memory, release_memory
 from lorax_kit.problem.evaluate import form_of_batch
@@ -27,11 +28,11 @@ def bytes_of(text: str) -> int:
       >>> bytes_of("3GiB"), bytes_of("0.5 k")
       (3221225472, 512)
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
-    size = 0 if found is None else int(float(found[1]) * UNITS[found[2].lower()])
-    if size < 1:
-        raise LoraxError(f"{text!r} is no size of memory; give one such as 3GiB or 800MiB.")
-    return size
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
+    size = 0.0 if found is None else float(found[1]) * UNITS[found[2].lower()]
+    if not 1 <= size < 2**63:
+        raise LoraxError(f"{shown(text)} is no size of memory; give one such as 3GiB or 800MiB.")
+    return int(size)
 
 
 def within(step: Any, limit: int, state: Any, base: Any, batch: Any) -> Callable[[Any, Any, Any], Any]:

@@ -58,9 +58,13 @@ def split_rows(
       groups: (n,), rows of one group stay in one part, such as questions about one text; not with `strata`.
 
     Raises:
-      DataError: nothing left to train on.
+      DataError: nothing left to train on; rows all of which contradict each other.
     """
     kept, equal, contradictory = distinct(keys, strata)
+    if contradictory and not len(kept):
+        raise DataError(
+            f"all {contradictory} rows contradict each other: each has another row's text, and another label."
+        )
     rng = np.random.Generator(np.random.PCG64(seed))
     sizes = {"test": size_of(test, len(kept)), "val": size_of(val, len(kept))}
     if min(sizes.values()) < 0 or sum(sizes.values()) >= max(len(kept), 1):
@@ -88,6 +92,17 @@ def distinct(keys: np.ndarray, strata: np.ndarray | None) -> tuple[np.ndarray, i
     contradictory = int(torn[inverse].sum())
     kept = np.sort(first[~torn])
     return kept, len(keys) - contradictory - len(kept), contradictory
+
+
+def disagreeing(keys: np.ndarray, targets: np.ndarray) -> int:
+    """How many rows are of an earlier row's key, and have another target than the first of that key.
+
+    Example:
+      >>> disagreeing(np.array([7, 7, 7, 8]), np.array([1.0, 1.0, 2.0, 2.0]))
+      1
+    """
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return int((targets != targets[first][inverse]).sum())
 
 
 def _share_of_each(rows: np.ndarray, strata: np.ndarray | None, size: int) -> np.ndarray:

@@ -10,14 +10,28 @@ from typing import Any, NamedTuple
 from lorax_kit.errors import DataError
 from lorax_kit.json_text import parse_json
 
+LONGEST_CELL = 2**31 - 1
+"""Characters of a cell of CSV; Python's own limit, 131,072, is below a long article."""
 SUFFIXES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "txt"}
 
 
 class Row(NamedTuple):
-    """One row: the line where it begins (of Parquet: its number), from 1, and its cells by the names asked for."""
+    """One row of a file.
+
+    Attributes:
+      line: where it begins (of Parquet: its number), from 1.
+      cells: by the names asked for.
+      file: its path.
+    """
 
     line: int
     cells: Mapping[str, Any]
+    file: str = ""
+
+    @property
+    def where(self) -> str:
+        """File and line, as errors name them."""
+        return f"{self.file!r}, line {self.line}"
 
 
 def read_rows(
@@ -42,8 +56,9 @@ def read_rows(
       >>> import tempfile, pathlib
       >>> file = pathlib.Path(tempfile.mkdtemp()) / "a.csv"
       >>> _ = file.write_text("text,label\\ngood,yes\\n")
-      >>> next(read_rows(file, {"text": "text"}))
-      Row(line=2, cells={'text': 'good'})
+      >>> row = next(read_rows(file, {"text": "text"}))
+      >>> row.line, row.cells
+      (2, {'text': 'good'})
     """
     path = Path(file)
     kind = SUFFIXES.get(path.suffix.lower())
@@ -60,10 +75,11 @@ def _not_empty(path: Path, rows: Iterator[Row], may_be_empty: Collection[str]) -
     """The rows, each of whose cells holds something; an error where there are none."""
     count = 0
     for count, row in enumerate(rows, 1):  # noqa: B007
+        row = row._replace(file=str(path))
         for name, value in row.cells.items():
             empty = value is None or (isinstance(value, str) and not value.strip())
             if empty and name not in may_be_empty:
-                raise DataError(f"{str(path)!r}, line {row.line}: {name} is empty.\n  fill it in, or remove the row")
+                raise DataError(f"{row.where}: {name} is empty.\n  fill it in, or remove the row")
         yield row
     if count == 0:
         raise DataError(f"{str(path)!r} holds no rows.")
@@ -78,10 +94,13 @@ def _known(encoding: str) -> str:
 
 
 def _wrong_encoding(path: Path, encoding: str, line: int) -> DataError:
-    return DataError(
-        f"{str(path)!r} is not {encoding.removesuffix('-sig')} text, after line {line}.\n"
-        "  say what it is: encoding (latin-1, cp1252, utf-16, ...)"
+    wide = encoding.lower().startswith("utf") and encoding[-2:] in ("16", "32")
+    hint = (
+        f"without a byte order mark say which: {encoding}-le, {encoding}-be"
+        if wide
+        else ("say what it is: encoding (latin-1, cp1252, utf-16, ...)")
     )
+    return DataError(f"{str(path)!r} is not {encoding.removesuffix('-sig')} text, after line {line}.\n  {hint}")
 
 
 def _expect(path: Path, columns: Mapping[str, str], there: Sequence[str]) -> None:
@@ -99,12 +118,15 @@ def _expect(path: Path, columns: Mapping[str, str], there: Sequence[str]) -> Non
 def _read_csv(path: Path, columns: Mapping[str, str], encoding: str) -> Iterator[Row]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     last = 0
+    csv.field_size_limit(LONGEST_CELL)
     with open(path, encoding=encoding, newline="") as handle:
         reader = csv.reader(handle, delimiter=delimiter, strict=True)
         try:
             header = next(reader, None)
             if not header:
                 raise DataError(f"{str(path)!r} has no header: its first line names the columns.")
+            if any("\0" in cell for cell in header):  # every second byte of UTF-16
+                raise _wrong_encoding(path, encoding, 0)
             _expect(path, columns, header)
             places = {name: header.index(column) for name, column in columns.items()}
             last = reader.line_num
@@ -118,7 +140,7 @@ def _read_csv(path: Path, columns: Mapping[str, str], encoding: str) -> Iterator
                         "  a cell that holds the separator or a new line stands in double quotes"
                     )
                 yield Row(line, {name: cells[place] for name, place in places.items()})
-        except UnicodeDecodeError:
+        except UnicodeError:
             raise _wrong_encoding(path, encoding, last) from None
         except csv.Error as e:
             raise DataError(f"{str(path)!r}, line {last + 1}: {e}.") from None
@@ -142,7 +164,7 @@ def _read_jsonl(path: Path, columns: Mapping[str, str], encoding: str) -> Iterat
                         f"{str(path)!r}, line {number} lacks {missing[0]!r}; it has {', '.join(found) or 'nothing'}."
                     )
                 yield Row(number, {name: found[column] for name, column in columns.items()})
-        except UnicodeDecodeError:
+        except UnicodeError:
             raise _wrong_encoding(path, encoding, number) from None
 
 
@@ -160,7 +182,7 @@ def _read_txt(path: Path, columns: Mapping[str, str], encoding: str) -> Iterator
                 elif held:
                     yield Row(start, {name: "".join(held).strip()})
                     held = []
-        except UnicodeDecodeError:
+        except UnicodeError:
             raise _wrong_encoding(path, encoding, number) from None
     if held:
         yield Row(start, {name: "".join(held).strip()})
@@ -184,5 +206,7 @@ def _read_parquet(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
                 for i in range(part.num_rows):
                     number += 1
                     yield Row(number, {name: held[column][i] for name, column in columns.items()})
-    except pyarrow.ArrowException as e:
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as e:  # what damaged pages raise is any of them
         raise DataError(f"{str(path)!r} is damaged, or no Parquet file: {str(e).splitlines()[0]}.") from None

@@ -44,12 +44,17 @@ def beam_search(
       stop: strings before which the best text is cut.
 
     Raises:
-      LoraxError: as of `Writer`; a number of beams or a penalty out of range.
+      LoraxError: as of `Writer`; a number of beams or a penalty out of range; a `per_row_decoder`.
     """
     if not is_int(beams) or beams < 1:
         raise LoraxError(f"beams is {shown(beams)}; it must be an integer of at least 1.")
     if not is_number(length_penalty):
         raise LoraxError(f"length_penalty is {shown(length_penalty)}; it must be a number.")
+    if writer.decoder.per_row:
+        raise LoraxError(
+            "beams are rows of their own, and params hold an adapter for each row of the prompts alone.\n"
+            "  search with one adapter at a time: lorax_kit.generate.adapted"
+        )
     rows = writer._rows(prompts, max_new_tokens, 1, stop)
     ids, mask = writer._padded(rows, max_new_tokens)
     decoder = writer.decoder

@@ -35,7 +35,10 @@ class Decoder:
       eos: ids that end a text.
       pad: id that fills prompts.
       positions: tokens of the longest text, prompt and what is written together; None: there is no limit.
-      written_alone: the cache holds what is written alone, not the prompt (an encoder has read that).
+      vocabulary: how many tokens the model has; None: not known.
+      start: the token that begins what is written, where an encoder has read the prompt, which the cache does not hold
+        then. None: a text goes on from its prompt.
+      per_row: params hold an adapter for each row.
 
     `begin` and `step` are traced by JAX; arrays of the cache have the rows first, but for numbers all rows share.
     """
@@ -45,7 +48,14 @@ class Decoder:
     eos: tuple[int, ...] = ()
     pad: int = 0
     positions: int | None = None
-    written_alone: bool = False
+    vocabulary: int | None = None
+    start: int | None = None
+    per_row: bool = False
+
+    @property
+    def written_alone(self) -> bool:
+        """Whether the cache holds what is written alone, not the prompt."""
+        return self.start is not None
 
 
 def decoder_of(loaded: Loaded) -> Decoder:
@@ -56,6 +66,7 @@ def decoder_of(loaded: Loaded) -> Decoder:
     """
     model, special = loaded.model, loaded.special
     facts: dict[str, Any] = {"eos": special.eos, "pad": special.pad or 0, "positions": loaded.positions}
+    facts["vocabulary"] = loaded.config.vocab_size
     if loaded.kind == "decoder":
 
         def begin(params: Any, ids: Array, mask: Array, slots: int) -> tuple[Array, Any]:
@@ -85,7 +96,7 @@ def decoder_of(loaded: Loaded) -> Decoder:
         found: Any = model.apply({"params": params}, ids, mask, None, None, cache, method="decode")
         return found[0], found[1]
 
-    return _of_any_form(Decoder(read, write, **facts, written_alone=True))
+    return _of_any_form(Decoder(read, write, **facts, start=start))
 
 
 def _of_any_form(decoder: Decoder) -> Decoder:
@@ -144,7 +155,7 @@ def per_row_decoder(decoder: Decoder, stacked: Stacked) -> Decoder:
         logits, after = per_row(own, stacked)(base, factors, ids, mask, rows, shared=shared)
         return logits, _once(after, cache)
 
-    return replace(decoder, begin=begin, step=step)
+    return replace(decoder, begin=begin, step=step, per_row=True)
 
 
 def _once(rows: Any, like: Any) -> Any:

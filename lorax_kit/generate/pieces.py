@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from lorax_kit.models import Tokenizer
 
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 UNFINISHED = "\ufffd"
 """What stands for bytes that are not yet a character."""
 
@@ -51,6 +53,9 @@ class Pieces:
 
     def piece(self) -> str:
         """What is new and cannot change: no half character, nothing that may become a stop string."""
+        # Bytes of SentencePiece are decoded together: one more that is no character's makes all of them none.
+        if self.tokens and not self.finished and BYTE.fullmatch(self.tokenizer.text_of(self.tokens[-1]) or ""):
+            return ""
         end = len(self._text)
         while end and self._text[end - 1] == UNFINISHED and not self.finished:
             end -= 1

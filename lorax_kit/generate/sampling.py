@@ -35,7 +35,7 @@ class Sampling:
         1904.09751); 1: all.
       min_p: leave out what is less likely than this share of the most likely (Nguyen et al., arXiv 2407.01082).
       repetition_penalty: of tokens that the prompt or the text has, positive logits are divided by it and negative ones
-        multiplied (Keskar et al., arXiv 1909.05858); 1: none.
+        multiplied (Keskar et al., arXiv 1909.05858); 1: none. A prompt that an encoder reads is not counted.
 
     Raises:
       LoraxError: a value out of range.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lorax_kit.core.paths import is_array
 from lorax_kit.core.setting import is_int, shown
 from lorax_kit.errors import LoraxError
 from lorax_kit.generate.decoder import Decoder
@@ -152,16 +153,31 @@ class Writer:
             raise LoraxError("prompts must be a list of texts, or of lists of token ids, and not empty.")
         if isinstance(stop, str) or not all(isinstance(x, str) and x for x in stop):
             raise LoraxError(f"stop is {shown(stop)}; it must be a list of strings, none of them empty.")
-        ids = [self.tokenizer.encode([p], 2**31)[0] if isinstance(p, str) else [int(i) for i in p] for p in prompts]
+        ids = [self._ids(i, prompt) for i, prompt in enumerate(prompts)]
         for i, row in enumerate(ids):
-            if not row:
-                raise LoraxError(f"prompt {i} is empty: there is nothing to go on from.")
             most, whole = self.decoder.positions, len(row) + new
             if most is not None and (max(len(row), new) if self.decoder.written_alone else whole) > most:
                 raise LoraxError(
                     f"prompt {i} has {len(row)} tokens, and {new} are to be written: the model has {most} positions."
                 )
         return [row for row in ids for _ in range(samples)]
+
+    def _ids(self, number: int, prompt: Any) -> list[int]:
+        """The tokens of one prompt."""
+        if isinstance(prompt, str):
+            row = self.tokenizer.encode([prompt], 2**31)[0]
+        elif is_array(prompt) or isinstance(prompt, Sequence):
+            row = [x.item() if is_array(x) and not x.ndim else x for x in prompt]
+        else:
+            raise LoraxError(f"prompt {number} is {shown(prompt)}; it must be a text, or a list of token ids.")
+        if not row:
+            raise LoraxError(f"prompt {number} is empty: there is nothing to go on from.")
+        size = self.decoder.vocabulary
+        for x in row:
+            if not is_int(x) or x < 0 or (size is not None and x >= size):
+                most = "" if size is None else f" below the model's {size:,} tokens"
+                raise LoraxError(f"prompt {number} holds {shown(x)}; the id of a token is an integer from 0{most}.")
+        return row
 
     def _steps(
         self, params: Any, rows: list[list[int]], new: int, sampling: Sampling, samples: int, seed: int
@@ -210,7 +226,10 @@ class Writer:
                 used = None
                 if form[2]:
                     rows = jnp.arange(len(ids))[:, None]
-                    used = jnp.zeros(logits.shape, bool).at[rows, ids].max(mask != 0)
+                    text, there = ids, mask != 0
+                    if decoder.start is not None:  # as in transformers: what an encoder reads is no part of the text
+                        text, there = jnp.full_like(rows, decoder.start), jnp.ones_like(rows, bool)
+                    used = jnp.zeros(logits.shape, bool).at[rows, text].max(there)
                 return took(logits, jnp.int32(0), cache, used, keys, scalars)
 
             def step(params: Any, token: Array, count: Array, held: Any, keys: Any, scalars: Scalars) -> _Running:

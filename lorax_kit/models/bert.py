@@ -138,7 +138,7 @@ class BertEncoder(nn.Module):
     Args of the call:
       ids: int32 (B, T).
       mask: (B, T), nonzero where a token counts.
-      types: int32 (B, T) segment ids; None for all zero.
+      types: int32 (B, T) segment ids, of models that have more than one; None for all zero.
 
     Returns:
       Hidden states (B, T, D) in `dtype` (None: that of the params). `plain` leaves all derivatives to autodiff: slower,
@@ -151,7 +151,8 @@ class BertEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Array, mask: Array, types: Array | None = None) -> Float[Array, "B T D"]:
-        types = jnp.zeros_like(ids) if types is None else types
+        if types is None or self.config.type_vocab_size == 1:  # RoBERTa's way: of one type all tokens are
+            types = jnp.zeros_like(ids)
         x = Embeddings(self.config, self.dtype, name="embeddings")(ids, types)
         seen = mask[:, None, None, :] != 0  # (B, 1, 1, T)
         for i in range(self.config.num_hidden_layers):

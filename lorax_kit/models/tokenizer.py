@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lorax_kit.core.setting import shown
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -44,13 +46,13 @@ class Tokenizer:
 
     Attributes:
       inner: the library's, whose ids may be larger than the model's.
-      size: how many tokens the model has, where that is fewer; None: it is not.
-      unknown: the id that stands for all further ones.
+      size: how many tokens the model has; None: not known.
+      unknown: the id that stands for all further ones; None: a text that holds one is an error.
     """
 
     inner: tokenizers.Tokenizer
     size: int | None = None
-    unknown: int = 0
+    unknown: int | None = None
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -185,7 +187,7 @@ class Tokenizer:
         inner.post_processor = processors.TemplateProcessing(
             single=["$A", "</s>"], pair=pair, special_tokens=[("</s>", ids["</s>"])]
         )
-        return cls(inner, len(pieces) if missing else None, unknown)
+        return cls(inner, len(pieces), unknown) if missing else cls(inner)
 
     @classmethod
     def from_texts(cls, texts: Sequence[str], size: int) -> Tokenizer:
@@ -217,6 +219,9 @@ class Tokenizer:
         """Ids of each text, special tokens included.
 
         A longer text keeps its first tokens, and the special token that ends every text ([SEP]) where there is one.
+
+        Raises:
+          ValueError: a token that the model does not have; so do the other ways to encode.
         """
         out = []
         for encoding in self.inner.encode_batch(list(texts)):
@@ -249,15 +254,19 @@ class Tokenizer:
         import tokenizers
 
         cutting = tokenizers.Tokenizer.from_str(self.inner.to_str())  # truncation is a state of the library's object
-        cutting.enable_truncation(max_length, stride=overlap, strategy="only_second")
+        most = max(max_length - cutting.num_special_tokens_to_add(True), 1)
         out = []
         for first, second in pairs:
-            try:
-                whole = cutting.encode(first, second)
-            except Exception as e:  # the library raises bare Exception
+            cutting.no_truncation()
+            taken = len(cutting.encode(first, "").ids)
+            # Where nothing is left beside what windows share, the library ends the process's thread with a panic.
+            if max_length - taken <= overlap and len(cutting.encode(first, second).ids) > max_length:
                 raise ValueError(
-                    f"{first[:60]!r} leaves no room in {max_length} tokens for windows that share {overlap}: {e}."
-                ) from None
+                    f"{first[:60]!r} takes {taken} of a window's {max_length} tokens; the rest must be more than "
+                    f"the {overlap} that windows share.\n  shorten it, or give a smaller overlap or a greater length"
+                )
+            cutting.enable_truncation(max_length, stride=min(overlap, most - 1), strategy="only_second")
+            whole = cutting.encode(first, second)
             windows = [whole, *whole.overflowing]
             out.append([Window.of(self._known(x.ids), x.type_ids, x.offsets, x.sequence_ids) for x in windows])
         return out
@@ -268,7 +277,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json all of whose ids the model has: pieces without one are not there, nor found."""
-        if self.size is None:
+        if self.size is None or self.unknown is None:
             self.inner.save(str(path))
             return
         data = json.loads(self.inner.to_str())
@@ -276,4 +285,13 @@ class Tokenizer:
         Path(path).write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def _known(self, ids: list[int]) -> list[int]:
-        return ids if self.size is None else [i if i < self.size else self.unknown for i in ids]
+        if self.size is None or max(ids, default=0) < self.size:
+            return ids
+        if self.unknown is not None:
+            return [i if i < self.size else self.unknown for i in ids]
+        further = next(i for i in ids if i >= self.size)  # an embedding has no row for it: all that reads it is NaN
+        raise ValueError(
+            f"the token {shown(self.text_of(further))} has the id {further:,}; the model has {self.size:,} tokens, the "
+            f"tokenizer {self.inner.get_vocab_size():,}.\n"
+            "  take the tokenizer that came with the model, or a model whose embedding has a row for every token"
+        )

@@ -38,7 +38,7 @@ def layout(params: Any, mesh: Mesh, rules: Mapping[str, Axes] | None = None, *, 
 
     What rules name is split as they say. Where the mesh has an axis "fsdp", each array of at least `smallest`
     entries is split along it, too: of the axes that its devices divide the largest that no rule splits. A step gathers
-    those arrays where it uses them (`lk.sharded_step`). The arrays of quantised and low-rank parameters are split alike.
+    those arrays where it uses them (`lk.sharded_step`). Arrays of quantised and low-rank parameters are split alike.
 
     Args:
       params: arrays, or `jax.ShapeDtypeStruct`s for a plan without weights.

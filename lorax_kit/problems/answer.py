@@ -26,7 +26,7 @@ from lorax_kit.transform import compressed
 if TYPE_CHECKING:
     from lorax_kit.models import Loaded
 
-HEAD, DEFAULT_LENGTH = "answer", 256
+HEAD, DEFAULT_LENGTH, DEFAULT_OVERLAP = "answer", 256, 64
 
 
 class Held(NamedTuple):
@@ -49,19 +49,19 @@ class Answer(TextSettings):
       question, context, answer: columns. JSON Lines may hold lists of answers: the first is trained on, and any of
         them is right.
       length: of question and window, in tokens; None: 256, or what the model takes.
-      overlap: tokens that a window shares with the one before it.
+      overlap: tokens that a window shares with the one before it; None: 64, or half of a length below 128.
     """
 
     question: str = "question"
     context: str = "context"
     answer: str = "answer"
-    overlap: int = 64
+    overlap: int | None = None
 
     roles: ClassVar[tuple[str, ...]] = ("question", "context", "answer")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_int(self.overlap) or self.overlap < 0:
+        if self.overlap is not None and (not is_int(self.overlap) or self.overlap < 0):
             raise StudyError(f"problem overlap is {shown(self.overlap)}; it must be an integer of at least 0.")
 
     def build(self) -> Problem:
@@ -116,14 +116,15 @@ class Answer(TextSettings):
 
     def _encoding(self, loaded: Loaded, length: int, held: list[Held]) -> Callable[[Sequence[Row]], dict[str, Any]]:
         """Rows to windows; `held` gets what the host needs of each."""
+        overlap = min(DEFAULT_OVERLAP, length // 2) if self.overlap is None else self.overlap
 
         def encode(rows: Sequence[Row]) -> dict[str, Any]:
             fields: dict[str, list[Any]] = {
                 name: [] for name in ("ids", "types", "inside", "start", "end", "number", "key", "passage", "line")
             }
-            pairs = [(text_of(self.data, row, "question"), text_of(self.data, row, "context")) for row in rows]
-            right = [_answers(self.data, row, passage) for row, (_, passage) in zip(rows, pairs, strict=True)]
-            cut = loaded.tokenizer.encode_pairs(pairs, length, self.overlap)
+            pairs = [(text_of(row, "question"), text_of(row, "context")) for row in rows]
+            right = [_answers(row, passage) for row, (_, passage) in zip(rows, pairs, strict=True)]
+            cut = loaded.tokenizer.encode_pairs(pairs, length, overlap)
             for row, (question, passage), (answers, at), windows in zip(rows, pairs, right, cut, strict=True):
                 for place, window in enumerate(windows):
                     start, end = _tokens_of(window, at, at + len(answers[0]))
@@ -138,17 +139,17 @@ class Answer(TextSettings):
         return encode
 
 
-def _answers(file: str, row: Row, passage: str) -> tuple[tuple[str, ...], int]:
+def _answers(row: Row, passage: str) -> tuple[tuple[str, ...], int]:
     """The right answers, and where the first begins in the passage."""
     value = row.cells["answer"]
     answers = tuple(value) if isinstance(value, list) else (value,)
     if not answers or not all(isinstance(x, str) and x.strip() for x in answers):
-        raise DataError(f"{file!r}, line {row.line}: answer is {shown(value)}; it must be text, or a list of texts.")
+        raise DataError(f"{row.where}: answer is {shown(value)}; it must be text, or a list of texts.")
     answers = tuple(x.strip() for x in answers)
     at = _place(passage, answers[0])
     if at is None:
         raise DataError(
-            f"{file!r}, line {row.line}: the answer {answers[0][:60]!r} does not stand in the passage.\n"
+            f"{row.where}: the answer {answers[0][:60]!r} does not stand in the passage.\n"
             "  answers are spans of their passage, letter by letter"
         )
     return answers, at

@@ -69,9 +69,9 @@ class Chat(TextSettings):
         def conversation(row: Row) -> list[dict[str, str]]:
             if self.messages is None:
                 pair = (("user", "prompt"), ("assistant", "response"))
-                found = [{"role": role, "content": text_of(self.data, row, name)} for role, name in pair]
+                found = [{"role": role, "content": text_of(row, name)} for role, name in pair]
             else:
-                found = _messages(self.data, row)
+                found = _messages(row)
             begins = [] if self.system is None or found[0]["role"] == "system" else [self.system]
             return [*({"role": "system", "content": text} for text in begins), *found]
 
@@ -105,10 +105,7 @@ def told_problem(
         fields: dict[str, list[Any]] = {"ids": [], "told": [], "key": []}
         for row in rows:
             said = conversation(row)
-            try:
-                ids, told = tokens_of(loaded, template, said)
-            except ValueError as e:
-                raise DataError(f"{settings.data!r}, line {row.line}: {e}") from None
+            ids, told = tokens_of(loaded, template, said)
             for field, value in zip(fields, (ids, told, key_of(*(m["content"] for m in said))), strict=True):
                 fields[field].append(value)
         return fields
@@ -136,8 +133,8 @@ def tokens_of(loaded: Loaded, template: str, messages: Sequence[Mapping[str, str
     """The tokens of a conversation, and for each whether the assistant says it, its end included.
 
     Raises:
-      ValueError: the assistant says nothing, or a template that lays out the beginning of a conversation in another way
-        than the whole.
+      ValueError: the assistant says nothing, or speaks first, or a template that lays out the beginning of a
+        conversation in another way than the whole.
     """
     special = _special(loaded)
     text = laid_out(template, messages, special=special)
@@ -145,6 +142,10 @@ def tokens_of(loaded: Loaded, template: str, messages: Sequence[Mapping[str, str
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        if i == 0:
+            raise ValueError(
+                "the assistant speaks first: there is nothing that it answers.\n  begin with a user's message"
+            )
         before = laid_out(template, messages[:i], answer=True, special=special)
         until = laid_out(template, messages[: i + 1], special=special)
         if not (text.startswith(until) and until.startswith(before)):
@@ -162,12 +163,12 @@ def _special(loaded: Loaded) -> dict[str, str | None]:
     return {name: loaded.tokenizer.text_of(token) for name, token in ends.items()}
 
 
-def _messages(file: str, row: Row) -> list[dict[str, str]]:
+def _messages(row: Row) -> list[dict[str, str]]:
     value = row.cells["messages"]
     listed = isinstance(value, list) and value and all(isinstance(m, dict) for m in value)
     if not listed or not all(isinstance(m.get(key), str) for m in value for key in ("role", "content")):
         raise DataError(
-            f"{file!r}, line {row.line}: messages must be a list of objects of the texts 'role' and 'content'; it is "
+            f"{row.where}: messages must be a list of objects of the texts 'role' and 'content'; it is "
             f"{shown(value)[:100]}."
         )
     return [{key: m[key] for key in ("role", "content")} for m in value]

@@ -84,7 +84,7 @@ class Choose(TextSettings):
             fields: dict[str, list[Any]] = {name: [] for name in ("ids", "ends", "starts", "label", "key")}
             for row in rows:
                 choices, label = _choices(self, row)
-                question = text_of(self.data, row, "question")
+                question = text_of(row, "question")
                 before = self.prompt.replace("{question}", question)
                 texts = tokenizer.encode([before, *(f"{before} {choice}" for choice in choices)], 2**31)
                 values = (
@@ -98,7 +98,7 @@ class Choose(TextSettings):
                     fields[name].append(value)
             return fields
 
-        data = read_parts(self, encode)
+        data = read_parts(self, encode, target="label")
         parts = (data.train, data.val, data.test)
         count = max(int(part["ends"].lengths.max()) for part in parts)
         longest = {id(part): np.array([_lengths(part, i).max() for i in range(len(part))]) for part in parts}
@@ -176,7 +176,7 @@ def _shared(before: Sequence[int], text: Sequence[int]) -> int:
 def _choices(settings: Choose, row: Row) -> tuple[list[str], int]:
     """The choices of a row, and the place of the right one."""
     given, answer = row.cells["choices"], row.cells["answer"]
-    where = f"{settings.data!r}, line {row.line}"
+    where = row.where
     parts = given if isinstance(given, list) else str(given).split(settings.separator)
     choices = [str(x).strip() for x in parts]
     if len(choices) < 2 or len(set(choices)) < len(choices) or not all(choices):

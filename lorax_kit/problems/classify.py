@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.core.setting import shown
-from lorax_kit.data import Examples, Row, key_of, padded
+from lorax_kit.data import Examples, Ragged, Row, key_of, padded
 from lorax_kit.errors import DataError, StudyError
 from lorax_kit.models import Loaded
 from lorax_kit.problem import Problem
 from lorax_kit.problem.metric import share_metric
 from lorax_kit.problems.parts.pooled import HEAD, pooled
-from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, load, read_parts
+from lorax_kit.problems.parts.rows import Data, TextSettings, batches_of, facts_of, length_of, load, read_parts
 from lorax_kit.tasks import macro_f1, micro_f1, one_class_sums, several_classes_sums
 
 HEADS = ("auto", "trained", "fresh")
@@ -68,14 +68,14 @@ class Classify(TextSettings):
         """Load weights and data.
 
         Raises:
-          DataError: one class alone, or as `read_parts`.
+          DataError: one class alone, a class that only a file of validation or test has, or as `read_parts`.
         """
         loaded = load(self, "classify")
         several = self.several or self.separator is not None
         codes: dict[str, int] = {}
 
         def encode(rows: Sequence[Row]) -> dict[str, Any]:
-            texts = [text_of(self.data, row, "text") for row in rows]
+            texts = [text_of(row, "text") for row in rows]
             classes = [_classes(self, row, several) for row in rows]
             for name in (name for some in classes for name in some):
                 codes.setdefault(name, len(codes))
@@ -90,6 +90,7 @@ class Classify(TextSettings):
         data = read_parts(
             self, encode, stratum=None if several else "label", may_be_empty=("label",) if several else ()
         )
+        _check_classes(self, data, [*codes])
         names = sorted(codes)
         if len(names) < 2:
             raise DataError(f"{self.data!r} has one class alone, {names}; two or more are needed.")
@@ -138,6 +139,21 @@ class Classify(TextSettings):
         )
 
 
+def _check_classes(settings: Classify, data: Data, names: Sequence[str]) -> None:
+    """Raise `DataError` where a file of validation or test has a class that no row to train on has."""
+    trained, *others = (
+        set(np.unique(labels.flat if isinstance(labels, Ragged) else labels).tolist())
+        for labels in (part["label"] for part in data[:3])
+    )
+    for file, found in zip((settings.val_data, settings.test_data), others, strict=True):
+        if file is not None and (odd := sorted(names[code] for code in found - trained)):
+            raise DataError(
+                f"{file!r} has the class {shown(odd[0])}, which no row to train on has; those of {settings.data!r} "
+                f"have {', '.join(sorted(names[code] for code in trained))}.\n"
+                "  correct it, leave its rows out, or add rows of it to train on"
+            )
+
+
 def _trained_head(loaded: Loaded, names: Sequence[str]) -> Any:
     """The model's own head with its classes in the order of the names; None where it has none for them."""
     head = loaded.heads.get("classify")
@@ -148,18 +164,16 @@ def _trained_head(loaded: Loaded, names: Sequence[str]) -> Any:
     return {**head, "output": output}
 
 
-def text_of(file: str, row: Row, name: str) -> str:
+def text_of(row: Row, name: str) -> str:
     """A cell that must be text."""
     value = row.cells[name]
     if not isinstance(value, str):
-        raise DataError(f"{file!r}, line {row.line}: {name} is {value!r}; it must be text.")
+        raise DataError(f"{row.where}: {name} is {value!r}; it must be text.")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise DataError(
-                f"{file!r}, line {row.line}: {name} holds half of a character (a lone surrogate)."
-            ) from None
+            raise DataError(f"{row.where}: {name} holds half of a character (a lone surrogate).") from None
     return value
 
 
@@ -169,7 +183,7 @@ def _classes(settings: Classify, row: Row, several: bool) -> list[str]:
     if isinstance(value, list):
         if not several:
             raise DataError(
-                f"{settings.data!r}, line {row.line}: label is the list {value!r}, of a text that has one class.\n"
+                f"{row.where}: label is the list {value!r}, of a text that has one class.\n"
                 "  say that it may have more: several=true"
             )
         found = [str(x).strip() for x in value]

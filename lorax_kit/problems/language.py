@@ -47,7 +47,7 @@ class Language(TextSettings):
         end = list(loaded.special.eos[:1])
 
         def encode(rows: Sequence[Row]) -> dict[str, Any]:
-            texts = [text_of(self.data, row, "text") for row in rows]
+            texts = [text_of(row, "text") for row in rows]
             ids = [[*row, *end] for row in loaded.tokenizer.encode(texts, 2**31)]
             return {"ids": ids, "key": [key_of(text) for text in texts]}
 

@@ -16,8 +16,11 @@ from lorax_kit.errors import DataError, StudyError
 from lorax_kit.problem import Metric, Problem
 from lorax_kit.problems.classify import Labelled, text_of
 from lorax_kit.problems.parts.pooled import HEAD, pooled
-from lorax_kit.problems.parts.rows import TextSettings, batches_of, facts_of, length_of, load, read_parts
+from lorax_kit.problems.parts.rows import Data, TextSettings, batches_of, facts_of, length_of, load, read_parts
 from lorax_kit.tasks import number_sums, pearson
+
+FARTHEST = 1e9
+"""Spreads from the mean: beyond them one row's squared error is all that fp32 sums hold of a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,20 +60,20 @@ class Regress(TextSettings):
         most = loaded.positions
 
         def encode(rows: Sequence[Row]) -> dict[str, Any]:
-            texts = [text_of(self.data, row, "text") for row in rows]
+            texts = [text_of(row, "text") for row in rows]
             return {
                 "ids": loaded.tokenizer.encode(texts, 2**31),
-                "label": [_number(self.data, row) for row in rows],
+                "label": [_number(row) for row in rows],
                 "key": [key_of(text) for text in texts],
             }
 
-        data = read_parts(self, encode)
-        mean, spread = (
-            float(of(data.train["label"])) if given is None else float(given)
-            for of, given in ((np.mean, self.centre), (np.std, self.spread))
-        )
-        if spread == 0:
-            raise DataError(f"{self.data!r}: every training row has the label {mean:g}; there is nothing to learn.")
+        data = read_parts(self, encode, target="label")
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean, spread = (
+                float(of(data.train["label"])) if given is None else float(given)
+                for of, given in ((np.mean, self.centre), (np.std, self.spread))
+            )
+        _check_labels(self, data, mean, spread)
         length = length_of(self, data.train["ids"].lengths, most)
 
         def make(part: Examples, index: np.ndarray, size: int, length: int) -> Labelled:
@@ -82,7 +85,7 @@ class Regress(TextSettings):
         model = pooled(loaded, 1)
 
         def sums(outputs: Any, batch: Labelled) -> dict[str, Any]:
-            return number_sums(outputs[:, 0], batch.label, batch.weight, spread)
+            return number_sums(outputs[:, 0], batch.label, batch.weight)
 
         def loss(outputs: Any, batch: Labelled) -> Any:
             found = sums(outputs, batch)
@@ -95,9 +98,9 @@ class Regress(TextSettings):
             loss=loss,
             score=sums,
             metrics=[
-                Metric("rmse", better="lower", of=lambda found: np.sqrt(found["squared_error"])),
-                Metric("mae", better="lower", of="absolute_error"),
-                Metric("pearson", better="higher", of=pearson, format=".3f", bounds=(-1, 1)),
+                Metric("rmse", better="lower", of=lambda found: spread * np.sqrt(found["loss"])),
+                Metric("mae", better="lower", of=lambda found: spread * found["absolute_error"]),
+                Metric("pearson", better="higher", of_outputs=_correlation, format=".3f", bounds=(-1, 1)),
             ],
             head=(f"{HEAD}/**",),
             targets=model.targets,
@@ -115,12 +118,39 @@ class Regress(TextSettings):
         )
 
 
-def _number(file: str, row: Row) -> float:
+def _check_labels(settings: Regress, data: Data, mean: float, spread: float) -> None:
+    """Raise `DataError` where labels do not vary, or are numbers that cannot be shifted and scaled to fp32."""
+    train = data.train["label"]
+    if settings.spread is None and train.min() == train.max():
+        raise DataError(f"{settings.data!r}: every training row has the label {mean:g}; there is nothing to learn.")
+    if not (math.isfinite(mean) and 0 < spread < math.inf):
+        raise DataError(
+            f"{settings.data!r}: the labels lie between {train.min():g} and {train.max():g}: their mean is {mean:g}, "
+            f"their spread {spread:g}.\n  write them in another unit"
+        )
+    for name, part in zip(("data", "val_data", "test_data"), data[:3], strict=True):
+        far = np.abs(part["label"] / spread - mean / spread)
+        if far.max() > FARTHEST:
+            at = int(far.argmax())
+            raise DataError(
+                f"{getattr(settings, name) or settings.data!r}, line {part.lines[at]}: label {part['label'][at]:g} "
+                f"lies {far[at]:.0e} times the spread {spread:g} from the mean {mean:g} of the training rows.\n"
+                "  correct it, or leave the row out"
+            )
+
+
+def _correlation(predictions: Sequence[np.ndarray], batches: Sequence[Labelled]) -> float:
+    there = [batch.weight > 0 for batch in batches]
+    found = np.concatenate([x[kept, 0] for x, kept in zip(predictions, there, strict=True)])
+    return pearson(found, np.concatenate([batch.label[kept] for batch, kept in zip(batches, there, strict=True)]))
+
+
+def _number(row: Row) -> float:
     value = row.cells["label"]
     try:
         number = float(value) if not isinstance(value, bool) else math.nan
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise DataError(f"{file!r}, line {row.line}: label is {value!r}; it must be a finite number.")
+        raise DataError(f"{row.where}: label is {value!r}; it must be a finite number.")
     return number

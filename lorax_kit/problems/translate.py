@@ -57,7 +57,7 @@ class Translate(TextSettings):
         """Load weights and data.
 
         Raises:
-          StudyError: the model is an encoder, or a decoder without a chat template.
+          StudyError: the model is an encoder, a decoder without a chat template, or an encoder-decoder with one.
           DataError: as `read_parts`.
         """
         loaded = load(self, "translate")
@@ -67,7 +67,7 @@ class Translate(TextSettings):
             return self._from_encoder(loaded)
 
         def conversation(row: Row) -> list[dict[str, str]]:
-            said = [("user", self.asked(row)), ("assistant", text_of(self.data, row, "target"))]
+            said = [("user", self.asked(row)), ("assistant", text_of(row, "target"))]
             begins = [] if self.system is None else [("system", self.system)]
             return [{"role": role, "content": text} for role, text in (*begins, *said)]
 
@@ -75,17 +75,19 @@ class Translate(TextSettings):
 
     def asked(self, row: Row) -> str:
         """What the model is given of a row."""
-        return self.prompt.replace("{source}", text_of(self.data, row, "source"))
+        return self.prompt.replace("{source}", text_of(row, "source"))
 
     def _from_encoder(self, loaded: Loaded) -> Problem:
         """Of an encoder-decoder: teacher forcing, the target after its start token."""
         tokenizer, start = loaded.tokenizer, loaded.special.start
+        if self.system is not None or self.template is not None:
+            raise StudyError(f"{self.model!r} is an encoder-decoder: a system and a template are of a conversation.")
         if start is None:
             raise StudyError(f"{self.model!r} does not say which token its texts begin with: decoder_start_token_id.")
 
         def encode(rows: Sequence[Row]) -> dict[str, Any]:
             asked = [self.asked(row) for row in rows]
-            told = [text_of(self.data, row, "target") for row in rows]
+            told = [text_of(row, "target") for row in rows]
             keys = [key_of(*pair) for pair in zip(asked, told, strict=True)]
             return {"ids": tokenizer.encode(asked, 2**31), "target": tokenizer.encode(told, 2**31), "key": keys}
 

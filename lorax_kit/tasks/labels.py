@@ -53,17 +53,10 @@ def several_classes_sums(
     }
 
 
-def number_sums(
-    found: Float[Array, " B"], label: Float[Array, " B"], weight: Float[Array, " B"], scale: float
-) -> dict[str, Array]:
-    """Sums of a regression, in units of `scale`: the loss is the squared error in them, the rest make its metrics."""
+def number_sums(found: Float[Array, " B"], label: Float[Array, " B"], weight: Float[Array, " B"]) -> dict[str, Array]:
+    """Sums of a regression: the loss is the squared error, beside it the absolute one."""
     error = found - label
-    sums = {
-        "loss": error**2,
-        "squared_error": (error * scale) ** 2,
-        "absolute_error": jnp.abs(error * scale),
-        **{"x": found, "y": label, "xx": found**2, "yy": label**2, "xy": found * label},
-    }
+    sums = {"loss": error**2, "absolute_error": jnp.abs(error)}
     return {name: jnp.sum(x * weight) for name, x in sums.items()} | {"weight": jnp.sum(weight)}
 
 
@@ -80,9 +73,13 @@ def micro_f1(mean: Mapping[str, Any]) -> float:
     return 2 * float(np.sum(mean["both"])) / total if total else 0.0
 
 
-def pearson(mean: Mapping[str, Any]) -> float:
-    """Correlation of what is found with what is true; NaN where either does not vary."""
-    x, y = (float(mean[f"{name}{name}"]) - float(mean[name]) ** 2 for name in "xy")
-    if x <= 0 or y <= 0:
+def pearson(found: np.ndarray, true: np.ndarray) -> float:
+    """Correlation of what is found with what is true, (n,) each, in float64; NaN where either does not vary.
+
+    Means are taken away before anything is squared: of sums of squares nothing is left where numbers lie closely
+    together.
+    """
+    if np.ptp(found) == 0 or np.ptp(true) == 0:
         return float("nan")
-    return (float(mean["xy"]) - float(mean["x"]) * float(mean["y"])) / (x * y) ** 0.5
+    x, y = (np.asarray(z, np.float64) - np.mean(z, dtype=np.float64) for z in (found, true))
+    return float(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)))

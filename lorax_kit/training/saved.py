@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.checkpoint.agreed import told
+from lorax_kit.core.setting import shown
 from lorax_kit.errors import LoraxError
-from lorax_kit.json_text import parse_json
+from lorax_kit.json_text import first_difference, parse_json
 from lorax_kit.processes import gathered, is_shared, spread
 from lorax_kit.training.step import State
 
@@ -100,10 +101,12 @@ def load_training(file: Path, state: State, settings: Mapping[str, Any]) -> Save
     except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise LoraxError(f"{str(file)!r} is damaged: {e}.\n  delete it: training then begins anew") from None
     ours = json.loads(json.dumps(settings))
-    if odd := sorted(name for name in {*ours, *known} if ours.get(name) != known.get(name)):
+    if ours != known:
+        name, *values = first_difference(known, ours)
+        was, now = ("left out" if x is None else shown(x) for x in values)
         raise LoraxError(
-            f"{str(file)!r} is of an interrupted training of other settings: {odd[0]} was {known.get(odd[0])!r}, "
-            f"and is {ours.get(odd[0])!r}.\n  give the same settings to go on, or delete the file to begin anew"
+            f"{str(file)!r} is of an interrupted training of other settings: {name} was {was}, and is {now}.\n"
+            "  give the same settings to go on, or delete the file to begin anew"
         )
     templates = jax.tree.leaves((state, None if score is None else state.factors, dict.fromkeys(names, np.float32(0))))
     if len(leaves) != len(templates) or any(x.shape != _plain(y).shape for x, y in zip(leaves, templates, strict=True)):

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -13,10 +14,11 @@ import lorax_kit as lk
 from lorax_kit.assets import MissingPackageError
 from lorax_kit.cli import main
 from lorax_kit.commands import train_adapter
+from lorax_kit.commands.export.measured import samples_of
 from lorax_kit.commands.export.written import export_writer, writes
 from lorax_kit.commands.generation import author_of, generate
 from lorax_kit.errors import ExportError
-from lorax_kit.models import load_model
+from lorax_kit.models import Tokenizer, load_model
 from lorax_kit.problems import Chat
 from tests.models.llama_files import write_folder
 from tests.problems.test_talk import PLAIN, TEXT, decoder, lines, said, t5  # noqa: F401 (fixtures)
@@ -235,3 +237,12 @@ def test_the_scripts_byte_pairs_are_the_models(pairs):
         ids = inner.encode(text).ids
         assert ours.encode(text) == ids
         assert ours.decode(ids) == inner.decode(ids)
+
+
+def test_texts_that_are_all_too_long_to_measure_on_say_how_long_they_are():
+    words = Tokenizer.from_texts(["a b"], 4)
+    author = SimpleNamespace(loaded=SimpleNamespace(kind="decoder", tokenizer=words))
+    with pytest.raises(ExportError, match="the shortest of 2 has 6 tokens, and what is exported takes 4"):
+        samples_of(author, ["a b " * 3, "a b " * 5], 4)
+    with pytest.raises(ExportError, match="no text is long enough to measure on"):
+        samples_of(author, ["a"], 4)

@@ -75,6 +75,9 @@ def test_sizes_and_the_command(tmp_path, files, capsys):
     assert [bytes_of(x) for x in ("3GiB", "1.5 mb", "7")] == [3 * 2**30, 3 * 2**19, 7]
     with pytest.raises(lk.LoraxError, match="'lots' is no size of memory; give one such as 3GiB or 800MiB"):
         bytes_of("lots")
+    for odd in ("9" * 400, "\u0663GiB", "1e400", "nan", "0", "0x10"):
+        with pytest.raises(lk.LoraxError, match=r"is no size of memory; give one such as 3GiB or 800MiB\.$"):
+            bytes_of(odd)
     command = ["train", "--model", files[0], "--task", "lm", "--data", files[1], "--quantise", "int4", "--length", "16"]
     more = ["--rank", "2", "--epochs", "1", "--steps-per-epoch", "1", "--save-memory", "--max-memory", "40GiB"]
     main([*command, *more, "--json", "--out", str(tmp_path / "o")])

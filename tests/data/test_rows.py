@@ -55,6 +55,7 @@ BAD = {
     ("a.csv", b""): "has no header",
     ("a.csv", b"text,label\na,x\ncaf\xe9,x\n"): "not utf-8 text",
     ("a.csv", b'text,label\n"a,x\n'): "line 2: unexpected end of data",
+    ("a.csv", "text,label\na,x\n".encode("utf-16-le")): "is not utf-8 text, after line 0.",
     ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "b"}\n'): "line 2 lacks 'label'; it has text",
     ("a.jsonl", b'{"text": "a", "label": 1}\n{"text"\n'): "line 2 is not JSON",
     ("a.jsonl", b"[1]\n"): "line 1 is no object, but list",
@@ -75,7 +76,29 @@ def test_what_is_wrong_is_named_by_its_line(tmp_path, name, content):
     assert len(str(error.value).splitlines()) <= 4
 
 
+def test_a_cell_of_any_length_is_read_and_a_quote_that_never_ends_is_named_where_it_begins(tmp_path):
+    long = "a b " * 100_000
+    assert cells(written(tmp_path, "a.csv", f"text,label\n{long},x\n")) == [(2, long, "x")]
+    with pytest.raises(DataError, match="line 3: unexpected end of data"):
+        cells(written(tmp_path, "b.csv", 'text,label\na,x\n"a,x\n' + "b,y\n" * 100_000))
+
+
+def test_damaged_pages_of_parquet_name_the_file(tmp_path):
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    table = arrow.table({"text": [f"text {i}" for i in range(3000)], "label": ["x"] * 3000})
+    parquet.write_table(table, tmp_path / "whole.parquet", compression="gzip")
+    content = (tmp_path / "whole.parquet").read_bytes()
+    for i, damaged in enumerate((content[:4] + b"\xff" * 200 + content[204:], content[:-200] + content[-100:])):
+        file = written(tmp_path, f"{i}.parquet", damaged)
+        with pytest.raises(DataError, match=rf"{i}\.parquet' is damaged, or no Parquet file"):
+            cells(file)
+
+
 def test_other_wrong_arguments(tmp_path):
+    with pytest.raises(
+        DataError, match=r"not utf-16 text, after line 0\.\n  without a byte order mark say which: utf-16-le"
+    ):
+        cells(written(tmp_path, "b.csv", "text,label\na,x\n".encode("utf-16-le")), encoding="utf-16")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         cells(tmp_path / "none.csv")
     with pytest.raises(DataError, match="encoding 'utf-9' is not known"):

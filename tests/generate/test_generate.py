@@ -173,6 +173,21 @@ def test_a_text_ends_before_a_stop_string_and_streams_in_whole_characters(loaded
     assert (text.finished, text.whole(), text.rest()) == ("stop", "aäEN", "")
 
 
+def test_bytes_that_are_no_character_stream_as_they_are_decoded():
+    space = "\u2581"
+    pieces = [space + "a", "b", *(f"<0x{byte:02X}>" for byte in (0xC3, 0xA9, 0x97))]
+    inner = tokenizers.Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="b"))
+    steps = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence(steps)  # as LLaMA's
+    for ids, wanted in (([0, 2, 3, 0, 1], "aé ab"), ([2, 3, 4, 1], "\ufffd\ufffd\ufffdb"), ([0, 2], "a\ufffd")):
+        text = Pieces(Tokenizer(inner))
+        shown = ""
+        for token in ids:
+            text.add(token, 0.0, ())
+            shown += text.piece()
+        assert shown + text.rest() == text.whole() == wanted
+
+
 def adapters(loaded, count, ranks=(2,)):
     ids = jnp.zeros((1, 4), jnp.int32)
 
@@ -215,6 +230,8 @@ def test_each_row_writes_with_its_own_adapter(loaded):
     stacked = lk.algebra.stack([None, *some], base=loaded.params)
     decoder = traced(decoder_of(loaded))
     writer = Writer(per_row_decoder(decoder, stacked), loaded.tokenizer)
+    with pytest.raises(LoraxError, match="params hold an adapter for each row of the prompts alone"):
+        beam_search(writer, (loaded.params, lk.algebra.rows_of(stacked, [0, 1, 2])), PROMPTS, beams=2)
     which = jnp.asarray([2, 0, 3])
     found = writer((loaded.params, lk.algebra.rows_of(stacked, which)), PROMPTS, max_new_tokens=8)
     first = traces(decoder)
@@ -234,6 +251,12 @@ BAD = [
     ({"prompts": "Hello"}, "prompts must be a list of texts"),
     ({"prompts": [""]}, "prompt 0 is empty"),
     ({"prompts": ["a" * 90], "max_new_tokens": 7}, "prompt 0 has 90 tokens, and 7 are to be written: the model has 96"),
+    ({"prompts": [3]}, "prompt 0 is 3; it must be a text, or a list of token ids"),
+    ({"prompts": ["a", [7, 300]]}, "prompt 1 holds 300; the id of a token is an integer from 0 below the model's 300"),
+    ({"prompts": [[-1]]}, "prompt 0 holds -1"),
+    ({"prompts": [[1.7]]}, "prompt 0 holds 1.7"),
+    ({"prompts": [[True]]}, "prompt 0 holds True"),
+    ({"prompts": [np.array([[1, 2]])]}, "prompt 0 holds array([1, 2])"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be an integer of at least 1"),
     ({"samples": 1.5}, "samples is 1.5"),
     ({"stop": "x"}, "stop is 'x'; it must be a list of strings"),
@@ -263,6 +286,13 @@ def test_sampling_says_what_is_out_of_range(settings, says):
         Sampling.from_dict(settings)
     assert says in str(error.value)
     assert Sampling.from_dict(Sampling(temperature=0.5).to_dict()) == Sampling(temperature=0.5)
+
+
+def test_ids_of_any_array_are_the_text_they_stand_for(loaded, writer):
+    ids = loaded.tokenizer.encode(["Hello"], 9)[0]
+    (wanted,) = writer(loaded.params, ["Hello"], max_new_tokens=4)
+    for given in (ids, np.array(ids), jnp.array(ids), [np.int64(i) for i in ids]):
+        assert writer(loaded.params, [given], max_new_tokens=4) == [wanted]
 
 
 def test_the_longest_text_fits(loaded, writer):

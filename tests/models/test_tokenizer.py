@@ -1,5 +1,8 @@
 """A vocabulary of whole words, made from texts."""
 
+import re
+from dataclasses import replace
+
 import pytest
 
 from lorax_kit.models import Tokenizer
@@ -18,3 +21,17 @@ def test_the_most_frequent_words_have_the_first_ids():
 def test_a_vocabulary_without_words_says_so(texts, size):
     with pytest.raises(ValueError, match="at least 3, and a word"):
         Tokenizer.from_texts(texts, size)
+
+
+def test_a_token_that_the_model_does_not_have_is_named_with_both_sizes():
+    words = replace(Tokenizer.from_texts(TEXTS, 6), size=5)
+    assert words.encode(["Good film"], 10) == [[3, 4]]
+    says = re.escape("the token ',' has the id 5; the model has 5 tokens, the tokenizer 6.")
+    for encode in (
+        lambda: words.encode(["film", "good, film"], 10),
+        lambda: words.encode_spans(["good, film"]),
+        lambda: words.encode_pairs([("good", "a, film")], 10, 2),
+    ):
+        with pytest.raises(ValueError, match=says):
+            encode()
+    assert replace(words, unknown=1).encode(["good, film"], 10) == [[3, 1, 4]]

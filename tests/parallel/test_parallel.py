@@ -69,18 +69,9 @@ def split(factors="replicated", **axes):
         lambda: train(lk.pmap_step, devices=jax.devices()[:2]),
     ],
     ids=[
-        "mesh of 4",
-        "mesh of 2",
-        "axis batch",
-        "2 x 2",
-        "2 x 2 by model",
-        "fsdp",
-        "data, fsdp, sharded factors",
-        "data, tensor",
-        "fsdp, tensor",
-        "pmap over 4",
-        "pmap over 2",
-    ],  # fmt: skip
+        *("mesh of 4", "mesh of 2", "axis batch", "2 x 2", "2 x 2 by model", "fsdp", "data, fsdp, sharded factors"),
+        *("data, tensor", "fsdp, tensor", "pmap over 4", "pmap over 2"),
+    ],
 )
 def test_equal_to_one_device_after_20_steps_with_one_trace(single, other):
     assert len(jax.devices()) == 4

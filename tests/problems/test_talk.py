@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import lorax_kit as lk
 from lorax_kit.cli import main
 from lorax_kit.commands import train_adapter
 from lorax_kit.commands.generation import author_of, generate
+from lorax_kit.generate import Sampling
 from lorax_kit.models import load_model
 from lorax_kit.problem import Evaluator
 from lorax_kit.problems import Chat, Translate
@@ -65,6 +67,8 @@ def test_what_the_assistant_says_is_told_and_nothing_else(decoder):
     assert " ".join(answers) == "a house the car ."
     asked = loaded.tokenizer.encode_spans([conversation_text(loaded, PLAIN, talk[:3])])[0][0]
     assert asked == tokens_of(loaded, PLAIN, talk)[0][: len(asked)]  # what is asked is how the whole begins
+    with pytest.raises(ValueError, match="the assistant speaks first: there is nothing that it answers"):
+        tokens_of(loaded, PLAIN, [{"role": "assistant", "content": "yes"}, *talk])
     with pytest.raises(ValueError, match="the assistant says nothing"):
         tokens_of(loaded, PLAIN, talk[:1])
 
@@ -105,6 +109,11 @@ def test_an_adapter_of_a_chat_asks_as_it_was_trained(tmp_path, decoder):
     asked = author.prompt("red blue", chat=False, system=None)
     words = [author.loaded.tokenizer.text_of(i) for i in asked]
     assert words == ["user", "say", "red", "blue", "please", "assistant"]
+    with pytest.raises(lk.LoraxError, match="leaves out the system's message"):
+        replace(author, asking=replace(author.asking, template="{{ messages[-1].content }}")).laid(
+            "red", chat=False, system="say yes"
+        )
+    assert author.laid("red", chat=False, system="say yes")[0] == "system say yes user say red please assistant "
     found = generate(author, ["red blue", "no"], max_new_tokens=3)
     assert [one["prompt"] for one in found["texts"]] == ["red blue", "no"]
     assert all(1 <= len(one["tokens"]) <= 3 for one in found["texts"])
@@ -122,7 +131,16 @@ def test_an_encoder_decoder_is_taught_each_token_after_those_before_it(tmp_path,
     ids, mask = batch.ids[:1, : batch.mask[0].sum()], np.ones((1, batch.mask[0].sum()), np.int32)
     alone = loaded.model.apply({"params": loaded.params}, ids, mask, batch.given[:1, :n], np.ones((1, n), np.int32))
     np.testing.assert_allclose(logits[0, :n], alone[0], atol=1e-4)
-    found = generate(author_of(t5), ["say red"], max_new_tokens=4)["texts"][0]
+    with pytest.raises(lk.LoraxError, match="is an encoder-decoder: a system and a template are of a conversation"):
+        Translate(data=str(tmp_path / "a.jsonl"), model=t5, system="say yes").build()
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+def test_an_encoder_decoder_writes_what_whole_passes_say_and_penalises_what_it_wrote_alone(t5, penalty):
+    loaded = load_model(t5)
+    start = loaded.special.start
+    sampling = Sampling(repetition_penalty=penalty)
+    found = generate(author_of(t5), ["say red"], max_new_tokens=4, sampling=sampling)["texts"][0]
     out, given = [], [start]
     for _ in range(4):
         asked = np.asarray(loaded.tokenizer.encode(["say red"], 99), np.int32)
@@ -130,14 +148,17 @@ def test_an_encoder_decoder_is_taught_each_token_after_those_before_it(tmp_path,
         step = loaded.model.apply(
             {"params": loaded.params}, asked, np.ones_like(asked), given_now, np.ones_like(given_now)
         )
-        out.append(int(np.asarray(step)[0, -1].argmax()))
+        logits = np.asarray(step)[0, -1].copy()
+        for token in set(given):
+            logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+        out.append(int(logits.argmax()))
         given.append(out[-1])
         if out[-1] in loaded.special.eos:
             break
     assert found["tokens"] == out
 
 
-def test_generate_on_the_command_line(decoder, capsys):
+def test_generate_on_the_command_line(decoder, t5, capsys):
     main(["generate", "--model", decoder, "--prompt", "the red", "--max-new-tokens", "3", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"model", "texts", "seconds", "tokens_per_second"}
@@ -151,6 +172,13 @@ def test_generate_on_the_command_line(decoder, capsys):
         (["--model", decoder, "--prompt", "x", "--beams", "2", "--temperature", "1"], "beams take the likeliest texts"),
         (["--model", decoder, "--prompt", "x", "--max-new-tokens", "64"], "the model has 64 positions"),
         (["--model", decoder, "--prompt", "x", "--chat"], "brings no chat template"),
+        (["--model", decoder, "--prompt", "x", "--system", "y"], "a prompt that is no conversation has no system"),
+        (["--model", decoder, "--prompt", "x", "--samples", "2"], "samples would be one text many times"),
+        (["--model", decoder, "--prompt", "x", "--seed", "0"], "temperature 0 takes the likeliest token: no seed is"),
+        (["--model", decoder, "--prompt", "x", "--seed", "1", "--stream"], "no seed is read"),
+        (["--model", decoder, "--prompt", "x", "--beams", "2", "--seed", "1"], "without temperature, penalty, samples"),
+        (["--model", t5, "--prompt", "say", "--chat"], "reads the prompt alone: it goes without a conversation"),
+        (["--model", t5, "--prompt", "say", "--system", "y"], "reads the prompt alone"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(["generate", *argv])

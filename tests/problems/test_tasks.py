@@ -17,7 +17,7 @@ from lorax_kit.models import load_model
 from lorax_kit.problem import Evaluator
 from lorax_kit.problems import Answer, Choose, Classify, Language, Regress, problem_from, settings_from
 from lorax_kit.problems.answer import _place
-from lorax_kit.tasks import exact_match, word_f1
+from lorax_kit.tasks import exact_match, pearson, word_f1
 from tests.problems.folders import write_model
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -90,7 +90,9 @@ def test_other_rows_are_measured_on_the_adapters_own_terms(tmp_path, models, cap
     main(["evaluate", str(tmp_path / "o"), "--test-data", other, "--json"])
     assert json.loads(capsys.readouterr().out)["examples"] == len({text for text, _ in rows(20)})
     mauve = table(tmp_path / "c.csv", ["text", "label"], [("a red car", "mauve"), ("a blue car", "blue")])
-    with pytest.raises(lk.AdapterError, match="the rows given have the classes"):
+    with pytest.raises(
+        DataError, match=r"c\.csv' has the class 'mauve', which no row to train on has; .* have blue, green"
+    ):
         evaluate_adapter(tmp_path / "o", files={"test_data": mauve})
     numbers = table(tmp_path / "n.csv", ["text", "label"], [(text, i % 7) for i, (text, _) in enumerate(rows(90))])
     problem = Regress(data=numbers, model=models["bert"], batch_size=8).build()
@@ -118,6 +120,23 @@ def test_no_row_is_in_two_parts_whatever_the_files(tmp_path, models):
     assert problem.facts["left_out"]["that stand in the files of validation or test, too"] >= 12
     with pytest.raises(DataError, match="none are left for val: left out"):
         Classify(data=data, test_data=test, val_data=test, model=models["bert"], batch_size=4).build()
+
+
+def test_rows_that_disagree_are_told_from_equal_ones(tmp_path, models):
+    found = [(text, len(label)) for text, label in rows(60)]
+    found += [(found[0][0], found[0][1]), (found[1][0], 50), (found[2][0], 50), (found[2][0], 51)]
+    facts = Regress(data=table(tmp_path / "a.csv", ["text", "label"], found), model=models["bert"]).build().facts
+    assert facts["left_out"] == {
+        "equal to an earlier row": 64 - 3 - len({text for text, _ in found}),
+        "of an earlier row's text, with another label": 3,
+    }
+    torn = table(tmp_path / "b.csv", ["text", "label"], [("the car", "red"), ("the car", "blue")] * 3)
+    with pytest.raises(DataError, match="all 6 rows contradict each other: each has another row's text, and another l"):
+        Classify(data=torn, model=models["bert"]).build()
+    odd = table(tmp_path / "c.csv", ["text", "label"], [("a bird", "red;mauve"), ("a lamp", "blue")])
+    data = table(tmp_path / "d.csv", ["text", "label"], rows(60))
+    with pytest.raises(DataError, match=r"c\.csv' has the class 'mauve', which no row to train on has"):
+        Classify(data=data, val_data=odd, separator=";", model=models["bert"]).build()
 
 
 def test_what_is_cut_is_counted_and_what_is_ambiguous_is_read_as_it_stands(tmp_path, models):
@@ -189,6 +208,39 @@ def test_numbers_are_measured_in_their_own_units(tmp_path, models):
     assert true <= {121, 128, 135}
     assert found["rmse"] == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=1e-5)
     assert found["mae"] == pytest.approx(np.mean(np.abs(errors)), rel=1e-5)
+
+
+def test_the_correlation_of_numbers_that_lie_closely_together_is_that_of_float64(tmp_path, models):
+    data = table(tmp_path / "a.csv", ["text", "label"], [(text, 100 + 7 * len(label)) for text, label in rows(120)])
+    problem = Regress(data=data, model=models["bert"]).build()
+    params = problem.params(jax.random.key(0))
+    params["classifier"]["output"]["bias"] += 2000  # what is found varies in the fourth digit
+    found = Evaluator(problem, params, (), problem.test)(params)
+    outputs = [np.asarray(problem.apply(params, batch), np.float64)[batch.weight > 0, 0] for batch in problem.test]
+    true = [np.asarray(batch.label[batch.weight > 0], np.float64) for batch in problem.test]
+    assert found["pearson"] == pytest.approx(np.corrcoef(*map(np.concatenate, (outputs, true)))[0, 1], abs=1e-2)
+    assert found["rmse"] == pytest.approx(problem.facts["label_spread"] * 2000, rel=0.01)
+    x = 1e5 + np.arange(50, dtype=np.float32) / 64
+    y = np.sin(np.arange(50))
+    assert pearson(x, y) == pytest.approx(np.corrcoef(np.float64(x), y)[0, 1], rel=1e-12)
+    assert np.isnan(pearson(np.full(3, 0.1), np.arange(3)))
+
+
+FAR = {
+    "out of double precision": ("a", [1e308, -1e308], "a.csv': the labels lie between -1e+308 and 1e+308: their mean"),
+    "one number": ("a", [0.1], "every training row has the label 0.1; there is nothing to learn"),
+    "far off in a file of its own": ("b", [1, 2], "b.csv', line 2: label 1e+300 lies 2e+300 times the spread 0.4"),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_labels_that_cannot_be_scaled_are_named(tmp_path, models, name):
+    where, labels, says = FAR[name]
+    found = [(text, labels[i % len(labels)]) for i, (text, _) in enumerate(rows(61))]
+    more = {} if where == "a" else {"test_data": table(tmp_path / "b.csv", ["text", "label"], [("the bird", 1e300)])}
+    with pytest.raises(DataError) as error:
+        Regress(data=table(tmp_path / "a.csv", ["text", "label"], found), model=models["bert"], val=11, **more).build()
+    assert says in str(error.value)
 
 
 def test_answers_are_spans_of_passages_of_any_length(tmp_path, models):
@@ -308,6 +360,47 @@ def test_an_answer_that_is_not_there_is_named_by_its_line(tmp_path, models):
     choices = [{"question": "where ?", "choices": ["a", "the"], "answer": "car"}]
     with pytest.raises(DataError, match="line 1: the answer 'car' is none of the choices, a, the"):
         Choose(data=lines(tmp_path / "b.jsonl", choices), model=models["llama"]).build()
+
+
+def test_a_token_that_the_model_lacks_is_named_with_the_row_and_file_that_hold_it(tmp_path):
+    model = write_model(tmp_path / "bert", WORDS)
+    tokenizer = json.loads((tmp_path / "bert" / "tokenizer.json").read_text())
+    count = len(tokenizer["model"]["vocab"])
+    tokenizer["model"]["vocab"]["zebra"] = count
+    (tmp_path / "bert" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    data = table(tmp_path / "a.csv", ["text", "label"], rows(60))
+    other = table(tmp_path / "b.csv", ["text", "label"], [["the bird", "red"], ["the zebra", "red"]])
+    Classify(data=data, model=model).build()
+    with pytest.raises(DataError) as error:
+        Classify(data=data, val_data=other, model=model).build()
+    assert str(error.value).startswith(
+        f"{other!r}, line 3: the token 'zebra' has the id {count}; the model has {count} tokens, the tokenizer "
+        f"{count + 1}.\n"
+    )
+    wrong = table(tmp_path / "c.csv", ["text", "label"], [["the bird", "many"]])
+    with pytest.raises(DataError, match=r"c\.csv', line 2: label is 'many'"):
+        numbers = table(tmp_path / "d.csv", ["text", "label"], [[text, i] for i, (text, _) in enumerate(rows(60))])
+        Regress(data=numbers, test_data=wrong, model=model).build()
+
+
+def test_windows_of_small_models_share_less_and_a_question_that_fills_one_is_named(tmp_path):
+    model = write_model(tmp_path / "bert", WORDS, max_position_embeddings=32)
+    asked = [
+        {"question": f"where is {name} ?", "context": f"{name} lives in the " + "red house " * 30} for name in NAMES
+    ]
+    found = [{**row, "answer": "red house"} for row in asked]
+    problem = Answer(data=lines(tmp_path / "a.jsonl", found), model=model, val=1, test=1).build()
+    assert sum(float(batch.weight.sum()) for batch in problem.test) > 1
+    (windows,) = load_model(model).tokenizer.encode_pairs([(asked[0]["question"], asked[0]["context"])], 32, 16)
+    starts = [next(span for span in window.spans if span[0] >= 0)[0] for window in windows]
+    words = [asked[0]["context"][:start].count(" ") for start in starts]
+    assert set(np.diff(words)) == {32 - 7 - 16}  # the question, the specials and what is shared leave so many
+    found[3]["question"] = "where " * 40
+    with pytest.raises(DataError) as error:
+        Answer(data=lines(tmp_path / "b.jsonl", found), model=model, val=1, test=1).build()
+    assert "b.jsonl', line 4: 'where where" in str(error.value)
+    assert "takes 43 of a window's 32 tokens; the rest must be more than the 16 that windows share" in str(error.value)
+    assert len(load_model(model).tokenizer.encode_pairs([("where ?", "the house")], 32, 30)[0]) == 1
 
 
 def test_settings_are_plain_data_both_ways(tmp_path, monkeypatch):

@@ -110,6 +110,18 @@ def test_a_log_cut_by_a_kill_is_completed(tmp_path):
         assert (tmp_path / "log.jsonl").read_text() == log
 
 
+def test_of_settings_within_settings_the_innermost_that_differs_is_named(tmp_path):
+    def settings(val=0.1, digest="a"):
+        problem = {"data": "x" * 200, "val": val, "sha256": {"data": digest}}
+        return {"lr": 0.1, "problem": {key: x for key, x in problem.items() if x is not None}}
+
+    run(tmp_path, settings=settings())
+    with pytest.raises(lk.LoraxError, match=r"of other settings: problem, sha256, data was 'a', and is 'b'\.\n"):
+        run(tmp_path, settings=settings(digest="b"))
+    with pytest.raises(lk.LoraxError, match=r"of other settings: problem, val was 0\.1, and is left out\."):
+        run(tmp_path, settings=settings(val=None))
+
+
 def test_another_training_and_a_damaged_file_are_refused(tmp_path):
     run(tmp_path, settings={"lr": 0.1})
     with pytest.raises(lk.LoraxError, match=r"of other settings: lr was 0\.1, and is 0\.2"):

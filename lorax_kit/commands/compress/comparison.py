@@ -19,8 +19,9 @@ from lorax_kit.commands.compress.methods import TUNED, Method, statistics_for
 from lorax_kit.commands.compress.subjects import Subject
 from lorax_kit.compress import ALLOCATIONS
 from lorax_kit.compress.arguments import check_count, check_word
+from lorax_kit.core.setting import shown
 from lorax_kit.errors import CompressError
-from lorax_kit.json_text import read_json
+from lorax_kit.json_text import first_difference, read_json
 from lorax_kit.report.compression import read_rows
 from lorax_kit.report.run_folder import RunFolderError, replace_file
 from lorax_kit.version import __version__
@@ -193,12 +194,12 @@ class _Folder:
         except (RunFolderError, ValueError) as e:
             raise CompressError(f"{str(self.path)!r} cannot be gone on with: {e}.\n  choose another folder") from None
         found = found if isinstance(found, dict) else {}
-        for key, value in self.about.items():
-            was = found.get(key, "unknown")
-            if was != value:
-                raise CompressError(
-                    f"{str(self.path)!r} holds a comparison with {key} {was!r}, not {value!r}.\n"
-                    "  choose another folder, or the same settings"
-                )
+        theirs = {key: found.get(key, "unknown") for key in self.about}
+        if theirs != self.about:
+            key, was, now = first_difference(theirs, self.about)
+            raise CompressError(
+                f"{str(self.path)!r} holds a comparison with {key} {shown(was)}, not {shown(now)}.\n"
+                "  choose another folder, or the same settings"
+            )
         if text and not text.endswith("\n"):  # a kill cut the last line
             replace_file(self.file, "".join(f"{json.dumps(row)}\n" for row in self.rows).encode())

@@ -83,6 +83,11 @@ def samples_of(author: Author, source: Iterable[Any], longest: int | None = None
     two, most = author.loaded.kind == "encoder-decoder", longest or 2**31
     lengths = [max(len(s.prompt), len(s.target)) if two else len(s.prompt) + len(s.target) for s in out]
     good = [s for s, n in zip(out, lengths, strict=True) if s.prompt and any(s.weight) and n <= most]
+    if not good and (fits := [n for s, n in zip(out, lengths, strict=True) if s.prompt and any(s.weight)]):
+        raise ExportError(
+            f"no text is short enough to measure on: the shortest of {len(fits)} has {min(fits)} tokens, and what is "
+            f"exported takes {most}.\n  give shorter texts, or a greater length"
+        )
     if not good:
         raise ExportError("no text is long enough to measure on: each needs a token to read and one to tell.")
     return good[:MOST]

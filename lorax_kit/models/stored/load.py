@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,6 +119,7 @@ def load_model(source: str | Path, *, quantise: str | None = None) -> Loaded:
     data = read_config(path)
     found = read_backbone(path, data, FAMILIES, quantise=quantise)
     heads = {name: found.stored.params(own, None) for name, own in found.heads.items()}
+    special = _special(path, data)
     return Loaded(
         family=found.name,
         kind=found.family.kind,
@@ -127,8 +128,8 @@ def load_model(source: str | Path, *, quantise: str | None = None) -> Loaded:
         params=found.params,
         heads=heads,
         labels=_labels(data, heads["classify"]) if "classify" in heads else None,
-        tokenizer=stored_tokenizer(path, data),
-        special=_special(path, data),
+        tokenizer=_limited(stored_tokenizer(path, data), special, found.config.vocab_size, str(source)),
+        special=special,
         chat_template=chat_template(path),
         source=str(source),
         folder=path,
@@ -236,6 +237,7 @@ def _load_gguf(path: Path, source: str, quantise: str | None) -> Loaded:
     stored.expect_layers(config.num_hidden_layers)
     names, model = gguf_names(config), LlamaModel(config)
     stored.expect_no_others([*names.values()])
+    special = Special(found.bos, () if found.eos is None else (found.eos,), found.pad)
     return Loaded(
         family="llama",
         kind="decoder",
@@ -244,12 +246,28 @@ def _load_gguf(path: Path, source: str, quantise: str | None) -> Loaded:
         params=stored.params(names, shapes_of(model, "decoder"), in_bits(quantise)),
         heads={},
         labels=None,
-        tokenizer=found.tokenizer,
-        special=Special(found.bos, () if found.eos is None else (found.eos,), found.pad),
+        tokenizer=_limited(found.tokenizer, special, config.vocab_size, source),
+        special=special,
         chat_template=found.chat_template,
         source=source,
         folder=None,
     )
+
+
+def _limited(tokenizer: Tokenizer, special: Special, size: int, source: str) -> Tokenizer:
+    """The tokenizer, which gives ids of the model alone.
+
+    Raises:
+      ValueError: a special token whose id the model does not have.
+    """
+    ids = {"bos": special.bos, "pad": special.pad, "start": special.start, "eos": max(special.eos, default=None)}
+    for name, x in ids.items():
+        if x is not None and x >= size:
+            raise ValueError(
+                f"{source!r} says that its {name} token has the id {x:,}; the model has {size:,} tokens.\n"
+                "  correct the id in its config"
+            )
+    return tokenizer if tokenizer.size is not None else replace(tokenizer, size=size)
 
 
 def shapes_of(model: nn.Module, kind: str) -> dict[str, tuple[int, ...]]:

@@ -13,9 +13,9 @@ import numpy as np
 
 from lorax_kit.core.quantised import METHODS as QUANTISATIONS
 from lorax_kit.core.setting import is_int, shown
-from lorax_kit.data import Encode, Examples, evaluation_batches, read_rows, split_rows, training_stream
-from lorax_kit.data.split import distinct
-from lorax_kit.errors import DataError, StudyError
+from lorax_kit.data import Encode, Examples, Row, evaluation_batches, read_rows, split_rows, training_stream
+from lorax_kit.data.split import disagreeing, distinct
+from lorax_kit.errors import DataError, LoraxError, StudyError
 from lorax_kit.models import Loaded, load_model
 from lorax_kit.models.stored.load import PACKAGED
 from lorax_kit.problems.settings import Settings
@@ -131,6 +131,7 @@ def read_parts(
     *,
     stratum: str | None = None,
     group: str | None = None,
+    target: str | None = None,
     may_be_empty: Sequence[str] = (),
 ) -> Data:
     """Read, encode and split the files of a problem.
@@ -138,6 +139,7 @@ def read_parts(
     Args:
       encode: gives, besides the fields of the task, "key", equal where rows are; see `lorax_kit.data.key_of`.
       stratum, group: fields that are spread alike over the parts, or kept together.
+      target: the field in which rows of one key may disagree, where that is no stratum: the first of them counts.
       may_be_empty: roles whose cells may hold nothing.
 
     Raises:
@@ -148,7 +150,7 @@ def read_parts(
     for name in ("data", "val_data", "test_data"):
         if (file := getattr(settings, name)) is not None:
             rows = read_rows(file, settings.columns, encoding=settings.encoding, may_be_empty=may_be_empty)
-            read[name] = Examples.of(rows, encode)
+            read[name] = Examples.of(rows, _naming_rows(encode))
             files[name] = _digest(Path(file))
             remembered = (settings.sha256 or {}).get(name, files[name])
             if remembered != files[name]:
@@ -162,6 +164,7 @@ def read_parts(
     strata, groups = (None if name is None else whole[name][firsts] for name in (stratum, group))
     places = split_rows(whole["key"][firsts], strata, **sizes, seed=settings.split_seed, groups=groups)
     equal, contradictory, elsewhere = places.equal, places.contradictory, 0
+    others = 0 if target is None else disagreeing(whole["key"][firsts], whole[target][firsts])
     parts: dict[str, Examples] = {}
     seen = {name: np.zeros(0, np.int64) for name in ("key", group or "key")}
     for name in ("test", "val", "train"):  # what is in an earlier one is left out of the later
@@ -171,13 +174,15 @@ def read_parts(
         else:
             own = part.firsts
             kept, same, torn = distinct(part["key"][own], None if stratum is None else part[stratum][own])
+            others += 0 if target is None else disagreeing(part["key"][own], part[target][own])
             part, equal, contradictory = part.take_rows(kept), equal + same, contradictory + torn
         own = part.firsts
         new = ~np.any([np.isin(part[field][own], values) for field, values in seen.items()], axis=0)
         parts[name], elsewhere = part.take_rows(np.flatnonzero(new)), elsewhere + int((~new).sum())
         seen = {field: np.concatenate([values, parts[name][field]]) for field, values in seen.items()}
     left_out = {
-        "equal to an earlier row": equal,
+        "equal to an earlier row": equal - others,
+        "of an earlier row's text, with another label": others,
         "of one text and different labels": contradictory,
         "that stand in the files of validation or test, too": elsewhere,
     }
@@ -188,6 +193,24 @@ def read_parts(
             raise DataError(f"{settings.data!r} has {len(firsts)} rows, of which none are left for {name}{why}")
     facts = {"rows": len(firsts), "left_out": {name: count for name, count in left_out.items() if count}}
     return Data(parts["train"], parts["val"], parts["test"], files, facts)
+
+
+def _naming_rows(encode: Encode) -> Encode:
+    """The same, where what the model's side (a tokenizer, a chat template) refuses is told with the row it is of."""
+
+    def named(rows: Sequence[Row]) -> Mapping[str, Sequence[Any]]:
+        try:
+            return encode(rows)
+        except LoraxError:
+            raise
+        except ValueError as e:
+            if len(rows) == 1:
+                raise DataError(f"{rows[0].where}: {e}") from None
+            for row in rows:  # texts are encoded together: which one it is shows alone
+                named([row])
+            raise
+
+    return named
 
 
 def _digest(file: Path) -> str:
