@@ -11,8 +11,17 @@ import jax
 
 from lorax_kit.errors import LoraxError
 
+LOST_AFTER = 60
+"""Seconds."""
 
-def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+
+def join(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    lost_after: int = LOST_AFTER,
+) -> None:
     """Make this process one of several; call it before anything else asks JAX for devices.
 
     Under Slurm, Open MPI, on a TPU pod or in Kubernetes JAX finds the others itself: no argument is needed.
@@ -20,6 +29,8 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     Args:
       coordinator: "HOST:PORT" of process 0, that all can reach.
       processes, process: how many, and which one of them this is.
+      lost_after: seconds without a sign of life after which a process counts as lost. The others then end, too, and say
+        so, instead of waiting for it: what they kept is gone on with when all are started anew.
 
     Raises:
       LoraxError: some of the three are missing, or the others cannot be found.
@@ -33,7 +44,13 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # read where the devices are CPUs
     bind = coordinator if coordinator is not None and coordinator.startswith("127.") else None
     try:
-        jax.distributed.initialize(coordinator, processes, process, coordinator_bind_address=bind)
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            coordinator_bind_address=bind,
+            heartbeat_timeout_seconds=lost_after,
+        )
     except (RuntimeError, ValueError) as e:
         raise LoraxError(
             f"the processes did not come together: {e}\n"

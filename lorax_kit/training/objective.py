@@ -98,9 +98,11 @@ def in_parts(run: Run, n: int, device: Array | None) -> Run:
     if n == 1 and device is None:
         return run
     if n == 1:
-        return lambda factors, base, batch, key: run(
-            factors, base, batch, None if key is None else jax.random.fold_in(key, device)
-        )
+
+        def one_part(factors: Any, base: Params, batch: Any, key: Array | None) -> Sums:
+            return run(factors, base, batch, None if key is None or device is None else jax.random.fold_in(key, device))
+
+        return one_part
 
     def over_parts(factors: Any, base: Params, batch: Any, key: Array | None) -> Sums:
         leaves, tree = jax.tree_util.tree_flatten(batch)

@@ -115,7 +115,7 @@ def make_step(
         parts, axes = accumulate, frozenset((axis_name,) if isinstance(axis_name, str) else axis_name or ())
         if axis_name is not None:
             parts *= jax.lax.axis_size(axis_name)
-        run, place = losses(loss_fn, exact=parts == 1), None if axis_name is None else jax.lax.axis_index(axis_name)
+        run, place = losses(loss_fn, exact=parts == 1), None if parts == accumulate else jax.lax.axis_index(axis_name)
 
         def over_batch(run: Run, factors: Any) -> tuple[Array, Any, Any]:
             run = in_parts(run, accumulate, place)

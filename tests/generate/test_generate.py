@@ -241,7 +241,8 @@ def test_each_row_writes_with_its_own_adapter(loaded):
         params = loaded.params if own is None else lk.merge(loaded.params, own.factors, own.plan)
         solo = plain(params, [prompt], max_new_tokens=8)[0]
         assert one.tokens == solo.tokens
-        np.testing.assert_allclose(one.logprobs, solo.logprobs, atol=1e-5)
+        # Of the merged weights: logits of size 10 are rounded at another place.
+        np.testing.assert_allclose(one.logprobs, solo.logprobs, rtol=1e-5, atol=1e-5)
     writer((loaded.params, lk.algebra.rows_of(stacked, [0, 1, 2])), PROMPTS, max_new_tokens=8)
     assert traces(decoder) == first
 

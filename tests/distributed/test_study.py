@@ -1,12 +1,9 @@
 """Real processes of `jax.distributed` on one study: in each the rows of one process; a killed one loses nothing."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import pytest
@@ -14,22 +11,16 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.parallel import join
 from tests import tiny
+from tests.distributed.processes import ROOT, environment, free_port
 
-ROOT = Path(__file__).parents[2]
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+pytestmark = pytest.mark.distributed
 
 
 def together(count, out, dies=0, limit=240):
     """(return codes, rows of each) of `count` processes of two devices each."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
-    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    env = environment(2)
     port = free_port()
-    argv = [sys.executable, str(ROOT / "tests/study/process.py")]
+    argv = [sys.executable, str(ROOT / "tests/distributed/study_member.py")]
     procs = [
         subprocess.Popen(
             [*argv, str(i), str(count), str(port), str(out), str(dies)], env=env, text=True,
@@ -83,8 +74,7 @@ def test_the_command_runs_in_two_processes_and_one_of_them_prints(tmp_path):
     design = {"rank": [1, 2], "alpha": 8, "lr": 1e-2, "seed": [0, 1], "targets": tiny.TARGETS, "steps": 4}
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"problem": {"address": "tests.tiny:built", "rows": 48}, "study": design}))
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
-    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    env = environment(2)
     argv = [sys.executable, "-m", "lorax_kit", "study", "--config", str(config), "--json"]
     alone = subprocess.run([*argv, "--out", str(tmp_path / "alone")], env=env, text=True, capture_output=True)
     assert alone.returncode == 0, alone.stderr
