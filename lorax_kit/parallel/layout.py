@@ -25,7 +25,7 @@ PACKAGED_RULES: dict[str, Axes] = {
     "**/layer_*/**/{query,key,value,up,gate}/kernel": (None, TENSOR),
     "**/layer_*/**/{query,key,value,up,gate}/bias": (TENSOR,),
     "**/layer_*/**/{output,down}/kernel": (TENSOR, None),
-    "{**/word,**/embedding}/embedding": (TENSOR, None),
+    "**/{word,embedding,embeddings}/embedding": (TENSOR, None),
     "head/kernel": (None, TENSOR),
 }
 """Of the models of `load_model` (Shoeybi et al., arXiv 1909.08053): one sum over devices per attention and per MLP."""
@@ -90,8 +90,8 @@ def place(params: Any, layout: Any) -> Any:
       params: the tree; it is not changed.
       layout: of `lk.layout`: a sharding for each array, None for what stays as it is.
     """
-    leaves, tree = jax.tree.flatten(params)
-    where = jax.tree.flatten(layout, is_leaf=lambda x: x is None)[0]
+    leaves, tree = jax.tree_util.tree_flatten(params)
+    where = tree.flatten_up_to(layout)
     placed = [x if at is None else spread(x, at) for x, at in zip(leaves, where, strict=True)]
     return jax.tree.unflatten(tree, placed)
 
@@ -105,8 +105,8 @@ def device_bytes(params: Any, layout: Any) -> int:
       >>> device_bytes(params, layout(params, mesh))
       17408
     """
-    where = jax.tree.flatten(layout, is_leaf=lambda x: x is None)[0]
-    pairs = zip(jax.tree.leaves(params), where, strict=True)
+    leaves, tree = jax.tree_util.tree_flatten(params)
+    pairs = zip(leaves, tree.flatten_up_to(layout), strict=True)
     return sum(prod(at.shard_shape(x.shape)) * x.dtype.itemsize for x, at in pairs if at is not None)
 
 
