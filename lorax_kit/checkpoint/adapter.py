@@ -28,7 +28,6 @@ from lorax_kit.checkpoint.fingerprint import (
 )
 from lorax_kit.checkpoint.orbax_files import read_arrays, read_json_item, write_files
 from lorax_kit.checkpoint.seal import SEAL, check_seal, damaged, seal, sealed_files
-from lorax_kit.checkpoint.staging import place, refuse_existing, staged
 from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.method import leaf_shapes, method_of
@@ -37,6 +36,7 @@ from lorax_kit.core.plan import Plan, make_plan
 from lorax_kit.core.setting import is_int, shown
 from lorax_kit.core.spec import Spec
 from lorax_kit.errors import AdapterError, LoraxError
+from lorax_kit.files.staging import place, refuse_existing, staged
 from lorax_kit.json_text import read_json
 from lorax_kit.version import __version__
 

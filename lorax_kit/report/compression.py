@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from lorax_kit.analysis.statistics import Interval, interval
+from lorax_kit.files.staging import replace_file
 from lorax_kit.json_text import parse_json, read_json
 from lorax_kit.report.figures.pareto import pareto_front
 from lorax_kit.report.pages.html import inline_svg, render
 from lorax_kit.report.plots import FAINT, INK, MARKERS, OKABE_ITO, QUIET, Figure, Plot, canvas, legend_below, log_values
 from lorax_kit.report.plots import render as render_plot
-from lorax_kit.report.run_folder import RunFolderError, replace_file
+from lorax_kit.report.run_folder import RunFolderError
 from lorax_kit.report.tables.text import bytes_text
 
 COSTS = {"bytes_ratio": "bytes", "flops_ratio": "FLOPs", "latency_ratio": "latency", "memory_ratio": "peak memory"}

@@ -9,7 +9,6 @@ first two may be absent. A run that was killed may leave half a line at the end 
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,20 +133,6 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFolder:
         forgetting=tuple(_lines(path / "forgetting.jsonl", notes)),
         notes=tuple(notes),
     )
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(partial, 0o644)  # mkstemp makes private files; a report is there to be shared
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def _trial_order(record: Record) -> tuple[Any, ...]:

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.export
 
-from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.core.paths import Params
 from lorax_kit.errors import ExportError
+from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.serve.program import first_line, program
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")

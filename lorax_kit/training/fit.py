@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.errors import LoraxError
+from lorax_kit.files.lines import append
+from lorax_kit.files.staging import replace_file
 from lorax_kit.training.objective import is_key
 from lorax_kit.training.saved import Saved, load_training, save_training
 from lorax_kit.training.step import State, Step
@@ -212,8 +214,7 @@ def fit(
                     stopped = "early stop"
         keep(_Running())
         if log is not None:
-            with open(log, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append(Path(log), json.dumps(row) + "\n")
     if best is not None:
         state = state._replace(factors=jax.tree.map(_placed, best[1], state.factors))
     return Fitted(state, history, stopped or "epochs")
@@ -225,4 +226,4 @@ def _complete(log: Path, history: Sequence[Mapping[str, float]]) -> None:
     whole = [line for line in lines if line.endswith("\n")]
     rows = [json.dumps(row) + "\n" for row in history]
     missing = [row for row in rows if row not in whole]
-    log.write_text("".join([*whole, *missing]), encoding="utf-8")
+    replace_file(log, "".join([*whole, *missing]).encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.errors import LoraxError
+from lorax_kit.files.staging import staged
 from lorax_kit.json_text import parse_json
 from lorax_kit.training.step import State
 
@@ -62,11 +62,8 @@ def save_training(file: Path, saved: Saved, settings: Mapping[str, Any]) -> None
     arrays: dict[str, Any] = {
         f"leaf_{i}": np.ascontiguousarray(x).reshape(-1).view(np.uint8) for i, x in enumerate(leaves)
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    staged = file.with_name(f".{file.name}.tmp")
-    with open(staged, "wb") as opened:
+    with staged(file, overwrite=True) as new, open(new, "wb") as opened:
         np.savez(opened, facts=np.array(json.dumps(facts)), **arrays)
-    os.replace(staged, file)
 
 
 def load_training(file: Path, state: State, settings: Mapping[str, Any]) -> Saved | None:

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from lorax_kit.benchmarks.timing import alternate, calling, ratio
 from lorax_kit.checkpoint.fingerprint import differences, digests, fingerprint, first_difference
-from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.commands.compress.methods import (
     Method,
     Small,
@@ -35,6 +34,7 @@ from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import CompressError
+from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.json_text import read_json
 from lorax_kit.measure import facts, product_flops
 from lorax_kit.serve import load_tensors, save_tensors

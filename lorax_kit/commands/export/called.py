@@ -14,7 +14,6 @@ import numpy as np
 
 from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
-from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.commands.compress.compression import load_small
 from lorax_kit.commands.compress.methods import Method, Small, finished, smaller, statistics_for, total_bytes
 from lorax_kit.commands.compress.subjects import Subject, subject_of
@@ -23,6 +22,7 @@ from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import ExportError
+from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.json_text import read_json
 from lorax_kit.models import load_bert
 from lorax_kit.problem.evaluate import scored, summarised

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.errors import ExportError
+from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.json_text import read_json
 from lorax_kit.report.pages.html import render
 

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
-from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.checkpoint.tensors import write_tensors
 from lorax_kit.commands.compress.compression import IN_TURN, load_small
 from lorax_kit.commands.compress.methods import Method, total_bytes
@@ -25,6 +24,7 @@ from lorax_kit.core.method import update_of
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import ExportError
+from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.generate import Writer, decoder_of
 from lorax_kit.generate.exported import WEIGHTS, adapter_arrays, described, load_parts, one_at_a_time, save_parts
 from lorax_kit.generate.programs import parts_of, with_factors
