@@ -1,4 +1,4 @@
-"""JSON text of any origin: whatever is wrong with it is a `ValueError` of one line; what this package wrote is sealed."""
+"""JSON text of any origin: whatever is wrong with it is a `ValueError` of one line; our own is sealed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOST_DIGITS = 300
 
 Hugging Face writes 10^30 for "no limit" into configs of tokenizers."""
 SEAL = "lorax_crc32"
-"""Last key of an object that this package wrote: the CRC-32 of the text before it. Texts without it are read as well."""
+"""Last key of an object that this package wrote: the CRC-32 of the text before it. Texts without it are read, too."""
 _KEY = f'"{SEAL}": "'.encode()
 _LENGTH = len(_KEY) + len('01234567"}')
 

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "after": {"placement"},
     "measure": set(),
     "peft_form": set(),
-    "files": {"core"},
+    "files": {"json_text", "core"},
     "core": {"json_text", "version", "placement", "dtypes", "peft_form"},
     "starts": {"core", "svd", "dtypes"},
     "methods": {"core", "starts", "dtypes", "peft_form", "svd"},

@@ -8,12 +8,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import click
 
-INTERRUPTED = 130
+INTERRUPTED, UNHEARD = 130, 141
+"""Exit codes, as shells have them: ended by SIGINT or SIGTERM, and by SIGPIPE."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
@@ -53,13 +54,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with _terminated_as_interrupted():
             cli.main(args=None if argv is None else list(argv), prog_name="lorax-kit", standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("lorax-kit: interrupted", err=True)
-        if argv is None:  # a process of our own: XLA's threads may still compute, and crash if Python is taken down
+        if sys.stdout is not None:
             sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(INTERRUPTED)
-        sys.exit(INTERRUPTED)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        with suppress(OSError):  # a terminal that was closed hears nothing
+            click.echo("lorax-kit: interrupted", err=True)
+        _leave(INTERRUPTED, own=argv is None)
+    except BrokenPipeError:  # whoever read what is printed has closed it
+        _leave(UNHEARD, own=argv is None)
     except click.exceptions.NoArgsIsHelpError as e:
         click.echo(e.format_message(), err=True)
         sys.exit(2)
@@ -70,9 +72,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(str(e))
 
 
+def _leave(code: int, own: bool) -> NoReturn:
+    """End without a word; `own`: the process is of this command alone."""
+    if own:  # XLA's threads may still compute, and crash if Python is taken down; it would flush what nobody reads
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, AttributeError):  # None where it was closed from the start
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Schedulers end a job by SIGTERM: it leaves what Ctrl-C leaves. Only a main thread may ask for signals."""
+    """Schedulers end a job by SIGTERM, terminals by SIGHUP: each leaves what Ctrl-C leaves.
+
+    Only a main thread may ask for signals. A signal that is ignored from the start (nohup) stays so.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -80,11 +95,15 @@ def _terminated_as_interrupted() -> Iterator[None]:
     def interrupt(*_: Any) -> NoReturn:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)}
+    for one, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(one, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _fail(message: str) -> None:

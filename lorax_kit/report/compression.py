@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax_kit.analysis.statistics import Interval, interval
+from lorax_kit.files.lines import whole_lines
 from lorax_kit.files.staging import replace_file
 from lorax_kit.json_text import parse_json, read_json
 from lorax_kit.report.figures.pareto import pareto_front
@@ -150,11 +151,8 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
       RunFolderError: files that are missing or damaged, or no rows yet.
     """
     try:
-        text, about = (
-            (path / "rows.jsonl").read_text("utf-8"),
-            read_json(path / "comparison.json"),
-        )
-        rows = [parse_json(line) for line in text.split("\n")[:-1]]  # a kill can cut the last
+        about = read_json(path / "comparison.json")
+        rows = [parse_json(line) for line in whole_lines((path / "rows.jsonl").read_bytes())]
         if not isinstance(about, dict) or not all(map(_whole, rows)):
             raise ValueError("rows or settings lack what this version writes")
     except (OSError, ValueError) as e:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorax_kit.files.lines import whole_lines
 from lorax_kit.json_text import parse_json, read_json
 
 Record = dict[str, Any]
@@ -169,21 +170,18 @@ def _study(file: Path) -> Record:
 def _lines(file: Path, notes: list[str]) -> list[Record]:
     if not file.exists():
         return []
-    lines = file.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(_record(file.name, line))
-        except ValueError as error:
-            if number == len(lines):  # no newline after it: the writer was stopped inside this line
-                notes.append(f"The last line of {file.name} was cut off by an interruption and is left out.")
-                continue
-            raise RunFolderError(
-                f"'{file}', line {number}: {error}\n"
-                "  next: mend or delete that line; a study resumed from this folder redoes a missing trial."
-            ) from None
+    content, records, number = file.read_bytes(), [], 0
+    try:
+        for number, line in enumerate(whole_lines(content), start=1):  # noqa: B007  (the error names it)
+            if line.strip():
+                records.append(_record(file.name, line))
+    except ValueError as error:
+        raise RunFolderError(
+            f"'{file}', line {number}: {error}\n"
+            "  next: mend or delete that line; a study resumed from this folder redoes a missing trial."
+        ) from None
+    if content and not content.endswith(b"\n"):  # the writer was stopped inside this line
+        notes.append(f"The last line of {file.name} was cut off by an interruption and is left out.")
     return records
 
 

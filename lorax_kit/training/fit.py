@@ -23,7 +23,7 @@ from lorax_kit.files.lines import append
 from lorax_kit.files.staging import replace_file
 from lorax_kit.training.objective import is_key
 from lorax_kit.training.saved import Saved, load_training, save_training
-from lorax_kit.training.step import State, Step
+from lorax_kit.training.step import Info, State, Step
 
 SAVE_SECONDS = 30.0
 
@@ -34,7 +34,7 @@ class Fitted(NamedTuple):
     Attributes:
       state: of the best epoch if validation ran, else of the last.
       history: one dict per epoch: epoch, steps, seconds, loss, accuracy, val_loss, val_accuracy as far as known.
-      stopped: why training ended: "epochs", "early stop", or "loss is not finite at step N".
+      stopped: why training ended: "epochs", "early stop", or "loss is not finite at step N" ("gradient", "update").
     """
 
     state: State
@@ -179,7 +179,7 @@ def fit(
             running.add({"loss": info.loss, **_scalars(info.aux)})
             # Waiting for the step costs little where it is long, and a NaN is caught where it happens.
             if not bool(info.finite):
-                failed = int(state.step)
+                failed = f"{_odd(info)} is not finite at step {int(state.step)}"
                 break
             bar.set_postfix({name: f"{x:.4f}" for name, x in running.means().items()})
             running.seconds = time.perf_counter() - began
@@ -189,7 +189,7 @@ def fit(
         if running.steps == 0:
             raise LoraxError(f"epoch {number} has no batches: is the data set empty, or smaller than a batch?")
         if failed is not None:
-            stopped = f"loss is not finite at step {failed}"
+            stopped = failed
             bar.close()
             keep(_Running())
             break
@@ -218,6 +218,13 @@ def fit(
     if best is not None:
         state = state._replace(factors=jax.tree.map(_placed, best[1], state.factors))
     return Fitted(state, history, stopped or "epochs")
+
+
+def _odd(info: Info) -> str:
+    """What of a step is not finite."""
+    if not bool(jnp.isfinite(info.loss)):
+        return "loss"
+    return "update" if bool(jnp.isfinite(info.grad_norm)) else "gradient"
 
 
 def _complete(log: Path, history: Sequence[Mapping[str, float]]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from lorax_kit.errors import LoraxError
 from lorax_kit.files.staging import staged
-from lorax_kit.json_text import parse_json
+from lorax_kit.json_text import parse_json, sealed_json
 from lorax_kit.training.step import State
 
 
@@ -63,7 +63,7 @@ def save_training(file: Path, saved: Saved, settings: Mapping[str, Any]) -> None
         f"leaf_{i}": np.ascontiguousarray(x).reshape(-1).view(np.uint8) for i, x in enumerate(leaves)
     }
     with staged(file, overwrite=True) as new, open(new, "wb") as opened:
-        np.savez(opened, facts=np.array(json.dumps(facts)), **arrays)
+        np.savez(opened, facts=np.array(sealed_json(facts)), **arrays)
 
 
 def load_training(file: Path, state: State, settings: Mapping[str, Any]) -> Saved | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import closing
 from inspect import signature
@@ -22,7 +21,7 @@ from lorax_kit.errors import CompressError
 from lorax_kit.files.lines import append, cut_to_lines
 from lorax_kit.files.staging import clear_stale, refuse_existing, replace_file, sole_writer
 from lorax_kit.files.writing import writing
-from lorax_kit.json_text import read_json
+from lorax_kit.json_text import read_json, sealed_json
 from lorax_kit.report.compression import read_rows
 from lorax_kit.report.run_folder import RunFolderError
 from lorax_kit.version import __version__
@@ -170,10 +169,10 @@ class _Folder:
             if self.head.exists():
                 raise CompressError(f"another process began {str(self.path)!r} meanwhile.\n  call again to go on")
             versions = {"jax": jax.__version__, "lorax_kit": __version__, "device": jax.devices()[0].device_kind}
-            text = json.dumps({**self.about, "command": self.command, **versions}, indent=2) + "\n"
+            text = sealed_json({**self.about, "command": self.command, **versions}, indent=2) + "\n"
             replace_file(self.head, text.encode())
         self.rows.append(row)
-        append(self.file, json.dumps(row) + "\n", CompressError)
+        append(self.file, sealed_json(row) + "\n", CompressError)
 
     def _lock(self) -> None:
         self._held = sole_writer(self.path, CompressError)

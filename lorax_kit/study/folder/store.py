@@ -32,10 +32,10 @@ import numpy as np
 
 from lorax_kit.checkpoint.fingerprint import differences, first_difference
 from lorax_kit.errors import StudyError
-from lorax_kit.files.lines import append, cut_to_lines
+from lorax_kit.files.lines import append, cut_to_lines, whole_lines
 from lorax_kit.files.staging import clear_stale, replace_file, sole_writer, staged
 from lorax_kit.files.writing import writing
-from lorax_kit.json_text import parse_json, read_json
+from lorax_kit.json_text import parse_json, read_json, sealed_json
 from lorax_kit.study.programs.progress import Progress
 from lorax_kit.version import __version__
 
@@ -88,17 +88,17 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
     """
     if not file.exists():
         return []
-    text = file.read_bytes()
-    rows = []
-    for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
-        try:
+    rows, number = [], 0
+    try:
+        for number, line in enumerate(whole_lines(file.read_bytes()), 1):  # noqa: B007  (the error names it)
             row = parse_json(line)
             rows.append(row | {"trial": str(row["trial"])})
-        except (ValueError, TypeError, KeyError) as e:
-            raise StudyError(
-                f"{str(file)!r}, line {number} is not the JSON of a trial: {e!r}.\n"
-                "  delete that line: the trial is then run again"
-            ) from None
+    except (ValueError, TypeError, KeyError) as e:
+        what = f"lacks {e}" if isinstance(e, KeyError) else e
+        raise StudyError(
+            f"{str(file)!r} is damaged, at line {number}: it is not the JSON of a trial: {what}.\n"
+            "  delete that line: the trial is then run again"
+        ) from None
     return rows
 
 
@@ -200,11 +200,11 @@ class RunStore:
     def write_info(self, **values: Any) -> None:
         """Update `study.json`, replaced in one step."""
         self.info = {**self.info, "identity": self.identity, **plain(values)}
-        replace_file(self.path / "study.json", json.dumps(self.info, indent=2).encode())
+        replace_file(self.path / "study.json", sealed_json(self.info, indent=2).encode())
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows to a JSONL file and make sure they are on disk."""
-        text = "".join(json.dumps(plain(row)) + "\n" for row in rows)
+        text = "".join(sealed_json(plain(row)) + "\n" for row in rows)
         append(self.path / name, text, StudyError)
 
     def finish_trial(self, row: Mapping[str, Any]) -> None:
@@ -220,7 +220,7 @@ class RunStore:
         # As bytes: the format knows no bfloat16.
         raw = (np.ascontiguousarray(x).view(np.uint8) for x in progress.running)
         arrays: dict[str, Any] = {f"running_{i}": x for i, x in enumerate(raw)}
-        arrays |= {"facts": np.array(json.dumps(facts)), "losses": progress.losses, "failed": progress.failed}
+        arrays |= {"facts": np.array(sealed_json(facts)), "losses": progress.losses, "failed": progress.failed}
         with staged(file, overwrite=True) as new, open(new, "wb") as opened:
             np.savez(opened, **arrays)
 
