@@ -7,6 +7,7 @@ of adapters), and all that both would share is one call.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,7 +56,20 @@ def write_tensors(file: Path, tensors: dict[str, np.ndarray], metadata: dict[str
     contiguous = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     beside = {"format": "pt", **(metadata or {})}
     save_file(contiguous, file, metadata=beside | {DIGEST: _digest(contiguous, beside)})
+    _sort_metadata(file)
     file.chmod(0o644)  # safetensors makes private files; a model is there to be shared
+
+
+def _sort_metadata(file: Path) -> None:
+    """Write the metadata in order of their keys, where the library leaves it to chance: equal saves are equal files."""
+    with open(file, "r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # blanks at the end, as the format has them
+            opened.seek(8)
+            opened.write(text.ljust(size))
 
 
 def _check_digest(file: Path, tensors: Mapping[str, np.ndarray]) -> None:

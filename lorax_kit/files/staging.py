@@ -139,6 +139,11 @@ def clear_stale(parent: Path) -> None:
             os.close(held)
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether a folder holds nothing but empty folders and what a writer leaves that was stopped before its results."""
+    return all(p.name == _LOCK or _STAGING.fullmatch(p.name) or (p.is_dir() and is_begun(p)) for p in folder.iterdir())
+
+
 def sole_writer(folder: Path, error: type[LoraxError] = AdapterError) -> IO[str]:
     """An open file that keeps other processes from writing to a folder until it is closed.
 

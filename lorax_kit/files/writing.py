@@ -22,8 +22,8 @@ NEXT_STEPS = {
     errno.ENOTDIR: "choose another path",
     errno.ENAMETOOLONG: "choose a shorter path",
 }
-# How libraries in other languages say it: safetensors "(os error 28)", tensorstore "[OS error 28: ENOSPC ...]".
-_NUMBER = re.compile(r"os error (\d+)", re.IGNORECASE)
+# How libraries in other languages say it: safetensors "(os error 28)", tensorstore "[os_error_code='28']".
+_NUMBER = re.compile(r"os[ _]error(?:_code)?\W*(\d+)", re.IGNORECASE)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ first two may be absent. A run that was killed may leave half a line at the end 
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,8 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFolder:
     for record in _lines(path / "curves.jsonl", notes):
         curves.setdefault((record["trial"], record["step"]), {}).update(record)
     spectra = {(record["trial"], record["site"]): record for record in _lines(path / "spectra.jsonl", notes)}
+    if not notes:  # else one of them tells of the cut
+        notes += _cut_short(latest.values(), curves, spectra)
     return RunFolder(
         path=path,
         study=study,
@@ -134,6 +137,21 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFolder:
         forgetting=tuple(_lines(path / "forgetting.jsonl", notes)),
         notes=tuple(notes),
     )
+
+
+def _cut_short(trials: Iterable[Record], curves: Collection[Any], spectra: Collection[Any]) -> list[str]:
+    """Notes of files that end before the last rows of trials that are done; a folder without such a file is whole."""
+    done = [record for record in trials if record["status"] == "done"]
+    with_spectra = {trial for trial, _ in spectra}
+    lacking = {
+        "curves.jsonl": [t for t in done if curves and "steps" in t and (t["trial"], t["steps"]) not in curves],
+        "spectra.jsonl": [t for t in done if spectra and t["rank"] and t["trial"] not in with_spectra],
+    }
+    return [
+        f"{name} lacks the last rows of {len(odd)} finished trials, {odd[0]['trial']} among them: it was cut short."
+        for name, odd in lacking.items()
+        if odd
+    ]
 
 
 def _trial_order(record: Record) -> tuple[Any, ...]:

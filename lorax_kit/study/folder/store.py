@@ -33,7 +33,7 @@ import numpy as np
 from lorax_kit.checkpoint.fingerprint import differences, first_difference
 from lorax_kit.errors import StudyError
 from lorax_kit.files.lines import append, cut_to_lines, whole_lines
-from lorax_kit.files.staging import clear_stale, replace_file, sole_writer, staged
+from lorax_kit.files.staging import clear_stale, is_begun, replace_file, sole_writer, staged
 from lorax_kit.files.writing import writing
 from lorax_kit.json_text import parse_json, read_json, sealed_json
 from lorax_kit.study.programs.progress import Progress
@@ -139,7 +139,7 @@ class RunStore:
         previous = self._previous()
         if previous is not None and not isinstance(previous.get("identity"), Mapping):
             previous = None  # somebody else's study.json
-        if previous is None and self.path.exists() and any(self.path.iterdir()):
+        if previous is None and self.path.exists() and not is_begun(self.path):
             raise StudyError(f"{str(self.path)!r} is not empty and holds no study.\n  choose another folder")
         self._discard = overwrite and previous is not None
         if not overwrite and previous is not None and previous.get("identity") != design:
