@@ -27,9 +27,9 @@ def read_tensors(file: Path) -> dict[str, np.ndarray]:
 
     try:
         tensors = load_file(file)
-    except KeyError as e:
+    except (KeyError, AttributeError) as e:  # a dtype that the library does not know, or numpy does not
         raise AdapterError(
-            f"{str(file)!r} holds tensors of dtype {e}, which numpy lacks.\n  save it in float32 or bfloat16"
+            f"{str(file)!r} holds tensors of a dtype that numpy lacks: {e}.\n  save them in float32 or bfloat16"
         ) from None
     except (SafetensorError, ValueError) as e:
         raise _damaged(file, e) from None

@@ -13,8 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-INTERRUPTED, UNHEARD = 130, 141
-"""Exit codes, as shells have them: ended by SIGINT or SIGTERM, and by SIGPIPE."""
+INTERRUPTED = 130
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
@@ -54,14 +53,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         with _terminated_as_interrupted():
             cli.main(args=None if argv is None else list(argv), prog_name="lorax-kit", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
     except (click.exceptions.Abort, KeyboardInterrupt):
         with suppress(OSError):  # a terminal that was closed hears nothing
             click.echo("lorax-kit: interrupted", err=True)
-        _leave(INTERRUPTED, own=argv is None)
-    except BrokenPipeError:  # whoever read what is printed has closed it
-        _leave(UNHEARD, own=argv is None)
+        if argv is None:  # a process of our own: XLA's threads may still compute, and crash if Python is taken down
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, AttributeError):  # None where it was closed from the start
+                    stream.flush()
+            os._exit(INTERRUPTED)
+        sys.exit(INTERRUPTED)
     except click.exceptions.NoArgsIsHelpError as e:
         click.echo(e.format_message(), err=True)
         sys.exit(2)
@@ -70,16 +70,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, OverflowError, RecursionError, ImportError) as e:
         # What this package raises on purpose: a ValueError, an OSError about a file, an ImportError about an extra.
         _fail(str(e))
-
-
-def _leave(code: int, own: bool) -> NoReturn:
-    """End without a word; `own`: the process is of this command alone."""
-    if own:  # XLA's threads may still compute, and crash if Python is taken down; it would flush what nobody reads
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, AttributeError):  # None where it was closed from the start
-                stream.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 @contextmanager

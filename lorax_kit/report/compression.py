@@ -166,7 +166,8 @@ def _whole(row: Any) -> bool:
     """Whether a row has every column, each of its kind."""
     if not isinstance(row, dict) or not set(COLUMNS) <= set(row) or row["metric"] not in ("accuracy", "perplexity"):
         return False
-    words, maybe = ("subject", "method", "metric"), ("latency_ms", "latency_ratio", "metric_healed", "agreement_healed")
+    words = ("subject", "method", "metric")
+    maybe = ("latency_ms", "latency_ratio", "metric_healed", "agreement_after", "agreement_healed")
     numbers = [row[name] for name in COLUMNS if name not in words and not (name in maybe and row[name] is None)]
     return all(type(row[name]) is str for name in words) and all(type(x) in (int, float) for x in numbers)
 
@@ -195,7 +196,7 @@ def _cells(line: Line, on_front: bool) -> dict[str, Any]:
         "after": _number(row["metric_after"], metric),
         "healed": "" if line.healed is None else _interval(line.healed, metric),
         "seeds": "" if line.healed is None else str(line.seeds),
-        "agreement": f"{100 * agreement:.1f} %",
+        "agreement": "" if agreement is None else f"{100 * agreement:.1f} %",
     }
 
 
