@@ -36,7 +36,7 @@ from lorax_kit.core.plan import Plan, make_plan
 from lorax_kit.core.setting import is_int, shown
 from lorax_kit.core.spec import Spec
 from lorax_kit.errors import AdapterError, LoraxError
-from lorax_kit.files.staging import place, refuse_existing, staged
+from lorax_kit.files.staging import clear_stale, place, refuse_existing, staged
 from lorax_kit.json_text import read_json
 from lorax_kit.version import __version__
 
@@ -232,6 +232,8 @@ def read_document(path: str | Path) -> dict[str, Any]:
     """
     path = place(path)
     try:
+        if not path.exists():
+            clear_stale(path.parent)  # a save that was killed may have moved it away
         there = (path / "spec").is_dir()
     except OSError as e:  # a name that is too long
         raise AdapterError(f"{shown(str(path))} is not an adapter: {e.strerror}.") from None
@@ -278,6 +280,8 @@ def load_adapter(path: str | Path, *, base: Params) -> Adapter:
     target = {n: jax.ShapeDtypeStruct(tuple(x["shape"]), np.dtype(x["dtype"])) for n, x in stored.items()}
     try:
         arrays = read_arrays(path, target)
+    except LoraxError:
+        raise
     except Exception as e:
         raise damaged(path, _first_line(e)) from e
     arrays |= {name: arrays[other] for name, other in same.items()}

@@ -71,7 +71,7 @@ class Process:
     def end(self, seconds=120):
         """(exit code, what it printed) at its end."""
         self._process.join(seconds)
-        return self._process.exitcode, self.output.read_text()
+        return self._process.exitcode, self.output.read_text() if self.output.exists() else ""
 
 
 def command(*argv):

@@ -48,7 +48,11 @@ def test_damage_is_noticed_or_changes_nothing(things, tmp_path, injected, kind):
         for fault, at in damaged(file, file.read_bytes(), draw):
             injected(fault)
             said, found = outcome(lambda: made.READ[kind](path), path, file.name)
-            if not said and not (found == whole or (kind == "peft" and found[0])):  # a note tells of a changed config
+            # A note tells of a changed config; a comparison makes a row again whose line was cut by a kill.
+            told = (kind == "peft" and found and found[0]) or (
+                kind == "comparison" and "short" in fault and found and found[0] == whole[0][: len(found[0])]
+            )
+            if not said and not (found == whole or told):
                 missed.append((file.name, fault, at))
     assert missed == []
     assert made.READ[kind](path) == whole

@@ -21,7 +21,8 @@ def odd_stream(value, step):
     def stream(seed, start):
         for number, batch in enumerate(tiny.stream(seed, start), start):
             x = np.array(batch.x)
-            x[3, 2] = value if number == step else x[3, 2]
+            if number == step:
+                x[3, 2:4] = value, -value  # tanh would make 1 of one infinity
             yield batch._replace(x=x)
 
     return stream
@@ -49,7 +50,7 @@ def test_odd_data_end_a_training_at_their_step(value, step, injected):
     )
     batches = [b for b, _ in zip(odd_stream(value, step)(0, 0), range(6), strict=False)]
     found = fit(step_of, init(made._FRESH), made.BASE, [batches], progress=False)
-    assert found.stopped in (f"loss is not finite at step {step + 1}", f"gradient is not finite at step {step + 1}")
+    assert found.stopped == f"loss is not finite at step {step + 1}"
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(found.state.factors))
 
 

@@ -20,6 +20,13 @@ ROOT = Path(__file__).parents[2]
 LONG = [*made.TRAIN[:-4], "--epochs", "200", "--steps-per-epoch", "50", "--out"]
 
 
+def time_of(file):
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
 def study(folder):
     lk.run(tiny.study(rank=[1], probe_lr=(), steps=4000), tiny.problem(), out=folder / "run", progress=False)
 
@@ -47,8 +54,10 @@ def test_a_study_killed_at_random_moments_goes_on_to_the_same_bits(tmp_path, inj
     folder, draw = tmp_path / "killed", random.Random(0)
     folder.mkdir()
     for _ in range(5):  # one run, killed again and again
+        saved = folder / "run/training.npz"
+        before = time_of(saved)
         process = Process(study, [folder], folder)
-        process.wait_until((folder / "run/training.npz").exists)
+        process.wait_until(lambda: time_of(saved) not in (None, before))  # noqa: B023
         process.kill_after(draw.uniform(0, 0.5), signal.SIGKILL)
         injected("kill -9 of study")
         process.end()
