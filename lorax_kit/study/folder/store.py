@@ -96,7 +96,7 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
     except (ValueError, TypeError, KeyError) as e:
         what = f"lacks {e}" if isinstance(e, KeyError) else e
         raise StudyError(
-            f"{str(file)!r} is damaged, at line {number}: it is not the JSON of a trial: {what}.\n"
+            f"{str(file)!r}, line {number} is not the JSON of a trial: {what}.\n"
             "  delete that line: the trial is then run again"
         ) from None
     return rows
