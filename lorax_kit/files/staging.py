@@ -164,23 +164,30 @@ def _staging_folder(path: Path) -> tuple[Path, int]:
     """A new folder beside `path`, and the descriptor that keeps it locked."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=_SUFFIX, dir=path.parent))
-        held = _locked(folder)
+        held = _locked(folder, new=True)
         if held is not None:
             return folder, held  # else `clear_stale` of another process came between the two calls
 
 
-def _locked(folder: Path) -> int | None:
-    """A descriptor that holds the lock of a folder; None where another process has it, or the folder is gone."""
+def _locked(folder: Path, new: bool = False) -> int | None:
+    """A descriptor that holds the lock of a folder; None where another process has it, or the folder is gone.
+
+    Where the file system knows no locks a `new` folder counts as locked, and is cleared by nobody.
+    """
     try:
         held = os.open(folder, os.O_RDONLY)
     except OSError:
         return None
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if folder.stat().st_ino == os.fstat(held).st_ino:
-            return held
+        locked = True
+    except BlockingIOError:
+        locked = False
     except OSError:
-        pass
+        locked = new
+    with contextlib.suppress(FileNotFoundError):
+        if locked and os.path.samestat(folder.stat(), os.fstat(held)):
+            return held
     os.close(held)
     return None
 
@@ -188,13 +195,13 @@ def _locked(folder: Path) -> int | None:
 def _put(folder: Path, path: Path, overwrite: bool) -> None:
     """Move what was written to its place."""
     new = folder / _NEW
-    meanwhile = AdapterError(
-        f"{shortened(path)!r} was written by another process meanwhile.\n  look at it, or call again"
-    )
+    meanwhile = AdapterError(f"{shortened(path)!r} was written by another process meanwhile.\n  call again")
     try:
         if not overwrite and path.exists():
             raise meanwhile
-        if path.exists() and (path.is_dir() or new.is_dir()):  # a file takes a file's place in one step
+        if path.is_dir() and new.is_file():
+            raise AdapterError(f"{shortened(path)!r} is a folder: no file takes its place.\n  choose another path")
+        if path.exists() and new.is_dir():  # a file takes a file's place in one step
             (folder / _OLD).mkdir()
             path.rename(folder / _OLD / path.name)
         new.rename(path)

@@ -1,7 +1,6 @@
 """Several writers of one path at once, and clocks that jump: one waits or is refused in a line, results stay whole."""
 
 import os
-import signal
 import threading
 import time
 
@@ -18,6 +17,7 @@ from lorax_kit.report import read_run
 from lorax_kit.study.folder.store import RunStore
 from tests import tiny
 from tests.faults import made
+from tests.faults.processes import Process
 from tests.faults.verdict import in_words, left_over, outcome
 
 MEANWHILE = 8
@@ -102,30 +102,30 @@ def test_a_run_folder_a_training_and_a_comparison_have_one_writer(things, tmp_pa
     assert len(read_run(things["run"]).trials) == 4
 
 
+def between_two_renames(folder):
+    """Stand still where a folder is moved away, and the new one is not in its place."""
+    with staged(folder / "a", overwrite=True) as new:
+        new.mkdir()
+        (new / "file").write_bytes(b"new")
+        (new.parent / "replaced").mkdir()
+        (folder / "a").rename(new.parent / "replaced" / "a")
+        time.sleep(600)
+
+
 @pytest.mark.parametrize("dead", [True, False])
 def test_only_the_staging_of_dead_processes_is_cleared(dead, tmp_path, injected):
-    injected("concurrent writers")
+    injected("kill -9 of save")
     replace_file(tmp_path / "a" / "file", b"old")
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:  # it dies between the two renames that replace a folder
-        with staged(tmp_path / "a", overwrite=True) as new:
-            new.mkdir()
-            (new / "file").write_bytes(b"new")
-            (new.parent / "replaced").mkdir()
-            (tmp_path / "a").rename(new.parent / "replaced" / "a")
-            os.write(write, b"!")
-            time.sleep(600)
-    os.read(read, 1)
-    assert not (tmp_path / "a").exists()
+    process = Process(between_two_renames, [tmp_path], tmp_path)
+    process.wait_until(lambda: not (tmp_path / "a").exists())
     if dead:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        process.kill_after(0)
+        process.end()
     clear_stale(tmp_path)
     assert bool(left_over(tmp_path)) is not dead
     if not dead:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        process.kill_after(0)
+        process.end()
         clear_stale(tmp_path)
     assert (tmp_path / "a" / "file").read_bytes() == b"old"
     assert left_over(tmp_path) == []
