@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,8 +115,17 @@ def staged(path: Path, overwrite: bool) -> Iterator[Path]:
         _put_back(folder)
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         os.close(held)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder into which threads of a library that gave up may still write, for a second at most."""
+    for pause in (0.0, 0.01, 0.1, 0.9):
+        time.sleep(pause)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -107,7 +107,7 @@ def test_a_study_that_may_not_write_says_so(place, whole, injected):
         assert left_over(disk) == []
 
 
-def test_a_page_that_cannot_be_written_leaves_the_old_one(things, injected):
+def test_a_page_that_cannot_be_written_leaves_the_old_one(injected):
     from lorax_kit.files.staging import replace_file
 
     with small_disk(256) as disk:

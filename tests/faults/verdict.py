@@ -1,5 +1,7 @@
 """What must hold after every fault."""
 
+import time
+
 import lorax_kit as lk
 from lorax_kit.report.run_folder import RunFolderError
 
@@ -16,7 +18,15 @@ def in_words(error, *names):
 
 
 def left_over(folder):
-    """Names of what a save left beside its results."""
+    """Names of what a save left beside its results, a moment later: threads of orbax may still write."""
+    for _ in range(20):
+        if not _staging(folder):
+            return []
+        time.sleep(0.1)
+    return _staging(folder)
+
+
+def _staging(folder):
     return sorted(p.name for p in folder.rglob("*") if ".staged" in p.name or p.name.endswith(".tmp"))
 
 
