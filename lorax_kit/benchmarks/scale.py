@@ -18,7 +18,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lorax_kit.core.merge import split
-from lorax_kit.core.paths import paths
 from lorax_kit.core.spec import Spec
 from lorax_kit.errors import LoraxError
 from lorax_kit.measure import collective_bytes, facts
@@ -146,7 +145,14 @@ def _compiled(step: Step) -> tuple[float, float]:
 
 
 def abstract_step(
-    config: LlamaConfig, mesh: Mesh, targets: str, rank: int, length: int, *, lower: bool = True, dtype: Any = jnp.bfloat16
+    config: LlamaConfig,
+    mesh: Mesh,
+    targets: str,
+    rank: int,
+    length: int,
+    *,
+    lower: bool = True,
+    dtype: Any = jnp.bfloat16,
 ) -> Step:
     """A step of a decoder on a mesh, of shapes alone."""
     model, texts = LlamaModel(config, dtype), mesh.shape["data"] * mesh.shape["fsdp"]
@@ -159,7 +165,6 @@ def abstract_step(
     shapes = jax.eval_shape(model.init, jax.random.key(0), one, one)["params"]
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
     plan = resolve(Spec({targets: LoRA(rank=rank)}), params, apply, one)
-    assert paths(params)
     base, factors = jax.eval_shape(partial(split, plan=plan, key=jax.random.key(0)), params)
     adapted = adapt(apply, plan)
 

@@ -29,7 +29,6 @@ from lorax_kit.checkpoint.fingerprint import (
 )
 from lorax_kit.checkpoint.orbax_files import read_arrays, read_json_item, write_files
 from lorax_kit.checkpoint.seal import SEAL, check_seal, damaged, seal, sealed_files
-from lorax_kit.checkpoint.staging import place, refuse_existing, staged
 from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.method import leaf_shapes, method_of
@@ -38,6 +37,7 @@ from lorax_kit.core.plan import Plan, make_plan
 from lorax_kit.core.setting import is_int, shown
 from lorax_kit.core.spec import Spec
 from lorax_kit.errors import AdapterError, LoraxError
+from lorax_kit.files.staging import clear_stale, place, refuse_existing, staged
 from lorax_kit.json_text import read_json
 from lorax_kit.processes import gathered, is_shared
 from lorax_kit.version import __version__
@@ -240,6 +240,8 @@ def read_document(path: str | Path) -> dict[str, Any]:
     """
     path = place(path)
     try:
+        if not path.exists():
+            clear_stale(path.parent)  # a save that was killed may have moved it away
         there = (path / "spec").is_dir()
     except OSError as e:  # a name that is too long
         raise AdapterError(f"{shown(str(path))} is not an adapter: {e.strerror}.") from None
@@ -286,6 +288,8 @@ def load_adapter(path: str | Path, *, base: Params) -> Adapter:
     target = {n: jax.ShapeDtypeStruct(tuple(x["shape"]), np.dtype(x["dtype"])) for n, x in stored.items()}
     try:
         arrays = read_arrays(path, target)
+    except LoraxError:
+        raise
     except Exception as e:
         raise damaged(path, _first_line(e)) from e
     arrays |= {name: arrays[other] for name, other in same.items()}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from lorax_kit.errors import AdapterError
 
 LONGEST_WAIT = 7 * 24 * 3600
 """Seconds that a process waits for the others; one that died is noticed before, by its missing heartbeat."""
@@ -19,14 +22,14 @@ _numbers = itertools.count()
 
 def write_files(path: Path, arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> None:
     """Make a folder of both."""
-    with _quiet(), _checkpointer() as checkpointer:
+    with _quiet(), _waiting(path), _checkpointer() as checkpointer:
         items = ocp.args.Composite(factors=ocp.args.StandardSave(arrays), spec=ocp.args.JsonSave(document))
         checkpointer.save(path, items)
 
 
 def read_json_item(path: Path) -> Any:
     """The document of a folder."""
-    with _quiet(), _checkpointer() as checkpointer:
+    with _quiet(), _waiting(path), _checkpointer() as checkpointer:
         return checkpointer.restore(path, ocp.args.Composite(spec=ocp.args.JsonRestore()))["spec"]
 
 
@@ -34,7 +37,7 @@ def read_arrays(path: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[
     """The arrays of a folder, on this process's first device."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for n, x in shapes.items()}
-    with _quiet(), _checkpointer() as checkpointer:
+    with _quiet(), _waiting(path), _checkpointer() as checkpointer:
         items = ocp.args.Composite(factors=ocp.args.StandardRestore(target))
         return checkpointer.restore(path, items)["factors"]  # type: ignore[no-any-return]
 
@@ -63,6 +66,17 @@ def _checkpointer() -> ocp.Checkpointer:
         spec=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
     )
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+@contextmanager
+def _waiting(path: Path) -> Iterator[None]:
+    """Orbax measures its waits by the wall clock: a jump of it ends them."""
+    try:
+        yield
+    except TimeoutError:
+        raise AdapterError(
+            f"orbax gave up waiting for {str(path)!r}: the clock jumped, or the disk stands still.\n  call again"
+        ) from None
 
 
 class _quiet:

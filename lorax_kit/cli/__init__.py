@@ -1,7 +1,7 @@
 """The command line: `lorax-kit train|study|report|evaluate|generate|compress|export|inspect|merge|...`.
 
 Facts go to standard output (JSON with --json), progress and errors to standard error. Bad input exits with 2 and one
-clear message, an interruption with 130.
+clear message, an interruption with 130, a reader that closes what it reads with 1.
 """
 
 from lorax_kit.cli import (  # each registers its commands

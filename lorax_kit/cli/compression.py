@@ -106,10 +106,10 @@ def compress(
     settings = described(subject, options, "MODEL, an adapter or a pretrained model")
     address = options.pop("problem", None)
     from lorax_kit.benchmarks import table
-    from lorax_kit.checkpoint.staging import refuse_existing
     from lorax_kit.commands import compress_subject, save_small, subject_of
     from lorax_kit.commands.compress.methods import Method
     from lorax_kit.core.quantised import METHODS as QUANTISATIONS
+    from lorax_kit.files.staging import refuse_existing
 
     options["rank"] = rank or None
     if not options["steps"]:

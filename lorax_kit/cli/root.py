@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import click
@@ -54,10 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         with _terminated_as_interrupted():
             cli.main(args=None if argv is None else list(argv), prog_name="lorax-kit", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("lorax-kit: interrupted", err=True)
+        with suppress(OSError):  # a terminal that was closed hears nothing
+            click.echo("lorax-kit: interrupted", err=True)
         if argv is None:  # a process of our own: XLA's threads may still compute, and crash if Python is taken down
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, AttributeError):  # None where it was closed from the start
+                    stream.flush()
             os._exit(INTERRUPTED)
         sys.exit(INTERRUPTED)
     except click.exceptions.NoArgsIsHelpError as e:
@@ -72,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Schedulers end a job by SIGTERM: it leaves what Ctrl-C leaves. Only a main thread may ask for signals."""
+    """Schedulers end a job by SIGTERM, terminals by SIGHUP: each leaves what Ctrl-C leaves.
+
+    Only a main thread may ask for signals. A signal that is ignored from the start (nohup) stays so.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -80,11 +85,15 @@ def _terminated_as_interrupted() -> Iterator[None]:
     def interrupt(*_: Any) -> NoReturn:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)}
+    for one, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(one, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _fail(message: str) -> None:

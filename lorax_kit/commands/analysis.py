@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -20,12 +19,13 @@ from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import StudyError
-from lorax_kit.json_text import parse_json
+from lorax_kit.files.staging import replace_file
+from lorax_kit.json_text import parse_json, sealed_json
 from lorax_kit.problem import Evaluator, Problem
 from lorax_kit.problems.load import PACKAGED, base_of, problem_from, problem_of
 from lorax_kit.report import read_run, write_report
 from lorax_kit.report.conditions import summarise
-from lorax_kit.report.run_folder import Record, replace_file
+from lorax_kit.report.run_folder import Record
 from lorax_kit.study.folder.store import plain
 
 LEADING = 16  # directions that overlaps are recorded of
@@ -103,7 +103,7 @@ def analyse_run(
     earlier = {file: file.read_bytes() if file.exists() else None for file in files}
     try:
         for file, records in files.items():
-            replace_file(file, "".join(json.dumps(record) + "\n" for record in records).encode())
+            replace_file(file, "".join(sealed_json(record) + "\n" for record in records).encode())
         page = write_report(run.path)
     except BaseException:
         for file, content in earlier.items():

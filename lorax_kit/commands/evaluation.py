@@ -10,12 +10,12 @@ from typing import Any
 import jax
 
 from lorax_kit.checkpoint.adapter import load_adapter
-from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.commands.generation import Author, author_of
 from lorax_kit.commands.written import written
 from lorax_kit.core.paths import Params
 from lorax_kit.core.plan import Plan
 from lorax_kit.errors import LoraxError
+from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.problem import Evaluator, Problem, version
 from lorax_kit.problems import settings_from
 from lorax_kit.problems.load import base_of, problem_of

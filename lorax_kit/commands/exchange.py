@@ -14,10 +14,10 @@ from lorax_kit.algebra import combine, to_lora
 from lorax_kit.algebra.combine import SUMS
 from lorax_kit.checkpoint import load_adapter, save_adapter
 from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
-from lorax_kit.checkpoint.staging import refuse_near
 from lorax_kit.checkpoint.tensors import read_tensors
 from lorax_kit.core.paths import Params
 from lorax_kit.errors import AdapterError
+from lorax_kit.files.staging import refuse_near
 from lorax_kit.models import (
     classifier_names,
     classifier_params,

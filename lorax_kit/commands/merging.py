@@ -17,12 +17,12 @@ import numpy as np
 from lorax_kit import models
 from lorax_kit.algebra import MergeLoss, merge_loss
 from lorax_kit.checkpoint.adapter import load_adapter, read_document
-from lorax_kit.checkpoint.staging import refuse_existing, refuse_near, staged
 from lorax_kit.checkpoint.tensors import write_tensors
 from lorax_kit.commands.exchange import Model, load_model, read_adapter, read_from
 from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.errors import AdapterError
+from lorax_kit.files.staging import refuse_existing, refuse_near, staged
 from lorax_kit.models.stored.families import FAMILIES
 from lorax_kit.models.stored.save import cast_tensor
 from lorax_kit.models.stored.weights import SINGLE, open_folder

@@ -24,6 +24,8 @@ from lorax_kit.core.plan import Plan
 from lorax_kit.core.setting import is_int
 from lorax_kit.core.spec import AnySetting, Spec
 from lorax_kit.errors import AdapterError, StudyError
+from lorax_kit.files.staging import clear_stale, sole_writer
+from lorax_kit.files.writing import writing
 from lorax_kit.measure import peak_memory, release_memory
 from lorax_kit.methods import LoRA
 from lorax_kit.problem import Problem, val_and_test, version
@@ -73,7 +75,8 @@ def train_adapter(
       system does not tell.
 
     Raises:
-      StudyError: a rate that is not positive, no number of steps, a training that gave nothing.
+      StudyError: a rate that is not positive, no number of steps, a training that gave nothing, another process that
+        trains in `out`.
       AdapterError: `out` holds an adapter.
       LoraxError: `out` holds an interrupted training of other settings; more memory than `max_memory`.
     """
@@ -116,63 +119,66 @@ def train_adapter(
         step = within(step, max_memory, state, base, example)
     if progress:
         tqdm.write(data_text(problem.facts), file=sys.stderr)
-    out.mkdir(parents=True, exist_ok=True)
-    saved, log = out / "training.npz", out / "metrics.jsonl"
-    if saved.exists():
-        tqdm.write(f"{str(out)!r} holds an interrupted training: going on", file=sys.stderr)
-    elif log.exists():
-        tqdm.write(f"{str(log)!r} is of an earlier training without an adapter: beginning anew", file=sys.stderr)
-        log.unlink()
-    settings = {
-        "problem": problem.facts.get("settings") or {},
-        "base": fingerprint(base, [leaf.path for leaf in plan.full]),
-        "spec": spec.to_dict(),
-        **{"lr": lr, "seed": seed, "steps per epoch": per_epoch},
-    }
-    rounds = [Epoch(problem, seed, per_epoch, number) for number in range(epochs)]
-    release_memory()
-    fitted = fit(
-        step, state, base, rounds, evaluate=measure, monitor=f"val_{problem.metric}", better=problem.chief.better,
-        log=log, progress=progress, saved=saved, settings=settings,
-    )  # fmt: skip
-    if not fitted.history:
+    with writing(out, StudyError):
+        out.mkdir(parents=True, exist_ok=True)
+    with sole_writer(out, StudyError):
+        clear_stale(out)
+        saved, log = out / "training.npz", out / "metrics.jsonl"
+        if saved.exists():
+            tqdm.write(f"{str(out)!r} holds an interrupted training: going on", file=sys.stderr)
+        elif log.exists():
+            tqdm.write(f"{str(log)!r} is of an earlier training without an adapter: beginning anew", file=sys.stderr)
+            log.unlink()
+        settings = {
+            "problem": problem.facts.get("settings") or {},
+            "base": fingerprint(base, [leaf.path for leaf in plan.full]),
+            "spec": spec.to_dict(),
+            **{"lr": lr, "seed": seed, "steps per epoch": per_epoch},
+        }
+        rounds = [Epoch(problem, seed, per_epoch, number) for number in range(epochs)]
+        release_memory()
+        fitted = fit(
+            step, state, base, rounds, evaluate=measure, monitor=f"val_{problem.metric}", better=problem.chief.better,
+            log=log, progress=progress, saved=saved, settings=settings,
+        )  # fmt: skip
+        if not fitted.history:
+            saved.unlink(missing_ok=True)
+            raise StudyError(f"training gave no usable adapter: {fitted.stopped}.\n  lower the learning rate")
+        tested = test(version(base, fitted.state.factors, plan)[0])
+        final = _metrics(problem, tested)
+        meta = {"problem": problem.name, "settings": problem.facts.get("settings")}
+        meta |= {"address": problem.address} if problem.address else {}
+        meta |= {"labels": list(problem.facts["labels"])} if problem.facts.get("labels") else {}
+        save_adapter(out / "adapter", plan, fitted.state.factors, base=base, meta=meta)
         saved.unlink(missing_ok=True)
-        raise StudyError(f"training gave no usable adapter: {fitted.stopped}.\n  lower the learning rate")
-    tested = test(version(base, fitted.state.factors, plan)[0])
-    final = _metrics(problem, tested)
-    meta = {"problem": problem.name, "settings": problem.facts.get("settings")}
-    meta |= {"address": problem.address} if problem.address else {}
-    meta |= {"labels": list(problem.facts["labels"])} if problem.facts.get("labels") else {}
-    save_adapter(out / "adapter", plan, fitted.state.factors, base=base, meta=meta)
-    saved.unlink(missing_ok=True)
-    told = Training(
-        name=str(problem.facts.get("name") or problem.name),
-        measures=[Measure(**one.to_dict()) for one in dict.fromkeys((problem.chief, *problem.all_metrics))],
-        history=fitted.history,
-        test=final,
-        examples=int(problem.facts.get("test", tested["examples"])),
-        stopped=fitted.stopped,
-        data=problem.facts,
-        spec=spec.to_dict(),
-        run={
-            "optimiser": "AdamW, its rate falling linearly to 0, gradients clipped at 1",
-            **{"lr": lr, "seed": seed, "epochs": epochs, "steps per epoch": per_epoch, "save memory": save_memory},
-            "base": settings["base"],
-            "versions": read_document(out / "adapter")["versions"],
-        },
-        trained=sum(x.size for x in jax.tree.leaves(trained_only(plan, fitted.state.factors))),
-        parameters=sum(prod(x.shape) for x in flatten(params)[0].values()),
-        adapter_bytes=adapter_bytes(out / "adapter"),
-    )
-    return {
-        "adapter": str(out / "adapter"),
-        "report": str(write_training_report(out, told)),
-        "data": {name: problem.facts[name] for name in DATA_FACTS if name in problem.facts},
-        "stopped": fitted.stopped,
-        "history": fitted.history,
-        **{f"test_{name}": value for name, value in final.items()},
-        "peak_memory_bytes": peak_memory(),
-    }
+        told = Training(
+            name=str(problem.facts.get("name") or problem.name),
+            measures=[Measure(**one.to_dict()) for one in dict.fromkeys((problem.chief, *problem.all_metrics))],
+            history=fitted.history,
+            test=final,
+            examples=int(problem.facts.get("test", tested["examples"])),
+            stopped=fitted.stopped,
+            data=problem.facts,
+            spec=spec.to_dict(),
+            run={
+                "optimiser": "AdamW, its rate falling linearly to 0, gradients clipped at 1",
+                **{"lr": lr, "seed": seed, "epochs": epochs, "steps per epoch": per_epoch, "save memory": save_memory},
+                "base": settings["base"],
+                "versions": read_document(out / "adapter")["versions"],
+            },
+            trained=sum(x.size for x in jax.tree.leaves(trained_only(plan, fitted.state.factors))),
+            parameters=sum(prod(x.shape) for x in flatten(params)[0].values()),
+            adapter_bytes=adapter_bytes(out / "adapter"),
+        )
+        return {
+            "adapter": str(out / "adapter"),
+            "report": str(write_training_report(out, told)),
+            "data": {name: problem.facts[name] for name in DATA_FACTS if name in problem.facts},
+            "stopped": fitted.stopped,
+            "history": fitted.history,
+            **{f"test_{name}": value for name, value in final.items()},
+            "peak_memory_bytes": peak_memory(),
+        }
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ The first rule that matches a path wins; `exclude` wins over every rule; what no
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -16,7 +15,7 @@ from lorax_kit.core.method import METHODS
 from lorax_kit.core.patterns import compile_pattern, expand_braces
 from lorax_kit.core.setting import Full, Setting, check_float_dtype, need, shown
 from lorax_kit.errors import SpecError
-from lorax_kit.json_text import parse_json
+from lorax_kit.json_text import parse_json, sealed_json
 
 AnySetting = Setting | Full
 KEYS = ("rules", "exclude", "compute_dtype", "cap_ranks")
@@ -152,8 +151,8 @@ class Spec:
         )
 
     def to_json(self) -> str:
-        """The spec as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        """The spec as JSON text, which `from_json` knows from one that was damaged."""
+        return sealed_json(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Spec:

@@ -90,10 +90,7 @@ def place(params: Any, layout: Any) -> Any:
       params: the tree; it is not changed.
       layout: of `lk.layout`: a sharding for each array, None for what stays as it is.
     """
-    leaves, tree = jax.tree_util.tree_flatten(params)
-    where = tree.flatten_up_to(layout)
-    placed = [x if at is None else spread(x, at) for x, at in zip(leaves, where, strict=True)]
-    return jax.tree.unflatten(tree, placed)
+    return jax.tree.map(lambda x, at: x if at is None else spread(x, at), params, layout)
 
 
 def device_bytes(params: Any, layout: Any) -> int:
@@ -105,9 +102,11 @@ def device_bytes(params: Any, layout: Any) -> int:
       >>> device_bytes(params, layout(params, mesh))
       17408
     """
-    leaves, tree = jax.tree_util.tree_flatten(params)
-    pairs = zip(leaves, tree.flatten_up_to(layout), strict=True)
-    return sum(prod(at.shard_shape(x.shape)) * x.dtype.itemsize for x, at in pairs if at is not None)
+
+    def held(x: Any, at: Any) -> int:
+        return 0 if at is None else prod(at.shard_shape(x.shape)) * x.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(held, params, layout)))
 
 
 def _holds_arrays(x: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import struct
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lorax_kit.checkpoint.tensors import read_tensors
+from lorax_kit.checkpoint.tensors import read_metadata, read_tensors
 from lorax_kit.core.method import Method
 from lorax_kit.errors import AdapterError
 from lorax_kit.peft_form import PeftForm
@@ -131,6 +132,18 @@ def _word(dtype: Any) -> str:
     text = str(dtype)
     kinds = {"F": "float", "I": "int", "U": "uint"}
     return f"{kinds[text[0]]}{text[1:].lower()}" if text[:1] in kinds else text.lower()
+
+
+def config_digest(folder: Path) -> dict[str, str]:
+    """Of a folder's config, to stand beside its tensors; PEFT reads over it."""
+    return {"lorax_config": f"sha256 {hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()}"}
+
+
+def config_notes(folder: Path) -> list[str]:
+    """A line where the config is another than was written with the tensors: edited perhaps, which PEFT allows."""
+    written, here = read_metadata(folder / WEIGHTS).get("lorax_config"), config_digest(folder)["lorax_config"]
+    changed = written is not None and written != here
+    return [f"{CONFIG} is not as it was written with these tensors: it was edited, or is damaged"] * changed
 
 
 def write_json(file: Path, config: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from lorax_kit.core.spec import AnySetting, Spec
 from lorax_kit.dtypes import wide
 from lorax_kit.errors import AdapterError, LoraxError
 from lorax_kit.peft.config import Config
-from lorax_kit.peft.files import read_weights, sort_out
+from lorax_kit.peft.files import config_notes, read_weights, sort_out
 from lorax_kit.peft.modules import Reader
 from lorax_kit.peft.names import Names
 from lorax_kit.peft.sites import leaves_of, setting_of
@@ -71,6 +71,7 @@ def load_peft(
     named = {p: x for p, x in flatten(base)[0].items() if is_array(x)}
     torch = Names(names, named, plan)
     found = sort_out(read_weights(path), config.form, config.beside)
+    config.notes += config_notes(path)
     reader = Reader(config, torch, named, plan)
     try:
         pieces = reader.read(found)

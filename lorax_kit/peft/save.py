@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from lorax_kit.checkpoint.adapter import check_finite, named_arrays, plan_of
-from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.checkpoint.tensors import write_tensors
 from lorax_kit.core.leaves import FactorTree, check_factors
 from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.spec import Spec
 from lorax_kit.errors import AdapterError
+from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.peft.config import check_task, targets_for, with_pattern
-from lorax_kit.peft.files import CONFIG, PREFIX, ROOT, WEIGHTS, write_json
+from lorax_kit.peft.files import CONFIG, PREFIX, ROOT, WEIGHTS, config_digest, write_json
 from lorax_kit.peft.names import Names
 from lorax_kit.peft.whole import kept
 from lorax_kit.peft.write import Written, written
@@ -118,7 +118,7 @@ def save_peft(
     with staged(path, overwrite) as new:
         new.mkdir()
         write_json(new / CONFIG, config)
-        write_tensors(new / WEIGHTS, tensors)
+        write_tensors(new / WEIGHTS, tensors, config_digest(new))
 
 
 def _methods_keys(modules: Mapping[str, Written]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from lorax_kit.analysis.statistics import Interval, interval
+from lorax_kit.files.lines import whole_lines
+from lorax_kit.files.staging import replace_file
 from lorax_kit.json_text import parse_json, read_json
 from lorax_kit.report.figures.pareto import pareto_front
 from lorax_kit.report.pages.html import inline_svg, render
 from lorax_kit.report.plots import FAINT, INK, MARKERS, OKABE_ITO, QUIET, Figure, Plot, canvas, legend_below, log_values
 from lorax_kit.report.plots import render as render_plot
-from lorax_kit.report.run_folder import RunFolderError, replace_file
+from lorax_kit.report.run_folder import RunFolderError
 from lorax_kit.report.tables.text import bytes_text
 
 COSTS = {"bytes_ratio": "bytes", "flops_ratio": "FLOPs", "latency_ratio": "latency", "memory_ratio": "peak memory"}
@@ -149,11 +151,8 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
       RunFolderError: files that are missing or damaged, or no rows yet.
     """
     try:
-        text, about = (
-            (path / "rows.jsonl").read_text("utf-8"),
-            read_json(path / "comparison.json"),
-        )
-        rows = [parse_json(line) for line in text.split("\n")[:-1]]  # a kill can cut the last
+        about = read_json(path / "comparison.json")
+        rows = [parse_json(line) for line in whole_lines((path / "rows.jsonl").read_bytes())]
         if not isinstance(about, dict) or not all(map(_whole, rows)):
             raise ValueError("rows or settings lack what this version writes")
     except (OSError, ValueError) as e:
@@ -167,7 +166,8 @@ def _whole(row: Any) -> bool:
     """Whether a row has every column, each of its kind."""
     if not isinstance(row, dict) or not set(COLUMNS) <= set(row) or row["metric"] not in ("accuracy", "perplexity"):
         return False
-    words, maybe = ("subject", "method", "metric"), ("latency_ms", "latency_ratio", "metric_healed", "agreement_healed")
+    words = ("subject", "method", "metric")
+    maybe = ("latency_ms", "latency_ratio", "metric_healed", "agreement_after", "agreement_healed")
     numbers = [row[name] for name in COLUMNS if name not in words and not (name in maybe and row[name] is None)]
     return all(type(row[name]) is str for name in words) and all(type(x) in (int, float) for x in numbers)
 
@@ -196,7 +196,7 @@ def _cells(line: Line, on_front: bool) -> dict[str, Any]:
         "after": _number(row["metric_after"], metric),
         "healed": "" if line.healed is None else _interval(line.healed, metric),
         "seeds": "" if line.healed is None else str(line.seeds),
-        "agreement": f"{100 * agreement:.1f} %",
+        "agreement": "" if agreement is None else f"{100 * agreement:.1f} %",
     }
 
 

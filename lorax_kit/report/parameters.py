@@ -8,8 +8,8 @@ from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
+from lorax_kit.files.staging import replace_file
 from lorax_kit.report.pages.html import render
-from lorax_kit.report.run_folder import replace_file
 from lorax_kit.report.tables.text import bytes_text
 
 

@@ -23,7 +23,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from lorax_kit.report.run_folder import replace_file
+from lorax_kit.files.staging import replace_file
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#5b5b5b", "#000000")
 MARKERS = "osD^vPXh"

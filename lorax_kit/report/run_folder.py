@@ -9,11 +9,12 @@ first two may be absent. A run that was killed may leave half a line at the end 
 from __future__ import annotations
 
 import os
-import tempfile
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorax_kit.files.lines import whole_lines
 from lorax_kit.json_text import parse_json, read_json
 
 Record = dict[str, Any]
@@ -123,6 +124,8 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFolder:
     for record in _lines(path / "curves.jsonl", notes):
         curves.setdefault((record["trial"], record["step"]), {}).update(record)
     spectra = {(record["trial"], record["site"]): record for record in _lines(path / "spectra.jsonl", notes)}
+    if not notes:  # else one of them tells of the cut
+        notes += _cut_short(latest.values(), curves, spectra)
     return RunFolder(
         path=path,
         study=study,
@@ -136,18 +139,19 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFolder:
     )
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(partial, 0o644)  # mkstemp makes private files; a report is there to be shared
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+def _cut_short(trials: Iterable[Record], curves: Collection[Any], spectra: Collection[Any]) -> list[str]:
+    """Notes of files that end before the last rows of trials that are done; a folder without such a file is whole."""
+    done = [record for record in trials if record["status"] == "done"]
+    with_spectra = {trial for trial, _ in spectra}
+    lacking = {
+        "curves.jsonl": [t for t in done if curves and "steps" in t and (t["trial"], t["steps"]) not in curves],
+        "spectra.jsonl": [t for t in done if spectra and t["rank"] and t["trial"] not in with_spectra],
+    }
+    return [
+        f"{name} lacks the last rows of {len(odd)} finished trials, {odd[0]['trial']} among them: it was cut short."
+        for name, odd in lacking.items()
+        if odd
+    ]
 
 
 def _trial_order(record: Record) -> tuple[Any, ...]:
@@ -184,21 +188,18 @@ def _study(file: Path) -> Record:
 def _lines(file: Path, notes: list[str]) -> list[Record]:
     if not file.exists():
         return []
-    lines = file.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(_record(file.name, line))
-        except ValueError as error:
-            if number == len(lines):  # no newline after it: the writer was stopped inside this line
-                notes.append(f"The last line of {file.name} was cut off by an interruption and is left out.")
-                continue
-            raise RunFolderError(
-                f"'{file}', line {number}: {error}\n"
-                "  next: mend or delete that line; a study resumed from this folder redoes a missing trial."
-            ) from None
+    content, records, number = file.read_bytes(), [], 0
+    try:
+        for number, line in enumerate(whole_lines(content), start=1):  # noqa: B007  (the error names it)
+            if line.strip():
+                records.append(_record(file.name, line))
+    except ValueError as error:
+        raise RunFolderError(
+            f"'{file}', line {number}: {error}\n"
+            "  next: mend or delete that line; a study resumed from this folder redoes a missing trial."
+        ) from None
+    if content and not content.endswith(b"\n"):  # the writer was stopped inside this line
+        notes.append(f"The last line of {file.name} was cut off by an interruption and is left out.")
     return records
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.core.paths import Params
 from lorax_kit.errors import ExportError
+from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.serve.program import first_line, need, program
 
 

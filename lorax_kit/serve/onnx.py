@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.errors import ExportError
+from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.serve.int8 import in_blocks, mark, with_activations
 from lorax_kit.serve.program import first_line, need, program
 

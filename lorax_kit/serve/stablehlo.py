@@ -6,6 +6,7 @@ exported = jax.export.deserialize(bytearray(pathlib.Path("model.stablehlo").read
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from typing import Any
 import jax
 import jax.export
 
-from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.core.paths import Params
 from lorax_kit.errors import ExportError
+from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.serve.program import first_line, program
 
+_MARK = b"lorax_sha256"
+_END = len(_MARK) + 32
+"""After the program, which is read from its front, stands its SHA-256; files without it are read as well."""
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
@@ -63,7 +67,7 @@ def save_stablehlo(
     except Exception as e:
         raise ExportError(f"StableHLO cannot hold the function for {', '.join(platforms)}: {first_line(e)}.") from e
     with staged(path, overwrite) as new:
-        new.write_bytes(written)
+        new.write_bytes(bytes(written) + _MARK + hashlib.sha256(written).digest())
 
 
 def load_stablehlo(file: str | Path) -> Callable[..., list[jax.Array]]:
@@ -76,6 +80,9 @@ def load_stablehlo(file: str | Path) -> Callable[..., list[jax.Array]]:
       ExportError: it is damaged, or of a version of jax that this one cannot read.
     """
     content = bytearray(Path(file).read_bytes())
+    program, end = content[:-_END], content[-_END:]
+    if (sum(a != b for a, b in zip(end, _MARK, strict=False)) <= 3) and end != _MARK + hashlib.sha256(program).digest():
+        raise ExportError(f"{str(file)!r} is damaged: it is not as it was written.\n  export it again")
     try:
         exported = jax.export.deserialize(content)
     except Exception as e:

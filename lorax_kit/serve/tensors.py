@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.checkpoint.tensors import read_metadata, read_tensors, write_tensors
 from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.paths import Params, closest, flatten, is_array, unflatten
 from lorax_kit.core.quantised import METHODS as QUANTISATIONS
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import ExportError
+from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.json_text import parse_json
 
 COMPACT = "lorax_kit.compact"

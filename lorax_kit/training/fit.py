@@ -20,10 +20,12 @@ from tqdm import tqdm
 from lorax_kit.checkpoint.agreed import told
 from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.errors import LoraxError
+from lorax_kit.files.lines import append
+from lorax_kit.files.staging import replace_file
 from lorax_kit.processes import gathered, is_shared, is_writer, spread
 from lorax_kit.training.objective import is_key
 from lorax_kit.training.saved import Saved, load_training, save_training
-from lorax_kit.training.step import State, Step
+from lorax_kit.training.step import Info, State, Step
 
 SAVE_SECONDS = 30.0
 
@@ -34,7 +36,7 @@ class Fitted(NamedTuple):
     Attributes:
       state: of the best epoch if validation ran, else of the last.
       history: one dict per epoch: epoch, steps, seconds, loss, accuracy, val_loss, val_accuracy as far as known.
-      stopped: why training ended: "epochs", "early stop", or "loss is not finite at step N".
+      stopped: why training ended: "epochs", "early stop", or "loss is not finite at step N" ("gradient", "update").
     """
 
     state: State
@@ -184,7 +186,7 @@ def fit(
             running.add({"loss": info.loss, **_scalars(info.aux)})
             # Waiting for the step costs little where it is long, and a NaN is caught where it happens.
             if not bool(info.finite):
-                failed = int(state.step)
+                failed = f"{_odd(info)} is not finite at step {int(state.step)}"
                 break
             bar.set_postfix({name: f"{x:.4f}" for name, x in running.means().items()})
             running.seconds = time.perf_counter() - began
@@ -194,7 +196,7 @@ def fit(
         if running.steps == 0:
             raise LoraxError(f"epoch {number} has no batches: is the data set empty, or smaller than a batch?")
         if failed is not None:
-            stopped = f"loss is not finite at step {failed}"
+            stopped = failed
             bar.close()
             keep(_Running())
             break
@@ -219,8 +221,7 @@ def fit(
                     stopped = "early stop"
         keep(_Running())
         if log is not None:
-            with open(log, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append(Path(log), json.dumps(row) + "\n")
     if best is not None:
         state = state._replace(factors=jax.tree.map(_placed, best[1], state.factors))
     return Fitted(state, history, stopped or "epochs")
@@ -233,10 +234,17 @@ def _is_due(seconds: float, steps: int, together: bool) -> bool:
     return steps % 10 == 0 and told(lambda: seconds > SAVE_SECONDS)
 
 
+def _odd(info: Info) -> str:
+    """What of a step is not finite."""
+    if not bool(jnp.isfinite(info.loss)):
+        return "loss"
+    return "update" if bool(jnp.isfinite(info.grad_norm)) else "gradient"
+
+
 def _complete(log: Path, history: Sequence[Mapping[str, float]]) -> None:
     """End a log with the rows of `history`: a kill may have cut the last line, or come before it was written."""
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
     rows = [json.dumps(row) + "\n" for row in history]
     missing = [row for row in rows if row not in whole]
-    log.write_text("".join([*whole, *missing]), encoding="utf-8")
+    replace_file(log, "".join([*whole, *missing]).encode())

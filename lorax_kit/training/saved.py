@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -17,7 +16,8 @@ import numpy as np
 from lorax_kit.checkpoint.agreed import told
 from lorax_kit.core.setting import shown
 from lorax_kit.errors import LoraxError
-from lorax_kit.json_text import first_difference, parse_json
+from lorax_kit.files.staging import staged
+from lorax_kit.json_text import first_difference, parse_json, sealed_json
 from lorax_kit.processes import gathered, is_shared, spread
 from lorax_kit.training.step import State
 
@@ -70,11 +70,8 @@ def save_training(file: Path, saved: Saved, settings: Mapping[str, Any]) -> None
     }
 
     def write() -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        staged = file.with_name(f".{file.name}.tmp")
-        with open(staged, "wb") as opened:
-            np.savez(opened, facts=np.array(json.dumps(facts)), **arrays)
-        os.replace(staged, file)
+        with staged(file, overwrite=True) as new, open(new, "wb") as opened:
+            np.savez(opened, facts=np.array(sealed_json(facts)), **arrays)
 
     return told(write) if together else write()
 

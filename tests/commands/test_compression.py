@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 
-from lorax_kit.checkpoint.staging import sole_writer
 from lorax_kit.commands import compress_subject, subject_of, text_subject
 from lorax_kit.commands.compress.comparison import compare
 from lorax_kit.commands.compress.compression import load_small, save_small
@@ -20,6 +19,7 @@ from lorax_kit.compress.replace import low_rank
 from lorax_kit.core.paths import flatten, unflatten
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.data import Plays
+from lorax_kit.files.staging import sole_writer
 from lorax_kit.problems.parts.layers import fewer_layers
 from lorax_kit.report.compression import COLUMNS, comparison_table, front, lines_of, write_comparison
 from lorax_kit.report.run_folder import RunFolderError

@@ -1,4 +1,4 @@
-"""One process of several that run a tiny study together: `study_member.py INDEX COUNT PORT OUT [steps before it dies]`."""
+"""One process of several that run a tiny study together: `study_member.py INDEX COUNT PORT OUT [STEPS IT LIVES]`."""
 
 import json
 import os

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from lorax_kit.files.staging import replace_file
 from lorax_kit.report import RunFolderError, read_run, write_report
-from lorax_kit.report.run_folder import replace_file
 from tests.report import fake_run
 
 

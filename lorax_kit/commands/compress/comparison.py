@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import closing
 from inspect import signature
@@ -13,7 +12,6 @@ import jax
 from tqdm import tqdm
 
 from lorax_kit.checkpoint.fingerprint import fingerprint
-from lorax_kit.checkpoint.staging import refuse_existing, sole_writer
 from lorax_kit.commands.compress.compression import check_settings, compress_subject
 from lorax_kit.commands.compress.methods import TUNED, Method, statistics_for
 from lorax_kit.commands.compress.subjects import Subject
@@ -21,9 +19,12 @@ from lorax_kit.compress import ALLOCATIONS
 from lorax_kit.compress.arguments import check_count, check_word
 from lorax_kit.core.setting import shown
 from lorax_kit.errors import CompressError
-from lorax_kit.json_text import first_difference, read_json
+from lorax_kit.files.lines import append, cut_to_lines
+from lorax_kit.files.staging import clear_stale, refuse_existing, replace_file, sole_writer
+from lorax_kit.files.writing import writing
+from lorax_kit.json_text import first_difference, read_json, sealed_json
 from lorax_kit.report.compression import read_rows
-from lorax_kit.report.run_folder import RunFolderError, replace_file
+from lorax_kit.report.run_folder import RunFolderError
 from lorax_kit.version import __version__
 
 METHODS = (
@@ -163,21 +164,19 @@ class _Folder:
     def add(self, row: dict[str, Any]) -> None:
         """Append a row; the first makes the folder."""
         if self._held is None:
-            self.path.mkdir(parents=True, exist_ok=True)
+            with writing(self.path, CompressError):
+                self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
             if self.head.exists():
                 raise CompressError(f"another process began {str(self.path)!r} meanwhile.\n  call again to go on")
             versions = {"jax": jax.__version__, "lorax_kit": __version__, "device": jax.devices()[0].device_kind}
-            text = json.dumps({**self.about, "command": self.command, **versions}, indent=2) + "\n"
+            text = sealed_json({**self.about, "command": self.command, **versions}, indent=2) + "\n"
             replace_file(self.head, text.encode())
         self.rows.append(row)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(self.file, sealed_json(row) + "\n", CompressError)
 
     def _lock(self) -> None:
-        self._held = sole_writer(self.path)
-        if self._held is None:
-            raise CompressError(f"another process is writing to {str(self.path)!r}.\n  wait for it, or stop it")
+        self._held = sole_writer(self.path, CompressError)
 
     def close(self) -> None:
         """Let other processes write."""
@@ -201,5 +200,5 @@ class _Folder:
                 f"{str(self.path)!r} holds a comparison with {key} {shown(was)}, not {shown(now)}.\n"
                 "  choose another folder, or the same settings"
             )
-        if text and not text.endswith("\n"):  # a kill cut the last line
-            replace_file(self.file, "".join(f"{json.dumps(row)}\n" for row in self.rows).encode())
+        clear_stale(self.path)
+        cut_to_lines(self.file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -17,7 +16,6 @@ from tqdm import tqdm
 
 from lorax_kit.benchmarks.timing import alternate, calling, ratio
 from lorax_kit.checkpoint.fingerprint import differences, digests, fingerprint, first_difference
-from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.commands.compress.methods import (
     Method,
     Small,
@@ -35,7 +33,8 @@ from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import CompressError
-from lorax_kit.json_text import read_json
+from lorax_kit.files.staging import refuse_existing, staged
+from lorax_kit.json_text import read_json, sealed_json
 from lorax_kit.measure import facts, product_flops
 from lorax_kit.serve import load_tensors, save_tensors
 
@@ -176,7 +175,7 @@ def save_small(out: str | Path, subject: Subject, row: dict[str, Any], small: Sm
         folder.mkdir()
         save_tensors(folder / MODEL, small.params)
         original = {"original": fingerprint(subject.params), "leaves": digests(subject.params)}
-        text = json.dumps(row | original, indent=2) + "\n"
+        text = sealed_json(row | original, indent=2) + "\n"
         (folder / ROW).write_text(text, encoding="utf-8")
 
 

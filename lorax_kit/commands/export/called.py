@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,6 @@ import numpy as np
 
 from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
-from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.commands.compress.compression import load_small
 from lorax_kit.commands.compress.methods import Method, Small, finished, smaller, statistics_for, total_bytes
 from lorax_kit.commands.compress.subjects import Subject, subject_of
@@ -23,7 +21,8 @@ from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import ExportError
-from lorax_kit.json_text import read_json
+from lorax_kit.files.staging import refuse_existing, staged
+from lorax_kit.json_text import read_json, sealed_json
 from lorax_kit.models import load_bert
 from lorax_kit.problem.evaluate import scored, summarised
 from lorax_kit.problems.packaged.sentiment import adapter_folder, workload_of
@@ -148,7 +147,7 @@ def export_adapter(
         }
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8")
-        (new / DOCUMENT).write_text(json.dumps(document | {"measured": row}, indent=2) + "\n", encoding="utf-8")
+        (new / DOCUMENT).write_text(sealed_json(document | {"measured": row}, indent=2) + "\n", encoding="utf-8")
         files = {file.name: file.stat().st_size for file in sorted(new.iterdir())}
     return {**row, "path": str(path), "files": files}
 

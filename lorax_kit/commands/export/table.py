@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.errors import ExportError
+from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.json_text import read_json
 from lorax_kit.report.pages.html import render
 
@@ -36,7 +36,7 @@ def export_rows(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
             values = {"jax": row[f"{metric}_jax"], "exported": row[metric]}
             same = row["tokens_equal"] if "tokens_equal" in row else row["agreement"]
             sizes = {name: row[name] for name in ("bytes", "params_bytes", "latency_jax_ms", "latency_ms")}
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise ExportError(f"{str(folder)!r} is no folder of `lorax-kit export`: {type(e).__name__} {e}.") from None
         form += f", {shrunk} {row['keep']:g}" if shrunk else ""
         out.append(

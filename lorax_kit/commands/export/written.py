@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import jax
 import numpy as np
 
 from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
-from lorax_kit.checkpoint.staging import refuse_existing, staged
 from lorax_kit.checkpoint.tensors import write_tensors
 from lorax_kit.commands.compress.compression import IN_TURN, load_small
 from lorax_kit.commands.compress.methods import Method, total_bytes
@@ -25,10 +23,11 @@ from lorax_kit.core.method import update_of
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import ExportError
+from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.generate import Writer, decoder_of
 from lorax_kit.generate.exported import WEIGHTS, adapter_arrays, described, load_parts, one_at_a_time, save_parts
 from lorax_kit.generate.programs import parts_of, with_factors
-from lorax_kit.json_text import read_json
+from lorax_kit.json_text import read_json, sealed_json
 from lorax_kit.problem.base import cast
 from lorax_kit.problems import problem_of
 from lorax_kit.problems.packaged.sentiment import adapter_folder
@@ -163,7 +162,7 @@ def export_writer(
             "adapters": [name] if separate else [],
             "measured": row,
         }
-        (folder / DOCUMENT).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        (folder / DOCUMENT).write_text(sealed_json(document, indent=2) + "\n", encoding="utf-8")
         sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
     return {**row, "path": str(path), "files": sizes}
 

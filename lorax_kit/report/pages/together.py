@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lorax_kit.files.staging import replace_file
 from lorax_kit.report.answer import answer
 from lorax_kit.report.claims import not_inferior_text
 from lorax_kit.report.figures.together import draw_together
 from lorax_kit.report.measure import Measure
 from lorax_kit.report.pages.html import inline_svg, render
-from lorax_kit.report.run_folder import replace_file
 from lorax_kit.report.tables.together import together_rows
 from lorax_kit.report.together import Together, read_together
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lorax_kit.files.staging import replace_file
 from lorax_kit.report.conditions import Summary
-from lorax_kit.report.run_folder import replace_file
 from lorax_kit.report.tables.methods import method_rows
 from lorax_kit.report.tables.summary import setting_head, summary_rows
 

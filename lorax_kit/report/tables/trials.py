@@ -9,9 +9,10 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from lorax_kit.files.staging import replace_file
 from lorax_kit.report.conditions import Summary
 from lorax_kit.report.measure import measures
-from lorax_kit.report.run_folder import RunFolder, replace_file
+from lorax_kit.report.run_folder import RunFolder
 from lorax_kit.report.settings import PREFIX, setting_columns
 from lorax_kit.report.tables.text import bytes_text
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorax_kit.checkpoint.staging import staged
+from lorax_kit.files.staging import staged
 from lorax_kit.study.folder.store import RunStore
 
 

@@ -31,9 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.checkpoint.fingerprint import differences, first_difference
-from lorax_kit.checkpoint.staging import sole_writer
 from lorax_kit.errors import StudyError
-from lorax_kit.json_text import parse_json, read_json
+from lorax_kit.files.lines import append, cut_to_lines, whole_lines
+from lorax_kit.files.staging import clear_stale, is_begun, replace_file, sole_writer, staged
+from lorax_kit.files.writing import writing
+from lorax_kit.json_text import parse_json, read_json, sealed_json
 from lorax_kit.study.programs.progress import Progress
 from lorax_kit.version import __version__
 
@@ -86,17 +88,17 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
     """
     if not file.exists():
         return []
-    text = file.read_bytes()
-    rows = []
-    for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines(), 1):
-        try:
+    rows, number = [], 0
+    try:
+        for number, line in enumerate(whole_lines(file.read_bytes()), 1):  # noqa: B007  (the error names it)
             row = parse_json(line)
             rows.append(row | {"trial": str(row["trial"])})
-        except (ValueError, TypeError, KeyError) as e:
-            raise StudyError(
-                f"{str(file)!r}, line {number} is not the JSON of a trial: {e!r}.\n"
-                "  delete that line: the trial is then run again"
-            ) from None
+    except (ValueError, TypeError, KeyError) as e:
+        what = f"lacks {e}" if isinstance(e, KeyError) else e
+        raise StudyError(
+            f"{str(file)!r}, line {number} is not the JSON of a trial: {what}.\n"
+            "  delete that line: the trial is then run again"
+        ) from None
     return rows
 
 
@@ -137,7 +139,7 @@ class RunStore:
         previous = self._previous()
         if previous is not None and not isinstance(previous.get("identity"), Mapping):
             previous = None  # somebody else's study.json
-        if previous is None and self.path.exists() and any(self.path.iterdir()):
+        if previous is None and self.path.exists() and not is_begun(self.path):
             raise StudyError(f"{str(self.path)!r} is not empty and holds no study.\n  choose another folder")
         self._discard = overwrite and previous is not None
         if not overwrite and previous is not None and previous.get("identity") != design:
@@ -161,20 +163,19 @@ class RunStore:
         Raises:
           StudyError: another process is writing to it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = sole_writer(self.path)
-        if self._lock is None:
-            raise StudyError(f"another process is writing to {str(self.path)!r}.\n  wait for it, or stop it")
-        if self._discard:
-            for name in ("study.json", *JSONL, *ANALYSIS, TRAINING, "results.csv", "report.html"):
-                (self.path / name).unlink(missing_ok=True)
-            for name in ("adapters", "plots", "tables", RUNGS):
-                shutil.rmtree(self.path / name, ignore_errors=True)
-        (self.path / "adapters").mkdir(exist_ok=True)
-        for name in JSONL:
-            file = self.path / name
-            if file.exists() and (text := file.read_bytes()) and not text.endswith(b"\n"):
-                file.write_bytes(text[: text.rfind(b"\n") + 1])
+        with writing(self.path, StudyError):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = sole_writer(self.path, StudyError)
+            if self._discard:
+                for name in ("study.json", *JSONL, *ANALYSIS, TRAINING, "results.csv", "report.html"):
+                    (self.path / name).unlink(missing_ok=True)
+                for name in ("adapters", "plots", "tables", RUNGS):
+                    shutil.rmtree(self.path / name, ignore_errors=True)
+            (self.path / "adapters").mkdir(exist_ok=True)
+            clear_stale(self.path)
+            clear_stale(self.path / "adapters")
+            for name in JSONL:
+                cut_to_lines(self.path / name)
 
     def close(self) -> None:
         """Let other processes write."""
@@ -199,18 +200,12 @@ class RunStore:
     def write_info(self, **values: Any) -> None:
         """Update `study.json`, replaced in one step."""
         self.info = {**self.info, "identity": self.identity, **plain(values)}
-        file = self.path / "study.json"
-        staged = file.with_suffix(".json.tmp")
-        staged.write_text(json.dumps(self.info, indent=2), encoding="utf-8")
-        os.replace(staged, file)
+        replace_file(self.path / "study.json", sealed_json(self.info, indent=2).encode())
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows to a JSONL file and make sure they are on disk."""
-        text = "".join(json.dumps(plain(row)) + "\n" for row in rows)
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        text = "".join(sealed_json(plain(row)) + "\n" for row in rows)
+        append(self.path / name, text, StudyError)
 
     def finish_trial(self, row: Mapping[str, Any]) -> None:
         """A trial's row: from here on it is finished."""
@@ -220,18 +215,14 @@ class RunStore:
     def save_progress(self, trials: Sequence[str], progress: Progress, place: str | None = None) -> None:
         """Keep the training under way of a group of trials, or with a `place` where it stands at a rung."""
         file = self._progress_file(place)
-        file.parent.mkdir(exist_ok=True)
         facts = {"trials": list(trials), "evaluations": progress.evaluations, "seconds": progress.seconds}
         facts["dtypes"] = [str(x.dtype) for x in progress.running]
         # As bytes: the format knows no bfloat16.
         raw = (np.ascontiguousarray(x).view(np.uint8) for x in progress.running)
         arrays: dict[str, Any] = {f"running_{i}": x for i, x in enumerate(raw)}
-        staged = file.with_name(f".{file.name}.tmp")
-        with open(staged, "wb") as opened:
-            np.savez(
-                opened, facts=np.array(json.dumps(facts)), losses=progress.losses, failed=progress.failed, **arrays
-            )
-        os.replace(staged, file)
+        arrays |= {"facts": np.array(sealed_json(facts)), "losses": progress.losses, "failed": progress.failed}
+        with staged(file, overwrite=True) as new, open(new, "wb") as opened:
+            np.savez(opened, **arrays)
 
     def _progress_file(self, place: str | None) -> Path:
         return self.path / TRAINING if place is None else self.path / RUNGS / f"{place}.npz"

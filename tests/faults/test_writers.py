@@ -1,0 +1,171 @@
+"""Several writers of one path at once, and clocks that jump: one waits or is refused in a line, results stay whole."""
+
+import os
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import lorax_kit as lk
+from lorax_kit.checkpoint.seal import seal
+from lorax_kit.errors import LoraxError
+from lorax_kit.files.lines import append
+from lorax_kit.files.staging import clear_stale, replace_file, sole_writer, staged
+from lorax_kit.report import read_run
+from lorax_kit.study.folder.store import RunStore
+from tests import tiny
+from tests.faults import made
+from tests.faults.processes import Process
+from tests.faults.verdict import in_words, left_over, outcome
+
+MEANWHILE = 8
+
+
+def at_once(calls):
+    """Errors of calls made at the same time, each in a thread."""
+    errors, ready = [], threading.Barrier(len(calls))
+
+    def run(call):
+        ready.wait()
+        try:
+            call()
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("round_", range(6))
+def test_writers_of_one_adapter_leave_one_of_theirs_whole(overwrite, round_, tmp_path, injected):
+    injected("concurrent writers", MEANWHILE)
+    if overwrite:
+        made.save_adapter(tmp_path / "a")
+    kinds = [made.FACTORS, made.OTHERS] * (MEANWHILE // 2)
+
+    def write(factors):
+        with staged(tmp_path / "a", overwrite) as new:
+            new.mkdir()
+            for i, x in enumerate(jax.tree.leaves(factors)):
+                np.save(new / f"{i}.npy", x)
+            (new / "spec").mkdir()
+            seal(new)
+
+    errors = at_once([lambda factors=factors: write(factors) for factors in kinds])
+    assert all(in_words(e, tmp_path / "a") for e in errors)
+    assert overwrite or len(errors) == MEANWHILE - 1
+    first = np.load(tmp_path / "a" / "0.npy")
+    assert any((first == jax.tree.leaves(x)[0]).all() for x in kinds)
+    assert left_over(tmp_path) == []
+
+
+def test_writers_of_one_file_never_leave_a_part(tmp_path, injected):
+    file, contents = tmp_path / "page.html", [bytes([65 + i]) * 200_000 for i in range(MEANWHILE)]
+    for _ in range(5):
+        injected("concurrent writers", MEANWHILE)
+        assert at_once([lambda text=text: replace_file(file, text) for text in contents]) == []
+        assert file.read_bytes() in contents
+    assert left_over(tmp_path) == []
+
+
+def test_lines_of_several_writers_stay_whole(tmp_path, injected):
+    file = tmp_path / "rows.jsonl"
+    injected("concurrent writers", MEANWHILE)
+    lines = [f"{i}" * 5000 + "\n" for i in range(MEANWHILE)]
+    assert at_once([lambda line=line: append(file, line) for line in lines]) == []
+    assert sorted(file.read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_a_run_folder_a_training_and_a_comparison_have_one_writer(things, tmp_path, injected):
+    from lorax_kit.cli import main
+
+    def train():
+        main([*made.TRAIN, str(tmp_path / "t")])
+
+    (tmp_path / "t").mkdir()
+    for folder, call in (
+        (things["run"], lambda: lk.run(made.STUDY, tiny.problem(), out=things["run"], progress=False)),
+        (tmp_path / "t", train),
+    ):
+        injected("concurrent writers")
+        with sole_writer(folder), pytest.raises((LoraxError, SystemExit)) as e:
+            call()
+        assert isinstance(e.value, SystemExit) or in_words(e.value, folder)
+    train()
+    assert len(read_run(things["run"]).trials) == 4
+
+
+def between_two_renames(folder):
+    """Stand still where a folder is moved away, and the new one is not in its place."""
+    with staged(folder / "a", overwrite=True) as new:
+        new.mkdir()
+        (new / "file").write_bytes(b"new")
+        (new.parent / "replaced").mkdir()
+        (folder / "a").rename(new.parent / "replaced" / "a")
+        time.sleep(600)
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_only_the_staging_of_dead_processes_is_cleared(dead, tmp_path, injected):
+    injected("kill -9 of save")
+    replace_file(tmp_path / "a" / "file", b"old")
+    process = Process(between_two_renames, [tmp_path], tmp_path)
+    process.wait_until(lambda: not (tmp_path / "a").exists())
+    if dead:
+        process.kill_after(0)
+        process.end()
+    clear_stale(tmp_path)
+    assert bool(left_over(tmp_path)) is not dead
+    if not dead:
+        process.kill_after(0)
+        process.end()
+        clear_stale(tmp_path)
+    assert (tmp_path / "a" / "file").read_bytes() == b"old"
+    assert left_over(tmp_path) == []
+
+
+def test_a_load_finds_what_a_killed_save_had_moved_away(tmp_path, injected):
+    injected("kill -9 of save")
+    made.save_adapter(tmp_path / "a")
+    whole = made.read_adapter(tmp_path / "a")
+    staging = tmp_path / ".a.abcd1234.staged"
+    (staging / "written").mkdir(parents=True)
+    (staging / "replaced").mkdir()
+    (tmp_path / "a").rename(staging / "replaced" / "a")
+    assert made.read_adapter(tmp_path / "a") == whole
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize("jump", [-1e9, -3600.0, 3600.0, 1e9])
+def test_clocks_that_jump_change_no_results(things, tmp_path, jump, monkeypatch, injected):
+    injected("clock jump")
+    now, calls, whole = time.time, [0], made.read_adapter(things["adapter"])
+
+    def jumping():
+        calls[0] += 1
+        return now() + jump * (calls[0] % 3)
+
+    monkeypatch.setattr(time, "time", jumping)
+    for name in ("study.json", "trials.jsonl"):
+        file = things["run"] / name
+        os.utime(file, (now() + jump, now() + jump))
+    before = read_run(things["run"]).trials
+    again = lk.run(made.STUDY, tiny.problem(), out=things["run"], progress=False)
+    assert tuple(sorted(row["trial"] for row in again.rows)) == tuple(sorted(row["trial"] for row in before))
+    for _ in range(4):
+        injected("clock jump")
+        saved = outcome(lambda: made.save_adapter(tmp_path / "a", overwrite=True), tmp_path)
+        said, found = outcome(lambda: made.read_adapter(tmp_path / "a"), tmp_path)
+        assert saved[0] or said or found == whole
+    monkeypatch.undo()
+    made.save_adapter(tmp_path / "a", overwrite=True)  # clears what orbax's threads wrote after it gave up
+    assert made.read_adapter(tmp_path / "a") == whole
+    assert left_over(tmp_path) == []
+    assert RunStore(things["run"], read_run(things["run"]).study["identity"]).finished
