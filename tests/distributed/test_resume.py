@@ -38,4 +38,5 @@ def test_a_killed_training_of_two_processes_ends_as_if_nothing_had_happened(tmp_
     killed = {**shared, "out": str(tmp_path / "killed"), "saved": str(tmp_path / "killed.npz")}
     codes, *_ = ended(start(2, 2, {**killed, "dies": 33}), limit=120)
     assert codes[1] == 9
+    assert (tmp_path / "killed.npz").exists()
     np.testing.assert_array_equal(together(2, 2, killed), whole)
