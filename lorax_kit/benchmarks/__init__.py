@@ -9,6 +9,7 @@ from lorax_kit.benchmarks.inference.decode import DECODE_COLUMNS, MIXED_DECODE_C
 from lorax_kit.benchmarks.inference.forward import FORWARD_COLUMNS, bench_forward
 from lorax_kit.benchmarks.inference.mixed import MIXED_COLUMNS, bench_mixed
 from lorax_kit.benchmarks.methods import METHOD_COLUMNS, bench_methods
+from lorax_kit.benchmarks.scale import SCALE_COLUMNS, bench_scale
 from lorax_kit.benchmarks.step import COLUMNS, bench_step
 from lorax_kit.benchmarks.study import STUDY_COLUMNS, bench_study
 from lorax_kit.benchmarks.timing import table
@@ -21,6 +22,7 @@ __all__ = [
     "METHOD_COLUMNS",
     "MIXED_COLUMNS",
     "MIXED_DECODE_COLUMNS",
+    "SCALE_COLUMNS",
     "STUDY_COLUMNS",
     "bench_decode",
     "bench_forward",
@@ -28,6 +30,7 @@ __all__ = [
     "bench_methods",
     "bench_mixed",
     "bench_mixed_decode",
+    "bench_scale",
     "bench_step",
     "bench_study",
     "calibrate",

@@ -7,7 +7,7 @@ GPUs and TPUs gather them again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from lorax_kit.core.merge import split
 from lorax_kit.core.spec import Spec
@@ -74,9 +75,14 @@ class Step(NamedTuple):
 
 
 def bench_scale(
-    models: tuple[str, ...] = tuple(MODELS), devices: tuple[int, ...] = DEVICES, *, rank: int = 8, length: int = 128
-) -> Iterator[dict[str, Any]]:
-    """Rows of each model on each number of devices, adapted in all linear maps and in query and value alone.
+    models: Sequence[str] = (),
+    devices: Sequence[int] = (),
+    targets: Sequence[str] = (),
+    *,
+    rank: int = 8,
+    length: int = 128,
+) -> list[dict[str, Any]]:
+    """Rows of each model and choice of targets on each number of devices; none given: all that are known.
 
     The base is bf16, its parts along "fsdp" (and "tensor": a model of 70B), factors and Adam's state fp32, split over
     "fsdp", too. Each device along "fsdp" has one text of `length` tokens.
@@ -84,11 +90,10 @@ def bench_scale(
     Raises:
       LoraxError: JAX has begun with fewer devices.
     """
-    virtual_devices(max(devices))
-    for name in models:
-        for targets in TARGETS:
-            for count in devices:
-                yield _row(name, targets, count, rank, length)
+    counts = devices or DEVICES
+    virtual_devices(max(counts))
+    grid = [(m, t, n) for m in models or MODELS for t in targets or TARGETS for n in counts]
+    return [_row(*one, rank, length) for one in tqdm(grid, unit="row", disable=None)]
 
 
 def virtual_devices(count: int) -> None:

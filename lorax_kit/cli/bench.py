@@ -190,3 +190,23 @@ def device(seconds: float, small: bool, no_peer: bool, out: str | None, as_json:
                 file.write(text + "\n")
 
     run_rows(device_rows(small=small, peer=not no_peer), seconds=seconds, write=write)
+
+
+@bench.command()
+@click.option("--model", "models", multiple=True, type=click.Choice(["135M", "7B", "70B"]), help="Default: each.")
+@click.option(
+    "--devices", multiple=True, type=click.IntRange(1), help="How many, may be repeated; default: 8, 64, 256."
+)
+@click.option("--targets", multiple=True, type=click.Choice(["all-linear", "qv"]), help="Default: each.")
+@click.option("--rank", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--length", type=click.IntRange(2), default=128, show_default=True, help="Tokens of each device's text.")
+@click.option("--json", "as_json", is_flag=True, help="Print rows as JSON.")
+def scale(as_json: bool, **options: Any) -> None:
+    """What a step holds, computes and sends on many devices: compiled for virtual ones, without weights."""
+    from lorax_kit.benchmarks import SCALE_COLUMNS, bench_scale, table
+
+    rows = bench_scale(**options)
+    if as_json:
+        echo(rows)
+    else:
+        click.echo(table(rows, SCALE_COLUMNS))

@@ -90,14 +90,15 @@ class ShardedStep:
         """(new state, info); the state is donated."""
         base = _on(self._mesh, base)
         placed = shard(batch, self._mesh, self._axes, local=self._local)
-        out: tuple[State, Info] = self._program(state, base)(state, base, placed)
+        out: tuple[State, Info] = self.program(state, base)(state, base, placed)
         return out
 
     def lower(self, state: Any, base: Any, batch: Any) -> Any:
         """The program lowered for arrays, or for shapes that say where they lie (`jax.ShapeDtypeStruct`)."""
-        return self._program(state, base).lower(state, base, batch)
+        return self.program(state, base).lower(state, base, batch)
 
-    def _program(self, state: Any, base: Any) -> Any:
+    def program(self, state: Any, base: Any) -> Any:
+        """The jitted function for a state and a base that lie as these do."""
         whole = NamedSharding(self._mesh, PartitionSpec())
         states = jax.tree.map(lambda x: x.sharding, state)
         used = [_used_at(x, self._axes) for x in jax.tree.leaves(base)]

@@ -100,7 +100,7 @@ class Engine:
             return {} if mesh is None else {"out_shardings": where if len(where) > 1 else where[0]}
 
         self._init = jax.jit(lambda factors, scalars: layout.fold(made.init(factors, scalars)))
-        self._step = jax.jit(step, donate_argnums=(0,), **placed(stacked, whole))
+        self.step = jax.jit(step, donate_argnums=(0,), **placed(stacked, whole))
         self._score = jax.jit(score, **placed(whole))
         self._finish = jax.jit(jax.vmap(made.finish), **placed(stacked))
         self._compiled: dict[Any, Any] = {}
@@ -249,7 +249,7 @@ class Engine:
         """Compile ahead of time: the executable cannot be compiled again behind our back, only replaced here."""
         began = perf_counter()
         with told_in_words(f"the training step of problem {self.problem.name!r} does not compile"):
-            compiled = self._step.lower(running, scalars, count, self.base, batch).compile()
+            compiled = self.step.lower(running, scalars, count, self.base, batch).compile()
         self.compiles += 1
         self.compile_seconds += perf_counter() - began
         self.collective_bytes = max(self.collective_bytes, self.layout.slices * collective_bytes(compiled))
