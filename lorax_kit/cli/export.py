@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from lorax_kit.cli.root import cli, echo, refuse_given
+from lorax_kit.cli.root import cli, echo, lines_of, refuse_given
 
 
 @cli.command()
@@ -138,8 +138,6 @@ def _whole(adapter: str, as_json: bool, options: dict[str, Any]) -> None:
 
 def _writer(source: str, as_json: bool, options: dict[str, Any]) -> None:
     """A model that is called token by token."""
-    from pathlib import Path
-
     from lorax_kit.benchmarks import table
     from lorax_kit.commands.export.written import export_writer, smaller_writer
 
@@ -148,11 +146,7 @@ def _writer(source: str, as_json: bool, options: dict[str, Any]) -> None:
     if options["method"] is not None or options["compressed"] is not None:
         names = ("method", "compressed", "keep", "targets", "batches")
         params = smaller_writer(source, **{name: options[name] for name in names})
-    lines: list[str] = []
-    if options["texts"] is not None:
-        lines = [line for line in Path(options["texts"]).read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not lines:
-            raise click.UsageError(f"{options['texts']!r} holds no text.")
+    lines = [] if options["texts"] is None else lines_of(options["texts"])
     kept = ("form", "int8", "platforms", "slots", "rounds", "overwrite")
     row = export_writer(
         source,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from functools import reduce
 from typing import Any
 
@@ -93,7 +94,7 @@ def problem_settings(options: dict[str, Any]) -> Any:
     named = ("data", "val_data", "test_data", "text", "label", "quantise")
     settings |= {"task": own["task"]} | {name: own[name] for name in named if own[name] is not None}
     for flag, pairs in (("--column", own["columns"]), ("--with", own["further"])):
-        for name, value in (_pair(flag, pair) for pair in pairs):
+        for name, value in pairs_of(flag, pairs):
             if name in settings:
                 raise click.UsageError(f"{flag} {name}=...: {name} is given twice.")
             settings[name] = value if flag == "--column" else _value(value)
@@ -128,11 +129,17 @@ def described(model: str | None, options: dict[str, Any], what: str, moved: bool
     return problem_settings(options)
 
 
-def _pair(flag: str, text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not name or not equals or not value:
-        raise click.UsageError(f"{flag} {text!r} must be NAME=VALUE.")
-    return name, value
+def pairs_of(flag: str, texts: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Names and values of an option that is NAME=VALUE.
+
+    Raises:
+      click.UsageError: another form.
+    """
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals or not value:
+            raise click.UsageError(f"{flag} {text!r} must be NAME=VALUE.")
+        yield name, value
 
 
 def _value(text: str) -> Any:

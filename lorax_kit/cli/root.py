@@ -48,6 +48,26 @@ def refuse_given(options: dict[str, str], needed: str) -> None:
             raise click.UsageError(f"{flag} goes with {needed}.")
 
 
+def lines_of(file: str, encoding: str = "utf-8") -> list[str]:
+    """The lines of a file that hold something.
+
+    Raises:
+      click.UsageError: no such encoding, bytes of another one, or no such line.
+    """
+    lines: list[str] = []
+    try:
+        with open(file, encoding="utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding) as handle:
+            for line in handle:
+                lines.append(line.strip())
+    except LookupError:
+        raise click.UsageError(f"the encoding {encoding!r} is not known; such as utf-8, latin-1, cp1252.") from None
+    except UnicodeError:
+        raise click.UsageError(f"{file!r} is not {encoding} text, after line {len(lines)}.") from None
+    if not any(lines):
+        raise click.UsageError(f"{file!r} holds no text.")
+    return [line for line in lines if line]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: exit codes as the module says."""
     try:

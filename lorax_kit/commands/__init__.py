@@ -1,4 +1,4 @@
-"""What the commands of `lorax-kit` do, as functions: train, evaluate, analyse, compress, export, exchange, inspect."""
+"""What the commands of `lorax-kit` do, as functions: train, evaluate, predict, compress, export, exchange, ..."""
 
 from lorax_kit.commands.analysis import analyse_run
 from lorax_kit.commands.compress.compression import compress_subject, save_small

@@ -140,10 +140,7 @@ def train_adapter(
         raise StudyError(f"training gave no usable adapter: {fitted.stopped}.\n  lower the learning rate")
     tested = test(version(base, fitted.state.factors, plan)[0])
     final = _metrics(problem, tested)
-    meta = {"problem": problem.name, "settings": problem.facts.get("settings")}
-    meta |= {"address": problem.address} if problem.address else {}
-    meta |= {"labels": list(problem.facts["labels"])} if problem.facts.get("labels") else {}
-    save_adapter(out / "adapter", plan, fitted.state.factors, base=base, meta=meta)
+    save_adapter(out / "adapter", plan, fitted.state.factors, base=base, meta=problem.remembered)
     saved.unlink(missing_ok=True)
     told = Training(
         name=str(problem.facts.get("name") or problem.name),

@@ -31,6 +31,8 @@ class Language(TextSettings):
       length: of a row, in tokens; None: 256.
     """
 
+    writes: ClassVar[bool] = True
+
     model: str = "smollm2"
     text: str = "text"
     batch_size: int = 8

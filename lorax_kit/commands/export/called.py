@@ -26,7 +26,7 @@ from lorax_kit.errors import ExportError
 from lorax_kit.json_text import read_json
 from lorax_kit.models import load_bert
 from lorax_kit.problem.evaluate import scored, summarised
-from lorax_kit.problems.packaged.sentiment import adapter_folder, workload_of
+from lorax_kit.problems.packaged.sentiment import LABELS, adapter_folder, workload_of
 from lorax_kit.serve import load_onnx, load_stablehlo, load_tensors, save_onnx, save_stablehlo, save_tensors
 from lorax_kit.serve.inputs import Inputs, inputs_of
 from lorax_kit.serve.onnx import check_installed
@@ -34,7 +34,6 @@ from lorax_kit.version import __version__
 
 FILES = {"safetensors": "model.safetensors", "stablehlo": "model.stablehlo", "onnx": "model.onnx"}
 """Format -> the file that holds the model."""
-LABELS = ("negative", "positive")
 DOCUMENT, VOCABULARY = "export.json", "vocab.txt"
 Run = Callable[[Any], list[np.ndarray]]
 """Batch -> the model's outputs, flat."""
