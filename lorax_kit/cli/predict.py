@@ -13,7 +13,9 @@ from lorax_kit.cli.root import cli, echo, lines_of, refuse_given
 @cli.command()
 @click.argument("adapter")
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
-@click.option("--texts", "file", type=click.Path(exists=True, dir_okay=False), help="A file of texts, a line each.")
+@click.option(
+    "--texts", "file", type=click.Path(exists=True, dir_okay=False), help="A file of texts, a line each, in UTF-8."
+)
 @click.option(
     "--data",
     type=click.Path(exists=True, dir_okay=False),
@@ -27,7 +29,7 @@ from lorax_kit.cli.root import cli, echo, lines_of, refuse_given
     multiple=True,
     help="A column that --data names otherwise than the adapter's rows, may be repeated: text=body, question=q, ...",
 )
-@click.option("--encoding", default=None, help="Of the file; default: that of the adapter's rows, UTF-8 of --texts.")
+@click.option("--encoding", default=None, help="Of --data; default: that of the adapter's rows.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was asked and the answers, all probabilities too.")
 def predict(
     adapter: str,
@@ -45,12 +47,10 @@ def predict(
     was trained on are not needed. Models that write: `lorax-kit generate`.
     """
     if data is None:
-        refuse_given({"columns": "--column"}, "--data")
-    if data is None and file is None:
-        refuse_given({"encoding": "--encoding"}, "--data or --texts")
+        refuse_given({"columns": "--column", "encoding": "--encoding"}, "--data")
     from lorax_kit.commands.prediction import predict as answered
 
-    asked = [*texts, *(lines_of(file, encoding or "utf-8") if file is not None else ())]
+    asked = [*texts, *(lines_of(file) if file is not None else ())]
     found = answered(adapter, asked, data=data, columns=dict(pairs_of("--column", columns)), encoding=encoding)
     if found["cut"]:
         click.echo(f"{found['cut']} of {len(found['answers'])} are longer than in training: they were cut", err=True)

@@ -81,13 +81,15 @@ def train_adapter(
     if not 0 < lr < float("inf"):
         raise StudyError(f"lr is {lr}; it must be a positive number.")
     if (out / "adapter").exists():
-        raise AdapterError(f"{str(out / 'adapter')!r} exists: that training is finished.\n  choose another folder")
+        raise AdapterError(
+            f"{str(out / 'adapter')!r} exists: that training is finished.\n  choose another folder, or delete this one"
+        )
     problem = problem if isinstance(problem, Problem) else problem.build()
     per_epoch: Any = steps_per_epoch or problem.facts.get("steps_per_epoch")
     if not is_int(per_epoch) or per_epoch < 1:
         raise StudyError(
             f"problem {problem.name!r} does not say how many steps an epoch has.\n"
-            "  give --steps-per-epoch, or Problem(facts={'steps_per_epoch': ...})"
+            "  say so: steps_per_epoch=N, or Problem(facts={'steps_per_epoch': N})"
         )
     params = problem.params(jax.random.fold_in(jax.random.key(seed), 0))
     example = next(iter(problem.train(seed, 0)))

@@ -171,7 +171,7 @@ def test_what_gives_no_answer_is_refused_with_the_next_step(tmp_path, models, ca
     for argv, says in (
         (["where ?"], "'qa' reads question and context, which a text alone does not give"),
         ([], "there is nothing to answer"),
-        (["--encoding", "latin-1"], "--encoding goes with --data or --texts"),
+        (["--encoding", "latin-1"], "--encoding goes with --data"),
         (["--data", tmp_path / "q.jsonl", "where ?"], "give one of the two"),
         (["--data", tmp_path / "q.jsonl", "--column", "label=a"], "'qa' reads no column 'label'; it reads question, c"),
         (["--data", tmp_path / "a.jsonl"], "lacks 'q'; it has prompt, response"),
