@@ -210,6 +210,13 @@ def test_train_logs_epochs_and_its_adapter_evaluates_the_same(tmp_path, capsys, 
     log = [json.loads(line) for line in (tmp_path / "t" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in log] == [1, 2]
     assert set(log[0]) >= {"loss", "accuracy", "val_loss", "val_accuracy"}
+    call("report", tmp_path / "t", "--json")
+    assert json.loads(capsys.readouterr().out) == {
+        "rows": result["history"], "adapter": result["adapter"], "report": result["report"],
+    }  # fmt: skip
+    call("predict", tmp_path / "t", "a great film", "--json")
+    (answer,) = json.loads(capsys.readouterr().out)["answers"]
+    assert answer["probabilities"][answer["label"]] == answer["probability"] > 0.5
     call("evaluate", result["adapter"], "--json")
     again = json.loads(capsys.readouterr().out)
     assert again["test_accuracy"] == result["test_accuracy"]

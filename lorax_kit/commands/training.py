@@ -54,7 +54,8 @@ def train_adapter(
     max_memory: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train one adapter by `lk.fit` and save it under `out`; the epoch that is best by the problem's metric is kept.
+    """Train one adapter by `lk.fit` and save it under `out`; the epoch that is best by the problem's metric is kept,
+    of equal ones that of the lower validation loss, then the earlier.
 
     Interrupted, the same call goes on, to the same bits: `out/training.npz` holds the training until the adapter is
     saved. Each epoch is once in `out/metrics.jsonl`.
@@ -150,6 +151,7 @@ def train_adapter(
         history=fitted.history,
         test=final,
         examples=int(problem.facts.get("test", tested["examples"])),
+        best=fitted.best if fitted.best is not None else len(fitted.history) - 1,
         stopped=fitted.stopped,
         data=problem.facts,
         spec=spec.to_dict(),
