@@ -1,12 +1,15 @@
 """What the command line says in errors: the option to give, where Python and JSON have a setting; and it works."""
 
 import json
+import re
+from pathlib import Path
 
 import click
 import pytest
 
 from lorax_kit.cli import cli, main
 from lorax_kit.cli.root import in_options
+from lorax_kit.study import Study
 from tests.problems.folders import write_model
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -85,6 +88,25 @@ def test_the_option_for_another_column_works(tmp_path, model, capsys):
     config.write_text(json.dumps({"problem": problem, "study": {"rank": 1, "lr": 1e-3, "seed": [0], "steps": 1,
                                                                  "targets": {"all": ["**/kernel"]}}}))  # fmt: skip
     assert 'say which it is: "text": "COLUMN"' in said(capsys, "study", "--config", config, "--out", tmp_path / "r")
+
+
+def test_the_readmes_study_is_whole_and_an_error_shows_one(tmp_path, model, capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```json\n(.*?)```", readme, re.DOTALL)
+    given = json.loads(block)
+    table = tmp_path / "a.csv"
+    table.write_text("body,topic\n" + "".join(f"{text},{label}\n" for text, label in ROWS), encoding="utf-8")
+    given["problem"] |= {"data": str(table), "model": model}
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps(given))
+    main(["study", "--config", str(config), "--dry-run", "--json"])
+    planned = json.loads(capsys.readouterr().out)
+    assert len(planned["trials"]) == 3 * 2 * 3 + 3  # and the probe's seeds
+    config.write_text(json.dumps(given | {"study": {"rank": 1}}))
+    message = said(capsys, "study", "--config", config, "--out", tmp_path / "r")
+    assert "study lacks 'lr', 'targets'" in message
+    whole = Study.from_dict(json.loads(message[message.rindex(": | ") + 4 :]))
+    assert len(whole.trials()) == 9
 
 
 def test_lines_of_another_encoding_are_told_with_the_way_to_utf_8(tmp_path, capsys):
