@@ -13,6 +13,17 @@ from lorax_kit.cli.root import refuse_given
 
 TASKS = ("classify", "regress", "lm", "chat", "qa", "translate", "choose")
 
+FILE_OPTIONS = (
+    click.option(
+        "--data",
+        type=click.Path(exists=True, dir_okay=False),
+        default=None,
+        help="Rows of your own: CSV, TSV, JSON Lines, Parquet; what the next two do not give is split off. Of an "
+        "adapter: where its rows lie now.",
+    ),
+    click.option("--val-data", type=click.Path(exists=True, dir_okay=False), default=None, help="Rows of validation."),
+    click.option("--test-data", type=click.Path(exists=True, dir_okay=False), default=None, help="Rows of the test."),
+)
 OPTIONS = (
     click.option(
         "--model", default=None, help="minilm, smollm2, a .gguf file or a Hugging Face folder; default: the task's."
@@ -23,14 +34,7 @@ OPTIONS = (
         default=None,
         help="What --data is for; without it, film reviews or --problem.",
     ),
-    click.option(
-        "--data",
-        type=click.Path(exists=True, dir_okay=False),
-        default=None,
-        help="Rows of your own: CSV, TSV, JSON Lines, Parquet; what the next two do not give is split off.",
-    ),
-    click.option("--val-data", type=click.Path(exists=True, dir_okay=False), default=None, help="Rows of validation."),
-    click.option("--test-data", type=click.Path(exists=True, dir_okay=False), default=None, help="Rows of the test."),
+    *FILE_OPTIONS,
     click.option("--text", default=None, help="Column of texts; default: text."),
     click.option("--label", default=None, help="Column of classes or numbers; default: label."),
     click.option(
@@ -66,6 +70,11 @@ FILES = ("data", "val_data", "test_data")
 OF_FILES = ("data", "val_data", "test_data", "text", "label", "columns", "further", "quantise")
 NAMES = ("model", "task", *OF_FILES, "batch_size", "length", "source", "problem")
 FLAGS = {name: f"--{name.replace('_', '-')}" for name in NAMES} | {"columns": "--column", "further": "--with"}
+
+
+def file_options(command: Any) -> Any:
+    """Add the options that say where an adapter's rows lie now; `files_of` reads them."""
+    return reduce(lambda f, option: option(f), reversed(FILE_OPTIONS), command)
 
 
 def problem_options(command: Any) -> Any:
@@ -127,6 +136,12 @@ def described(model: str | None, options: dict[str, Any], what: str, moved: bool
         raise click.UsageError(f"the model is given twice: {model} and --model {options['model']}.")
     options["model"] = options["model"] or model
     return problem_settings(options)
+
+
+def files_of(options: dict[str, Any]) -> dict[str, str]:
+    """Where the rows of an adapter lie now; taken out of `options`."""
+    given = {name: options.pop(name, None) for name in FILES}
+    return {name: file for name, file in given.items() if file is not None}
 
 
 def pairs_of(flag: str, texts: Iterable[str]) -> Iterator[tuple[str, str]]:

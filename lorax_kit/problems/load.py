@@ -27,6 +27,7 @@ from lorax_kit.problems.regress import Regress
 from lorax_kit.problems.settings import Settings
 from lorax_kit.problems.translate import Translate
 
+FILES = ("data", "val_data", "test_data")
 PACKAGED: dict[str, type[Settings]] = {"sentiment": Sentiment, "plays": PlaysText}
 TASKS: dict[str, type[TextSettings]] = {
     "classify": Classify,
@@ -87,6 +88,7 @@ def problem_of(adapter: str | Path, address: str | None = None, files: Mapping[s
     Raises:
       AdapterError: no adapter, a damaged one, or one that does not say; other files, and a problem that has none, or
         whose classes are others than the adapter's.
+      FileNotFoundError: its rows lie elsewhere now.
       StudyError: an address that leads nowhere.
     """
     path = adapter_folder(adapter)
@@ -105,13 +107,9 @@ def problem_of(adapter: str | Path, address: str | None = None, files: Mapping[s
             f"the adapter at {str(path)!r} does not say which problem it was trained on.\n"
             "  give its address: --problem module:object"
         )
-    if not files:
+    if "task" not in settings:
         return _remembered(meta).build()
-    own = dict(settings)
-    digests = {
-        name: digest for name, digest in (own.get("sha256") or {}).items() if name == "data" or name not in files
-    }
-    problem = settings_from({**own, **files, "sha256": digests or None}).build()
+    problem = settings_from(with_files(settings, files or {}, f"the adapter at {str(path)!r}")).build()
     had, has = meta.get("labels"), problem.facts.get("labels")
     if had is not None and list(had) != list(has or ()):
         raise AdapterError(
@@ -119,6 +117,26 @@ def problem_of(adapter: str | Path, address: str | None = None, files: Mapping[s
             f"{', '.join(map(str, has or ()))}."
         )
     return problem
+
+
+def with_files(settings: Mapping[str, Any], files: Mapping[str, str], what: str) -> dict[str, Any]:
+    """The settings of a task whose rows lie elsewhere now: those of "data" as they were, of the others any.
+
+    Args:
+      what: remembers the settings.
+
+    Raises:
+      FileNotFoundError: a file that is not there.
+    """
+    own = {**settings, **files}
+    for name in FILES:
+        if own.get(name) and not Path(own[name]).is_file():
+            raise FileNotFoundError(
+                f"there is no file {own[name]!r}, which {what} remembers.\n"
+                f"  put it there, or say where it lies now: {name}=NEW"
+            )
+    kept = {name: x for name, x in (own.get("sha256") or {}).items() if name == "data" or name not in files}
+    return own | {"sha256": kept or None}
 
 
 def _remembered(meta: Mapping[str, Any]) -> Settings:

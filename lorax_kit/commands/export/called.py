@@ -45,6 +45,7 @@ def export_adapter(
     *,
     form: str,
     problem: str | None = None,
+    files: Mapping[str, str] | None = None,
     method: str | None = None,
     keep: float = 0.5,
     targets: Sequence[str] = (),
@@ -66,6 +67,7 @@ def export_adapter(
       out: the folder to create.
       form: "safetensors", "stablehlo" or "onnx".
       problem: address of the problem, in place of the one that the adapter remembers.
+      files: of its rows, where they lie now; see `lorax_kit.problems.load.problem_of`.
       method, keep, targets, batches: compress first, as `compress_subject` takes them; without a method the adapter
         is merged.
       compressed: instead, a folder of `lorax-kit compress ADAPTER --out`, healed or not.
@@ -106,7 +108,7 @@ def export_adapter(
     if path.is_dir() and (other := sorted(p.name for p in path.iterdir() if p.name not in ours or p.is_dir())):
         raise ExportError(f"{str(path)!r} holds {other[0]!r}, too, which is no part of an export: it is not replaced.")
     adapter = adapter_folder(adapter)
-    subject = subject_of(adapter, targets=targets, address=problem)
+    subject = subject_of(adapter, targets=targets, address=problem, files=files)
     model, healed = Small(subject.apply, subject.params), False
     if compressed is not None:
         kept, model = load_small(compressed, subject)
@@ -148,8 +150,8 @@ def export_adapter(
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8")
         (new / DOCUMENT).write_text(json.dumps(document | {"measured": row}, indent=2) + "\n", encoding="utf-8")
-        files = {file.name: file.stat().st_size for file in sorted(new.iterdir())}
-    return {**row, "path": str(path), "files": files}
+        sizes = {file.name: file.stat().st_size for file in sorted(new.iterdir())}
+    return {**row, "path": str(path), "files": sizes}
 
 
 def compressed_by(subject: Subject, method: Method, keep: float, batches: int, *, progress: bool) -> Small:
