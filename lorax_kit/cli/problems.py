@@ -138,10 +138,10 @@ def described(model: str | None, options: dict[str, Any], what: str, moved: bool
     return problem_settings(options)
 
 
-def files_of(options: dict[str, Any]) -> dict[str, str]:
-    """Where the rows of an adapter lie now; taken out of `options`."""
+def files_of(options: dict[str, Any]) -> dict[str, str] | None:
+    """Where the rows of an adapter lie now, None where they were; taken out of `options`."""
     given = {name: options.pop(name, None) for name in FILES}
-    return {name: file for name, file in given.items() if file is not None}
+    return {name: file for name, file in given.items() if file is not None} or None
 
 
 def pairs_of(flag: str, texts: Iterable[str]) -> Iterator[tuple[str, str]]:
