@@ -140,6 +140,8 @@ def test_compress_prints_the_row_of_the_contract(finished, tmp_path, capsys, sta
     kept = json.loads((out / "row.json").read_text())
     assert len(kept.pop("original")) == 64
     assert set(kept.pop("leaves")) >= {"classifier/bias", "encoder/layer_5/mlp/up/kernel"}  # which model it was made of
+    assert kept.pop("of") == {"model": str(adapter), "settings": None}  # for evaluate to find it
+    assert kept.pop("targets") == ["encoder/layer_5/**/kernel"]
     assert {k: (kept.get(k), found.get(k)) for k in {*kept, *found} if kept.get(k) != found.get(k)} == {}
     assert "encoder/layer_5/mlp/up/kernel/a" in paths(load_tensors(out / "model.safetensors"))
     assert found["method"] == "svd"
