@@ -140,6 +140,8 @@ def test_compress_prints_the_row_of_the_contract(finished, tmp_path, capsys, sta
     kept = json.loads((out / "row.json").read_text())
     assert len(kept.pop("original")) == 64
     assert set(kept.pop("leaves")) >= {"classifier/bias", "encoder/layer_5/mlp/up/kernel"}  # which model it was made of
+    assert kept.pop("of") == {"model": str(adapter), "settings": None}  # for evaluate to find it
+    assert kept.pop("targets") == ["encoder/layer_5/**/kernel"]
     assert {k: (kept.get(k), found.get(k)) for k in {*kept, *found} if kept.get(k) != found.get(k)} == {}
     assert "encoder/layer_5/mlp/up/kernel/a" in paths(load_tensors(out / "model.safetensors"))
     assert found["method"] == "svd"
@@ -210,6 +212,13 @@ def test_train_logs_epochs_and_its_adapter_evaluates_the_same(tmp_path, capsys, 
     log = [json.loads(line) for line in (tmp_path / "t" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in log] == [1, 2]
     assert set(log[0]) >= {"loss", "accuracy", "val_loss", "val_accuracy"}
+    call("report", tmp_path / "t", "--json")
+    assert json.loads(capsys.readouterr().out) == {
+        "rows": result["history"], "adapter": result["adapter"], "report": result["report"],
+    }  # fmt: skip
+    call("predict", tmp_path / "t", "a great film", "--json")
+    (answer,) = json.loads(capsys.readouterr().out)["answers"]
+    assert answer["probabilities"][answer["label"]] == answer["probability"] > 0.5
     call("evaluate", result["adapter"], "--json")
     again = json.loads(capsys.readouterr().out)
     assert again["test_accuracy"] == result["test_accuracy"]

@@ -93,7 +93,7 @@ def bench_scale(
     counts = devices or DEVICES
     virtual_devices(max(counts))
     grid = [(m, t, n) for m in models or MODELS for t in targets or TARGETS for n in counts]
-    return [_row(*one, rank, length) for one in tqdm(grid, unit="row", disable=None)]
+    return [_row(m, t, n, rank, length) for m, t, n in tqdm(grid, unit="row", disable=None)]
 
 
 def virtual_devices(count: int) -> None:

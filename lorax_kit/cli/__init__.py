@@ -1,4 +1,4 @@
-"""The command line: `lorax-kit train|study|report|evaluate|generate|compress|export|inspect|merge|...`.
+"""The command line: `lorax-kit train|study|report|evaluate|predict|generate|compress|export|inspect|merge|...`.
 
 Facts go to standard output (JSON with --json), progress and errors to standard error. Bad input exits with 2 and one
 clear message, an interruption with 130, a reader that closes what it reads with 1.
@@ -11,8 +11,9 @@ from lorax_kit.cli import (  # each registers its commands
     exchange,
     export,
     generate,
+    predict,
     studies,
 )
 from lorax_kit.cli.root import cli, main
 
-__all__ = ["adapters", "bench", "cli", "compression", "exchange", "export", "generate", "main", "studies"]
+__all__ = ["adapters", "bench", "cli", "compression", "exchange", "export", "generate", "main", "predict", "studies"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from lorax_kit.cli.problems import FILES, described, problem_options, problem_settings
+from lorax_kit.cli.problems import described, files_of, problem_options, problem_settings
 from lorax_kit.cli.root import cli, echo, refuse_given
 from lorax_kit.cli.settings import FLAGS, setting_of, setting_options
 
@@ -75,17 +75,21 @@ def train(
 def evaluate(adapter: str | None, texts: str | None, as_json: bool, **options: Any) -> None:
     """Measure a saved adapter on the test split of the problem it was trained on; or a model as it is.
 
-    ADAPTER is a folder of `train` or of a study, which remembers its problem; --data, --val-data and --test-data say
-    where its rows lie now, or give others. With --model, --task and --data the model
-    is measured without one; a head that it lacks is drawn at random.
+    ADAPTER is a folder of `train` or of a study, which remembers its problem, or the smaller model that
+    `compress --out` left; --data, --val-data and --test-data say where its rows lie now, or give others. With --model,
+    --task and --data the model is measured without one; a head that it lacks is drawn at random.
     """
     settings = described(adapter, options, "ADAPTER, a folder of train or of a study", moved=True)
-    from lorax_kit.commands import evaluate_adapter, evaluate_base
+    from lorax_kit.commands import evaluate_adapter, evaluate_base, evaluate_small
     from lorax_kit.problems import problem_from
 
     if settings is None:
-        files = {name: options[name] for name in FILES if options[name] is not None}
-        result = evaluate_adapter(str(adapter), options["problem"], texts, files=files)
+        files = files_of(options)
+        if (Path(str(adapter)) / "row.json").is_file():
+            refuse_given({"texts": "--texts"}, "an adapter, or --model; a compressed model is measured as it is")
+            result = evaluate_small(str(adapter), options["problem"], files=files)
+        else:
+            result = evaluate_adapter(str(adapter), options["problem"], texts, files=files)
     else:
         result = evaluate_base(problem_from(settings), texts)
     if as_json:

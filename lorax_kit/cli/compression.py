@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from lorax_kit.cli.problems import described, problem_options
+from lorax_kit.cli.problems import described, files_of, problem_options
 from lorax_kit.cli.root import cli, echo, refuse_given
 
 
@@ -103,8 +103,8 @@ def compress(
     MODEL is an adapter of `train` or of a study, judged on its problem's test set; or smollm2, a .gguf file or a
     Hugging Face folder, judged on what --task and --data say, a decoder without them on plays.
     """
-    settings = described(subject, options, "MODEL, an adapter or a pretrained model")
-    address = options.pop("problem", None)
+    settings = described(subject, options, "MODEL, an adapter or a pretrained model", moved=True)
+    address, files = options.pop("problem", None), files_of(options)
     from lorax_kit.benchmarks import table
     from lorax_kit.commands import compress_subject, save_small, subject_of
     from lorax_kit.commands.compress.methods import Method
@@ -120,7 +120,7 @@ def compress(
         if sequential:
             raise click.UsageError("--compare has no --sequential: give it to one method.")
         _compare(
-            subject_of(subject, targets=targets, address=address, settings=settings),
+            subject_of(subject, targets=targets, address=address, settings=settings, files=files),
             methods,
             keeps,
             range(seed, seed + seeds),
@@ -138,7 +138,7 @@ def compress(
         refuse_given({"allocation": "--allocation"}, "low-rank methods")
     if method in QUANTISATIONS:
         refuse_given({"keeps": "--keep"}, f"methods that leave something out: {method} keeps all")
-    chosen = subject_of(subject, targets=targets, address=address, settings=settings)
+    chosen = subject_of(subject, targets=targets, address=address, settings=settings, files=files)
     row, small = compress_subject(chosen, method=method, keep=keeps[0], sequential=sequential, seed=seed, **options)
     if out is not None:
         save_small(out, chosen, row, small)

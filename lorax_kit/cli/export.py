@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from lorax_kit.cli.root import cli, echo, refuse_given
+from lorax_kit.cli.problems import FILES, file_options, files_of
+from lorax_kit.cli.root import cli, echo, lines_of, refuse_given
 
 
 @cli.command()
@@ -24,6 +25,7 @@ from lorax_kit.cli.root import cli, echo, refuse_given
 @click.option(
     "--problem", metavar="MODULE:OBJECT", default=None, help="The problem; default: the one it was trained on."
 )
+@file_options
 @click.option("--int8", is_flag=True, help="Matrices of the ONNX model in 8 bits.")
 @click.option("--method", help="Compress first, by a method of `lorax-kit compress`; without, the adapter is merged.")
 @click.option(
@@ -80,9 +82,13 @@ def export(adapter: str | None, model: str | None, onto: str | None, as_json: bo
     ADAPTER is a folder of `train` or of a study. The folder --out holds the model and export.json, and vocab.txt of a
     classifier of texts. A model that writes (of the tasks lm, chat and translate, or --model) is exported with its
     cache, to be called token by token: decoder.FORMAT, of an encoder-decoder encoder.FORMAT, too, and tokenizer.json.
+
+    It is measured on the rows that the adapter remembers, which --data finds where they have moved, or on --texts.
     """
     from lorax_kit.commands.export.written import add_adapter, writes
 
+    if model is not None:
+        refuse_given({name: f"--{name.replace('_', '-')}" for name in FILES}, "an ADAPTER, which remembers its rows")
     if (adapter is None) == (model is None):
         raise click.UsageError("give an ADAPTER, or --model: one of the two.")
     if onto is not None:
@@ -121,9 +127,9 @@ def _whole(adapter: str, as_json: bool, options: dict[str, Any]) -> None:
     method = options["method"]
     if method in QUANTISATIONS:
         refuse_given({"keep": "--keep"}, f"methods that leave something out: {method} keeps all")
-    row = export_adapter(
-        adapter, **{name: x for name, x in options.items() if name not in ("adapters", "texts", "slots")}
-    )
+    files = files_of(options)
+    kept = {name: x for name, x in options.items() if name not in ("adapters", "texts", "slots")}
+    row = export_adapter(adapter, **kept, files=files)
     if as_json:
         echo(row)
         return
@@ -138,21 +144,15 @@ def _whole(adapter: str, as_json: bool, options: dict[str, Any]) -> None:
 
 def _writer(source: str, as_json: bool, options: dict[str, Any]) -> None:
     """A model that is called token by token."""
-    from pathlib import Path
-
     from lorax_kit.benchmarks import table
     from lorax_kit.commands.export.written import export_writer, smaller_writer
 
     refuse_given({"problem": "--problem"}, "models that are called once a batch")
-    params = None
+    params, files = None, files_of(options)
     if options["method"] is not None or options["compressed"] is not None:
         names = ("method", "compressed", "keep", "targets", "batches")
-        params = smaller_writer(source, **{name: options[name] for name in names})
-    lines: list[str] = []
-    if options["texts"] is not None:
-        lines = [line for line in Path(options["texts"]).read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not lines:
-            raise click.UsageError(f"{options['texts']!r} holds no text.")
+        params = smaller_writer(source, **{name: options[name] for name in names}, files=files)
+    lines = [] if options["texts"] is None else lines_of(options["texts"])
     kept = ("form", "int8", "platforms", "slots", "rounds", "overwrite")
     row = export_writer(
         source,
@@ -160,6 +160,7 @@ def _writer(source: str, as_json: bool, options: dict[str, Any]) -> None:
         separate=options["adapters"] == "separate",
         params=params,
         texts=lines,
+        files=files,
         **{name: options[name] for name in kept},
     )
     if as_json:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
-from lorax_kit.cli.root import cli, echo
+from lorax_kit.cli.root import cli, echo, lines_of
 
 
 @cli.command()
@@ -45,7 +44,7 @@ def generate(
     """
     if (adapter is None) == (model is None):
         raise click.UsageError("give an ADAPTER, or --model: one of the two.")
-    asked = [*prompts, *(_lines(file) if file is not None else ())]
+    asked = [*prompts, *(lines_of(file) if file is not None else ())]
     if not asked:
         raise click.UsageError("give --prompt, or --prompts with a file of them.")
     from lorax_kit.commands.generation import author_of, streamed
@@ -72,10 +71,3 @@ def generate(
         return
     for one in found["texts"]:
         click.echo(one["text"])
-
-
-def _lines(file: str) -> list[str]:
-    try:
-        return [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as e:
-        raise click.UsageError(f"{file!r} is not UTF-8 text: {e}.") from None

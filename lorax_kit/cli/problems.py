@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from functools import reduce
 from typing import Any
 
@@ -12,6 +13,17 @@ from lorax_kit.cli.root import refuse_given
 
 TASKS = ("classify", "regress", "lm", "chat", "qa", "translate", "choose")
 
+FILE_OPTIONS = (
+    click.option(
+        "--data",
+        type=click.Path(exists=True, dir_okay=False),
+        default=None,
+        help="Rows of your own: CSV, TSV, JSON Lines, Parquet; what the next two do not give is split off. Of an "
+        "adapter: where its rows lie now.",
+    ),
+    click.option("--val-data", type=click.Path(exists=True, dir_okay=False), default=None, help="Rows of validation."),
+    click.option("--test-data", type=click.Path(exists=True, dir_okay=False), default=None, help="Rows of the test."),
+)
 OPTIONS = (
     click.option(
         "--model", default=None, help="minilm, smollm2, a .gguf file or a Hugging Face folder; default: the task's."
@@ -22,14 +34,7 @@ OPTIONS = (
         default=None,
         help="What --data is for; without it, film reviews or --problem.",
     ),
-    click.option(
-        "--data",
-        type=click.Path(exists=True, dir_okay=False),
-        default=None,
-        help="Rows of your own: CSV, TSV, JSON Lines, Parquet; what the next two do not give is split off.",
-    ),
-    click.option("--val-data", type=click.Path(exists=True, dir_okay=False), default=None, help="Rows of validation."),
-    click.option("--test-data", type=click.Path(exists=True, dir_okay=False), default=None, help="Rows of the test."),
+    *FILE_OPTIONS,
     click.option("--text", default=None, help="Column of texts; default: text."),
     click.option("--label", default=None, help="Column of classes or numbers; default: label."),
     click.option(
@@ -67,6 +72,11 @@ NAMES = ("model", "task", *OF_FILES, "batch_size", "length", "source", "problem"
 FLAGS = {name: f"--{name.replace('_', '-')}" for name in NAMES} | {"columns": "--column", "further": "--with"}
 
 
+def file_options(command: Any) -> Any:
+    """Add the options that say where an adapter's rows lie now; `files_of` reads them."""
+    return reduce(lambda f, option: option(f), reversed(FILE_OPTIONS), command)
+
+
 def problem_options(command: Any) -> Any:
     """Add the options to a command; `problem_settings` reads what they give."""
     return reduce(lambda f, option: option(f), reversed(OPTIONS), command)
@@ -93,7 +103,7 @@ def problem_settings(options: dict[str, Any]) -> Any:
     named = ("data", "val_data", "test_data", "text", "label", "quantise")
     settings |= {"task": own["task"]} | {name: own[name] for name in named if own[name] is not None}
     for flag, pairs in (("--column", own["columns"]), ("--with", own["further"])):
-        for name, value in (_pair(flag, pair) for pair in pairs):
+        for name, value in pairs_of(flag, pairs):
             if name in settings:
                 raise click.UsageError(f"{flag} {name}=...: {name} is given twice.")
             settings[name] = value if flag == "--column" else _value(value)
@@ -128,11 +138,23 @@ def described(model: str | None, options: dict[str, Any], what: str, moved: bool
     return problem_settings(options)
 
 
-def _pair(flag: str, text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not name or not equals or not value:
-        raise click.UsageError(f"{flag} {text!r} must be NAME=VALUE.")
-    return name, value
+def files_of(options: dict[str, Any]) -> dict[str, str] | None:
+    """Where the rows of an adapter lie now, None where they were; taken out of `options`."""
+    given = {name: options.pop(name, None) for name in FILES}
+    return {name: file for name, file in given.items() if file is not None} or None
+
+
+def pairs_of(flag: str, texts: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Names and values of an option that is NAME=VALUE.
+
+    Raises:
+      click.UsageError: another form.
+    """
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals or not value:
+            raise click.UsageError(f"{flag} {text!r} must be NAME=VALUE.")
+        yield name, value
 
 
 def _value(text: str) -> Any:

@@ -4,19 +4,74 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from typing import Any, NoReturn
 
 import click
 
 INTERRUPTED = 130
+SETTING = re.compile(r"(?<=[\s:])(?P<name>[a-z_]+)=(?P<value>'[^']*'|[^\s,;]+)|\bproblem (?P<said>[a-z_]+)(?= is )")
+"""A setting in a message: NAME=VALUE as in Python, or "problem NAME is ..."."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
+class Command(click.Command):
+    """A command whose errors name its options, where those of the package name settings as Python does."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, OverflowError, RecursionError, ImportError) as e:
+            # What this package raises on purpose: a ValueError, an OSError about a file, an ImportError about an extra.
+            raise click.ClickException(in_options(str(e), self)) from e
+
+
+def in_options(message: str, command: click.Command) -> str:
+    """A message, each setting in it that the command takes as the option to give.
+
+    A setting within parentheses is of a call in Python, and stays.
+    """
+    options = {p.name: p for p in command.params if isinstance(p, click.Option)}
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found["name"] or found["said"], (found["value"] or "").strip("'")
+        before = message[: found.start()]
+        if before.count("(") > before.count(")") or (found["said"] and "further" not in options):
+            return found[0]
+        if name in options and name != "source":  # of film reviews, there; a column of that name goes by --column
+            told = [options[name].opts[-1], *([] if options[name].is_flag else [value])]
+        elif name in _task_settings() and "further" in options:
+            told = ["--column" if value == "COLUMN" else "--with", f"{name}={value}" if value else name]
+        elif name in _task_settings() and "config" in options:
+            told = [f'"{name}": "{value}"']
+        else:
+            return found[0]
+        return " ".join(word for word in told if word)
+
+    return SETTING.sub(option, message)
+
+
+def _task_settings() -> set[str]:
+    """The names of all settings of tasks."""
+    from lorax_kit.problems.load import TASKS
+
+    return {field.name for task in TASKS.values() for field in fields(task)}
+
+
+class Group(click.Group):
+    """A group of such commands."""
+
+    command_class = Command
+    group_class = type
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
 @click.version_option(package_name="lorax_kit")
 def cli() -> None:
     """Low-rank adaptation for any JAX function: rank ablations from clone to report."""
@@ -48,6 +103,21 @@ def refuse_given(options: dict[str, str], needed: str) -> None:
             raise click.UsageError(f"{flag} goes with {needed}.")
 
 
+def lines_of(file: str) -> list[str]:
+    """The lines of a UTF-8 text that hold something.
+
+    Raises:
+      DataError: bytes of another encoding.
+      click.UsageError: no such line.
+    """
+    from lorax_kit.data.table import read_lines
+
+    lines = list(read_lines(file))
+    if not lines:
+        raise click.UsageError(f"{file!r} holds no text.")
+    return lines
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: exit codes as the module says."""
     try:
@@ -67,9 +137,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except click.ClickException as e:
         _fail(e.format_message())
-    except (ValueError, OSError, OverflowError, RecursionError, ImportError) as e:
-        # What this package raises on purpose: a ValueError, an OSError about a file, an ImportError about an extra.
-        _fail(str(e))
 
 
 @contextmanager

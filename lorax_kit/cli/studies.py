@@ -227,7 +227,7 @@ def _planned(planned: dict[str, Any]) -> str:
 def report(run_folders: tuple[str, ...], out: str | None, margin: float | None, as_json: bool) -> None:
     """Write the report of a run folder, or of a comparison, anew: report.html, plots, tables and results.csv.
 
-    Of several run folders, one page on which they stand side by side.
+    Of several run folders, one page on which they stand side by side. Of a folder of `train`, where its page is.
     """
     from lorax_kit.report import read_run, summary_table, write_report, write_side_by_side
     from lorax_kit.report.claims import not_inferior_text
@@ -256,6 +256,10 @@ def report(run_folders: tuple[str, ...], out: str | None, margin: float | None, 
         click.echo(comparison_table(run_folder))
         click.echo(f"report: {page}")
         return
+    if (Path(run_folder) / "metrics.jsonl").exists():
+        refuse_given({"margin": "--margin"}, "the folder of a study")
+        _trained(Path(run_folder), as_json)
+        return
     page = write_report(run_folder, margin=margin)
     if as_json:
         echo({"rows": list(read_run(run_folder).trials), "report": str(page)})
@@ -263,6 +267,21 @@ def report(run_folders: tuple[str, ...], out: str | None, margin: float | None, 
     run = read_run(run_folder)
     claim = not_inferior_text(summarise(run, margin=margin))
     click.echo("\n".join([summary_table(run), *([claim] if claim else []), f"report: {page}"]))
+
+
+def _trained(folder: Path, as_json: bool) -> None:
+    """Name the page that `train` wrote when it ended."""
+    from lorax_kit.json_text import parse_json
+    from lorax_kit.problems.packaged.sentiment import adapter_folder
+
+    adapter, page = adapter_folder(folder), folder / "report.html"
+    if not page.exists():
+        raise click.UsageError(f"{str(folder)!r} holds a training without its page: `train` writes it when it ends.")
+    if as_json:
+        rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        echo({"rows": [parse_json(row) for row in rows], "adapter": str(adapter), "report": str(page)})
+        return
+    click.echo(f"{folder} holds one training, not a study; adapter: {adapter}; report: {page}")
 
 
 @cli.command()

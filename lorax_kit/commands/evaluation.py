@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from lorax_kit.checkpoint.adapter import load_adapter
+from lorax_kit.commands.compress.compression import load_small, subject_of_small
 from lorax_kit.commands.generation import Author, author_of
 from lorax_kit.commands.written import written
 from lorax_kit.core.paths import Params
@@ -69,6 +70,25 @@ def evaluate_adapter(
     base = base_of(problem, path)
     adapter = load_adapter(path, base=base)
     return {"adapter": str(path), **_measured(problem, *version(base, adapter.factors, adapter.plan)), **wrote}
+
+
+def evaluate_small(
+    folder: str | Path, address: str | None = None, *, files: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Test metrics of the model in a folder of `lorax-kit compress --out`.
+
+    Args:
+      address, files: as of `evaluate_adapter`; the model that it was made of is loaded, too.
+
+    Raises:
+      CompressError: a damaged folder, or one of another model.
+    """
+    subject = subject_of_small(folder, address=address, files=files)
+    _, small = load_small(folder, subject)
+    found = subject.quality(small.apply, small.params)
+    named = {f"test_{metric.name}": found.metrics[metric.name] for metric in subject.problem.all_metrics}
+    examples = subject.problem.facts.get("test", found.metrics["examples"])
+    return {"model": str(folder), **named, "examples": examples}
 
 
 def _measured(problem: Problem, params: Params, trained: Collection[str], plan: Plan | None = None) -> dict[str, Any]:

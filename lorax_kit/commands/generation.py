@@ -16,7 +16,7 @@ from lorax_kit.errors import AdapterError, LoraxError
 from lorax_kit.generate import Sampling, Writer, adapted, beam_search, decoder_of
 from lorax_kit.models import Loaded, load_model
 from lorax_kit.problem.base import based
-from lorax_kit.problems import settings_from
+from lorax_kit.problems import settings_of
 from lorax_kit.problems.chat import Chat, conversation_text, template_of
 from lorax_kit.problems.packaged.sentiment import adapter_folder
 from lorax_kit.problems.translate import Translate
@@ -128,17 +128,14 @@ def origin_of(source: str | Path, quantise: str | None = None) -> Origin:
         loaded = load_model(source, quantise=quantise)
         decoder_of(loaded)  # an encoder is refused
         return Origin(loaded, loaded.params, None, None)
+    asking: Any = settings_of(path)
     meta = read_document(path)["meta"]
-    settings = meta.get("settings")
-    if meta.get("address") or not isinstance(settings, dict):
+    if not asking.writes:
         raise AdapterError(
-            f"the adapter at {str(path)!r} is of a problem of your own: its model has no name that is known here.\n"
-            "  write with lorax_kit.generate.Writer in Python"
+            f"the adapter at {str(path)!r} is of {meta['problem']!r}: it writes nothing.\n"
+            f"  its answers: lorax-kit predict {source}; its metrics: lorax-kit evaluate {source}"
         )
-    asking = settings_from(settings if "task" in settings else {"name": meta.get("problem"), **settings})
-    loaded = load_model(asking.model, quantise=getattr(asking, "quantise", None))  # type: ignore[attr-defined]
-    if loaded.kind == "encoder" or meta.get("problem") in ("classify", "regress"):
-        raise AdapterError(f"the adapter at {str(path)!r} is of {meta.get('problem')!r}: it writes nothing.")
+    loaded = load_model(asking.model, quantise=getattr(asking, "quantise", None))
     form = meta.get("base_form") or {}
     base = based(loaded.params, form.get("dtype"), form.get("quantise"), tuple(form.get("paths", ())))
     return Origin(loaded, base, load_adapter(path, base=base), asking)

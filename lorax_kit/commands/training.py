@@ -56,7 +56,8 @@ def train_adapter(
     max_memory: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train one adapter by `lk.fit` and save it under `out`; the epoch that is best by the problem's metric is kept.
+    """Train one adapter by `lk.fit` and save it under `out`; the epoch that is best by the problem's metric is kept,
+    of equal ones that of the lower validation loss, then the earlier.
 
     Interrupted, the same call goes on, to the same bits: `out/training.npz` holds the training until the adapter is
     saved. Each epoch is once in `out/metrics.jsonl`.
@@ -84,13 +85,15 @@ def train_adapter(
     if not 0 < lr < float("inf"):
         raise StudyError(f"lr is {lr}; it must be a positive number.")
     if (out / "adapter").exists():
-        raise AdapterError(f"{str(out / 'adapter')!r} exists: that training is finished.\n  choose another folder")
+        raise AdapterError(
+            f"{str(out / 'adapter')!r} exists: that training is finished.\n  choose another folder, or delete this one"
+        )
     problem = problem if isinstance(problem, Problem) else problem.build()
     per_epoch: Any = steps_per_epoch or problem.facts.get("steps_per_epoch")
     if not is_int(per_epoch) or per_epoch < 1:
         raise StudyError(
             f"problem {problem.name!r} does not say how many steps an epoch has.\n"
-            "  give --steps-per-epoch, or Problem(facts={'steps_per_epoch': ...})"
+            "  say so: steps_per_epoch=N, or Problem(facts={'steps_per_epoch': N})"
         )
     params = problem.params(jax.random.fold_in(jax.random.key(seed), 0))
     example = next(iter(problem.train(seed, 0)))
@@ -146,10 +149,7 @@ def train_adapter(
             raise StudyError(f"training gave no usable adapter: {fitted.stopped}.\n  lower the learning rate")
         tested = test(version(base, fitted.state.factors, plan)[0])
         final = _metrics(problem, tested)
-        meta = {"problem": problem.name, "settings": problem.facts.get("settings")}
-        meta |= {"address": problem.address} if problem.address else {}
-        meta |= {"labels": list(problem.facts["labels"])} if problem.facts.get("labels") else {}
-        save_adapter(out / "adapter", plan, fitted.state.factors, base=base, meta=meta)
+        save_adapter(out / "adapter", plan, fitted.state.factors, base=base, meta=problem.remembered)
         saved.unlink(missing_ok=True)
         told = Training(
             name=str(problem.facts.get("name") or problem.name),
@@ -157,6 +157,7 @@ def train_adapter(
             history=fitted.history,
             test=final,
             examples=int(problem.facts.get("test", tested["examples"])),
+            best=fitted.best if fitted.best is not None else len(fitted.history) - 1,
             stopped=fitted.stopped,
             data=problem.facts,
             spec=spec.to_dict(),

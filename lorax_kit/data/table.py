@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,14 +95,36 @@ def _known(encoding: str) -> str:
     return "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
 
 
-def _wrong_encoding(path: Path, encoding: str, line: int) -> DataError:
-    wide = encoding.lower().startswith("utf") and encoding[-2:] in ("16", "32")
-    hint = (
-        f"without a byte order mark say which: {encoding}-le, {encoding}-be"
-        if wide
-        else ("say what it is: encoding (latin-1, cp1252, utf-16, ...)")
+def read_lines(file: str | Path) -> Iterator[str]:
+    """Read the lines of a UTF-8 text that hold something.
+
+    Raises:
+      DataError: bytes of another encoding.
+    """
+    with open(file, encoding="utf-8-sig") as handle:
+        try:
+            yield from (line.strip() for line in handle if line.strip())
+        except UnicodeError:
+            hint = "write it in UTF-8: iconv -f {likely} -t utf-8"
+            raise _wrong_encoding(Path(file), "utf-8", hint) from None
+
+
+def _wrong_encoding(path: Path, encoding: str, hint: str = "say what it is, such as encoding={likely}") -> DataError:
+    """What to say of bytes that are not text in an encoding: the line where they begin, and which it may be."""
+    decoder, line = codecs.getincrementaldecoder(encoding)(), 0
+    with open(path, "rb") as handle:
+        first = handle.read(2)
+        handle.seek(0)
+        with suppress(UnicodeError):
+            for line, text in enumerate(handle, 1):  # noqa: B007
+                decoder.decode(text)
+    if encoding.lower().startswith("utf") and encoding[-2:] in ("16", "32"):
+        hint = f"without a byte order mark say which: encoding={encoding}-le, or encoding={encoding}-be"
+    likely = "utf-16" if first in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin-1"
+    likely = likely if likely != encoding else "cp1252"
+    return DataError(
+        f"{str(path)!r}, line {line} is not {encoding.removesuffix('-sig')} text.\n  {hint.format(likely=likely)}"
     )
-    return DataError(f"{str(path)!r} is not {encoding.removesuffix('-sig')} text, after line {line}.\n  {hint}")
 
 
 def _expect(path: Path, columns: Mapping[str, str], there: Sequence[str]) -> None:
@@ -125,8 +149,11 @@ def _read_csv(path: Path, columns: Mapping[str, str], encoding: str) -> Iterator
             header = next(reader, None)
             if not header:
                 raise DataError(f"{str(path)!r} has no header: its first line names the columns.")
-            if any("\0" in cell for cell in header):  # every second byte of UTF-16
-                raise _wrong_encoding(path, encoding, 0)
+            if any("\0" in cell for cell in header):
+                raise DataError(
+                    f"{str(path)!r} is not {encoding.removesuffix('-sig')} text: it holds zero bytes, as UTF-16 does.\n"
+                    "  say what it is, such as encoding=utf-16-le"
+                )
             _expect(path, columns, header)
             places = {name: header.index(column) for name, column in columns.items()}
             last = reader.line_num
@@ -141,7 +168,7 @@ def _read_csv(path: Path, columns: Mapping[str, str], encoding: str) -> Iterator
                     )
                 yield Row(line, {name: cells[place] for name, place in places.items()})
         except UnicodeError:
-            raise _wrong_encoding(path, encoding, last) from None
+            raise _wrong_encoding(path, encoding) from None
         except csv.Error as e:
             raise DataError(f"{str(path)!r}, line {last + 1}: {e}.") from None
 
@@ -165,7 +192,7 @@ def _read_jsonl(path: Path, columns: Mapping[str, str], encoding: str) -> Iterat
                     )
                 yield Row(number, {name: found[column] for name, column in columns.items()})
         except UnicodeError:
-            raise _wrong_encoding(path, encoding, number) from None
+            raise _wrong_encoding(path, encoding) from None
 
 
 def _read_txt(path: Path, columns: Mapping[str, str], encoding: str) -> Iterator[Row]:
@@ -183,7 +210,7 @@ def _read_txt(path: Path, columns: Mapping[str, str], encoding: str) -> Iterator
                     yield Row(start, {name: "".join(held).strip()})
                     held = []
         except UnicodeError:
-            raise _wrong_encoding(path, encoding, number) from None
+            raise _wrong_encoding(path, encoding) from None
     if held:
         yield Row(start, {name: "".join(held).strip()})
 

@@ -63,7 +63,7 @@ def refuse_existing(
             raise AdapterError(f"{str(path)!r} cannot be made: {str(parent)!r} is no folder that may be written to.")
         return
     if not overwrite:
-        way = "choose another path" + ("" if overwrite is None else ", or pass overwrite=True (--overwrite)")
+        way = "choose another path" + ("" if overwrite is None else ", or replace it: overwrite=True")
         raise AdapterError(f"{str(path)!r} exists.\n  {way}")
     if path.is_symlink() or not (path.is_file() if marker is None else (path / marker).exists()):
         raise AdapterError(f"{str(path)!r} exists and is no such {kind}: it is not replaced.\n  choose another path")

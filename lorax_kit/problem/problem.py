@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,6 +120,16 @@ class Problem:
     def all_metrics(self) -> tuple[Metric, ...]:
         """What is measured, the loss first."""
         return self.metrics  # type: ignore[return-value]
+
+    @property
+    def remembered(self) -> dict[str, Any]:
+        """What an adapter remembers of the problem, as JSON has it: what finds it again, and what its answers read."""
+        settings = self.facts.get("settings")
+        kept: dict[str, Any] = {"problem": self.name, "settings": settings}
+        kept |= {"address": self.address} if self.address else {}
+        if isinstance(settings, Mapping) and "task" in settings:
+            kept |= {name: self.facts[name] for name in ("labels", "length") if name in self.facts}
+        return dict(json.loads(json.dumps(kept)))
 
     @property
     def whole_rules(self) -> list[tuple[str, Full]]:

@@ -5,7 +5,7 @@ from lorax_kit.problems.chat import Chat
 from lorax_kit.problems.choose import Choose
 from lorax_kit.problems.classify import Classify
 from lorax_kit.problems.language import Language
-from lorax_kit.problems.load import problem_from, problem_of, settings_from
+from lorax_kit.problems.load import problem_from, problem_of, settings_from, settings_of
 from lorax_kit.problems.packaged.plays import PlaysText
 from lorax_kit.problems.packaged.sentiment import Sentiment
 from lorax_kit.problems.regress import Regress
@@ -24,4 +24,5 @@ __all__ = [
     "problem_from",
     "problem_of",
     "settings_from",
+    "settings_of",
 ]

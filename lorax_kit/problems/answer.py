@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -19,7 +20,16 @@ from lorax_kit.models.tokenizer import Window
 from lorax_kit.problem import Problem
 from lorax_kit.problem.metric import share_metric
 from lorax_kit.problems.classify import text_of
-from lorax_kit.problems.parts.rows import TextSettings, batches_of, check_length, facts_of, load, read_parts
+from lorax_kit.problems.parts.asked import Asked, placed_batches
+from lorax_kit.problems.parts.rows import (
+    TextSettings,
+    batches_of,
+    check_length,
+    evaluated_in,
+    facts_of,
+    load,
+    read_parts,
+)
 from lorax_kit.tasks import Spans, best_spans, exact_match, span_losses, word_f1
 from lorax_kit.transform import compressed
 
@@ -58,6 +68,7 @@ class Answer(TextSettings):
     overlap: int | None = None
 
     roles: ClassVar[tuple[str, ...]] = ("question", "context", "answer")
+    answers: ClassVar[str] = "answer"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,21 +86,9 @@ class Answer(TextSettings):
         check_length(self, loaded.positions)
         length = self.length or min(DEFAULT_LENGTH, loaded.positions or DEFAULT_LENGTH)
         held: list[Held] = []
-        data = read_parts(self, self._encoding(loaded, length, held), group="passage")
-
-        def make(part: Examples, index: np.ndarray, size: int, length: int) -> Spans:
-            ids, mask = padded([part["ids"][i] for i in index], size, length)
-            types, inside = np.zeros_like(ids), np.zeros_like(ids)
-            ends = np.zeros((3, size), np.int32)
-            for row, i in enumerate(index):
-                for whole, name in ((types, "types"), (inside, "inside")):
-                    whole[row, : len(part[name][i])] = part[name][i]
-                ends[:, row] = part["start"][i], part["end"][i], part["number"][i]
-            weight = (np.arange(size) < len(index)).astype(np.float32)
-            return Spans(ids, mask, types, inside, ends[0], ends[1], weight, ends[2])
-
+        data = read_parts(self, self._encoding(loaded, length, held, _answers), group="passage")
         apply = _applying(loaded)
-        batches = batches_of(data, make, self, length)
+        batches = batches_of(data, _batch, self, length)
 
         def score(logits: Any, batch: Spans) -> dict[str, Array]:
             losses = span_losses(logits, batch)
@@ -114,8 +113,27 @@ class Answer(TextSettings):
             facts=facts_of(self, data, length, "qa", {}),
         )
 
-    def _encoding(self, loaded: Loaded, length: int, held: list[Held]) -> Callable[[Sequence[Row]], dict[str, Any]]:
-        """Rows to windows; `held` gets what the host needs of each."""
+    def to_answer(self, rows: Sequence[Row], facts: Mapping[str, Any]) -> Asked:
+        """Questions and passages; see `Settings.to_answer`."""
+        loaded, length, held = load(self, "qa", "encoder"), facts["length"], list[Held]()
+        part = Examples.of(rows, self._encoding(loaded, length, held, lambda row, passage: (("",), len(passage))))
+        apply = _applying(loaded)
+
+        def answers(outputs: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+            best = _best(held, zip(range(len(held)), outputs, strict=True))
+            return [{"answer": text, "score": score} for score, text, _ in best.values()]
+
+        return Asked(
+            _params(loaded),
+            lambda params, batch: best_spans(apply(params, batch), batch.inside),
+            placed_batches(part["ids"].lengths, partial(_batch, part), **evaluated_in(length)),
+            answers,
+        )
+
+    def _encoding(
+        self, loaded: Loaded, length: int, held: list[Held], right: Callable[[Row, str], tuple[tuple[str, ...], int]]
+    ) -> Callable[[Sequence[Row]], dict[str, Any]]:
+        """Rows to windows; `held` gets what the host needs of each, `right` gives the answers of a row."""
         overlap = min(DEFAULT_OVERLAP, length // 2) if self.overlap is None else self.overlap
 
         def encode(rows: Sequence[Row]) -> dict[str, Any]:
@@ -123,9 +141,9 @@ class Answer(TextSettings):
                 name: [] for name in ("ids", "types", "inside", "start", "end", "number", "key", "passage", "line")
             }
             pairs = [(text_of(row, "question"), text_of(row, "context")) for row in rows]
-            right = [_answers(row, passage) for row, (_, passage) in zip(rows, pairs, strict=True)]
+            known = [right(row, passage) for row, (_, passage) in zip(rows, pairs, strict=True)]
             cut = loaded.tokenizer.encode_pairs(pairs, length, overlap)
-            for row, (question, passage), (answers, at), windows in zip(rows, pairs, right, cut, strict=True):
+            for row, (question, passage), (answers, at), windows in zip(rows, pairs, known, cut, strict=True):
                 for place, window in enumerate(windows):
                     start, end = _tokens_of(window, at, at + len(answers[0]))
                     inside = [int(span[0] >= 0) for span in window.spans]
@@ -137,6 +155,18 @@ class Answer(TextSettings):
             return fields
 
         return encode
+
+
+def _batch(part: Examples, index: np.ndarray, size: int, length: int) -> Spans:
+    ids, mask = padded([part["ids"][i] for i in index], size, length)
+    types, inside = np.zeros_like(ids), np.zeros_like(ids)
+    ends = np.zeros((3, size), np.int32)
+    for row, i in enumerate(index):
+        for whole, name in ((types, "types"), (inside, "inside")):
+            whole[row, : len(part[name][i])] = part[name][i]
+        ends[:, row] = part["start"][i], part["end"][i], part["number"][i]
+    weight = (np.arange(size) < len(index)).astype(np.float32)
+    return Spans(ids, mask, types, inside, ends[0], ends[1], weight, ends[2])
 
 
 def _answers(row: Row, passage: str) -> tuple[tuple[str, ...], int]:
@@ -193,16 +223,25 @@ def _mean_over_rows(held: Sequence[Held], measure: Callable[[str, str], float]) 
     """The mean over questions of the best window's answer, measured against the nearest of the right ones."""
 
     def metric(predictions: Sequence[np.ndarray], batches: Sequence[Spans]) -> float:
-        best: dict[tuple[str, int], tuple[float, float]] = {}
-        for found, batch in zip(predictions, batches, strict=True):
-            for (first, last, score), number in zip(
-                found[batch.weight > 0], batch.number[batch.weight > 0], strict=True
-            ):
-                window = held[number]
-                text = window.passage[window.spans[int(first)][0] : window.spans[int(last)][1]]
-                worth = max(measure(text, answer) for answer in window.answers)
-                if window.row not in best or score > best[window.row][0]:
-                    best[window.row] = (float(score), worth)
-        return float(np.mean([worth for _, worth in best.values()]))
+        found = (
+            (int(number), span)
+            for spans, batch in zip(predictions, batches, strict=True)
+            for number, span in zip(batch.number[batch.weight > 0], spans[batch.weight > 0], strict=True)
+        )
+        best = _best(held, found).values()
+        return float(np.mean([max(measure(text, answer) for answer in answers) for _, text, answers in best]))
 
     return metric
+
+
+def _best(
+    held: Sequence[Held], found: Iterable[tuple[int, np.ndarray]]
+) -> dict[tuple[str, int], tuple[float, str, tuple[str, ...]]]:
+    """Row -> (score, answer, right answers) of its best window, of (which window, its best span)."""
+    best: dict[tuple[str, int], tuple[float, str, tuple[str, ...]]] = {}
+    for number, (first, last, score) in found:
+        window = held[number]
+        if window.row not in best or score > best[window.row][0]:
+            text = window.passage[window.spans[int(first)][0] : window.spans[int(last)][1]]
+            best[window.row] = (float(score), text, window.answers)
+    return best

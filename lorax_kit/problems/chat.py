@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -35,6 +35,8 @@ class Chat(TextSettings):
       system: what a conversation begins with, where its first message is no "system"; None: what the template does.
       template: Jinja text in place of the model's own, or "plain" for models without one.
     """
+
+    writes: ClassVar[bool] = True
 
     model: str = "smollm2"
     prompt: str = "prompt"

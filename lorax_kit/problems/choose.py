@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ from jax import Array
 from lorax_kit.core.setting import is_int, shown
 from lorax_kit.data import Examples, Row, evaluation_batches, key_of, training_stream
 from lorax_kit.errors import DataError, StudyError
+from lorax_kit.models import Loaded, Tokenizer
 from lorax_kit.problem import Problem, Score
 from lorax_kit.problems.classify import text_of
+from lorax_kit.problems.parts.asked import Asked, chosen, placed_batches
 from lorax_kit.problems.parts.rows import TextSettings, facts_of, length_of, load, read_parts
 from lorax_kit.tasks import Told, correct, cross_entropies, row_log_likelihoods, told_batch
 from lorax_kit.transform import compressed
@@ -62,6 +65,7 @@ class Choose(TextSettings):
     batch_size: int = 4
 
     roles: ClassVar[tuple[str, ...]] = ("question", "choices", "answer")
+    answers: ClassVar[str] = "answer"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,50 +85,22 @@ class Choose(TextSettings):
         tokenizer, most = loaded.tokenizer, loaded.positions
 
         def encode(rows: Sequence[Row]) -> dict[str, Any]:
-            fields: dict[str, list[Any]] = {name: [] for name in ("ids", "ends", "starts", "label", "key")}
-            for row in rows:
-                choices, label = _choices(self, row)
-                question = text_of(row, "question")
-                before = self.prompt.replace("{question}", question)
-                texts = tokenizer.encode([before, *(f"{before} {choice}" for choice in choices)], 2**31)
-                values = (
-                    np.concatenate(texts[1:]),
-                    np.cumsum([len(text) for text in texts[1:]]),
-                    [_shared(texts[0], text) for text in texts[1:]],
-                    label,
-                    key_of(question, *choices),
-                )
-                for name, value in zip(fields, values, strict=True):
-                    fields[name].append(value)
-            return fields
+            pairs = [(row, _choices(self, row)) for row in rows]
+            return self._encoded(tokenizer, rows) | {
+                "label": [_right(row, choices) for row, choices in pairs],
+                "key": [key_of(text_of(row, "question"), *choices) for row, choices in pairs],
+            }
 
         data = read_parts(self, encode, target="label")
         parts = (data.train, data.val, data.test)
         count = max(int(part["ends"].lengths.max()) for part in parts)
-        longest = {id(part): np.array([_lengths(part, i).max() for i in range(len(part))]) for part in parts}
+        longest = {id(part): _longest(part) for part in parts}
         length = length_of(self, longest[id(data.train)], most)
 
         def make(part: Examples, index: np.ndarray, size: int, length: int) -> Choices:
-            rows, starts = [], []
-            there, label = np.zeros((size, count), np.float32), np.zeros(size, np.int32)
-            for place, i in enumerate(index):
-                given = np.split(part["ids"][i], part["ends"][i][:-1])
-                empty = count - len(given)
-                # Beyond a question's own choices stands its first one, which is not counted.
-                rows += [*given, *[given[0]] * empty]
-                starts += [*part["starts"][i], *[part["starts"][i][0]] * empty]
-                there[place, : len(given)], label[place] = 1, part["label"][i]
-            marks = [np.arange(len(row)) >= start for row, start in zip(rows, starts, strict=True)]
-            told = told_batch(rows, marks, size * count, length)
-            texts = Told(*(x.reshape(size, count, length) for x in told))
-            return Choices(texts, there, label, (np.arange(size) < len(index)).astype(np.float32))
-
-        def apply(params: Any, batch: Choices) -> Array:
-            told = Told(*(x.reshape(-1, x.shape[-1]) for x in batch.texts))
-            logits: Any = loaded.model.apply({"params": params}, told.ids, told.mask)
-            sums, tokens = row_log_likelihoods(logits, told)
-            scores = (sums / jnp.maximum(tokens, 1.0)).reshape(batch.there.shape)
-            return jnp.where(batch.there > 0, scores, NEVER)
+            batch = _batch(part, index, size, length, count)
+            batch.label[: len(index)] = part["label"][index]
+            return batch
 
         def train(seed: int, start: int) -> Iterator[Choices]:
             return training_stream(
@@ -149,7 +125,7 @@ class Choose(TextSettings):
         return Problem(
             name="choose",
             params=lambda key: loaded.params,
-            apply=compressed(apply),
+            apply=_applying(loaded),
             loss=lambda scores, batch: score(scores, batch).loss / jnp.maximum(jnp.sum(batch.weight), 1e-9),
             score=score,
             train=train,
@@ -161,11 +137,66 @@ class Choose(TextSettings):
             facts=facts_of(self, data, length, "choose", {"cut": cut}),
         )
 
+    def to_answer(self, rows: Sequence[Row], facts: Mapping[str, Any]) -> Asked:
+        """Questions and their choices; see `Settings.to_answer`."""
+        loaded, length = load(self, "choose", "decoder"), facts["length"]
+        choices = [_choices(self, row) for row in rows]
+        part = Examples.of(rows, partial(self._encoded, loaded.tokenizer))
+        longest, count = _longest(part), max(map(len, choices))
 
-def _lengths(part: Examples, i: int) -> np.ndarray:
-    """Tokens of each choice's text of a question."""
-    found: np.ndarray = np.diff(part["ends"][i], prepend=0)
-    return found
+        def make(index: np.ndarray, size: int, length: int) -> Choices:
+            return _batch(part, index, size, length, count)
+
+        def answers(outputs: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+            found = [chosen(some, scores[: len(some)]) for some, scores in zip(choices, outputs, strict=True)]
+            return [{"answer": one.pop("label"), **one} for one in found]
+
+        batches = placed_batches(longest, make, batch_size=self.batch_size, buckets=[length])
+        return Asked(lambda key: loaded.params, _applying(loaded), batches, answers, int((longest > length).sum()))
+
+    def _encoded(self, tokenizer: Tokenizer, rows: Sequence[Row]) -> dict[str, list[Any]]:
+        """The tokens of each row's choices after its question, where each ends, and where its choice starts."""
+        fields: dict[str, list[Any]] = {name: [] for name in ("ids", "ends", "starts")}
+        for row in rows:
+            before = self.prompt.replace("{question}", text_of(row, "question"))
+            texts = tokenizer.encode([before, *(f"{before} {choice}" for choice in _choices(self, row))], 2**31)
+            fields["ids"].append(np.concatenate(texts[1:]))
+            fields["ends"].append(np.cumsum([len(text) for text in texts[1:]]))
+            fields["starts"].append([_shared(texts[0], text) for text in texts[1:]])
+        return fields
+
+
+def _batch(part: Examples, index: np.ndarray, size: int, length: int, count: int) -> Choices:
+    """Questions with `count` choices each, the labels 0."""
+    rows, starts, there = [], [], np.zeros((size, count), np.float32)
+    for place, i in enumerate(index):
+        given = np.split(part["ids"][i], part["ends"][i][:-1])
+        empty = count - len(given)
+        # Beyond a question's own choices stands its first one, which is not counted.
+        rows += [*given, *[given[0]] * empty]
+        starts += [*part["starts"][i], *[part["starts"][i][0]] * empty]
+        there[place, : len(given)] = 1
+    marks = [np.arange(len(row)) >= start for row, start in zip(rows, starts, strict=True)]
+    texts = Told(*(x.reshape(size, count, length) for x in told_batch(rows, marks, size * count, length)))
+    return Choices(texts, there, np.zeros(size, np.int32), (np.arange(size) < len(index)).astype(np.float32))
+
+
+def _applying(loaded: Loaded) -> Callable[[Any, Choices], Array]:
+    """(params, batch) -> the score of each choice."""
+
+    def apply(params: Any, batch: Choices) -> Array:
+        told = Told(*(x.reshape(-1, x.shape[-1]) for x in batch.texts))
+        logits: Any = loaded.model.apply({"params": params}, told.ids, told.mask)
+        sums, tokens = row_log_likelihoods(logits, told)
+        scores = (sums / jnp.maximum(tokens, 1.0)).reshape(batch.there.shape)
+        return jnp.where(batch.there > 0, scores, NEVER)
+
+    return compressed(apply)  # params may be quantised as they were loaded
+
+
+def _longest(part: Examples) -> np.ndarray:
+    """Tokens of each question's longest choice."""
+    return np.array([np.diff(part["ends"][i], prepend=0).max() for i in range(len(part))])
 
 
 def _shared(before: Sequence[int], text: Sequence[int]) -> int:
@@ -173,25 +204,31 @@ def _shared(before: Sequence[int], text: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(before, text, strict=False)) if x != y), min(len(before), len(text)))
 
 
-def _choices(settings: Choose, row: Row) -> tuple[list[str], int]:
-    """The choices of a row, and the place of the right one."""
-    given, answer = row.cells["choices"], row.cells["answer"]
-    where = row.where
+def _choices(settings: Choose, row: Row) -> list[str]:
+    """The choices of a row."""
+    given = row.cells["choices"]
     parts = given if isinstance(given, list) else str(given).split(settings.separator)
     choices = [str(x).strip() for x in parts]
     if len(choices) < 2 or len(set(choices)) < len(choices) or not all(choices):
         raise DataError(
-            f"{where}: choices are {shown(given)}; they must be two or more that differ.\n"
+            f"{row.where}: choices are {shown(given)}; they must be two or more that differ.\n"
             f"  a list in JSON Lines, or parted by separator={settings.separator!r}"
         )
+    return choices
+
+
+def _right(row: Row, choices: Sequence[str]) -> int:
+    """The place of the right one among a row's choices."""
+    answer = row.cells["answer"]
     text = str(answer).strip()
     if text in choices:  # before a number is taken for a place: what is asked may be a number
-        return choices, choices.index(text)
+        return choices.index(text)
     if is_int(answer) and 0 <= answer < len(choices):
-        return choices, answer
+        return int(answer)
     if len(text) == 1 and text in string.ascii_uppercase[: len(choices)]:
-        return choices, string.ascii_uppercase.index(text)
+        return string.ascii_uppercase.index(text)
     raise DataError(
-        f"{where}: the answer {shown(answer)} is none of the choices, {', '.join(choices)}.\n"
+        f"{row.where}: the answer {shown(answer)} is none of the choices, "
+        f"{', '.join(choices)}.\n"
         "  give one of them letter by letter, or its letter: A, B, ..."
     )

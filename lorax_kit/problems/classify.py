@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -15,8 +16,18 @@ from lorax_kit.errors import DataError, StudyError
 from lorax_kit.models import Loaded
 from lorax_kit.problem import Problem
 from lorax_kit.problem.metric import share_metric
-from lorax_kit.problems.parts.pooled import HEAD, pooled
-from lorax_kit.problems.parts.rows import Data, TextSettings, batches_of, facts_of, length_of, load, read_parts
+from lorax_kit.problems.parts.asked import Asked, asked_texts, chosen, chosen_several
+from lorax_kit.problems.parts.pooled import HEAD, Pooled, pooled
+from lorax_kit.problems.parts.rows import (
+    Data,
+    TextSettings,
+    batches_of,
+    evaluated_in,
+    facts_of,
+    length_of,
+    load,
+    read_parts,
+)
 from lorax_kit.tasks import macro_f1, micro_f1, one_class_sums, several_classes_sums
 
 HEADS = ("auto", "trained", "fresh")
@@ -71,7 +82,7 @@ class Classify(TextSettings):
           DataError: one class alone, a class that only a file of validation or test has, or as `read_parts`.
         """
         loaded = load(self, "classify")
-        several = self.several or self.separator is not None
+        several = self._several
         codes: dict[str, int] = {}
 
         def encode(rows: Sequence[Row]) -> dict[str, Any]:
@@ -107,13 +118,7 @@ class Classify(TextSettings):
                     label[row] = place[part["label"][i]]
             return Labelled(ids, mask, label, (np.arange(size) < len(index)).astype(np.float32))
 
-        trained = None if several or self.head == "fresh" else _trained_head(loaded, names)
-        if trained is None and self.head == "trained":
-            raise StudyError(
-                f"{self.model!r} has no trained head for the classes {', '.join(names)}; it has "
-                f"{'one for ' + ', '.join(loaded.labels) if loaded.labels else 'none'}."
-            )
-        model, chosen = pooled(loaded, len(names), trained), "fresh" if trained is None else "trained"
+        model, chosen_head = self._model(loaded, names)
         sums = several_classes_sums if several else one_class_sums
         f1 = share_metric("micro_f1", of=micro_f1) if several else share_metric("macro_f1", of=macro_f1)
 
@@ -135,8 +140,30 @@ class Classify(TextSettings):
             counts=lambda batch: batch.mask * batch.weight[:, None],
             student=model.student,
             **batches_of(data, make, self, length),
-            facts=facts_of(self, data, length, "classify", {"labels": names, "head": chosen}),
+            facts=facts_of(self, data, length, "classify", {"labels": names, "head": chosen_head}),
         )
+
+    def to_answer(self, rows: Sequence[Row], facts: Mapping[str, Any]) -> Asked:
+        """Texts to classify; see `Settings.to_answer`."""
+        loaded, names = load(self, "classify"), list(facts["labels"])
+        ids = loaded.tokenizer.encode([text_of(row, "text") for row in rows], 2**31)
+        model, _ = self._model(loaded, names)
+        answer = partial(chosen_several if self._several else chosen, names)
+        return asked_texts(ids, model.params, model.apply, answer, **evaluated_in(facts["length"]))
+
+    @property
+    def _several(self) -> bool:
+        return self.several or self.separator is not None
+
+    def _model(self, loaded: Loaded, names: Sequence[str]) -> tuple[Pooled, str]:
+        """The model with a head for the classes, and whether that is a trained or a fresh one."""
+        trained = None if self._several or self.head == "fresh" else _trained_head(loaded, names)
+        if trained is None and self.head == "trained":
+            raise StudyError(
+                f"{self.model!r} has no trained head for the classes {', '.join(names)}; it has "
+                f"{'one for ' + ', '.join(loaded.labels) if loaded.labels else 'none'}."
+            )
+        return pooled(loaded, len(names), trained), "fresh" if trained is None else "trained"
 
 
 def _check_classes(settings: Classify, data: Data, names: Sequence[str]) -> None:

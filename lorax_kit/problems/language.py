@@ -31,6 +31,8 @@ class Language(TextSettings):
       length: of a row, in tokens; None: 256.
     """
 
+    writes: ClassVar[bool] = True
+
     model: str = "smollm2"
     text: str = "text"
     batch_size: int = 8
@@ -61,7 +63,7 @@ class Language(TextSettings):
         if len(train.ids) < self.batch_size:
             raise DataError(
                 f"{self.data!r} gives {len(train.ids)} rows of {length} tokens, fewer than a batch of "
-                f"{self.batch_size}.\n  give a smaller batch_size or length"
+                f"{self.batch_size}.\n  give less: batch_size=N, or length=N"
             )
 
         def batches(seed: int, start: int) -> Iterator[Told]:

@@ -21,11 +21,13 @@ from lorax_kit.problems.classify import Classify
 from lorax_kit.problems.language import Language
 from lorax_kit.problems.packaged.plays import PlaysText
 from lorax_kit.problems.packaged.sentiment import Sentiment, adapter_folder
+from lorax_kit.problems.parts.asked import Asked
 from lorax_kit.problems.parts.rows import TextSettings
 from lorax_kit.problems.regress import Regress
 from lorax_kit.problems.settings import Settings
 from lorax_kit.problems.translate import Translate
 
+FILES = ("data", "val_data", "test_data")
 PACKAGED: dict[str, type[Settings]] = {"sentiment": Sentiment, "plays": PlaysText}
 TASKS: dict[str, type[TextSettings]] = {
     "classify": Classify,
@@ -86,6 +88,7 @@ def problem_of(adapter: str | Path, address: str | None = None, files: Mapping[s
     Raises:
       AdapterError: no adapter, a damaged one, or one that does not say; other files, and a problem that has none, or
         whose classes are others than the adapter's.
+      FileNotFoundError: its rows lie elsewhere now.
       StudyError: an address that leads nowhere.
     """
     path = adapter_folder(adapter)
@@ -104,13 +107,9 @@ def problem_of(adapter: str | Path, address: str | None = None, files: Mapping[s
             f"the adapter at {str(path)!r} does not say which problem it was trained on.\n"
             "  give its address: --problem module:object"
         )
-    own = settings if "task" in settings else {"name": meta["problem"], **settings}
-    if not files:
-        return settings_from(own).build()
-    digests = {
-        name: digest for name, digest in (own.get("sha256") or {}).items() if name == "data" or name not in files
-    }
-    problem = settings_from({**own, **files, "sha256": digests or None}).build()
+    if "task" not in settings:
+        return _remembered(meta).build()
+    problem = settings_from(with_files(settings, files or {}, f"the adapter at {str(path)!r}")).build()
     had, has = meta.get("labels"), problem.facts.get("labels")
     if had is not None and list(had) != list(has or ()):
         raise AdapterError(
@@ -120,7 +119,59 @@ def problem_of(adapter: str | Path, address: str | None = None, files: Mapping[s
     return problem
 
 
-def base_of(problem: Problem, adapter: str | Path) -> Params:
+def with_files(settings: Mapping[str, Any], files: Mapping[str, str], what: str) -> dict[str, Any]:
+    """The settings of a task whose rows lie elsewhere now: those of "data" as they were, of the others any.
+
+    Args:
+      what: remembers the settings.
+
+    Raises:
+      FileNotFoundError: a file that is not there.
+    """
+    own = {**settings, **files}
+    for name in FILES:
+        if own.get(name) and not Path(own[name]).is_file():
+            raise FileNotFoundError(
+                f"there is no file {own[name]!r}, which {what} remembers.\n"
+                f"  put it there, or say where it lies now: {name}=NEW"
+            )
+    kept = {name: x for name, x in (own.get("sha256") or {}).items() if name == "data" or name not in files}
+    return own | {"sha256": kept or None}
+
+
+def _remembered(meta: Mapping[str, Any]) -> Settings:
+    """The settings in an adapter's document."""
+    settings = meta["settings"]
+    return settings_from(settings if "task" in settings else {"name": meta["problem"], **settings})
+
+
+def settings_of(adapter: str | Path) -> Settings:
+    """The settings of the problem that a saved adapter was trained on, which is not loaded.
+
+    Raises:
+      AdapterError: no adapter, a damaged one, or one of a problem of one's own.
+    """
+    path = adapter_folder(adapter)
+    meta = read_document(path)["meta"]
+    if meta.get("address") or not isinstance(meta.get("settings"), Mapping):
+        raise AdapterError(
+            f"the adapter at {str(path)!r} is of a problem of your own, whose model and inputs are not known here.\n"
+            "  in Python: lk.load_adapter, and lk.adapt of the problem's apply"
+        )
+    return _remembered(meta)
+
+
+def remembered_facts(adapter: str | Path) -> Mapping[str, Any]:
+    """What a saved adapter remembers of the data it was trained on: "length", and "labels" of a classifier.
+
+    Those of adapters that were saved without are found in the data.
+    """
+    path = adapter_folder(adapter)
+    meta: Mapping[str, Any] = read_document(path)["meta"]
+    return meta if "length" in meta or "task" not in meta["settings"] else problem_of(path).facts
+
+
+def base_of(problem: Problem | Asked, adapter: str | Path) -> Params:
     """The base of a saved adapter: the problem's, cast or quantised as its study had it."""
     form = read_document(adapter)["meta"].get("base_form") or {}
     params = problem.params(jax.random.key(0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -15,8 +15,18 @@ from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import DataError, StudyError
 from lorax_kit.problem import Metric, Problem
 from lorax_kit.problems.classify import Labelled, text_of
+from lorax_kit.problems.parts.asked import Asked, asked_texts
 from lorax_kit.problems.parts.pooled import HEAD, pooled
-from lorax_kit.problems.parts.rows import Data, TextSettings, batches_of, facts_of, length_of, load, read_parts
+from lorax_kit.problems.parts.rows import (
+    Data,
+    TextSettings,
+    batches_of,
+    evaluated_in,
+    facts_of,
+    length_of,
+    load,
+    read_parts,
+)
 from lorax_kit.tasks import number_sums, pearson
 
 FARTHEST = 1e9
@@ -116,6 +126,20 @@ class Regress(TextSettings):
                 {"label_mean": mean, "label_spread": spread},
             ),
         )
+
+    def to_answer(self, rows: Sequence[Row], facts: Mapping[str, Any]) -> Asked:
+        """Texts to find the numbers of; see `Settings.to_answer`."""
+        loaded = load(self, "regress")
+        model = pooled(loaded, 1)
+        ids = loaded.tokenizer.encode([text_of(row, "text") for row in rows], 2**31)
+        assert self.centre is not None  # an adapter remembers both
+        assert self.spread is not None
+        centre, spread = self.centre, self.spread
+
+        def answer(outputs: np.ndarray) -> dict[str, Any]:
+            return {"value": centre + spread * float(outputs[0])}
+
+        return asked_texts(ids, model.params, model.apply, answer, **evaluated_in(facts["length"]))
 
 
 def _check_labels(settings: Regress, data: Data, mean: float, spread: float) -> None:

@@ -35,6 +35,8 @@ class Translate(TextSettings):
       system, template: of a decoder's conversation, as in `Chat`.
     """
 
+    writes: ClassVar[bool] = True
+
     model: str = "smollm2"
     source: str = "source"
     target: str = "target"

@@ -172,8 +172,9 @@ def _missing_or_empty(file: Path) -> str:
 
 def _study(file: Path) -> Record:
     if not file.exists():
+        trained = "; it holds one training, of `lorax-kit train`" if (file.parent / "metrics.jsonl").exists() else ""
         raise RunFolderError(
-            f"'{file.parent}' is not a run folder: it has no study.json.\n"
+            f"'{file.parent}' is not a run folder: it has no study.json{trained}.\n"
             "  next: pass the folder a study wrote (its --out)."
         )
     try:

@@ -37,11 +37,13 @@ class Fitted(NamedTuple):
       state: of the best epoch if validation ran, else of the last.
       history: one dict per epoch: epoch, steps, seconds, loss, accuracy, val_loss, val_accuracy as far as known.
       stopped: why training ended: "epochs", "early stop", or "loss is not finite at step N" ("gradient", "update").
+      best: the place in the history of the epoch that the state is of; None: nothing was chosen, it is the last.
     """
 
     state: State
     history: list[dict[str, float]]
     stopped: str
+    best: int | None = None
 
 
 LOSSES = {"loss": "lower", "val_loss": "lower"}
@@ -126,8 +128,9 @@ def fit(
       base: the frozen params.
       epochs: one iterable of batches per epoch.
       evaluate: factors -> metrics, called after every epoch; names get the prefix "val_".
-      patience: stop after so many epochs without a better `monitor`; the best state is returned.
-      monitor: a metric of the history.
+      patience: stop after so many epochs without a better one; the state of the best is returned.
+      monitor: a metric of the history, which says which epoch is best; of those in which it is equal, the one of the
+        lowest "val_loss", then the earliest.
       better: "lower" or "higher": when `monitor` is better. Only "loss" and "val_loss" need none: they are losses.
       log: append one JSON object per epoch to this file.
       progress: draw a bar per epoch.
@@ -212,9 +215,9 @@ def fit(
         if evaluate is not None or patience is not None:
             if monitor not in row:
                 raise LoraxError(f"monitor {monitor!r} is not measured; there are {', '.join(row)}.")
-            score = sign * row[monitor] if math.isfinite(row[monitor]) else math.inf
-            if (best is None and score < math.inf) or (best is not None and score < best[0]):
-                best, waited = (score, gathered(state.factors)), 0
+            order = _order(row, monitor, sign)
+            if math.isfinite(order[0]) and (best is None or order < _order(history[best[0]], monitor, sign)):
+                best, waited = (len(history) - 1, gathered(state.factors)), 0
             else:
                 waited += 1
                 if patience is not None and waited >= patience:
@@ -224,7 +227,13 @@ def fit(
             append(Path(log), json.dumps(row) + "\n")
     if best is not None:
         state = state._replace(factors=jax.tree.map(_placed, best[1], state.factors))
-    return Fitted(state, history, stopped or "epochs")
+    return Fitted(state, history, stopped or "epochs", None if best is None else best[0])
+
+
+def _order(row: Mapping[str, float], monitor: str, sign: int) -> tuple[float, float]:
+    """What puts the best epoch first: the metric, and where two have the same, their loss of validation."""
+    found = (sign * row[monitor], row.get("val_loss", 0.0))
+    return tuple(x if math.isfinite(x) else math.inf for x in found)  # type: ignore[return-value]
 
 
 def _is_due(seconds: float, steps: int, together: bool) -> bool:

@@ -28,7 +28,7 @@ class Saved(NamedTuple):
     Attributes:
       state: after the last step.
       history: rows of the epochs that are done.
-      best: (score, factors) of the best epoch so far, or None.
+      best: (place in the history, factors) of the best epoch so far, or None.
       waited: epochs since then.
       totals: sums of the epoch under way, by name.
       steps, seconds: of the epoch under way.
@@ -37,7 +37,7 @@ class Saved(NamedTuple):
 
     state: State
     history: list[dict[str, float]]
-    best: tuple[float, Any] | None = None
+    best: tuple[int, Any] | None = None
     waited: int = 0
     totals: Mapping[str, Any] = {}
     steps: int = 0
@@ -60,7 +60,7 @@ def save_training(file: Path, saved: Saved, settings: Mapping[str, Any]) -> None
         "settings": settings,
         "leaves": [[str(x.dtype), list(x.shape)] for x in leaves],
         "history": saved.history,
-        "score": None if saved.best is None else saved.best[0],
+        "best": None if saved.best is None else saved.best[0],
         "names": sorted(saved.totals),
         **{name: getattr(saved, name) for name in ("waited", "steps", "seconds", "stopped")},
     }
@@ -94,7 +94,7 @@ def load_training(file: Path, state: State, settings: Mapping[str, Any]) -> Save
             leaves = [stored[f"leaf_{i}"].view(dtype).reshape(shape) for i, (dtype, shape) in enumerate(shapes)]
         known, history, names = facts["settings"], list(facts["history"]), list(facts["names"])
         waited, steps, seconds = int(facts["waited"]), int(facts["steps"]), float(facts["seconds"])
-        score, stopped = facts["score"], facts["stopped"]
+        place, stopped = facts["best"], facts["stopped"]
     except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise LoraxError(f"{str(file)!r} is damaged: {e}.\n  delete it: training then begins anew") from None
     ours = json.loads(json.dumps(settings))
@@ -105,7 +105,7 @@ def load_training(file: Path, state: State, settings: Mapping[str, Any]) -> Save
             f"{str(file)!r} is of an interrupted training of other settings: {name} was {was}, and is {now}.\n"
             "  give the same settings to go on, or delete the file to begin anew"
         )
-    templates = jax.tree.leaves((state, None if score is None else state.factors, dict.fromkeys(names, np.float32(0))))
+    templates = jax.tree.leaves((state, None if place is None else state.factors, dict.fromkeys(names, np.float32(0))))
     if len(leaves) != len(templates) or any(x.shape != _plain(y).shape for x, y in zip(leaves, templates, strict=True)):
         raise LoraxError(f"{str(file)!r} is of another training: its arrays do not fit.\n  delete it to begin anew")
     count = len(jax.tree.leaves(state))
@@ -113,8 +113,8 @@ def load_training(file: Path, state: State, settings: Mapping[str, Any]) -> Save
     rest = leaves[count:]
     best = (
         None
-        if score is None
-        else (float(score), jax.tree.unflatten(jax.tree.structure(state.factors), rest[: len(rest) - len(names)]))
+        if place is None
+        else (int(place), jax.tree.unflatten(jax.tree.structure(state.factors), rest[: len(rest) - len(names)]))
     )
     totals = dict(zip(names, rest[len(rest) - len(names) :], strict=True))
     return Saved(

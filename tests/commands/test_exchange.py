@@ -38,7 +38,7 @@ def saved(model, path, setting, seed=0):
 def call(*arguments, code=0):
     found = CliRunner().invoke(cli, [*map(str, arguments)])
     if code:
-        return str(found.exception)
+        return found.output
     assert found.exit_code == 0, (found.output, found.exception)
     return json.loads(found.stdout)
 

@@ -48,7 +48,7 @@ def quicker():
 
 
 @functools.cache
-def subject_of(adapter, targets=(), address=None):
+def subject_of(adapter, targets=(), address=None, files=None):
     return sentiment_subject(adapter, targets=targets)
 
 

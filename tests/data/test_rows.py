@@ -55,7 +55,10 @@ BAD = {
     ("a.csv", b""): "has no header",
     ("a.csv", b"text,label\na,x\ncaf\xe9,x\n"): "not utf-8 text",
     ("a.csv", b'text,label\n"a,x\n'): "line 2: unexpected end of data",
-    ("a.csv", "text,label\na,x\n".encode("utf-16-le")): "is not utf-8 text, after line 0.",
+    (
+        "a.csv",
+        "text,label\na,x\n".encode("utf-16-le"),
+    ): "is not utf-8 text: it holds zero bytes, as UTF-16 does.\n  say what it is, such as encoding=utf-16-le",
     ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "b"}\n'): "line 2 lacks 'label'; it has text",
     ("a.jsonl", b'{"text": "a", "label": 1}\n{"text"\n'): "line 2 is not JSON",
     ("a.jsonl", b"[1]\n"): "line 1 is no object, but list",
@@ -96,7 +99,7 @@ def test_damaged_pages_of_parquet_name_the_file(tmp_path):
 
 def test_other_wrong_arguments(tmp_path):
     with pytest.raises(
-        DataError, match=r"not utf-16 text, after line 0\.\n  without a byte order mark say which: utf-16-le"
+        DataError, match=r"line 1 is not utf-16 text\.\n  without a byte order mark say which: encoding=utf-16-le"
     ):
         cells(written(tmp_path, "b.csv", "text,label\na,x\n".encode("utf-16-le")), encoding="utf-16")
     with pytest.raises(FileNotFoundError, match="there is no file"):

@@ -116,6 +116,31 @@ def test_the_best_epoch_is_best_in_the_direction_that_was_said(metric, values, b
     assert fitted.stopped == "early stop"
 
 
+@pytest.mark.parametrize(
+    ("accuracies", "losses", "best"),
+    [
+        ([0.8, 0.9, 0.9, 0.9], [0.1, 0.5, 0.3, 0.4], 2),  # of equal ones the lower loss
+        ([0.8, 0.9, 0.9, 0.9], [0.1, 0.3, 0.3, 0.4], 1),  # then the earlier
+        ([0.9, 0.9, 0.8, 0.9], [float("nan"), 0.3, 0.1, 0.4], 1),
+        ([float("nan"), 0.5, 0.6, 0.5], [0.1, 0.3, 0.4, 0.2], 2),
+    ],
+)
+def test_of_equal_epochs_the_lower_loss_is_kept_then_the_earlier(accuracies, losses, best, tmp_path):
+    step, state, base = setup()
+    kept, measured = [], iter(zip(accuracies, losses, strict=True))
+
+    def evaluate(factors):
+        kept.append(np.asarray(factors["up/kernel"].b).copy())
+        return dict(zip(("accuracy", "loss"), next(measured), strict=True))
+
+    rounds = epochs(4, steps=1)
+    fitted = lk.fit(
+        step, state, base, rounds, evaluate=evaluate, monitor="val_accuracy", better="higher", progress=False
+    )
+    assert fitted.best == best
+    np.testing.assert_array_equal(fitted.state.factors["up/kernel"].b, kept[best])
+
+
 def test_a_nan_ends_training_and_names_its_step():
     step, state, base = setup()
     batches = epochs(2)

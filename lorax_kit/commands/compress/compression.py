@@ -26,7 +26,7 @@ from lorax_kit.commands.compress.methods import (
     students_layers,
     total_bytes,
 )
-from lorax_kit.commands.compress.subjects import Apply, Quality, Subject
+from lorax_kit.commands.compress.subjects import Apply, Quality, Subject, subject_of
 from lorax_kit.compress import Moments, compressed, distil, distillation, heal, tune
 from lorax_kit.compress.arguments import check_count, check_number, check_positive, check_share
 from lorax_kit.core.lowrank import LowRank
@@ -36,6 +36,7 @@ from lorax_kit.errors import CompressError
 from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.json_text import read_json, sealed_json
 from lorax_kit.measure import facts, product_flops
+from lorax_kit.problems.load import with_files
 from lorax_kit.serve import load_tensors, save_tensors
 
 MODEL, ROW = "model.safetensors", "row.json"
@@ -175,8 +176,41 @@ def save_small(out: str | Path, subject: Subject, row: dict[str, Any], small: Sm
         folder.mkdir()
         save_tensors(folder / MODEL, small.params)
         original = {"original": fingerprint(subject.params), "leaves": digests(subject.params)}
-        text = sealed_json(row | original, indent=2) + "\n"
+        of = {"of": subject.origin, "targets": list(subject.targets)}
+        text = sealed_json(row | original | of, indent=2) + "\n"
         (folder / ROW).write_text(text, encoding="utf-8")
+
+
+def subject_of_small(
+    folder: str | Path, *, address: str | None = None, files: Mapping[str, str] | None = None
+) -> Subject:
+    """The model of which `save_small` wrote a smaller one.
+
+    Args:
+      address, files: of its problem and rows, as `subject_of` takes them.
+
+    Raises:
+      CompressError: a damaged folder, or one that does not say of which model it is.
+    """
+    path = Path(folder)
+    try:
+        row = read_json(path / ROW)
+        of, targets = row.get("of") or {}, tuple(row.get("targets") or ())
+        model, settings = of.get("model"), of.get("settings")
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise CompressError(f"{str(path)!r} is damaged: {type(e).__name__} {e}.") from None
+    # An address in a file would run what it names: it comes from the caller alone.
+    if isinstance(settings, Mapping) and "task" in settings and "address" not in settings:
+        return subject_of(
+            None, targets=targets, settings=with_files(settings, files or {}, f"the model in {str(path)!r}")
+        )
+    if isinstance(model, str):
+        return subject_of(model, targets=targets, address=address, files=files)
+    if address is None:
+        raise CompressError(
+            f"{str(path)!r} does not say of which problem it is.\n  give its address: --problem module:object"
+        )
+    return subject_of(None, targets=targets, settings=address)
 
 
 def load_small(folder: str | Path, subject: Subject) -> tuple[dict[str, Any], Small]:

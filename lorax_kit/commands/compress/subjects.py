@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -64,11 +64,13 @@ class Subject:
       problem: the model on its data; its `layers`, `places`, `counts` and `student` are read where they are given.
       params: as trained.
       targets: patterns of the parameters to compress.
+      origin: {"model", "settings"} of `subject_of`, by which a smaller model finds it again; None of another one.
     """
 
     problem: Problem
     params: Params
     targets: tuple[str, ...]
+    origin: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -138,7 +140,12 @@ class Subject:
 
 
 def subject_of(
-    model: str | Path | None, *, targets: Sequence[str] = (), address: str | None = None, settings: Any = None
+    model: str | Path | None,
+    *,
+    targets: Sequence[str] = (),
+    address: str | None = None,
+    settings: Any = None,
+    files: Mapping[str, str] | None = None,
 ) -> Subject:
     """The model that an adapter makes of its base, a pretrained model on a problem, or a decoder on plays.
 
@@ -147,10 +154,27 @@ def subject_of(
       targets: patterns of the parameters to compress; default: the problem's, or what the adapter adapted.
       address: of the problem, in place of the one that the adapter remembers.
       settings: of a problem, as `problem_from` takes them: its own model is the one that is compressed.
+      files: of an adapter's rows, as `problem_of` takes them.
 
     Raises:
       AdapterError, MissingPackageError, FileNotFoundError, ValueError: what the loaders raise.
     """
+    subject = _subject(model, targets, address, settings, files)
+    if settings is None and model is not None:
+        place = str(Path(model).absolute()) if Path(model).exists() else str(model)
+        return replace(subject, origin={"model": place, "settings": None})
+    kept = subject.problem.facts.get("settings")
+    named = kept if subject.problem.address is None and isinstance(kept, Mapping) and "task" in kept else None
+    return replace(subject, origin={"model": None, "settings": named})
+
+
+def _subject(
+    model: str | Path | None,
+    targets: Sequence[str],
+    address: str | None,
+    settings: Any,
+    files: Mapping[str, str] | None,
+) -> Subject:
     if settings is not None or model is None:
         problem = problem_from(settings)
         return Subject(
@@ -158,9 +182,12 @@ def subject_of(
         )
     if (adapter_folder(model) / "spec").is_dir():
         document = read_document(adapter_folder(model))
-        if address is None and document["meta"].get("problem") == "sentiment" and not document["meta"].get("address"):
+        packaged = document["meta"].get("problem") == "sentiment" and not document["meta"].get("address")
+        if packaged and address is None and not files:
             return sentiment_subject(model, targets=targets)
-        return adapter_subject(adapter_folder(model), problem_of(model, address), targets)
+        return adapter_subject(adapter_folder(model), problem_of(model, address, files), targets)
+    if files:
+        raise CompressError(f"{str(model)!r} is no adapter, which would remember its rows: give --task, too.")
     if str(model) == "smollm2" or Path(model).suffix == ".gguf" or (Path(model) / "config.json").is_file():
         return text_subject(model, targets=targets)
     if not Path(model).exists():

@@ -25,7 +25,7 @@ from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.json_text import read_json, sealed_json
 from lorax_kit.models import load_bert
 from lorax_kit.problem.evaluate import scored, summarised
-from lorax_kit.problems.packaged.sentiment import adapter_folder, workload_of
+from lorax_kit.problems.packaged.sentiment import LABELS, adapter_folder, workload_of
 from lorax_kit.serve import load_onnx, load_stablehlo, load_tensors, save_onnx, save_stablehlo, save_tensors
 from lorax_kit.serve.inputs import Inputs, inputs_of
 from lorax_kit.serve.onnx import check_installed
@@ -33,7 +33,6 @@ from lorax_kit.version import __version__
 
 FILES = {"safetensors": "model.safetensors", "stablehlo": "model.stablehlo", "onnx": "model.onnx"}
 """Format -> the file that holds the model."""
-LABELS = ("negative", "positive")
 DOCUMENT, VOCABULARY = "export.json", "vocab.txt"
 Run = Callable[[Any], list[np.ndarray]]
 """Batch -> the model's outputs, flat."""
@@ -45,6 +44,7 @@ def export_adapter(
     *,
     form: str,
     problem: str | None = None,
+    files: Mapping[str, str] | None = None,
     method: str | None = None,
     keep: float = 0.5,
     targets: Sequence[str] = (),
@@ -66,6 +66,7 @@ def export_adapter(
       out: the folder to create.
       form: "safetensors", "stablehlo" or "onnx".
       problem: address of the problem, in place of the one that the adapter remembers.
+      files: of its rows, where they lie now; see `lorax_kit.problems.load.problem_of`.
       method, keep, targets, batches: compress first, as `compress_subject` takes them; without a method the adapter
         is merged.
       compressed: instead, a folder of `lorax-kit compress ADAPTER --out`, healed or not.
@@ -106,7 +107,7 @@ def export_adapter(
     if path.is_dir() and (other := sorted(p.name for p in path.iterdir() if p.name not in ours or p.is_dir())):
         raise ExportError(f"{str(path)!r} holds {other[0]!r}, too, which is no part of an export: it is not replaced.")
     adapter = adapter_folder(adapter)
-    subject = subject_of(adapter, targets=targets, address=problem)
+    subject = subject_of(adapter, targets=targets, address=problem, files=files)
     model, healed = Small(subject.apply, subject.params), False
     if compressed is not None:
         kept, model = load_small(compressed, subject)
@@ -148,8 +149,8 @@ def export_adapter(
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8")
         (new / DOCUMENT).write_text(sealed_json(document | {"measured": row}, indent=2) + "\n", encoding="utf-8")
-        files = {file.name: file.stat().st_size for file in sorted(new.iterdir())}
-    return {**row, "path": str(path), "files": files}
+        sizes = {file.name: file.stat().st_size for file in sorted(new.iterdir())}
+    return {**row, "path": str(path), "files": sizes}
 
 
 def compressed_by(subject: Subject, method: Method, keep: float, batches: int, *, progress: bool) -> Small:

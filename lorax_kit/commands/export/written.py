@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ def export_writer(
     separate: bool = False,
     params: Params = None,
     texts: Sequence[str] = (),
+    files: Mapping[str, str] | None = None,
     platforms: Sequence[str] = ("cpu",),
     slots: int = 256,
     new: int = 16,
@@ -78,6 +79,7 @@ def export_writer(
         False: the adapter is merged.
       params: other params of the same model, compressed ones among them, in place of the merged; None: those.
       texts: to measure on; default: the test rows of an adapter's problem, else twenty sentences.
+      files: of an adapter's rows, where they lie now; see `lorax_kit.problems.load.problem_of`.
       platforms: that StableHLO is lowered for.
       slots: of LiteRT, tokens of the longest text.
       new: tokens to write after each prompt while measuring.
@@ -130,7 +132,7 @@ def export_writer(
     if form == "litert":
         longest = min(slots, longest or slots)
         parts = one_at_a_time(parts, longest)
-    samples = _samples(origin, source, author, texts, longest)
+    samples = _samples(origin, source, author, texts, longest, files)
     with staged(path, overwrite) as folder:
         folder.mkdir()
         files = save_parts(folder, parts, stored, form, int8=int8, platforms=platforms)
@@ -175,6 +177,7 @@ def smaller_writer(
     keep: float = 0.5,
     targets: Sequence[str] = (),
     batches: int = 16,
+    files: Mapping[str, str] | None = None,
 ) -> Params:
     """The params of a model that writes, made smaller by a method, or by `lorax-kit compress --out` before.
 
@@ -184,7 +187,7 @@ def smaller_writer(
     """
     if method is not None and compressed is not None:
         raise ExportError("a model that is compressed already takes no method: give one of the two.")
-    subject = subject_of(source, targets=targets)
+    subject = subject_of(source, targets=targets, files=files)
     if compressed is not None:
         kept, model = load_small(compressed, subject)
         way = Method.parse(kept["method"].removesuffix(IN_TURN))
@@ -294,12 +297,21 @@ def _restored(params: Params) -> Params:
 
 
 def _samples(
-    origin: Origin, source: str | Path, author: Author, texts: Sequence[str], longest: int | None
+    origin: Origin,
+    source: str | Path,
+    author: Author,
+    texts: Sequence[str],
+    longest: int | None,
+    files: Mapping[str, str] | None,
 ) -> list[Sample]:
     """What is measured on: texts, else the test rows, else sentences."""
     if texts or origin.adapter is None:
         return samples_of(author, texts or SENTENCES, longest)
-    return samples_of(author, problem_of(adapter_folder(source)).test, longest)
+    try:
+        problem = problem_of(adapter_folder(source), files=files)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{e}, or other texts to measure on: texts=FILE") from None
+    return samples_of(author, problem.test, longest)
 
 
 def _about(author: Author, longest: int | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +30,8 @@ class PlaysText(Settings):
       batch_size, length: of all batches, in windows and tokens.
       held_out: how many windows each of validation (of the training plays, left out of training) and test have.
     """
+
+    writes: ClassVar[bool] = True
 
     model: str = "smollm2"
     batch_size: int = 2

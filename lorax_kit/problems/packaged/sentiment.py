@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from lorax_kit.checkpoint.adapter import read_document
-from lorax_kit.data import Batch, Encoded, encoded, eval_batches, load_reviews, split_reviews, train_batches
+from lorax_kit.data import Batch, Encoded, Row, encoded, eval_batches, load_reviews, split_reviews, train_batches
 from lorax_kit.errors import AdapterError, StudyError
-from lorax_kit.models import BertClassifier, Tokenizer, classifier_params, load_bert
+from lorax_kit.models import BertClassifier, Pretrained, Tokenizer, classifier_params, load_bert
 from lorax_kit.problem import Problem, Score
+from lorax_kit.problems.parts.asked import Asked, asked_texts, chosen
 from lorax_kit.problems.parts.layers import fewer_layers
 from lorax_kit.problems.settings import Settings
 from lorax_kit.tasks import correct, cross_entropies, cross_entropy
 
 HEAD = ("classifier/{kernel,bias}",)
+LABELS = ("negative", "positive")
+EVALUATED_AT_ONCE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +90,6 @@ class Sentiment(Settings):
                 f"the tokenizer of {self.model!r} gives the id {largest}; its model has {pretrained.config.vocab_size} "
                 "word embeddings.\n  use the tokenizer.json that belongs to these weights"
             )
-        model = BertClassifier(pretrained.config, num_classes=2)
 
         def batches(seed: int, start: int) -> Iterator[Batch]:
             length = self.length or self.buckets
@@ -104,7 +107,7 @@ class Sentiment(Settings):
         return Problem(
             name="sentiment",
             params=lambda key: classifier_params(pretrained, 2, key),
-            apply=lambda params, batch: model.apply({"params": params}, batch.ids, batch.mask),
+            apply=_applying(pretrained),
             loss=lambda logits, batch: cross_entropy(logits, batch.label, batch.weight),
             score=score,
             head=HEAD,
@@ -114,8 +117,8 @@ class Sentiment(Settings):
             counts=lambda batch: batch.mask * batch.weight[:, None],
             student=student,
             train=batches,
-            val=eval_batches(val, batch_size=64, buckets=self.buckets),
-            test=eval_batches(test, batch_size=64, buckets=self.buckets),
+            val=eval_batches(val, batch_size=EVALUATED_AT_ONCE, buckets=self.buckets),
+            test=eval_batches(test, batch_size=EVALUATED_AT_ONCE, buckets=self.buckets),
             facts={
                 "name": f"{self.source} sentiment, {self.model}",
                 "train": len(train.ids),
@@ -125,6 +128,29 @@ class Sentiment(Settings):
                 "settings": self.to_dict(),
             },
         )
+
+    @property
+    def asked_columns(self) -> dict[str, str]:
+        """The column of texts."""
+        return {"text": "text"}
+
+    def to_answer(self, rows: Sequence[Row], facts: Mapping[str, Any]) -> Asked:
+        """Reviews to classify; see `Settings.to_answer`."""
+        pretrained = load_bert(self.model)
+        ids = Tokenizer.from_file(pretrained.tokenizer_file).encode([row.cells["text"] for row in rows], 2**31)
+        shape = {"batch_size": EVALUATED_AT_ONCE, "buckets": self.buckets}
+        return asked_texts(
+            ids,
+            lambda key: classifier_params(pretrained, 2, key),
+            _applying(pretrained),
+            partial(chosen, LABELS),
+            **shape,
+        )
+
+
+def _applying(pretrained: Pretrained) -> Callable[[Any, Any], Any]:
+    model = BertClassifier(pretrained.config, num_classes=2)
+    return lambda params, batch: model.apply({"params": params}, batch.ids, batch.mask)
 
 
 def adapter_folder(path: str | Path) -> Path:

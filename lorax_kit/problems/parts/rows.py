@@ -59,6 +59,8 @@ class TextSettings(Settings):
 
     roles: ClassVar[tuple[str, ...]] = ()
     """Which settings are names of columns."""
+    answers: ClassVar[str] = "label"
+    """The role of what the model is to find."""
 
     def __post_init__(self) -> None:
         optional = [name for name in ("val_data", "test_data") if getattr(self, name) is not None]
@@ -85,6 +87,11 @@ class TextSettings(Settings):
     def columns(self) -> dict[str, str]:
         """Role -> column."""
         return {role: getattr(self, role) for role in self.roles}
+
+    @property
+    def asked_columns(self) -> dict[str, str]:
+        """Role -> column, but for that of the answers."""
+        return {role: column for role, column in self.columns.items() if role != self.answers}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, files and the model's folder by their absolute paths; `from_dict` is the inverse."""
@@ -242,14 +249,16 @@ def length_of(settings: TextSettings, sizes: np.ndarray, most: int | None) -> in
     return min(fits, LONGEST, most or LONGEST)
 
 
+def evaluated_in(length: int) -> dict[str, Any]:
+    """Rows and lengths of the batches of evaluation."""
+    return {"batch_size": EVALUATED_AT_ONCE, "buckets": sorted({max(length // 2, 2), length})}
+
+
 def batches_of(data: Data, make: Make, settings: TextSettings, length: int) -> dict[str, Any]:
     """The batches of a problem, as its keywords: those of training in one length, the others in two."""
-    buckets = sorted({max(length // 2, 2), length})
 
     def evaluated(part: Examples) -> list[Any]:
-        return evaluation_batches(
-            part["ids"].lengths, partial(make, part), batch_size=EVALUATED_AT_ONCE, buckets=buckets
-        )
+        return evaluation_batches(part["ids"].lengths, partial(make, part), **evaluated_in(length))
 
     def train(seed: int, start: int) -> Iterator[Any]:
         return training_stream(

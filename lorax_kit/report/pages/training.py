@@ -29,6 +29,7 @@ class Training:
       history: a row for each epoch: "epoch", "steps", "loss", "val_<metric>" each, "seconds".
       test: metric -> its value on the test set.
       examples: of the test set.
+      best: the place in the history of the epoch that was kept.
       stopped: why training ended: "epochs", or what stopped it.
       data: the problem's facts: "rows", "train", "val", "test", "left_out", "cut", "length", "settings".
       spec: what is trained and how, as JSON data.
@@ -42,6 +43,7 @@ class Training:
     history: Sequence[Mapping[str, float]]
     test: Mapping[str, float]
     examples: int
+    best: int
     stopped: str
     data: Mapping[str, Any]
     spec: Mapping[str, Any]
@@ -54,12 +56,6 @@ class Training:
     def chief(self) -> Measure:
         """The metric that chose the epoch."""
         return self.measures[0]
-
-    @property
-    def best(self) -> int:
-        """The place of the epoch that was kept: the best by validation, of equal ones the first."""
-        values = [row[f"val_{self.chief.name}"] for row in self.history]
-        return values.index(max(values) if self.chief.better == "higher" else min(values))
 
 
 def write_training_report(folder: str | Path, training: Training) -> Path:

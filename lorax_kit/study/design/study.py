@@ -315,7 +315,12 @@ class Study:
         unknown = sorted(set(data) - set(known))
         check(not unknown, f"study has the unknown key {', '.join(map(repr, unknown))}; known: {', '.join(known)}.")
         missing = sorted({"rank", "lr", "targets"} - set(data))
-        check(not missing, f"study lacks {', '.join(map(repr, missing))}.")
+        check(
+            not missing,
+            f"study lacks {', '.join(map(repr, missing))}. A whole one, whose targets are the kernels of all layers:\n"
+            '  {"rank": [1, 4, 16], "lr": [0.001], "seed": [0, 1, 2], "steps": 300, "targets": {"all": '
+            '["**/layer_*/**/kernel"]}}',
+        )
         return cls(**data)
 
 

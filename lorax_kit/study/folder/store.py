@@ -149,7 +149,7 @@ class RunStore:
             raise StudyError(
                 f"{str(self.path)!r} holds another study (it differs in {_differing(ours, theirs) or 'its keys'}).\n"
                 + (f"  {first_difference(found)}\n" if "base" in ours and found else "")
-                + "  choose another folder, or discard it: overwrite=True, --overwrite"
+                + "  choose another folder, or discard it: overwrite=True"
             )
         self._lock: IO[str] | None = None
         self.identity = design

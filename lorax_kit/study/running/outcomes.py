@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -226,14 +225,7 @@ class Outcomes:
             factors,
             base=base,
             identity=self._identity(group.form, plan, base),
-            # As JSON has it: facts may hold tuples.
-            meta={
-                "problem": problem.name,
-                "settings": json.loads(json.dumps(problem.facts.get("settings"))),
-                "trial": trial.name,
-                **({"address": problem.address} if problem.address else {}),
-                **self._condition(group),
-            },
+            meta={**problem.remembered, "trial": trial.name, **self._condition(group)},
             overwrite=True,
         )
         last = trained.losses[-max(study.steps // 10, 1) :, i]
