@@ -35,7 +35,7 @@ from lorax_kit.core import (
 )
 from lorax_kit.core.leaves import site_key
 from lorax_kit.methods import HRA, IA3, AdaLoRA, DeLoRA, DoRA, Factors, LoHa, LoKr, LoRA, LoRAXS, MiSS, Rows, VeRA
-from lorax_kit.parallel import device_mesh, layout, place, pmap_step, sharded_step, study_mesh, training_mesh
+from lorax_kit.parallel import device_mesh, layout, onto, place, pmap_step, sharded_step, study_mesh, training_mesh
 from lorax_kit.peft import load_peft, save_peft
 from lorax_kit.problem import Metric, Problem, Score, problem_at, problem_builder
 from lorax_kit.starts import loftq
@@ -116,6 +116,7 @@ __all__ = [
     "make_step",
     "merge",
     "nested",
+    "onto",
     "partition",
     "paths",
     "penalty",

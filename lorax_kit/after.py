@@ -10,7 +10,7 @@ import jax.extend.core as jex
 import numpy as np
 from jax import Array, lax
 
-from lorax_kit.placement import everywhere, explicit_mesh, partitioned, partitioned_axes
+from lorax_kit.placement import TRIAL, everywhere, explicit_mesh, partitioned, partitioned_axes
 
 
 def after(x: Array, values: Any) -> Any:
@@ -22,7 +22,7 @@ def after(x: Array, values: Any) -> Any:
     """
     if 0 in x.shape:  # of a weight that gains alone adapt: there is nothing to wait for
         return values
-    if partitioned_axes():
+    if partitioned_axes() - {TRIAL}:  # each trial has its own entry
         return lax.optimization_barrier((x, values))[1]
     explicit = explicit_mesh(x) is not None
     entry = partitioned(_first, everywhere(x), x) if explicit else _first(x)

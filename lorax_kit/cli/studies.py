@@ -63,6 +63,13 @@ def _config(path: str) -> dict[str, Any]:
     "--data", type=click.IntRange(1), default=1, show_default=True, help="Split each batch over so many devices, too."
 )
 @click.option(
+    "--fsdp",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Hold the base in parts on so many devices, over which batches are split, too.",
+)
+@click.option(
     "--workers",
     type=click.IntRange(1),
     default=None,
@@ -91,6 +98,7 @@ def study(
     overwrite: bool,
     devices: int | None,
     data: int,
+    fsdp: int,
     workers: int | None,
     worker_cpus: float,
     worker_gpus: float,
@@ -124,9 +132,12 @@ def study(
         join(coordinator, processes, process)
     first = jax.process_index() == 0
     if devices is None:
-        devices = max(len(jax.devices()) // data, 1) if jax.process_count() > 1 else 1
-    if devices * data > len(jax.devices()):
-        raise StudyError(f"--devices {devices} --data {data} needs {devices * data}: JAX sees {len(jax.devices())}.")
+        devices = max(len(jax.devices()) // (data * fsdp), 1) if jax.process_count() > 1 else 1
+    needed = devices * data * fsdp
+    if needed > len(jax.devices()):
+        raise StudyError(
+            f"--devices {devices} --data {data} --fsdp {fsdp} needs {needed}: JAX sees {len(jax.devices())}."
+        )
     names = {trial.name for trial in design.trials()}
     known = names & set(finished_trials(out)) if out and not overwrite else set()
     if first:
@@ -134,7 +145,7 @@ def study(
         click.echo(f"{len(names)} trials of {design.steps} steps{done}; loading model and data", err=True)
     problem = problem_from(read.get("problem", {}))
     machines: dict[str, Any] = {
-        "mesh": None if devices * data == 1 else study_mesh(devices, data),
+        "mesh": None if needed == 1 else study_mesh(devices, data, fsdp=fsdp),
         "workers": None if workers is None else Workers(workers, worker_cpus, worker_gpus),
         "memory_bytes": None if memory_mib is None else memory_mib * 2**20,
     }

@@ -1,7 +1,7 @@
 """The same step over several devices: a data mesh, a pmap entrance, sharded trials, and several processes."""
 
 from lorax_kit.parallel.distributed import join, quiet_stdout
-from lorax_kit.parallel.layout import device_bytes, layout, place
+from lorax_kit.parallel.layout import device_bytes, layout, onto, place
 from lorax_kit.parallel.mesh import device_mesh, replicate, shard, study_mesh, training_mesh
 from lorax_kit.parallel.pmap import pmap_step
 from lorax_kit.parallel.sharded import sharded_step
@@ -11,6 +11,7 @@ __all__ = [
     "device_mesh",
     "join",
     "layout",
+    "onto",
     "place",
     "pmap_step",
     "quiet_stdout",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -29,6 +29,7 @@ PACKAGED_RULES: dict[str, Axes] = {
     "head/kernel": (None, TENSOR),
 }
 """Of the models of `load_model` (Shoeybi et al., arXiv 1909.08053): one sum over devices per attention and per MLP."""
+_PACKAGED = {one: axes for pattern, axes in PACKAGED_RULES.items() for one in expand_braces(pattern)}
 SMALLEST = 1024
 """Entries below which a parameter is not worth splitting."""
 
@@ -44,7 +45,8 @@ def layout(params: Any, mesh: Mesh, rules: Mapping[str, Axes] | None = None, *, 
       params: arrays, or `jax.ShapeDtypeStruct`s for a plan without weights.
       mesh: as of `lk.training_mesh`.
       rules: pattern of paths -> for each axis of the parameter the axis of the mesh that splits it, or None; the
-        first that matches holds. Default: those of the models of `lk.load_model`, where the mesh has "tensor".
+        first that matches holds. Default: those of the models of `lk.load_model`, where the mesh has "tensor"; they
+        leave an axis whole that the devices do not divide (of 30,522 words, say).
       smallest: entries.
 
     Returns:
@@ -63,22 +65,43 @@ def layout(params: Any, mesh: Mesh, rules: Mapping[str, Axes] | None = None, *, 
     """
     named, treedef = flatten(params, whole=(Quantised, LowRank))
     own = _checked(rules, mesh, [p for p, x in named.items() if _holds_arrays(x)])
-    axes = {path: _axes_of(path, x, own) for path, x in named.items()}
-    if rules is None and mesh.shape.get(TENSOR, 1) > 1 and not any(any(x) for x in axes.values()):
+    if rules is None and mesh.shape.get(TENSOR, 1) > 1 and not any(_axes_of(p, x, own) for p, x in named.items()):
         raise LoraxError(
             f"the mesh has {mesh.shape[TENSOR]} devices along {TENSOR!r}, and no parameter has a name that tells how "
             f"to split it.\n  rules={{'**/up/kernel': (None, {TENSOR!r}), ...}}"
         )
+    return unflatten({path: _shardings(path, x, own, mesh, smallest) for path, x in named.items()}, treedef)
 
-    def place(path: str, x: Any) -> Any:
-        if not _holds_arrays(x):
-            return None
-        parts = jax.tree.leaves(x)
-        wanted = [_for_part(x, part, axes[path]) for part in parts]
-        specs = [_with_fsdp(path, part, some, mesh, smallest) for part, some in zip(parts, wanted, strict=True)]
-        return jax.tree.unflatten(jax.tree.structure(x), [NamedSharding(mesh, spec) for spec in specs])
 
-    return unflatten({path: place(path, x) for path, x in named.items()}, treedef)
+def _shardings(path: str, x: Any, rules: Mapping[str, Axes], mesh: Mesh, smallest: int) -> Any:
+    """Where the arrays of one parameter lie."""
+    if not _holds_arrays(x):
+        return None
+    axes, parts = _axes_of(path, x, rules), jax.tree.leaves(x)
+    wanted = [_for_part(x, part, axes) for part in parts]
+    if rules is _PACKAGED:
+        wanted = [_dividing(part, some, mesh) for part, some in zip(parts, wanted, strict=True)]
+    specs = [_with_fsdp(path, part, some, mesh, smallest) for part, some in zip(parts, wanted, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(x), [NamedSharding(mesh, spec) for spec in specs])
+
+
+def onto(mesh: Mesh, rules: Mapping[str, Axes] | None = None, *, smallest: int = SMALLEST) -> Callable[[str, Any], Any]:
+    """Place parameters one by one, as `lk.layout` says: for `load_model(source, place=onto(mesh))`.
+
+    The whole of a parameter is on the host, its parts on the devices, and the next is read only then: no device, nor
+    the host, need hold the model.
+
+    Args:
+      mesh, rules, smallest: as for `lk.layout`; a rule that matches nothing is not noticed here.
+
+    Returns:
+      (path, parameter) -> the parameter on the mesh.
+
+    Raises:
+      LoraxError: as `lk.layout`.
+    """
+    own = _spelled(rules, mesh)
+    return lambda path, x: place(x, _shardings(path, x, own, mesh, smallest))
 
 
 def place(params: Any, layout: Any) -> Any:
@@ -114,16 +137,21 @@ def _holds_arrays(x: Any) -> bool:
 
 
 def _checked(rules: Mapping[str, Axes] | None, mesh: Mesh, names: list[str]) -> dict[str, Axes]:
-    """The rules by single patterns; each of the user's own matches something, on axes that the mesh has."""
+    """The rules by single patterns, each of the user's own of which matches something."""
+    for pattern in rules or ():
+        matched(f"the rule {pattern!r}", pattern, names, " to split")
+    return _spelled(rules, mesh)
+
+
+def _spelled(rules: Mapping[str, Axes] | None, mesh: Mesh) -> dict[str, Axes]:
+    """The rules by single patterns, on axes that the mesh has."""
     if rules is None:
-        rules = PACKAGED_RULES if TENSOR in mesh.shape else {}
-    else:
-        for pattern, axes in rules.items():
-            matched(f"the rule {pattern!r}", pattern, names, " to split")
-            for axis in axes:
-                if axis is not None and axis not in mesh.shape:
-                    known = ", ".join(map(repr, mesh.shape))
-                    raise LoraxError(f"the rule {pattern!r} names the axis {axis!r}; the mesh has {known}.")
+        return _PACKAGED if TENSOR in mesh.shape else {}
+    for pattern, axes in rules.items():
+        for axis in axes:
+            if axis is not None and axis not in mesh.shape:
+                known = ", ".join(map(repr, mesh.shape))
+                raise LoraxError(f"the rule {pattern!r} names the axis {axis!r}; the mesh has {known}.")
     return {one: axes for pattern, axes in rules.items() for one in expand_braces(pattern)}
 
 
@@ -145,6 +173,12 @@ def _for_part(x: Any, part: Any, axes: Axes) -> Axes:
         inner = x.inputs if part is x.a else x.outputs
         return (None, *(axes[i] for i in (*x.stack, *inner)))
     return axes
+
+
+def _dividing(part: Any, axes: Axes, mesh: Mesh) -> Axes:
+    """The axes that the devices divide, the others whole."""
+    pairs = zip(part.shape, axes, strict=True)
+    return tuple(None if axis is None or size % mesh.shape[axis] else axis for size, axis in pairs)
 
 
 def _with_fsdp(path: str, part: Any, axes: Axes, mesh: Mesh, smallest: int) -> PartitionSpec:

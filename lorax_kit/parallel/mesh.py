@@ -23,21 +23,22 @@ def device_mesh(axis: str = DATA, devices: Sequence[jax.Device] | None = None) -
     return Mesh(np.asarray(jax.devices() if devices is None else devices), (axis,))
 
 
-def study_mesh(trials: int = 1, data: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh for `lk.run`: trials spread over an axis "trial", the examples of each batch over an axis "data".
+def study_mesh(trials: int = 1, data: int = 1, devices: Sequence[jax.Device] | None = None, *, fsdp: int = 1) -> Mesh:
+    """A mesh for `lk.run`: trials spread over an axis "trial", the examples of each batch over "data" and "fsdp".
 
     Args:
       trials, data: devices along each axis.
-      devices: at least trials x data of them; None: all.
+      devices: at least trials x data x fsdp of them; None: all.
+      fsdp: devices that hold the base in parts.
 
     Raises:
       LoraxError: fewer devices.
 
     Example:
       >>> dict(study_mesh(trials=1, data=1).shape)
-      {'trial': 1, 'data': 1}
+      {'trial': 1, 'data': 1, 'fsdp': 1}
     """
-    return _mesh({TRIAL: trials, DATA: data}, devices)
+    return _mesh({TRIAL: trials, DATA: data, FSDP: fsdp}, devices)
 
 
 def training_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -101,12 +101,12 @@ class ShardedStep:
         """The jitted function for a state and a base that lie as these do."""
         whole = NamedSharding(self._mesh, PartitionSpec())
         states = jax.tree.map(lambda x: x.sharding, state)
-        used = [_used_at(x, self._axes) for x in jax.tree.leaves(base)]
+        used = [used_at(x, self._axes) for x in jax.tree.leaves(base)]
         key = (jax.tree.structure((state, base)), tuple(jax.tree.leaves(states)), tuple(used))
         if key not in self._programs:
             loss_fn = _gathering(self._loss_fn, used, self._mesh)
             _, step = make_step(loss_fn, self._tx, accumulate=self._accumulate, jit=False)
-            self._programs[key] = jax.jit(_told(step, self._mesh), out_shardings=(states, whole), donate_argnums=(0,))
+            self._programs[key] = jax.jit(on_mesh(step, self._mesh), out_shardings=(states, whole), donate_argnums=(0,))
         return self._programs[key]
 
 
@@ -144,7 +144,7 @@ def _sharded_by_size(state: Any, mesh: Mesh) -> Any:
     return spread(state, layout(state, mesh, {}))
 
 
-def _used_at(x: Any, axes: tuple[str, ...]) -> NamedSharding | None:
+def used_at(x: Any, axes: tuple[str, ...]) -> NamedSharding | None:
     """Where an array lies while it is used: whole along the axes that split batches; None where it lies so already."""
     at = getattr(x, "sharding", None)
     if not isinstance(at, NamedSharding):
@@ -160,28 +160,34 @@ def _without(entry: Any, axes: tuple[str, ...]) -> Any:
 
 
 def _gathering(loss_fn: Loss, used: list[NamedSharding | None], mesh: Mesh) -> Loss:
-    """The loss of factors and a base in parts, which its backward pass gathers again instead of keeping them.
+    """The loss of factors and a base in parts.
 
     Factors are whole where they are used, and so are their gradients: each device does what the optimiser does.
     """
-    whole = NamedSharding(mesh, PartitionSpec())
+    everywhere = NamedSharding(mesh, PartitionSpec())
 
     def loss(base: Any, factors: Any, *args: Any) -> Any:
-        leaves, tree = jax.tree.flatten(base)
-        pairs = zip(leaves, used, strict=True)
-        base = jax.tree.unflatten(
-            tree, [x if at is None else checkpoint_name(_moved(x, at), GATHERED) for x, at in pairs]
-        )
-        return loss_fn(base, jax.tree.map(lambda x: _moved(x, whole), factors), *args)
+        return loss_fn(gathered_base(base, used), jax.tree.map(lambda x: _moved(x, everywhere), factors), *args)
 
-    if not any(used):
-        return loss
+    return gathered_anew(loss) if any(used) else loss
+
+
+def gathered_base(base: Any, used: list[NamedSharding | None]) -> Any:
+    """A base whose arrays lie as they are used, within a loss that `gathered_anew` gives."""
+    leaves, tree = jax.tree.flatten(base)
+    pairs = zip(leaves, used, strict=True)
+    found = [x if at is None else checkpoint_name(_moved(x, at), GATHERED) for x, at in pairs]
+    return jax.tree.unflatten(tree, found)
+
+
+def gathered_anew(loss: Loss) -> Loss:
+    """The loss, whose backward pass gathers the parts of the base again instead of keeping them."""
     kept = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-    gathering: Loss = jax.checkpoint(loss, policy=kept)
-    return gathering
+    anew: Loss = jax.checkpoint(loss, policy=kept)
+    return anew
 
 
-def _told(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def on_mesh(step: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """The step traced in the mesh's context, where it can ask whether it is split over devices."""
     if AxisType.Explicit in mesh.axis_types:
         return step

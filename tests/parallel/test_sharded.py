@@ -11,8 +11,10 @@ from jax.sharding import PartitionSpec as P
 import lorax_kit as lk
 from lorax_kit.core.lowrank import LowRank
 from lorax_kit.measure import collective_bytes
+from lorax_kit.models import load_model
 from lorax_kit.parallel import device_bytes, replicate, shard
 from tests.draws import draw, moved
+from tests.models.llama_files import write_folder
 
 PARAMS = {"layer_0": {"mlp": {"up": {"kernel": draw(0, 16, 64)}, "down": {"kernel": draw(1, 64, 16)}}}}
 X = draw(2, 8, 16)
@@ -34,7 +36,7 @@ def setting(dropout=0.0, params=PARAMS):
 
 
 def nbytes(tree):
-    return sum(x.nbytes for x in jax.tree.leaves(tree))
+    return sum(x.nbytes for x in jax.tree.leaves(list(tree) if not isinstance(tree, dict) else tree))
 
 
 def close(ours, theirs):
@@ -165,3 +167,25 @@ def test_host_arrays_are_placed_part_by_part(tmp_path):
     assert placed["w"].sharding == NamedSharding(mesh, P("fsdp", None))
     np.testing.assert_array_equal(placed["w"], mapped["w"])
     assert placed["label"] == "a name"
+
+
+@pytest.mark.parametrize("quantised", [None, "nf4"])
+def test_a_folder_is_read_onto_its_shards(tmp_path, quantised):
+    write_folder(tmp_path)
+    mesh, whole = lk.training_mesh(fsdp=2, tensor=2), load_model(tmp_path, quantise=quantised)
+    seen, onto = [], lk.onto(mesh, smallest=8)
+
+    def place(path, x):
+        seen.append(all(isinstance(part, np.ndarray) for part in jax.tree.leaves(x)))
+        return onto(path, x)
+
+    parted = load_model(tmp_path, quantise=quantised, place=place).params
+    assert len(seen) == len(lk.paths(whole.params))
+    assert sum(seen) >= len(seen) / 4  # host arrays, but for what was quantised
+    where = lk.layout(whole.params, mesh, smallest=8)
+    for x, y, at in zip(*map(jax.tree.leaves, (parted, whole.params, where)), strict=True):
+        assert x.sharding == at
+        np.testing.assert_array_equal(x, y)
+    most = max(len(x.sharding.device_set) for x in jax.tree.leaves(parted))
+    assert most == 4
+    assert nbytes(x.addressable_shards[0].data for x in jax.tree.leaves(parted)) < 0.6 * nbytes(whole.params)

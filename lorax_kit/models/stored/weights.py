@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,6 +18,15 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = "\n  pytorch_model.bin is not read: save_pretrained(FOLDER) of transformers writes safetensors"
 SENTENCEPIECE = {"marian": ("source.spm", "vocab.json"), "t5": ("spiece.model",), "mt5": ("spiece.model",)}
 """Model type -> what its folders may have in place of tokenizer.json."""
+
+
+Place = Callable[[str, Any], Any]
+"""(path, array on the host, or `Quantised`) -> the leaf in its place."""
+
+
+def on_first_device(path: str, x: Any) -> Any:
+    """Where JAX puts what nobody places."""
+    return jax.tree.map(jnp.asarray, x)
 
 
 @dataclass(frozen=True)
@@ -44,14 +54,14 @@ class Stored:
         self,
         names: Mapping[str, str],
         shapes: Mapping[str, tuple[int, ...]] | None,
-        held: Callable[[str, Any], Any] = lambda path, x: x,
+        held: Place = on_first_device,
     ) -> dict[str, Any]:
         """The nested params of `names` (path -> name of a tensor), fp32, kernels (in, out).
 
         Args:
           names: a name NAME[start:end] stands for those outputs of a tensor; see `TorchName` for matrices (in, out).
           shapes: that the paths must have; None: any.
-          held: (path, array) -> the leaf in its place, made before the next tensor is read.
+          held: what is kept of each, made before the next tensor is read.
 
         Raises:
           ValueError: a tensor is missing, holds no floats, or has not its path's shape; no tensor is named for a path.
@@ -74,7 +84,7 @@ class Stored:
             *parents, leaf = path.split("/")
             for parent in parents:
                 node = node.setdefault(parent, {})
-            node[leaf] = held(path, jnp.asarray(np.ascontiguousarray(value, np.float32)))
+            node[leaf] = held(path, np.ascontiguousarray(value, np.float32))
         return params
 
     def equal(self, name: str, other: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import prod
 from time import perf_counter
 from typing import Any
 
@@ -17,7 +18,10 @@ from lorax_kit.core.paths import Params, arrays_only
 from lorax_kit.core.plan import Plan
 from lorax_kit.errors import StudyError
 from lorax_kit.measure import collective_bytes
-from lorax_kit.placement import DATA, TRIAL
+from lorax_kit.parallel.layout import layout as base_layout
+from lorax_kit.parallel.layout import place
+from lorax_kit.parallel.sharded import gathered_anew, gathered_base, on_mesh, used_at
+from lorax_kit.placement import DATA, FSDP, TRIAL
 from lorax_kit.problem import Problem
 from lorax_kit.problem.check import told_in_words
 from lorax_kit.problem.evaluate import form_of_batch, summarised
@@ -62,8 +66,8 @@ class Engine:
       study, problem, plan: what to train.
       base: the frozen params, shared by all trials.
       layout: of every pack.
-      mesh: with an axis "trial", over which packs are spread, and perhaps "data", over which each batch is; None for
-        one device.
+      mesh: with an axis "trial", over which packs are spread, and perhaps "data" and "fsdp", over which each batch is,
+        and over "fsdp" the base, too; None for one device.
       form: what the step is compiled for.
     """
 
@@ -79,12 +83,23 @@ class Engine:
     ) -> None:
         self.study, self.problem, self.plan, self.layout, self.compiles = study, problem, plan, layout, 0
         arrays, put_back = arrays_only(base)
-        made = programs(study, problem, plan, layout.size, put_back, form)
         stacked = whole = None
         if mesh is not None:
             stacked, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(None, TRIAL), PartitionSpec()))
         self._mesh, self._stacked, self._whole = mesh, stacked, whole
-        self.base = self._shared(arrays)
+        self.base, used = self._shared(arrays), list[NamedSharding | None]()
+        if mesh is not None and mesh.shape.get(FSDP, 1) > 1:
+            self.base = place(arrays, base_layout(arrays, mesh, {}))
+            used = [used_at(x, (FSDP,)) for x in jax.tree.leaves(self.base)]
+        parted = any(used)
+
+        def whole_base(arrays: Any) -> Params:
+            return put_back(gathered_base(arrays, used))
+
+        made = programs(
+            study, problem, plan, layout.size, whole_base if parted else put_back, form,
+            anew=gathered_anew if parted else lambda loss: loss,
+        )  # fmt: skip
 
         def score(read: tuple[Any, Scalars], count: Array, base: Params, batch: Any) -> Any:
             def one(_: Any, read: tuple[Any, Scalars], *shared: Any) -> tuple[Any, Any]:
@@ -100,6 +115,7 @@ class Engine:
             return {} if mesh is None else {"out_shardings": where if len(where) > 1 else where[0]}
 
         self._init = jax.jit(lambda factors, scalars: layout.fold(made.init(factors, scalars)))
+        step = step if mesh is None else on_mesh(step, mesh)
         self.step = jax.jit(step, donate_argnums=(0,), **placed(stacked, whole))
         self._score = jax.jit(score, **placed(whole))
         self._finish = jax.jit(jax.vmap(made.finish), **placed(stacked))
@@ -108,7 +124,7 @@ class Engine:
         self.temp_bytes = self.collective_bytes = 0
 
     def _placed(self, batch: Any) -> Any:
-        """A batch on the mesh: its examples split over an axis "data" where there is one.
+        """A batch on the mesh: its examples split over the axes "data" and "fsdp" where there are such.
 
         Raises:
           StudyError: examples that the devices do not divide.
@@ -116,7 +132,8 @@ class Engine:
         if self._mesh is None:
             return batch
         mesh, at = self._mesh, 1 if self.study.stream == "seed" else 0
-        parts = mesh.shape.get(DATA, 1)
+        axes = tuple(axis for axis in (DATA, FSDP) if axis in mesh.shape)
+        parts = prod(mesh.shape[axis] for axis in axes)
 
         def sharding(x: Any) -> NamedSharding:
             if parts == 1 or np.ndim(x) <= at:
@@ -124,9 +141,9 @@ class Engine:
             if x.shape[at] % parts:
                 raise StudyError(
                     f"a batch of {x.shape[at]} examples of problem {self.problem.name!r} does not split over {parts} "
-                    "devices.\n  choose a batch size that they divide, or fewer devices along 'data'"
+                    f"devices.\n  choose a batch size that they divide, or fewer along {' and '.join(map(repr, axes))}"
                 )
-            return NamedSharding(mesh, PartitionSpec(*(None,) * at, DATA))
+            return NamedSharding(mesh, PartitionSpec(*(None,) * at, axes))
 
         return spread(batch, jax.tree.map(sharding, batch))
 

@@ -79,12 +79,14 @@ def programs(
     trials: int,
     whole: Callable[[Any], Params] = lambda base: base,
     form: Form = DEFAULT,
+    anew: Callable[[Any], Any] = lambda loss: loss,
 ) -> Programs:
     """The programs of a pack. With a stream per seed, `batch` holds one batch per stream.
 
     Args:
       trials: of the pack, side by side or slice after slice; more than one share the base's products.
       whole: makes the base of what the programs are given as `base`: its arrays, where it holds other leaves, too.
+      anew: loss -> the loss whose backward pass makes the base again.
     """
     adapted = adapt(problem.apply, plan, trials=trials)
     training = training_loss(problem, plan, trials=trials, whole=whole)
@@ -97,7 +99,7 @@ def programs(
     def solo_step(running: Running, scalars: Scalars, base: Params, batch: Any) -> tuple[Running, Info]:
         own = {name: x for name, x in scalars.more.items() if name in form.recipe.loss}
         dropout = scalars.dropout if drops else None
-        loss = partial(training, scale=scalars.scale, dropout=dropout, scalars=own)
+        loss = anew(partial(training, scale=scalars.scale, dropout=dropout, scalars=own))
         tx = optimizer(study, plan, scalars.lr, form, scalars.more)
         _, step = make_step(loss, tx, accumulate=form.accumulate, jit=False)
         state, info = step(running.state, base, batch)
