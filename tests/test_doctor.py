@@ -118,15 +118,18 @@ def test_a_base_that_changes_fails_its_check(monkeypatch):
 
 
 @pytest.mark.usefixtures("untried")
-def test_a_backend_that_cannot_start_is_told(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "says"), [(RuntimeError("No backend 'cuda'"), "No backend 'cuda'"), (AssertionError(), "AssertionError")]
+)
+def test_a_backend_that_cannot_start_is_told(monkeypatch, error, says):
     def devices():
-        raise RuntimeError("Unable to initialize backend 'cuda'")
+        raise error
 
     monkeypatch.setattr(machine.jax, "devices", devices)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     found = examine()
     assert (found["ok"], found["devices"], found["checks"]) == (False, [], [])
-    mend, fatal = mends(found)["JAX cannot start its backend: Unable to initialize backend 'cuda'"]
+    mend, fatal = mends(found)[f"JAX cannot start its backend: {says}"]
     assert fatal
     assert mend.startswith("unset JAX_PLATFORMS, which is 'cuda'")
 

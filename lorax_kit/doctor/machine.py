@@ -103,8 +103,8 @@ def devices() -> tuple[list[dict[str, Any]], list[Problem]]:
     """The devices that JAX sees, alike ones together: {"platform", "kind", "count", "memory_bytes" of each}."""
     try:
         seen = jax.devices()
-    except RuntimeError as e:
-        what = f"JAX cannot start its backend: {' '.join(str(e).split())[:300]}"
+    except (RuntimeError, AssertionError) as e:  # an assertion, where JAX_PLATFORMS names a plugin that is missing
+        what = f"JAX cannot start its backend: {' '.join(str(e).split())[:300] or type(e).__name__}"
         return [], [Problem(what, _backend_mend(), fatal=True)]
     counted = Counter((d.platform, d.device_kind, _memory_of(d)) for d in seen)
     rows = [{"platform": p, "kind": k, "count": n, "memory_bytes": m} for (p, k, m), n in counted.items()]
