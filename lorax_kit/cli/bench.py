@@ -1,8 +1,10 @@
-"""`bench`: measurements on this machine."""
+"""`bench` and `doctor`: what this machine measures, and whether the installation on it works."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
@@ -29,6 +31,26 @@ def adapter_options(command: Any) -> Any:
     targets = click.Choice(["all-linear", "qv"])
     command = click.option("--targets", type=targets, default="all-linear", show_default=True)(command)
     return click.option("--rank", type=click.IntRange(1), default=8, show_default=True)(command)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(as_json: bool) -> None:
+    """Describe this installation, try it for ten seconds, and say what is wrong and how to mend it.
+
+    Exits with 1 where the self-test fails, a version is out of range, or nothing can run.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a card that another process uses has little left
+    from lorax_kit.doctor import examine
+    from lorax_kit.doctor.text import as_text
+
+    found = examine()
+    if as_json:
+        echo(found)
+    else:
+        click.echo(as_text(found))
+    if not found["ok"]:
+        sys.exit(1)
 
 
 @cli.group()
