@@ -22,7 +22,7 @@ def sealed_json(data: dict[str, Any], indent: int | None = None) -> str:
 
     Example:
       >>> sealed_json({"rank": 8})
-      '{"rank": 8, "lorax_crc32": "f2c5b25b"}'
+      '{"rank": 8, "lorax_crc32": "2c69eb3d"}'
     """
     body = json.dumps(data, indent=indent)[:-1].rstrip()
     body += ("," if data else "") + (" " if indent is None else "\n" + " " * indent)

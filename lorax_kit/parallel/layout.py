@@ -61,7 +61,7 @@ def layout(params: Any, mesh: Mesh, rules: Mapping[str, Axes] | None = None, *, 
       >>> params = {"up": {"kernel": jax.ShapeDtypeStruct((64, 256), "float32")}}
       >>> mesh = jax.sharding.AbstractMesh((2, 4), ("fsdp", "tensor"))
       >>> layout(params, mesh, {"up/kernel": (None, "tensor")})["up"]["kernel"].spec
-      PartitionSpec('fsdp', 'tensor')
+      P('fsdp', 'tensor')
     """
     named, treedef = flatten(params, whole=(Quantised, LowRank))
     own = _checked(rules, mesh, [p for p, x in named.items() if _holds_arrays(x)])

@@ -58,10 +58,10 @@ def sharded_step(
     Example:
       >>> import jax.numpy as jnp
       >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
-      >>> init, step = sharded_step(lambda base, f, x: jnp.mean(x * base * f["w"]), optax.sgd(0.1), mesh)
+      >>> init, step = sharded_step(lambda base, f, x: jnp.mean(x @ f["w"]) * base, optax.sgd(0.1), mesh)
       >>> state, info = step(init({"w": jnp.ones(3)}), 2.0, jnp.ones((4, 3)))
       >>> float(info.loss)
-      2.0
+      6.0
     """
     if factors not in ("replicated", "sharded"):
         raise LoraxError(f"factors is {factors!r}; it is 'replicated' or 'sharded'.")
