@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "calibration": {"core", "transform", "placement", "dtypes"},
     "training": {
         *("json_text", "core", "files", "transform", "placement", "dtypes", "svd", "checkpoint", "processes"),
+        "measure",
     },
     "meta": {"core", "training"},
     "parallel": {"core", "transform", "training", "processes", "placement"},

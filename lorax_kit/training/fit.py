@@ -23,6 +23,7 @@ from lorax_kit.errors import LoraxError
 from lorax_kit.files.lines import append
 from lorax_kit.files.staging import replace_file
 from lorax_kit.processes import gathered, is_shared, is_writer, spread
+from lorax_kit.training.compiled import watched
 from lorax_kit.training.objective import is_key
 from lorax_kit.training.saved import Saved, load_training, save_training
 from lorax_kit.training.step import Info, State, Step
@@ -144,6 +145,8 @@ def fit(
       LoraxError: a saved training that is damaged or another one; no epochs, an epoch without batches, `patience`
         without `evaluate`, an unknown `monitor`, or one without `better`.
 
+    Warns where the step is compiled again, with the argument that changed: a last batch of another size, say.
+
     Of several processes all call this with the same batches (or their own rows, `sharded_step(local=True)`); process 0
     alone writes and shows.
 
@@ -169,6 +172,7 @@ def fit(
         log, progress = None, False
     if log is not None and found is not None:
         _complete(Path(log), history)
+    step = watched(step)
     last, together = around[0] + len(epochs) + around[1], is_shared(state)
     for number, batches in enumerate(epochs, around[0] + 1):
         if stopped is not None:
