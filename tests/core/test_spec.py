@@ -176,3 +176,8 @@ def test_many_wildcards_match_as_few_do():
             assert _matches_stepwise(pattern, name) == bool(compile_pattern(pattern).fullmatch(name)), (pattern, name)
     assert matches("*a" * 40 + "b", "a" * 60) is False
     assert matches("**/a*" * 20, "/".join(["ab"] * 20)) is True
+
+
+def test_a_dict_of_keys_that_cannot_be_sorted_is_refused():
+    with pytest.raises(lk.PlanError, match="keys cannot be sorted"):
+        lk.paths({"a": {"b": jnp.ones(3), 2: jnp.ones(3)}})
