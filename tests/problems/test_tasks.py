@@ -411,3 +411,8 @@ def test_settings_are_plain_data_both_ways(tmp_path, monkeypatch):
     made = Classify(data="/x.csv", separator="|", val=0.2)
     assert made.to_dict() == {"data": "/x.csv", "separator": "|", "val": 0.2}
     assert settings_from({"task": "classify", **made.to_dict()}) == made
+
+
+def test_settings_without_rows_are_refused():
+    with pytest.raises(lk.StudyError, match="problem lacks 'data'"):
+        Classify.from_dict({"model": "minilm"})
