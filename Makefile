@@ -45,8 +45,8 @@ test-faults: install  ## Kills, full disks, damaged files, signals: nothing is l
 test-distributed: install  ## Eight devices, two and four processes, lost ones: the same factors; five minutes on two cores.
 	$(BIN)/python -m pytest -m distributed tests/distributed
 
-test-fuzz: install  ## Random programs, files, texts and commands; the counts at the end; about five minutes on two cores.
-	FUZZ_SCALE=1 $(TESTS) -m fuzz tests/fuzz
+test-fuzz: install  ## Random programs, files, texts and commands; the counts at the end.
+	FUZZ_SCALE=1 $(BIN)/python -m pytest -n 2 -m fuzz tests/fuzz
 
 test-interop: $(VENV)/.interop  ## Parity with the real torch, transformers, PEFT and ONNX Runtime.
 	$(BIN)/python -m pytest -m interop

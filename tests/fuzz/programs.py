@@ -116,7 +116,7 @@ class Maker:
         outs = []
         for one in [*weights, *(weights[:1] if self.below(5) == 0 else [])]:
             weight = one
-            for _ in range(self.below(4)):
+            for _ in range(self.pick([0, 1, 1, 2, 3])):
                 weight = self.weight(*weight, weights)
             outs.append(self.within(*weight))
         body = "\n    ".join(self.lines)

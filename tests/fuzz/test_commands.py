@@ -78,4 +78,4 @@ def test_arguments_of_every_command(tried, tmp_path, monkeypatch):
         assert result.exit_code in (0, 1, 2), result.exit_code
         assert result.exit_code == 0 or result.output.strip()
 
-    run(check, 1500, tried, "command lines")
+    run(check, 1000, tried, "command lines")

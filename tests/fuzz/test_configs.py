@@ -37,7 +37,7 @@ def test_designs_of_studies(tried):
             again = Study.from_dict(json.loads(json.dumps(found.to_dict())))
             assert [t.name for t in again.trials()] == [t.name for t in found.trials()]
 
-    run(check, 1500, tried, "designs of studies")
+    run(check, 1000, tried, "designs of studies")
 
 
 def test_settings_of_problems(tried, tmp_path, monkeypatch):

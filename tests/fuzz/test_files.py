@@ -63,7 +63,7 @@ def test_peft_folders(tried, tmp_path, name):
         found = taken(lambda: lk.load_peft(tmp_path / "peft", base=made.BASE, names=made.NAMES), tmp_path)
         assert found is NOTHING or all(np.isfinite(x).all() for x in made.jax.tree.leaves(found.factors))
 
-    run(check, 1500, tried, "PEFT folders")
+    run(check, 1000, tried, "PEFT folders")
 
 
 def test_safetensors(tried, tmp_path):
@@ -77,7 +77,7 @@ def test_safetensors(tried, tmp_path):
         file.write_bytes(text)
         taken(lambda: load_tensors(file), tmp_path)
 
-    run(check, 1000, tried, "safetensors files")
+    run(check, 700, tried, "safetensors files")
 
 
 def test_gguf(tried, tmp_path):
@@ -93,12 +93,13 @@ def test_gguf(tried, tmp_path):
         if found is not NOTHING:
             taken(lambda: [found.stored.read(name) for name in found.stored.names], tmp_path)
 
-    run(check, 700, tried, "GGUF files")
+    run(check, 500, tried, "GGUF files")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_model_folders(tried, tmp_path, name):
-    folder = llama_files.write_folder(tmp_path / "x")
+    (folder := tmp_path / "x").mkdir()
+    llama_files.write_folder(folder)
     content = (folder / name).read_bytes()
 
     def check(draw, said):
@@ -112,7 +113,7 @@ def test_model_folders(tried, tmp_path, name):
         (folder / name).write_bytes(text)
         taken(lambda: load_model(folder), tmp_path)
 
-    run(check, 100, tried, "model folders")
+    run(check, 60, tried, "model folders")
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -161,4 +162,4 @@ def test_documents_of_adapters(tried, tmp_path):
         (tmp_path / "a" / file.relative_to(tmp_path / "whole")).write_bytes(text)
         taken(lambda: lk.load_adapter(tmp_path / "a", base=made.BASE), tmp_path)
 
-    run(check, 100, tried, "adapters on disk")
+    run(check, 60, tried, "adapters on disk")

@@ -35,6 +35,7 @@ def test_merge_is_the_inverse_of_split(tried):
         params, kind = trees(draw), draw(st.sampled_from(KINDS))
         fields = METHODS[kind].setting.__dataclass_fields__
         more = {"rank": draw(st.integers(1, 3))} if "rank" in fields else {}
+        more |= {"rows": (0,)} if "rows" in fields else {}
         setting = METHODS[kind].setting(**more)
         said += [jax.tree.map(lambda x: (x.shape, x.dtype), params), setting]
         plan = taken(lambda: lk.resolve(lk.Spec({"*/kernel": setting}, cap_ranks=draw(st.booleans())), params))
@@ -43,7 +44,7 @@ def test_merge_is_the_inverse_of_split(tried):
             base, factors = lk.split(params, plan, jax.random.key(0))
             assert bits(lk.merge(base, factors, plan)) == bits(params)
 
-    run(check, 150, tried, "plans split and merged")
+    run(check, 60, tried, "plans split and merged")
 
 
 def test_tensors_are_read_as_written(tried, tmp_path):
