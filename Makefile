@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TESTS  := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install llama demo test coverage test-distributed test-faults test-interop lint types format bench bench-device clean
+.PHONY: help install llama demo test coverage test-distributed test-faults test-fuzz test-interop lint types format bench bench-device clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,16 +34,19 @@ demo: install  ## Rank ablation of a real BERT on real reviews: table, plots and
 	$(BIN)/lorax-kit study --config experiments/demo.json --out runs/demo
 
 test: install  ## The test suite (no network, under ten minutes on two cores).
-	$(TESTS) -m "not interop and not faults and not distributed"
+	$(TESTS) -m "not interop and not faults and not distributed and not fuzz"
 
 coverage: install  ## The same tests, with the lines they reach; a tenth slower.
-	$(TESTS) -m "not interop and not faults and not distributed" --cov=lorax_kit --cov-report=term-missing
+	$(TESTS) -m "not interop and not faults and not distributed and not fuzz" --cov=lorax_kit --cov-report=term-missing
 
 test-faults: install  ## Kills, full disks, damaged files, signals: nothing is lost; about five minutes on two cores.
 	$(TESTS) -m faults tests/faults
 
 test-distributed: install  ## Eight devices, two and four processes, lost ones: the same factors; five minutes on two cores.
 	$(BIN)/python -m pytest -m distributed tests/distributed
+
+test-fuzz: install  ## Random programs, files, texts and commands; the counts at the end.
+	FUZZ_SCALE=1 $(BIN)/python -m pytest -n 2 -m fuzz tests/fuzz
 
 test-interop: $(VENV)/.interop  ## Parity with the real torch, transformers, PEFT and ONNX Runtime.
 	$(BIN)/python -m pytest -m interop

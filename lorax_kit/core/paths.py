@@ -79,9 +79,19 @@ def flatten(
     the dict, so `unflatten` is an exact inverse.
 
     Raises:
-      PlanError: two leaves share one path (a dict key holds a `/`).
+      PlanError: two leaves share one path (a dict key holds a `/`), or the keys of a dict cannot be sorted.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: isinstance(x, whole) or leaf(x))
+    try:
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(
+            params, is_leaf=lambda x: isinstance(x, whole) or leaf(x)
+        )
+    except ValueError as e:
+        if "sorting pytree dictionary keys" not in str(e):
+            raise
+        raise PlanError(
+            "the params hold a dict whose keys cannot be sorted, such as texts beside numbers.\n"
+            "  JAX orders leaves by their keys: make them all texts"
+        ) from None
     named: dict[str, Any] = {}
     for keys, x in leaves:
         path = "/".join(_name(key) for key in keys)

@@ -8,23 +8,59 @@ error, not half a match.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 
 from lorax_kit.errors import SpecError
 
 REGEX_PREFIX = "re:"
 _RANGE = re.compile(r"(\d{1,4})\.\.(\d{1,4})")
+_TOKENS = re.compile(r"\*\*/|\*\*|.", re.DOTALL)
+MOST_BRACES, MOST_ALTERNATIVES = 100, 10_000
+FEW = 4
+"""Wildcards in a pattern that a regular expression matches; with more of them it may try their places for ever."""
 
 
 def expand_braces(pattern: str) -> tuple[str, ...]:
-    """Spell out `{a,b}` (nesting allowed) and `{0..2}`: `x/{a,b}` -> `("x/a", "x/b")`."""
+    """Spell out `{a,b}` (nesting allowed) and `{0..2}`: `x/{a,b}` -> `("x/a", "x/b")`.
+
+    Raises:
+      SpecError: braces that do not fit, more than 100 of them, or more than 10,000 alternatives.
+    """
     if pattern.startswith(REGEX_PREFIX):
         return (pattern,)
+    if (count := pattern.count("{")) > MOST_BRACES:
+        raise SpecError(f"pattern {shortened(pattern)} has {count:,} braces; {MOST_BRACES} are the most.")
+    found = tuple(islice(_alternatives(pattern), MOST_ALTERNATIVES + 1))
+    if len(found) > MOST_ALTERNATIVES:
+        raise SpecError(
+            f"pattern {shortened(pattern)} stands for more than {MOST_ALTERNATIVES:,} alternatives.\n"
+            "  each of them must match: write * where any name may stand"
+        )
+    return found
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise `SpecError` where a pattern is malformed."""
+    if pattern.startswith(REGEX_PREFIX):
+        compile_pattern(pattern)
+    else:
+        expand_braces(pattern)
+
+
+def shortened(pattern: str) -> str:
+    """A pattern within a line of a message."""
+    return repr(pattern) if len(pattern) <= 80 else f"{pattern[:80]!r}..."
+
+
+def _alternatives(pattern: str) -> Iterator[str]:
     start = pattern.find("{")
     if start < 0:
         if "}" in pattern:
             raise SpecError(f"pattern {pattern!r}: '}}' without '{{'.")
-        return (pattern,)
+        yield pattern
+        return
     depth, parts, last = 0, [], start + 1
     for i in range(start, len(pattern)):
         char = pattern[i]
@@ -35,8 +71,9 @@ def expand_braces(pattern: str) -> tuple[str, ...]:
         if depth == 0:
             parts.append(pattern[last:i])
             head, tail = pattern[:start], pattern[i + 1 :]
-            spelled = (x for part in parts for x in _numbers(part, pattern))
-            return tuple(x for part in spelled for x in expand_braces(head + part + tail))
+            for spelled in (x for part in parts for x in _numbers(part, pattern)):
+                yield from _alternatives(head + spelled + tail)
+            return
     raise SpecError(f"pattern {pattern!r}: '{{' is never closed.")
 
 
@@ -62,8 +99,8 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     if pattern.startswith(REGEX_PREFIX):
         try:
             return re.compile(pattern[len(REGEX_PREFIX) :])
-        except re.error as e:
-            raise SpecError(f"pattern {pattern!r} is not a regular expression: {e}.") from None
+        except (re.error, OverflowError, RecursionError) as e:  # numbers and groups beyond what Python takes
+            raise SpecError(f"pattern {shortened(pattern)} is not a regular expression: {e}.") from None
     out, i = [], 0
     while i < len(pattern):
         if pattern.startswith("**/", i):
@@ -78,9 +115,40 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         else:
             out.append(re.escape(pattern[i]))
             i += 1
-    return re.compile("".join(out))
+    return re.compile("".join(out), re.DOTALL)
 
 
 def matches(pattern: str, path: str) -> bool:
     """Whether one alternative matches the whole path."""
+    regex, wildcards = pattern.startswith(REGEX_PREFIX), pattern.count("*") + pattern.count("?")
+    if not regex and not wildcards:
+        return pattern == path
+    if not regex and wildcards > FEW:
+        return _matches_stepwise(pattern, path)
     return compile_pattern(pattern).fullmatch(path) is not None
+
+
+def _matches_stepwise(pattern: str, path: str) -> bool:
+    """`matches` of a glob, as the set of places in the path that its tokens reach one after the other."""
+    places, size = {0}, len(path)
+    for token in _TOKENS.findall(pattern):
+        if token == "**":
+            places = set(range(min(places), size + 1))
+        elif token in ("*", "**/"):
+            reached: set[int] = set()
+            for at in places:
+                while at not in reached:
+                    reached.add(at)
+                    end = path.find("/", at)
+                    if token == "*" and at < size and at != end:
+                        at += 1
+                    elif token == "**/" and end > at:
+                        at = end + 1
+            places = reached
+        elif token == "?":
+            places = {at + 1 for at in places if at < size and path[at] != "/"}
+        else:
+            places = {at + 1 for at in places if path.startswith(token, at)}
+        if not places:
+            return False
+    return size in places

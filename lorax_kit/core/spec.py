@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lorax_kit.core.method import METHODS
-from lorax_kit.core.patterns import compile_pattern, expand_braces
+from lorax_kit.core.patterns import check_pattern
 from lorax_kit.core.setting import Full, Setting, check_float_dtype, need, shown
 from lorax_kit.errors import SpecError
 from lorax_kit.json_text import parse_json, sealed_json
@@ -105,8 +105,7 @@ class Spec:
                 f"rule {pattern!r} maps to {shown(setting)}; it must map to LoRA(...), another method, or Full(...).",
             )
         for pattern in (*(str(p) for p, _ in pairs), *exclude):
-            for alternative in expand_braces(pattern):
-                compile_pattern(alternative)
+            check_pattern(pattern)
         if compute_dtype is not None:
             check_float_dtype(compute_dtype, "compute_dtype")
         need(isinstance(cap_ranks, bool), f"cap_ranks is {shown(cap_ranks)}; it must be true or false.")

@@ -112,11 +112,11 @@ def _check_header(file: Path) -> None:
             "  restore it from a copy"
         )
     for name, (dtype, shape, offsets) in entries.items():
-        sizes = shape if isinstance(shape, list) else [None]
-        if not isinstance(dtype, str) or not all(type(x) is int and x >= 0 for x in sizes):
+        numbers = [x for given in (shape, offsets) for x in (given if isinstance(given, list) else [None])]
+        if not isinstance(dtype, str) or len(offsets) != 2 or not all(type(x) is int and x >= 0 for x in numbers):
             raise AdapterError(
                 f"{str(file)!r} is damaged: the tensor {name!r} has dtype {str(dtype)[:40]} and shape "
-                f"{str(shape)[:40]}.\n  restore it from a copy"
+                f"{str(shape)[:40]}, at {str(offsets)[:40]}.\n  restore it from a copy"
             )
         if dtype not in READ:
             raise AdapterError(

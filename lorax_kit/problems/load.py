@@ -70,7 +70,7 @@ def settings_from(data: Mapping[str, Any]) -> Settings:
     settings = dict(data)
     kind, known = ("task", TASKS) if "task" in settings else ("name", PACKAGED)
     name = settings.pop(kind, "sentiment")
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         who = "problem" if kind == "name" else "problem task"
         raise StudyError(f"{who} {shown(name)} is unknown; choose from {', '.join(known)}, or give an address.")
     made: Settings = known[name].from_dict(settings)

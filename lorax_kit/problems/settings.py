@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from lorax_kit.errors import StudyError
@@ -48,11 +48,14 @@ class Settings(ABC):
         """From JSON data.
 
         Raises:
-          StudyError: no object, unknown keys, values out of range.
+          StudyError: no object, unknown or missing keys, values out of range.
         """
         known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
         if not isinstance(data, Mapping):
             raise StudyError(f"a problem must be an object, not {type(data).__name__}.")
         if unknown := sorted(set(data) - set(known)):
             raise StudyError(f"problem has the unknown key {', '.join(map(repr, unknown))}; known: {', '.join(known)}.")
+        needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
+        if missing := [name for name in needed if name not in data]:
+            raise StudyError(f"problem lacks {', '.join(map(repr, missing))}.")
         return cls(**data)

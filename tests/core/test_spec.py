@@ -1,12 +1,14 @@
 """Specs and patterns: which rule gets which parameter, and the same spec back from JSON."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 import lorax_kit as lk
 from lorax_kit.core import match
-from lorax_kit.core.patterns import expand_braces, matches
+from lorax_kit.core.patterns import _matches_stepwise, compile_pattern, expand_braces, matches
 
 PARAMS = {
     "encoder": {
@@ -155,3 +157,27 @@ def test_a_method_that_holds_no_rank_at_a_parameter_says_so():
     for cap in (True, False):
         with pytest.raises(lk.PlanError, match=says):
             lk.resolve(lk.Spec({"**": lk.HRA(rank=2)}, cap_ranks=cap), {"a": {"kernel": jnp.ones((1, 3))}})
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{a,b}" * 40, "{0..9999}{a,b}", "{a}" * 101, "re:a{9999999999}", "re:" + "(" * 9999]
+)
+def test_a_pattern_beyond_measure_is_refused_at_once(pattern):
+    with pytest.raises(lk.SpecError) as e:
+        lk.Spec({pattern: lk.LoRA(rank=1)})
+    assert len(str(e.value)) < 400
+
+
+def test_many_wildcards_match_as_few_do():
+    names = ["", "a", "b", "ab", "aab", "a/b", "a/ab/b", "/a", "a/", "a//b", "b/a/b/a", "a\n/b"]
+    for parts in itertools.product(["a", "b", "/", "*", "?", "**", "**/"], repeat=4):
+        pattern = "".join(parts)
+        for name in names:
+            assert _matches_stepwise(pattern, name) == bool(compile_pattern(pattern).fullmatch(name)), (pattern, name)
+    assert matches("*a" * 40 + "b", "a" * 60) is False
+    assert matches("**/a*" * 20, "/".join(["ab"] * 20)) is True
+
+
+def test_a_dict_of_keys_that_cannot_be_sorted_is_refused():
+    with pytest.raises(lk.PlanError, match="keys cannot be sorted"):
+        lk.paths({"a": {"b": jnp.ones(3), 2: jnp.ones(3)}})

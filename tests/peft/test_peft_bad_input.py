@@ -228,6 +228,7 @@ FILES = [
         for x in ("null", '"ab"', "true", "[null]", "[3.0,16]")
     ),
     *((header(lambda t, x=x: t.replace('"F32"', x, 1)), f"has dtype {x} and shape") for x in ("[]", "{}")),
+    (header(lambda t: t.replace('"data_offsets":[0,', '"data_offsets":[[0],', 1)), ", at [[0], "),
     (header(lambda t: t.replace("[3,16]", "[3,17]", 1)), "has not the bytes of its shape [3, 17]"),
     (header(lambda t: t.replace("base_model.model.enc", "base_model.model.../../enc", 1)), "is no module of this base"),
     (lambda path: (path / "adapter_config.json").unlink(), "is not a PEFT adapter: it has no adapter_config.json"),

@@ -334,6 +334,7 @@ TEXTS = [[text, label] for text, label in rows(30)]
 BAD = {
     "one class": ({"task": "classify"}, [[text, "red"] for text, _ in TEXTS], "has one class alone, ['red']"),
     "unknown task": ({"task": "sing"}, TEXTS, "problem task 'sing' is unknown; choose from classify, regress"),
+    "no name": ({"task": ["classify"]}, TEXTS, "problem task ['classify'] is unknown; choose from classify"),
     "unknown key": ({"task": "classify", "colour": 1}, TEXTS, "problem has the unknown key 'colour'; known: data, mod"),
     "no column": ({"task": "classify", "label": "class"}, TEXTS, "no column 'class' for label; its columns are text"),
     "no number": ({"task": "regress"}, TEXTS, "line 2: label is 'blue'; it must be a finite number"),
@@ -410,3 +411,8 @@ def test_settings_are_plain_data_both_ways(tmp_path, monkeypatch):
     made = Classify(data="/x.csv", separator="|", val=0.2)
     assert made.to_dict() == {"data": "/x.csv", "separator": "|", "val": 0.2}
     assert settings_from({"task": "classify", **made.to_dict()}) == made
+
+
+def test_settings_without_rows_are_refused():
+    with pytest.raises(lk.StudyError, match="problem lacks 'data'"):
+        Classify.from_dict({"model": "minilm"})
