@@ -52,7 +52,8 @@ def test_an_interrupted_training_goes_on_and_each_epoch_is_logged_once(tmp_path,
     again, whole = train(tmp_path / "o"), train(tmp_path / "whole")
     assert again["test_loss"] == whole["test_loss"]
     assert [json.loads(x)["epoch"] for x in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()] == [1, 2]
-    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["adapter", "metrics.jsonl", "plots", "report.html"]
+    names = [".lock", "adapter", "metrics.jsonl", "plots", "report.html"]
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == names
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "metrics.jsonl").write_text('{"epoch": 1}\n')
     train(tmp_path / "old", epochs=1)
