@@ -45,8 +45,8 @@ test-faults: install  ## Kills, full disks, damaged files, signals: nothing is l
 test-distributed: install  ## Eight devices, two and four processes, lost ones: the same factors; five minutes on two cores.
 	$(BIN)/python -m pytest -m distributed tests/distributed
 
-test-fuzz: install  ## Random programs, files, texts and commands; the counts at the end.
-	FUZZ_SCALE=1 $(BIN)/python -m pytest -n 2 -m fuzz tests/fuzz
+test-fuzz: install  ## Random programs, files, texts and commands, counted at the end; FUZZ_SCALE=0.1 tries a tenth.
+	FUZZ_SCALE=$(or $(FUZZ_SCALE),1) $(BIN)/python -m pytest -n 2 -m fuzz tests/fuzz
 
 test-interop: $(VENV)/.interop  ## Parity with the real torch, transformers, PEFT and ONNX Runtime.
 	$(BIN)/python -m pytest -m interop
@@ -70,5 +70,5 @@ bench-device:  ## An accelerator in eight minutes: a JSON line per measurement; 
 	$(PYTHON) -m lorax_kit bench device --json --out runs/bench/device.jsonl
 
 clean:  ## Remove the environment, caches and runs.
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .jax_cache .coverage
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .jax_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

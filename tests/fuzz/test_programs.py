@@ -15,7 +15,7 @@ from tests.fuzz.programs import Maker
 from tests.fuzz.verdict import examples, in_time, in_words, noted
 
 SETTINGS = [lk.LoRA(rank=1, alpha=3), lk.LoRA(rank=2, alpha=3), lk.LoRA(rank=2, alpha=3), lk.DoRA(rank=2)]
-FULL, PARTS = 2000, 8
+FULL, PARTS = 2100, 14
 EXACT, ROUNDED = 2.0**-13, 2.0**-4
 """Largest difference over the largest value (at least 1): of sums in float32, and of weights rounded to bfloat16."""
 
@@ -112,4 +112,5 @@ def test_programs_equal_the_merged(part, tried):
                 check(program, plan, data.draw(st.booleans()), tried)
 
     run()
+    jax.clear_caches()  # compiled programs of one part, which no other uses
     assert not failures, f"{len(failures)} failed\n" + "\n\n".join(failures)
