@@ -254,7 +254,7 @@ def test_what_was_kept_is_read_again(subject, stats, method, tmp_path):
     row, small = compress_subject(subject, method=method, keep=0.5, stats=stats, **QUIET)
     save_small(tmp_path / "small", subject, row, small)
     again, loaded = load_small(tmp_path / "small", subject)
-    assert again == row | {name: again[name] for name in ("original", "leaves")}
+    assert again == row | {name: again[name] for name in ("original", "leaves", "of", "targets")}
     found = subject.quality(*loaded), subject.quality(*small)
     assert found[0].loss == found[1].loss
     file = tmp_path / "small" / "row.json"
