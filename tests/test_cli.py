@@ -138,6 +138,7 @@ def test_compress_prints_the_row_of_the_contract(finished, tmp_path, capsys, sta
     call("compress", adapter, "--method", "svd", "--keep", "0.5", "--out", out, *options)
     found = json.loads(capsys.readouterr().out)
     kept = json.loads((out / "row.json").read_text())
+    assert len(kept.pop("lorax_crc32")) == 8  # what it tells damage by
     assert len(kept.pop("original")) == 64
     assert set(kept.pop("leaves")) >= {"classifier/bias", "encoder/layer_5/mlp/up/kernel"}  # which model it was made of
     assert kept.pop("of") == {"model": str(adapter), "settings": None}  # for evaluate to find it
