@@ -43,6 +43,13 @@ def told(make: Callable[[], Value], error: type[LoraxError] = LoraxError) -> Val
     return value  # type: ignore[no-any-return]
 
 
+def is_due(seconds: float, limit: float, step: int, together: bool) -> bool:
+    """Whether so many seconds are over the limit; processes that work together agree on it, every tenth step."""
+    if not together:
+        return seconds > limit
+    return step % 10 == 0 and told(lambda: seconds > limit)
+
+
 def _broadcast(value: Any) -> Any:
     data = np.frombuffer(pickle.dumps(value), np.uint8) if is_writer() else np.zeros(0, np.uint8)
     size = int(np.asarray(multihost_utils.broadcast_one_to_all(np.int64(data.size).astype(np.int32))))

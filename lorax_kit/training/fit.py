@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from lorax_kit.checkpoint.agreed import told
+from lorax_kit.checkpoint.agreed import is_due
 from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.errors import LoraxError
 from lorax_kit.files.lines import append
@@ -197,7 +197,7 @@ def fit(
                 break
             bar.set_postfix({name: f"{x:.4f}" for name, x in running.means().items()})
             running.seconds = time.perf_counter() - began
-            if saved is not None and _is_due(began + running.seconds - kept, running.steps, together):
+            if saved is not None and is_due(began + running.seconds - kept, SAVE_SECONDS, running.steps, together):
                 keep(running)
                 kept = time.perf_counter()
         if running.steps == 0:
@@ -238,13 +238,6 @@ def _order(row: Mapping[str, float], monitor: str, sign: int) -> tuple[float, fl
     """What puts the best epoch first: the metric, and where two have the same, their loss of validation."""
     found = (sign * row[monitor], row.get("val_loss", 0.0))
     return tuple(x if math.isfinite(x) else math.inf for x in found)  # type: ignore[return-value]
-
-
-def _is_due(seconds: float, steps: int, together: bool) -> bool:
-    """Whether to keep the training now; several processes agree on it, every tenth step."""
-    if not together:
-        return seconds > SAVE_SECONDS
-    return steps % 10 == 0 and told(lambda: seconds > SAVE_SECONDS)
 
 
 def _odd(info: Info) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lorax_kit.checkpoint.agreed import told
+from lorax_kit.checkpoint.agreed import is_due
 from lorax_kit.core.paths import Params, arrays_only
 from lorax_kit.core.plan import Plan
 from lorax_kit.errors import StudyError
@@ -218,7 +218,7 @@ class Engine:
                 on_step(course.steps, course.losses[-1], course.failed)
                 with course.paused():
                     validate()
-                if self._save_is_due(course.steps, perf_counter() - saved):
+                if is_due(perf_counter() - saved, SAVE_SECONDS, course.steps, several()):
                     on_save(snapshot())
                     saved = perf_counter()
         except BaseException:
@@ -255,12 +255,6 @@ class Engine:
     def finished(self, pack: Pack, progress: Progress) -> Trained:
         """What a pack came to that was trained before."""
         return self.train(pack, lambda _: iter(()), progress=progress, until=len(progress.losses))[0]
-
-    def _save_is_due(self, number: int, seconds: float) -> bool:
-        """Whether to keep the training now; several processes agree on it, every tenth step."""
-        if not several():
-            return seconds > SAVE_SECONDS
-        return number % 10 == 0 and told(lambda: seconds > SAVE_SECONDS)
 
     def compile(self, running: Running, scalars: Scalars, count: Any, batch: Any) -> Any:
         """Compile ahead of time: the executable cannot be compiled again behind our back, only replaced here."""
