@@ -43,7 +43,9 @@ def test_merge_keeps_negative_zeros():
 @pytest.mark.parametrize("name", CASES)
 def test_adapted_equals_the_function_at_init_and_the_merged_after(name, variant):
     case, plan, base, factors, adapted = prepare(name, variant)
-    np.testing.assert_array_equal(adapted(base, factors, *case.inputs), case.fn(case.params, *case.inputs))
+    ours, theirs = adapted(base, factors, *case.inputs), case.fn(case.params, *case.inputs)
+    # Equinox has the weight on the left, `w @ x`; it is computed as x @ w.T, whose sums some CPUs order otherwise.
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 if name == "equinox" else 0)
     factors = moved(factors)
     merged = case.fn(lk.merge(base, factors, plan), *case.inputs)
     # fp32 sums in another order; values are of order 1 to 100.
