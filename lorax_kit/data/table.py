@@ -142,11 +142,11 @@ def _expect(path: Path, columns: Mapping[str, str], there: Sequence[str]) -> Non
 def _read_csv(path: Path, columns: Mapping[str, str], encoding: str) -> Iterator[Row]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     last = 0
-    csv.field_size_limit(LONGEST_CELL)
     with open(path, encoding=encoding, newline="") as handle:
         reader = csv.reader(handle, delimiter=delimiter, strict=True)
+        rows = _of_any_length(reader)
         try:
-            header = next(reader, None)
+            header = next(rows, None)
             if not header:
                 raise DataError(f"{str(path)!r} has no header: its first line names the columns.")
             if any("\0" in cell for cell in header):
@@ -157,7 +157,7 @@ def _read_csv(path: Path, columns: Mapping[str, str], encoding: str) -> Iterator
             _expect(path, columns, header)
             places = {name: header.index(column) for name, column in columns.items()}
             last = reader.line_num
-            for cells in reader:
+            for cells in rows:
                 line, last = last + 1, reader.line_num
                 if not cells:
                     continue
@@ -171,6 +171,19 @@ def _read_csv(path: Path, columns: Mapping[str, str], encoding: str) -> Iterator
             raise _wrong_encoding(path, encoding) from None
         except csv.Error as e:
             raise DataError(f"{str(path)!r}, line {last + 1}: {e}.") from None
+
+
+def _of_any_length(reader: Iterator[list[str]]) -> Iterator[list[str]]:
+    """The rows of a reader, however long their cells; the process's limit is after each as it was before."""
+    while True:
+        before = csv.field_size_limit(LONGEST_CELL)
+        try:
+            cells = next(reader, None)
+        finally:
+            csv.field_size_limit(before)
+        if cells is None:
+            return
+        yield cells
 
 
 def _read_jsonl(path: Path, columns: Mapping[str, str], encoding: str) -> Iterator[Row]:

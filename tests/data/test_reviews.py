@@ -87,14 +87,14 @@ def test_too_few_reviews_say():
 
 HEADER = "text,label,source\n"
 BAD_FILES = [
-    ("", "has the columns None; it must have text, label, source"),
-    ("review,label\nfine,1\n", "has the columns ['review', 'label']"),
-    (HEADER, "has no reviews from 'rotten_tomatoes': the data set is empty"),
+    ("", "has no header"),
+    ("review,label\nfine,1\n", "has no column 'text'; its columns are review, label"),
+    (HEADER, "holds no rows"),
     (HEADER + "fine,1,imdb\n", "has no reviews from 'rotten_tomatoes'"),
-    (HEADER + "fine,1,rotten_tomatoes\npoor,2,rotten_tomatoes\n", "row 3: label '2' is out of range"),
-    (HEADER + "fine,,rotten_tomatoes\n", "row 2: label '' is out of range"),
-    (HEADER + "fine,positive,rotten_tomatoes\n", "row 2: label 'positive' is out of range"),
-    (HEADER + '"  ",1,rotten_tomatoes\n', "row 2: the text is empty"),
+    (HEADER + "fine,1,rotten_tomatoes\npoor,2,rotten_tomatoes\n", "line 3: label '2' is out of range"),
+    (HEADER + "fine,,rotten_tomatoes\n", "line 2: label is empty"),
+    (HEADER + "fine,positive,rotten_tomatoes\n", "line 2: label 'positive' is out of range"),
+    (HEADER + '"  ",1,rotten_tomatoes\n', "line 2: text is empty"),
 ]
 
 
