@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -33,7 +33,7 @@ from lorax_kit.problem.objective import STATE, draws, training_loss, with_state
 from lorax_kit.problems.settings import Settings
 from lorax_kit.report.measure import Measure
 from lorax_kit.report.pages.training import Training, data_text, write_training_report
-from lorax_kit.training import Info, State, fit, make_step, partition
+from lorax_kit.training import Fitted, Info, State, fit, make_step, partition
 from lorax_kit.transform import all_linear, resolve
 
 DATA_FACTS = ("rows", "train", "val", "test", "left_out", "length", "cut")
@@ -89,26 +89,13 @@ def train_adapter(
             f"{str(out / 'adapter')!r} exists: that training is finished.\n  choose another folder, or delete this one"
         )
     problem = problem if isinstance(problem, Problem) else problem.build()
-    per_epoch: Any = steps_per_epoch or problem.facts.get("steps_per_epoch")
-    if not is_int(per_epoch) or per_epoch < 1:
-        raise StudyError(
-            f"problem {problem.name!r} does not say how many steps an epoch has.\n"
-            "  say so: steps_per_epoch=N, or Problem(facts={'steps_per_epoch': N})"
-        )
-    params = problem.params(jax.random.fold_in(jax.random.key(seed), 0))
+    per_epoch = _steps_per_epoch(problem, steps_per_epoch)
     example = next(iter(problem.train(seed, 0)))
-    targets = tuple(targets) or problem.targets or ("all-linear",)
-    rules = [(p, setting) for p in targets]
-    if targets == ("all-linear",):
-        own = (*problem.head, *problem.state)
-        rules = list(all_linear(setting, params, problem.apply, example, exclude=own).rules)  # type: ignore[arg-type]
-    spec = Spec([*problem.whole_rules, *rules])
-    plan = resolve(spec, params, problem.apply, example)
-    base, factors = split(params, plan, jax.random.fold_in(jax.random.key(seed), 1))
-    schedule = optax.linear_schedule(lr, 0.0, per_epoch * epochs)
-    tx = partition(optax.adamw(schedule), plan, clip=1.0)
+    adapted = _adapt(problem, setting, targets, example, seed)
+    plan, base = adapted.plan, adapted.base
+    tx = partition(optax.adamw(optax.linear_schedule(lr, 0.0, per_epoch * epochs)), plan, clip=1.0)
     init, step = _steps(problem, plan, tx, "everything" if save_memory else True)
-    validate, test = val_and_test(problem, *version(base, factors, plan))
+    validate, test = val_and_test(problem, *version(base, adapted.factors, plan))
 
     def measure(factors: Any) -> dict[str, float]:
         release_memory()
@@ -117,7 +104,7 @@ def train_adapter(
         return found
 
     # Where nothing is random no key is drawn for a step.
-    state = init(factors, jax.random.fold_in(jax.random.key(seed), 2) if draws(problem, plan) else None)
+    state = init(adapted.factors, jax.random.fold_in(jax.random.key(seed), 2) if draws(problem, plan) else None)
     if max_memory is not None:
         step = within(step, max_memory, state, base, example)
     if progress:
@@ -126,17 +113,13 @@ def train_adapter(
         out.mkdir(parents=True, exist_ok=True)
     with sole_writer(out, StudyError):
         clear_stale(out)
-        saved, log = out / "training.npz", out / "metrics.jsonl"
-        if saved.exists():
-            tqdm.write(f"{str(out)!r} holds an interrupted training: going on", file=sys.stderr)
-        elif log.exists():
-            tqdm.write(f"{str(log)!r} is of an earlier training without an adapter: beginning anew", file=sys.stderr)
-            log.unlink()
+        saved, log = _begun(out)
+        run: dict[str, Any] = {"lr": lr, "seed": seed, "steps per epoch": per_epoch}
         settings = {
             "problem": problem.facts.get("settings") or {},
             "base": fingerprint(base, [leaf.path for leaf in plan.full]),
-            "spec": spec.to_dict(),
-            **{"lr": lr, "seed": seed, "steps per epoch": per_epoch},
+            "spec": adapted.spec.to_dict(),
+            **run,
         }
         rounds = [Epoch(problem, seed, per_epoch, number) for number in range(epochs)]
         release_memory()
@@ -148,38 +131,92 @@ def train_adapter(
             saved.unlink(missing_ok=True)
             raise StudyError(f"training gave no usable adapter: {fitted.stopped}.\n  lower the learning rate")
         tested = test(version(base, fitted.state.factors, plan)[0])
-        final = _metrics(problem, tested)
         save_adapter(out / "adapter", plan, fitted.state.factors, base=base, meta=problem.remembered)
         saved.unlink(missing_ok=True)
-        told = Training(
-            name=str(problem.facts.get("name") or problem.name),
-            measures=[Measure(**one.to_dict()) for one in dict.fromkeys((problem.chief, *problem.all_metrics))],
-            history=fitted.history,
-            test=final,
-            examples=int(problem.facts.get("test", tested["examples"])),
-            best=fitted.best if fitted.best is not None else len(fitted.history) - 1,
-            stopped=fitted.stopped,
-            data=problem.facts,
-            spec=spec.to_dict(),
-            run={
-                "optimiser": "AdamW, its rate falling linearly to 0, gradients clipped at 1",
-                **{"lr": lr, "seed": seed, "epochs": epochs, "steps per epoch": per_epoch, "save memory": save_memory},
-                "base": settings["base"],
-                "versions": read_document(out / "adapter")["versions"],
-            },
-            trained=sum(x.size for x in jax.tree.leaves(trained_only(plan, fitted.state.factors))),
-            parameters=sum(prod(x.shape) for x in flatten(params)[0].values()),
-            adapter_bytes=adapter_bytes(out / "adapter"),
-        )
+        run |= {"epochs": epochs, "save memory": save_memory, "base": settings["base"]}
+        told = _told(problem, adapted, fitted, tested, run, out / "adapter")
         return {
             "adapter": str(out / "adapter"),
             "report": str(write_training_report(out, told)),
             "data": {name: problem.facts[name] for name in DATA_FACTS if name in problem.facts},
             "stopped": fitted.stopped,
             "history": fitted.history,
-            **{f"test_{name}": value for name, value in final.items()},
+            **{f"test_{name}": value for name, value in told.test.items()},
             "peak_memory_bytes": peak_memory(),
         }
+
+
+class Adapted(NamedTuple):
+    """A problem's model before its first step.
+
+    Attributes:
+      parameters: how many the whole model has.
+    """
+
+    spec: Spec
+    plan: Plan
+    base: Params
+    factors: Params
+    parameters: int
+
+
+def _steps_per_epoch(problem: Problem, asked: int | None) -> int:
+    per_epoch: Any = asked or problem.facts.get("steps_per_epoch")
+    if not is_int(per_epoch) or per_epoch < 1:
+        raise StudyError(
+            f"problem {problem.name!r} does not say how many steps an epoch has.\n"
+            "  say so: steps_per_epoch=N, or Problem(facts={'steps_per_epoch': N})"
+        )
+    return int(per_epoch)
+
+
+def _adapt(problem: Problem, setting: AnySetting, targets: Sequence[str], example: Any, seed: int) -> Adapted:
+    params = problem.params(jax.random.fold_in(jax.random.key(seed), 0))
+    targets = tuple(targets) or problem.targets or ("all-linear",)
+    rules = [(p, setting) for p in targets]
+    if targets == ("all-linear",):
+        own = (*problem.head, *problem.state)
+        rules = list(all_linear(setting, params, problem.apply, example, exclude=own).rules)  # type: ignore[arg-type]
+    spec = Spec([*problem.whole_rules, *rules])
+    plan = resolve(spec, params, problem.apply, example)
+    base, factors = split(params, plan, jax.random.fold_in(jax.random.key(seed), 1))
+    return Adapted(spec, plan, base, factors, sum(prod(x.shape) for x in flatten(params)[0].values()))
+
+
+def _begun(out: Path) -> tuple[Path, Path]:
+    """The files that hold a training under way and its epochs; of an earlier one without an adapter nothing is left."""
+    saved, log = out / "training.npz", out / "metrics.jsonl"
+    if saved.exists():
+        tqdm.write(f"{str(out)!r} holds an interrupted training: going on", file=sys.stderr)
+    elif log.exists():
+        tqdm.write(f"{str(log)!r} is of an earlier training without an adapter: beginning anew", file=sys.stderr)
+        log.unlink()
+    return saved, log
+
+
+def _told(
+    problem: Problem, adapted: Adapted, fitted: Fitted, tested: dict[str, float], run: dict[str, Any], adapter: Path
+) -> Training:
+    """What the page of a training shows."""
+    return Training(
+        name=str(problem.facts.get("name") or problem.name),
+        measures=[Measure(**one.to_dict()) for one in dict.fromkeys((problem.chief, *problem.all_metrics))],
+        history=fitted.history,
+        test=_metrics(problem, tested),
+        examples=int(problem.facts.get("test", tested["examples"])),
+        best=fitted.best if fitted.best is not None else len(fitted.history) - 1,
+        stopped=fitted.stopped,
+        data=problem.facts,
+        spec=adapted.spec.to_dict(),
+        run={
+            "optimiser": "AdamW, its rate falling linearly to 0, gradients clipped at 1",
+            **run,
+            "versions": read_document(adapter)["versions"],
+        },
+        trained=sum(x.size for x in jax.tree.leaves(trained_only(adapted.plan, fitted.state.factors))),
+        parameters=adapted.parameters,
+        adapter_bytes=adapter_bytes(adapter),
+    )
 
 
 @dataclass(frozen=True)

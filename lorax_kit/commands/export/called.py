@@ -88,33 +88,12 @@ def export_adapter(
       CompressError: what compression raises.
     """
     path = Path(out).absolute()
-    if form not in FILES:
-        raise ExportError(f"format {form!r} is unknown; choose from {', '.join(FILES)}.")
-    if int8 and form != "onnx":
-        raise ExportError(f"int8 is a form of onnx, not of {form}.\n  compress first by method int8")
     if compressed is not None and method is not None:
         raise ExportError("a model that is compressed already takes no method: give one of the two.")
-    if form == "onnx":
-        check_installed()
-    here = {"gpu": {"cuda", "rocm"}}.get(jax.default_backend(), {jax.default_backend()})
-    if form == "stablehlo" and not here & set(platforms):
-        raise ExportError(
-            f"this machine runs {' or '.join(sorted(here))}, and the platforms are {', '.join(platforms)}: "
-            "what is written could not be measured here.\n  add this machine's platform to them"
-        )
-    refuse_existing(path, overwrite, DOCUMENT, "export")
-    ours = {*FILES.values(), VOCABULARY, DOCUMENT}
-    if path.is_dir() and (other := sorted(p.name for p in path.iterdir() if p.name not in ours or p.is_dir())):
-        raise ExportError(f"{str(path)!r} holds {other[0]!r}, too, which is no part of an export: it is not replaced.")
+    _check(path, form, int8, platforms, overwrite)
     adapter = adapter_folder(adapter)
     subject = subject_of(adapter, targets=targets, address=problem, files=files)
-    model, healed = Small(subject.apply, subject.params), False
-    if compressed is not None:
-        kept, model = load_small(compressed, subject)
-        method, keep, healed = kept["method"], kept["keep"], kept["metric_healed"] is not None
-    elif method is not None:
-        keep = 1.0 if Method.parse(method).kind == "quantised" else check_share("keep", keep)
-        model = compressed_by(subject, Method.parse(method), keep, batches, progress=progress)
+    model, made = _model(subject, compressed, method, keep, batches, progress=progress)
     if int8 and any(isinstance(x, Quantised) for x in flatten(model.params)[0].values()):
         raise ExportError("int8 quantises float params, and these are quantised already.\n  leave int8 out")
     about, texts = _texts(adapter, subject.problem.facts, model.params)
@@ -134,9 +113,7 @@ def export_adapter(
         measured = _measured(subject, model, inputs, run, rounds)
         row = {
             "format": form,
-            "method": method,
-            "keep": keep if method is not None else None,
-            "healed": healed,
+            **made,
             "int8": int8,
             "file": FILES[form],
             "sizes": inputs.sizes(),
@@ -151,6 +128,43 @@ def export_adapter(
         (new / DOCUMENT).write_text(sealed_json(document | {"measured": row}, indent=2) + "\n", encoding="utf-8")
         sizes = {file.name: file.stat().st_size for file in sorted(new.iterdir())}
     return {**row, "path": str(path), "files": sizes}
+
+
+def _check(path: Path, form: str, int8: bool, platforms: Sequence[str], overwrite: bool) -> None:
+    """Raise for a format that cannot be written, or measured here, and for a folder that is not to be replaced."""
+    if form not in FILES:
+        raise ExportError(f"format {form!r} is unknown; choose from {', '.join(FILES)}.")
+    if int8 and form != "onnx":
+        raise ExportError(f"int8 is a form of onnx, not of {form}.\n  compress first by method int8")
+    if form == "onnx":
+        check_installed()
+    here = {"gpu": {"cuda", "rocm"}}.get(jax.default_backend(), {jax.default_backend()})
+    if form == "stablehlo" and not here & set(platforms):
+        raise ExportError(
+            f"this machine runs {' or '.join(sorted(here))}, and the platforms are {', '.join(platforms)}: "
+            "what is written could not be measured here.\n  add this machine's platform to them"
+        )
+    refuse_existing(path, overwrite, DOCUMENT, "export")
+    ours = {*FILES.values(), VOCABULARY, DOCUMENT}
+    if path.is_dir() and (other := sorted(p.name for p in path.iterdir() if p.name not in ours or p.is_dir())):
+        raise ExportError(f"{str(path)!r} holds {other[0]!r}, too, which is no part of an export: it is not replaced.")
+
+
+def _model(
+    subject: Subject, compressed: str | Path | None, method: str | None, keep: float, batches: int, *, progress: bool
+) -> tuple[Small, dict[str, Any]]:
+    """(what is exported, how it was made: method, keep and whether it was healed)."""
+    if compressed is not None:
+        kept, model = load_small(compressed, subject)
+        return model, {
+            "method": kept["method"], "keep": kept["keep"], "healed": kept["metric_healed"] is not None,
+        }  # fmt: skip
+    if method is None:
+        return Small(subject.apply, subject.params), {"method": None, "keep": None, "healed": False}
+    way = Method.parse(method)
+    keep = 1.0 if way.kind == "quantised" else check_share("keep", keep)
+    model = compressed_by(subject, way, keep, batches, progress=progress)
+    return model, {"method": method, "keep": keep, "healed": False}
 
 
 def compressed_by(subject: Subject, method: Method, keep: float, batches: int, *, progress: bool) -> Small:

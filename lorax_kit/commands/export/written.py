@@ -97,24 +97,9 @@ def export_writer(
       AdapterError, LoraxError: as `origin_of`; `out` exists.
     """
     path = Path(out).absolute()
-    if form not in FORMATS:
-        raise ExportError(f"format {form!r} is none of a model that writes; choose from {', '.join(FORMATS)}.")
-    if int8 and form != "onnx":
-        raise ExportError(f"int8 is a form of onnx, not of {form}.")
-    if separate and form == "litert":
-        raise ExportError("LiteRT has one size of everything: an adapter of any rank goes with onnx or stablehlo.")
-    for name, check in (("onnx", onnx.check_installed), ("litert", litert.check_installed)):
-        if form == name:
-            check()
-    refuse_existing(path, overwrite, DOCUMENT, "export")
-    _refuse_others(path)
+    _check(path, form, int8, separate, overwrite)
     origin = origin_of(source)
-    if separate and (origin.adapter is None or params is not None):
-        raise ExportError(
-            "adapters are separate of an adapter that is not merged or compressed: give an ADAPTER alone."
-        )
-    if int8 and any(isinstance(x, Quantised) for x in flatten(params)[0].values()):
-        raise ExportError("int8 quantises float params, and these are quantised already.\n  leave int8 out")
+    _check_origin(origin, params, int8=int8, separate=separate)
     whole = cast(params if params is not None else _merged(origin), "float32")
     parts, factors = parts_of(origin.loaded, grows=form == "onnx"), {}
     stored = whole
@@ -167,6 +152,31 @@ def export_writer(
         (folder / DOCUMENT).write_text(sealed_json(document, indent=2) + "\n", encoding="utf-8")
         sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
     return {**row, "path": str(path), "files": sizes}
+
+
+def _check(path: Path, form: str, int8: bool, separate: bool, overwrite: bool) -> None:
+    """Raise for a format that cannot be written, and for a folder that is not to be replaced."""
+    if form not in FORMATS:
+        raise ExportError(f"format {form!r} is none of a model that writes; choose from {', '.join(FORMATS)}.")
+    if int8 and form != "onnx":
+        raise ExportError(f"int8 is a form of onnx, not of {form}.")
+    if separate and form == "litert":
+        raise ExportError("LiteRT has one size of everything: an adapter of any rank goes with onnx or stablehlo.")
+    for name, check in (("onnx", onnx.check_installed), ("litert", litert.check_installed)):
+        if form == name:
+            check()
+    refuse_existing(path, overwrite, DOCUMENT, "export")
+    _refuse_others(path)
+
+
+def _check_origin(origin: Origin, params: Params, *, int8: bool, separate: bool) -> None:
+    """Raise for factors that cannot be apart from the programs, and for weights of few bits to be quantised."""
+    if separate and (origin.adapter is None or params is not None):
+        raise ExportError(
+            "adapters are separate of an adapter that is not merged or compressed: give an ADAPTER alone."
+        )
+    if int8 and any(isinstance(x, Quantised) for x in flatten(params)[0].values()):
+        raise ExportError("int8 quantises float params, and these are quantised already.\n  leave int8 out")
 
 
 def smaller_writer(
