@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +27,9 @@ from lorax_kit.models import (
     locate,
     torch_names,
 )
-from lorax_kit.models.stored.load import MINILM, PACKAGED
-from lorax_kit.models.stored.weights import Stored, open_folder, read_json
+from lorax_kit.models.stored.families import FAMILIES
+from lorax_kit.models.stored.load import PACKAGED, read_backbone
+from lorax_kit.models.stored.weights import Stored, open_folder, read_config
 from lorax_kit.peft import load_peft, save_peft
 from lorax_kit.problems.packaged.sentiment import adapter_folder
 
@@ -42,7 +43,7 @@ class Model(NamedTuple):
     Attributes:
       base: its params.
       names: path of a parameter -> its name in torch, as adapters call it.
-      own: path -> the name that the model's own files have for it.
+      own: path -> the name that the model's own files have for it, or for the tensor that it is a part of.
       folder: of the files that came with it, or None (a GGUF file).
       stored: the tensors of that folder, or None.
       drawn: paths of parameters that the files do not have, whose values here are no model's.
@@ -50,7 +51,7 @@ class Model(NamedTuple):
 
     base: Params
     names: dict[str, Any]
-    own: dict[str, str]
+    own: Mapping[str, str]
     folder: Path | None
     stored: Stored | None
     drawn: frozenset[str] = frozenset()
@@ -73,21 +74,24 @@ def format_of(folder: str | Path) -> str:
 
 
 def load_model(source: str, adapters: Sequence[str | Path]) -> Model:
-    """The model that adapters belong to: an encoder alone, a classifier around it, or a decoder.
+    """The model that adapters belong to: its backbone, or of a BERT a classifier around it.
 
     Args:
       source: as in `lorax-kit inspect` and `compress`: minilm or smollm2, a Hugging Face folder, a GGUF file.
-      adapters: folders; where one of them knows a classifier, the model is one, with the head of the folder. A folder
-        without a head of as many classes lends a random one, in whose place an adapter is to bring its own.
+      adapters: folders; where one of them knows BERT's classifier, the model is one, with the head of the folder. A
+        folder without a head of as many classes lends a random one, in whose place an adapter is to bring its own.
     """
-    path = Path(source)
-    if source == "smollm2" or path.suffix == ".gguf" or _kind(path) == "llama":
-        decoder, folder = load_llama(source), path if path.is_dir() else None
+    folder = Path(source) if source not in PACKAGED else locate(*PACKAGED[source])
+    if folder.suffix == ".gguf":
+        decoder = load_llama(folder)
         names = llama_names(decoder.config)
-        own = {p: str(name) for p, name in names.items()}
-        return Model(decoder.params, names, own, folder, None if folder is None else open_folder(folder))
+        return Model(decoder.params, names, dict(names), None, None)
+    data = read_config(folder)
+    if isinstance(data, dict) and data.get("model_type", "bert") != "bert":
+        found = read_backbone(folder, data, FAMILIES)
+        names = found.family.names_under(found.family.classes["backbone"].prefix, found.data)
+        return Model(found.params, {p: names[p] for p in found.names}, found.names, folder, found.stored)
     encoder = load_bert(source)
-    folder = locate(*MINILM) if source == "minilm" else path
     stored, names = open_folder(folder), torch_names(encoder.config)
     prefix = "bert." if any(name.startswith("bert.") for name in stored.names) else ""
     own = {p: prefix + name for p, name in names.items()}
@@ -117,17 +121,6 @@ def read_from(source: str, adapters: Sequence[str | Path]) -> list[Path]:
     """The files and folders that a command reads, in whose place nothing may be written."""
     base = PACKAGED.get(source)
     return [Path(source) if base is None else locate(*base), *map(Path, adapters)]
-
-
-def _kind(folder: Path) -> Any:
-    """The model_type of a folder's config.json; None where there is none."""
-    file = folder / "config.json"
-    if not file.is_file():
-        return None
-    data = read_json(file)
-    if not isinstance(data, dict):
-        raise AdapterError(f"{str(file)!r} must hold an object, not {type(data).__name__}.")
-    return data.get("model_type")
 
 
 def _stored_head(stored: Stored, width: int) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from lorax_kit.errors import AdapterError
 from lorax_kit.files.staging import refuse_existing, refuse_near, staged
 from lorax_kit.models.stored.families import FAMILIES
 from lorax_kit.models.stored.save import cast_tensor
-from lorax_kit.models.stored.weights import SINGLE, open_folder
+from lorax_kit.models.stored.weights import SINGLE, open_folder, sliced, transposed
 from lorax_kit.problem.base import based, restored
 from lorax_kit.problems import settings_from
 from lorax_kit.problems.packaged.sentiment import adapter_folder
@@ -142,12 +142,12 @@ def _tensors(model: Model, adapter: Any, merged: dict[str, Any]) -> dict[str, np
     """Every tensor of the merged model by its name: those of the base, and what the adapter makes of them."""
     stored = model.stored
     if stored is None:
-        return {name: _in_torch(path, merged[path]) for path, name in model.own.items()}
+        return {name: _in_torch(path, name, merged[path]) for path, name in model.own.items()}
     out = {name: np.asarray(stored.read(name)) for name in sorted(stored.names)}
     full = {leaf.path for leaf in adapter.plan.full}
     brought = set()
     for path in adapter.plan.trained:
-        name, x = model.own[path], _in_torch(path, merged[path])
+        (name, start, end), x = sliced(model.own[path]), _in_torch(path, model.own[path], merged[path])
         if name not in out and path not in full:
             raise AdapterError(
                 f"the adapter changes {path!r}, and {str(model.folder)!r} has no {name!r} to change.\n"
@@ -155,6 +155,9 @@ def _tensors(model: Model, adapter: Any, merged: dict[str, Any]) -> dict[str, np
             )
         if name not in out:
             brought.add(name)
+        elif end:
+            out[name] = np.concatenate([out[name][..., :start], x, out[name][..., end:]], axis=-1)
+            continue
         elif out[name].shape != x.shape:
             raise AdapterError(
                 f"the adapter has a {name!r} of shape {x.shape}, {str(model.folder)!r} has one of {out[name].shape}.\n"
@@ -174,5 +177,5 @@ def _tensors(model: Model, adapter: Any, merged: dict[str, Any]) -> dict[str, np
     return out
 
 
-def _in_torch(path: str, x: Any) -> np.ndarray:
-    return np.asarray(x).T if path.endswith("/kernel") else np.asarray(x)
+def _in_torch(path: str, name: str, x: Any) -> np.ndarray:
+    return np.asarray(x).T if transposed(path, name) else np.asarray(x)

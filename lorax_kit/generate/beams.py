@@ -18,7 +18,6 @@ from jax import Array
 
 from lorax_kit.core.setting import is_int, is_number, shown
 from lorax_kit.errors import LoraxError
-from lorax_kit.generate.pieces import Pieces
 from lorax_kit.generate.write import Writer, Written, _multiple
 
 
@@ -164,7 +163,7 @@ class _Search:
 def _written(writer: Writer, search: _Search, row: Sequence[int], stop: Sequence[str]) -> Written:
     """The best text that has ended, cut before a stop string."""
     _, tokens, logprobs, why = search.ended[0]
-    text = Pieces(writer.tokenizer, tuple(stop))
+    text = writer.text_after(row, stop)
     for token, logprob in zip(tokens, logprobs, strict=True):
         if not text.finished:
             text.add(token, logprob, writer.decoder.eos)

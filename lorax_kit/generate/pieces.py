@@ -20,6 +20,8 @@ class Pieces:
     Args:
       tokenizer: ids to text.
       stop: strings before which the text ends; they may lie across tokens.
+      before: the last tokens of the text that this one goes on from. Tokenizers of SentencePiece leave out the space
+        that a text begins with; within a text it is kept, so that prompt and text are one.
 
     Attributes:
       tokens, logprobs: so far.
@@ -29,6 +31,7 @@ class Pieces:
 
     tokenizer: Tokenizer
     stop: tuple[str, ...] = ()
+    before: tuple[int, ...] = ()
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finished: str = ""
@@ -42,7 +45,9 @@ class Pieces:
         if token in eos:
             self.finished = "eos"
             return
-        self._text = self.tokenizer.decode(self.tokens)
+        known, whole = self.tokenizer.decode(self.before), self.tokenizer.decode([*self.before, *self.tokens])
+        # Bytes that are no character can make one with those before: the text is then decoded by itself.
+        self._text = whole[len(known) :] if whole.startswith(known) else self.tokenizer.decode(self.tokens)
         found = [at for at in (self._text.find(string) for string in self.stop) if at >= 0]
         if found:
             self.finished, self._text = "stop", self._text[: min(found)]

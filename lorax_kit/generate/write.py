@@ -23,6 +23,8 @@ from lorax_kit.models import Tokenizer
 
 SLOTS = 32
 """Slots of a cache, and tokens of padded prompts, are multiples: few programs are compiled."""
+CONTEXT = 8
+"""Tokens of a prompt that a text is decoded after."""
 
 
 class Written(NamedTuple):
@@ -108,7 +110,7 @@ class Writer:
           LoraxError: no prompts, an empty one, more tokens than the model has positions, values out of range.
         """
         rows = self._rows(prompts, max_new_tokens, samples, stop)
-        texts = [Pieces(self.tokenizer, tuple(stop)) for _ in rows]
+        texts = [self.text_after(row, stop) for row in rows]
         for tokens, logprobs in self._steps(params, rows, max_new_tokens, sampling or Sampling(), samples, seed):
             for text, token, logprob in zip(texts, tokens, logprobs, strict=True):
                 if not text.finished:
@@ -135,7 +137,7 @@ class Writer:
         Arguments and errors as of the call.
         """
         rows = self._rows([prompt], max_new_tokens, 1, stop)
-        text = Pieces(self.tokenizer, tuple(stop))
+        text = self.text_after(rows[0], stop)
         for (token,), (logprob,) in self._steps(params, rows, max_new_tokens, sampling or Sampling(), 1, seed):
             text.add(int(token), float(logprob), self.decoder.eos)
             if piece := text.piece():
@@ -144,6 +146,11 @@ class Writer:
                 break
         if rest := text.rest():
             yield rest
+
+    def text_after(self, row: Sequence[int], stop: Sequence[str]) -> Pieces:
+        """A text without tokens yet, after a prompt's."""
+        before = () if self.decoder.written_alone else tuple(row[-CONTEXT:])
+        return Pieces(self.tokenizer, tuple(stop), before)
 
     def _rows(self, prompts: Sequence[Any], new: int, samples: int, stop: Sequence[str]) -> list[list[int]]:
         for name, x in (("max_new_tokens", new), ("samples", samples)):

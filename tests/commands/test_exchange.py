@@ -12,8 +12,9 @@ from safetensors.numpy import load_file
 import lorax_kit as lk
 from lorax_kit.cli import cli
 from lorax_kit.core.paths import flatten
-from lorax_kit.models import classifier_params, load_bert
+from lorax_kit.models import classifier_params, load_bert, load_model
 from tests.draws import moved
+from tests.models.test_families import copied
 from tests.models.test_pretrained import write_folder
 
 KERNELS = "layer_*/attention/{query,value}/kernel"
@@ -153,3 +154,22 @@ def test_bad_input_says_so_and_leaves_nothing(model, tmp_path, arguments, says):
     places = {name: str(tmp_path / name) for name in ("a", "new", "empty")}
     assert says in call(*(x.format(**places) for x in arguments), "--base", model, code=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "empty"]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "marian", "qwen2", "qwen3_classify", "roberta", "t5"])
+def test_adapters_of_every_family_go_to_peft_and_back_and_into_their_model(tmp_path, family):
+    folder = copied(family, tmp_path / "model")
+    params = load_model(folder).params
+    plan = lk.resolve(lk.Spec({"**/{query,value,up}/kernel": lk.LoRA(rank=2, alpha=3)}), params)
+    base, factors = lk.split(params, plan, jax.random.key(0))
+    factors = moved(factors)
+    lk.save_adapter(tmp_path / "ours", plan, factors, base=base)
+    wanted = weights(lk.merge(base, factors, plan))
+    options = ("--base", folder, "--json")
+    call("convert", "--from", "orbax", tmp_path / "ours", "--to", "peft", tmp_path / "peft", *options)
+    call("convert", "--from", "peft", tmp_path / "peft", "--to", "orbax", tmp_path / "again", *options)
+    again = lk.load_adapter(tmp_path / "again", base=base)
+    call("merge", tmp_path / "ours", "--out", tmp_path / "merged", *options)
+    for got in (lk.merge(base, again.factors, again.plan), load_model(tmp_path / "merged").params):
+        for path, x in weights(got).items():
+            np.testing.assert_allclose(x, wanted[path], rtol=1e-6, atol=1e-6, err_msg=path)

@@ -173,14 +173,32 @@ def test_a_text_ends_before_a_stop_string_and_streams_in_whole_characters(loaded
     assert (text.finished, text.whole(), text.rest()) == ("stop", "aäEN", "")
 
 
-def test_bytes_that_are_no_character_stream_as_they_are_decoded():
+def sentencepiece_tokenizer():
+    """As LLaMA's: spaces within pieces, and bytes."""
     space = "\u2581"
     pieces = [space + "a", "b", *(f"<0x{byte:02X}>" for byte in (0xC3, 0xA9, 0x97))]
     inner = tokenizers.Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="b"))
     steps = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    inner.decoder = decoders.Sequence(steps)  # as LLaMA's
+    inner.decoder = decoders.Sequence(steps)
+    return Tokenizer(inner)
+
+
+@pytest.mark.parametrize(
+    ("before", "ids", "wanted"),
+    [((0, 1), [0, 1], " ab"), ((0, 1), [1, 0], "b a"), ((), [0, 1], "ab"), ((2,), [3, 0], "\ufffd a")],
+)
+def test_a_text_that_goes_on_keeps_its_first_space(before, ids, wanted):
+    text = Pieces(sentencepiece_tokenizer(), before=before)
+    shown = ""
+    for token in ids:
+        text.add(token, 0.0, ())
+        shown += text.piece()
+    assert shown + text.rest() == text.whole() == wanted
+
+
+def test_bytes_that_are_no_character_stream_as_they_are_decoded():
     for ids, wanted in (([0, 2, 3, 0, 1], "aé ab"), ([2, 3, 4, 1], "\ufffd\ufffd\ufffdb"), ([0, 2], "a\ufffd")):
-        text = Pieces(Tokenizer(inner))
+        text = Pieces(sentencepiece_tokenizer())
         shown = ""
         for token in ids:
             text.add(token, 0.0, ())

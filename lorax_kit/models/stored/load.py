@@ -147,14 +147,22 @@ def load_model(source: str | Path, *, quantise: str | None = None, place: Place 
 
 
 class Backbone(NamedTuple):
-    """The weights of a folder, whatever its tokenizer is; `heads` are names of the trained ones."""
+    """The weights of a folder, whatever its tokenizer is.
+
+    Attributes:
+      data: the content of config.json, with what the tensors say.
+      names: our path -> the folder's name, of each parameter.
+      heads: likewise of the trained ones, each by its name.
+    """
 
     name: str
     family: Family
     config: Any
+    data: Mapping[str, Any]
     model: nn.Module
     params: dict[str, Any]
     stored: Stored
+    names: dict[str, str]
     heads: dict[str, dict[str, str]]
 
 
@@ -191,7 +199,7 @@ def read_backbone(
     of_heads = [x for own in (found if heads else family.heads).values() for x in own.values()]
     stored.expect_no_others([*names.values(), *of_heads], family.left)
     params = stored.params(names, shapes, held)
-    return Backbone(name, family, config, model, params, stored, found)
+    return Backbone(name, family, config, data, model, params, stored, names, found)
 
 
 def _heads(family: Family, data: Mapping[str, Any], stored: Stored) -> dict[str, dict[str, str]]:
