@@ -1,5 +1,6 @@
 """Four virtual CPU devices, strict promotion, and a compilation cache: compilation dominates the tests' time."""
 
+import gc
 import os
 from importlib.metadata import version
 
@@ -19,8 +20,18 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 import jax
 import pytest
 
+gc.set_threshold(100_000, 20, 100)  # tracing makes objects by the million, few of them garbage
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """What a file has compiled and traced is dropped before the next: collecting garbage among it all takes seconds."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

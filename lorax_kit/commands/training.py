@@ -97,10 +97,14 @@ def train_adapter(
     init, step = _steps(problem, plan, tx, "everything" if save_memory else True)
     validate, test = val_and_test(problem, *version(base, adapted.factors, plan))
 
+    def release() -> None:
+        if max_memory is not None:  # it looks at every object: seconds in a process that holds many
+            release_memory()
+
     def measure(factors: Any) -> dict[str, float]:
-        release_memory()
+        release()
         found = _metrics(problem, validate(version(base, factors, plan)[0]))
-        release_memory()
+        release()
         return found
 
     # Where nothing is random no key is drawn for a step.
@@ -122,7 +126,7 @@ def train_adapter(
             **run,
         }
         rounds = [Epoch(problem, seed, per_epoch, number) for number in range(epochs)]
-        release_memory()
+        release()
         fitted = fit(
             step, state, base, rounds, evaluate=measure, monitor=f"val_{problem.metric}", better=problem.chief.better,
             log=log, progress=progress, saved=saved, settings=settings,
