@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -96,27 +97,16 @@ def study(
     dry_run: bool,
     track: tuple[str, ...],
     overwrite: bool,
-    devices: int | None,
-    data: int,
-    fsdp: int,
-    workers: int | None,
-    worker_cpus: float,
-    worker_gpus: float,
-    distributed: bool,
-    coordinator: str | None,
-    processes: int | None,
-    process: int | None,
-    memory_mib: int | None,
     as_json: bool,
+    **machine: Any,
 ) -> None:
     """Run a study, go on with one, or let one grow, and write its report."""
     import jax
 
-    from lorax_kit.errors import StudyError
-    from lorax_kit.parallel import join, quiet_stdout, study_mesh
+    from lorax_kit.parallel import quiet_stdout
     from lorax_kit.problems import problem_from
-    from lorax_kit.report import read_run, summary_table, write_report
-    from lorax_kit.study import Study, Workers, run
+    from lorax_kit.report import write_report
+    from lorax_kit.study import Study, run
     from lorax_kit.study.folder.store import finished_trials
     from lorax_kit.study.outline import outline
 
@@ -128,9 +118,59 @@ def study(
         if any("seed" in grid for grid in design.grids):
             raise click.UsageError("--seeds: a grid of the study names its own seeds.")
         design = replace(design, seed=range(seeds))
+    machines = _machines(**machine)
+    first = jax.process_index() == 0
+    names = {trial.name for trial in design.trials()}
+    known = names & set(finished_trials(out)) if out and not overwrite else set()
+    if first:
+        done = f", {len(known)} finished" if known else ""
+        click.echo(f"{len(names)} trials of {design.steps} steps{done}; loading model and data", err=True)
+    problem = problem_from(read.get("problem", {}))
+    if dry_run:
+        planned = outline(design, problem, **machines, done=known)
+        echo(planned) if as_json else click.echo(_planned(planned))
+        return
+    assert out is not None
+    options: dict[str, Any] = {
+        "overwrite": overwrite,
+        "command": shlex.join(["lorax-kit", *sys.argv[1:]]),
+        "progress": first,
+        "trackers": [_tracker(name, Path(out)) for name in track] if first else [],
+    }
+    try:
+        with quiet_stdout() if jax.process_count() > 1 else nullcontext():
+            results = run(design, problem, out=out, **machines, **options)
+    except KeyboardInterrupt:
+        if first and (Path(out) / "trials.jsonl").exists():
+            click.echo(f"the finished trials are in {write_report(out)}", err=True)
+        click.echo("the same command goes on from where it stopped", err=True)
+        raise
+    if first:  # one process writes and prints
+        _print_results(results, problem, out, names, as_json)
+
+
+def _machines(
+    devices: int | None,
+    data: int,
+    fsdp: int,
+    workers: int | None,
+    worker_cpus: float,
+    worker_gpus: float,
+    distributed: bool,
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    memory_mib: int | None,
+) -> dict[str, Any]:
+    """What a study runs on: mesh, workers and memory, as `lorax_kit.study.run` takes them; joins other processes."""
+    import jax
+
+    from lorax_kit.errors import StudyError
+    from lorax_kit.parallel import join, study_mesh
+    from lorax_kit.study import Workers
+
     if distributed or any(x is not None for x in (coordinator, processes, process)):
         join(coordinator, processes, process)
-    first = jax.process_index() == 0
     if devices is None:
         devices = max(len(jax.devices()) // (data * fsdp), 1) if jax.process_count() > 1 else 1
     needed = devices * data * fsdp
@@ -138,43 +178,18 @@ def study(
         raise StudyError(
             f"--devices {devices} --data {data} --fsdp {fsdp} needs {needed}: JAX sees {len(jax.devices())}."
         )
-    names = {trial.name for trial in design.trials()}
-    known = names & set(finished_trials(out)) if out and not overwrite else set()
-    if first:
-        done = f", {len(known)} finished" if known else ""
-        click.echo(f"{len(names)} trials of {design.steps} steps{done}; loading model and data", err=True)
-    problem = problem_from(read.get("problem", {}))
-    machines: dict[str, Any] = {
+    return {
         "mesh": None if needed == 1 else study_mesh(devices, data, fsdp=fsdp),
         "workers": None if workers is None else Workers(workers, worker_cpus, worker_gpus),
         "memory_bytes": None if memory_mib is None else memory_mib * 2**20,
     }
-    if dry_run:
-        planned = outline(design, problem, **machines, done=known)
-        echo(planned) if as_json else click.echo(_planned(planned))
-        return
-    assert out is not None
-    trackers = [_tracker(name, Path(out)) for name in track] if first else []
-    command = shlex.join(["lorax-kit", *sys.argv[1:]])
-    try:
-        with quiet_stdout() if jax.process_count() > 1 else nullcontext():
-            results = run(
-                design,
-                problem,
-                out=out,
-                **machines,
-                overwrite=overwrite,
-                command=command,
-                progress=first,
-                trackers=trackers,
-            )
-    except KeyboardInterrupt:
-        if first and (Path(out) / "trials.jsonl").exists():
-            click.echo(f"the finished trials are in {write_report(out)}", err=True)
-        click.echo("the same command goes on from where it stopped", err=True)
-        raise
-    if not first:  # one process writes and prints
-        return
+
+
+def _print_results(results: Any, problem: Any, out: str, names: Collection[str], as_json: bool) -> None:
+    """Write the page of a finished study, and print its table and best trial, or its rows."""
+    from lorax_kit.report import read_run, summary_table, write_report
+    from lorax_kit.study.folder.store import finished_trials
+
     page = write_report(out)
     if as_json:
         echo({"rows": results.rows, "compiles": results.compiles, "report": str(page)})
@@ -182,7 +197,7 @@ def study(
     click.echo(summary_table(read_run(out)))
     best = results.best()
     tested = format(best[f"test_{problem.metric}"], problem.chief.format)
-    of = "" if set(finished_trials(out)) <= names else f" of this configuration's {len(names)}"
+    of = "" if set(finished_trials(out)) <= set(names) else f" of this configuration's {len(names)}"
     click.echo(f"\nbest single trial by validation {problem.metric}{of}: {best['trial']} (test: {tested})")
     address = f" --problem {problem.address}" if problem.address else ""
     click.echo(f"report: {page}\ncheck it: lorax-kit evaluate {Path(out) / best['adapter']}{address}")

@@ -157,81 +157,120 @@ def fit(
         raise LoraxError("there are no epochs to train.")
     if patience is not None and evaluate is None and monitor.startswith("val_"):
         raise LoraxError(f"patience watches {monitor!r}, but there is no `evaluate` to measure it.")
-    sign = -direction(monitor, better, LOSSES) if evaluate is not None or patience is not None else 0
+    chosen = evaluate is not None or patience is not None
+    sign = -direction(monitor, better, LOSSES) if chosen else 0
     about = {**(settings or {}), "epochs": len(epochs), "monitor": monitor, "patience": patience}
-    found = None if saved is None else load_training(Path(saved), state, about)
-    now = Saved(state, []) if found is None else found
-    state, history, best, waited, stopped = now.state, now.history, now.best, now.waited, now.stopped
-
-    def keep(running: _Running) -> None:
-        if saved is not None:
-            under_way = Saved(state, history, best, waited, running.totals, running.steps, running.seconds, stopped)
-            save_training(Path(saved), under_way, about)
-
+    file = None if saved is None else Path(saved)
+    found = None if file is None else load_training(file, state, about)
+    now = _UnderWay(Saved(state, []) if found is None else found, file, about)
     if not is_writer():
         log, progress = None, False
     if log is not None and found is not None:
-        _complete(Path(log), history)
+        _complete(Path(log), now.history)
     step = watched(step)
-    last, together = around[0] + len(epochs) + around[1], is_shared(state)
+    last = around[0] + len(epochs) + around[1]
     for number, batches in enumerate(epochs, around[0] + 1):
-        if stopped is not None:
+        if now.stopped is not None:
             break
-        if number - around[0] <= len(history):
+        if number - around[0] <= len(now.history):
             continue
-        running = _Running(dict(now.totals), now.steps, now.seconds)
-        now = now._replace(totals={}, steps=0, seconds=0.0)
-        began = kept = time.perf_counter() - running.seconds
-        bar = tqdm(
-            itertools.islice(batches, running.steps, None), desc=f"Epoch {number}/{last}", unit="step",
-            disable=None if progress else True, leave=True, initial=running.steps,
-            total=len(batches) if isinstance(batches, Sized) else None,
-        )  # fmt: skip
-        failed = None
-        for batch in bar:
-            state, info = step(state, base, batch)
-            running.add({"loss": info.loss, **_scalars(info.aux)})
-            # Waiting for the step costs little where it is long, and a NaN is caught where it happens.
-            if not bool(info.finite):
-                failed = f"{_odd(info)} is not finite at step {int(state.step)}"
-                break
-            bar.set_postfix({name: f"{x:.4f}" for name, x in running.means().items()})
-            running.seconds = time.perf_counter() - began
-            if saved is not None and is_due(began + running.seconds - kept, SAVE_SECONDS, running.steps, together):
-                keep(running)
-                kept = time.perf_counter()
+        running, began = now.begun(), time.perf_counter()
+        began -= running.seconds
+        failed = _train_epoch(step, base, batches, now, running, f"Epoch {number}/{last}", progress)
         if running.steps == 0:
             raise LoraxError(f"epoch {number} has no batches: is the data set empty, or smaller than a batch?")
         if failed is not None:
-            stopped = failed
-            bar.close()
-            keep(_Running())
+            now.stopped = failed
+            now.keep(_Running())
             break
-        row = {"epoch": number, "steps": int(state.step), **running.means()}
+        row = {"epoch": number, "steps": int(now.state.step), **running.means()}
         if evaluate is not None:
-            keep(running)  # validation may take long, too
-            row.update({f"val_{name}": float(x) for name, x in evaluate(state.factors).items()})
+            now.keep(running)  # validation may take long, too
+            row.update({f"val_{name}": float(x) for name, x in evaluate(now.state.factors).items()})
         row["seconds"] = time.perf_counter() - began
-        history.append(row)
+        now.history.append(row)
         if progress:
             shown = [f"{k}: {v:.4f}" for k, v in row.items() if k not in ("epoch", "steps", "seconds")]
             tqdm.write(f"Epoch {number}/{last} - {row['seconds']:.0f}s - {' - '.join(shown)}", file=sys.stderr)
-        if evaluate is not None or patience is not None:
-            if monitor not in row:
-                raise LoraxError(f"monitor {monitor!r} is not measured; there are {', '.join(row)}.")
-            order = _order(row, monitor, sign)
-            if math.isfinite(order[0]) and (best is None or order < _order(history[best[0]], monitor, sign)):
-                best, waited = (len(history) - 1, gathered(state.factors)), 0
-            else:
-                waited += 1
-                if patience is not None and waited >= patience:
-                    stopped = "early stop"
-        keep(_Running())
+        if chosen:
+            now.choose(monitor, sign, patience)
+        now.keep(_Running())
         if log is not None:
             append(Path(log), json.dumps(row) + "\n")
+    state, best = now.state, now.best
     if best is not None:
         state = state._replace(factors=jax.tree.map(_placed, best[1], state.factors))
-    return Fitted(state, history, stopped or "epochs", None if best is None else best[0])
+    return Fitted(state, now.history, now.stopped or "epochs", None if best is None else best[0])
+
+
+class _UnderWay:
+    """A training and the file that keeps it.
+
+    Attributes:
+      state, history, best, waited, stopped: as in `Saved`.
+    """
+
+    def __init__(self, found: Saved, file: Path | None, about: Mapping[str, Any]) -> None:
+        self.state, self.history, self.best = found.state, found.history, found.best
+        self.waited, self.stopped, self._file, self._about = found.waited, found.stopped, file, about
+        self._left: _Running | None = _Running(dict(found.totals), found.steps, found.seconds)
+
+    def begun(self) -> _Running:
+        """What is done of the next epoch."""
+        running, self._left = self._left or _Running(), None
+        return running
+
+    def keep(self, running: _Running) -> None:
+        """Write it, with what is done of an epoch."""
+        if self._file is not None:
+            one = Saved(
+                self.state, self.history, self.best, self.waited, running.totals, running.steps, running.seconds,
+                self.stopped,
+            )  # fmt: skip
+            save_training(self._file, one, self._about)
+
+    def keep_if_due(self, running: _Running, kept: float) -> float:
+        """Write it where that is half a minute ago; the second of the epoch in which it was written last."""
+        if self._file is None or not is_due(running.seconds - kept, SAVE_SECONDS, running.steps, is_shared(self.state)):
+            return kept
+        self.keep(running)
+        return running.seconds
+
+    def choose(self, monitor: str, sign: int, patience: int | None) -> None:
+        """Hold the state of the epoch just measured if it is the best, and stop where none was for `patience`."""
+        row = self.history[-1]
+        if monitor not in row:
+            raise LoraxError(f"monitor {monitor!r} is not measured; there are {', '.join(row)}.")
+        order = _order(row, monitor, sign)
+        best = self.best is None or order < _order(self.history[self.best[0]], monitor, sign)
+        if math.isfinite(order[0]) and best:
+            self.best, self.waited = (len(self.history) - 1, gathered(self.state.factors)), 0
+            return
+        self.waited += 1
+        if patience is not None and self.waited >= patience:
+            self.stopped = "early stop"
+
+
+def _train_epoch(
+    step: Step, base: Params, batches: Iterable[Any], now: _UnderWay, running: _Running, name: str, progress: bool
+) -> str | None:
+    """Take the steps of an epoch that are left; what is not finite and at which step, or None."""
+    kept, began = running.seconds, time.perf_counter() - running.seconds
+    bar = tqdm(
+        itertools.islice(batches, running.steps, None), desc=name, unit="step", disable=None if progress else True,
+        leave=True, initial=running.steps, total=len(batches) if isinstance(batches, Sized) else None,
+    )  # fmt: skip
+    for batch in bar:
+        now.state, info = step(now.state, base, batch)
+        running.add({"loss": info.loss, **_scalars(info.aux)})
+        # Waiting for the step costs little where it is long, and a NaN is caught where it happens.
+        if not bool(info.finite):
+            bar.close()
+            return f"{_odd(info)} is not finite at step {int(now.state.step)}"
+        bar.set_postfix({name: f"{x:.4f}" for name, x in running.means().items()})
+        running.seconds = time.perf_counter() - began
+        kept = now.keep_if_due(running, kept)
+    return None
 
 
 def _order(row: Mapping[str, float], monitor: str, sign: int) -> tuple[float, float]:
