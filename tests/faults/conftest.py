@@ -1,11 +1,12 @@
 """How many faults were injected, by kind, at the end of `make test-faults`."""
 
-from collections import Counter
-
 import jax
 import pytest
 
+from tests.counting import Counted
 from tests.faults import made
+
+COUNTED = Counted("faults", "faults injected", "tests of them that failed")
 
 
 def pytest_collection_modifyitems(items):
@@ -17,13 +18,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def injected(request):
     """Count faults: `injected("bit flipped")`."""
-    counts = Counter()
-
-    def add(kind, number=1):
-        counts[kind] += number
-        request.node.user_properties[:] = [("faults", dict(counts))]
-
-    return add
+    return COUNTED.counter(request)
 
 
 @pytest.fixture(autouse=True)
@@ -40,15 +35,4 @@ def things(tmp_path_factory):
 
 
 def pytest_terminal_summary(terminalreporter):
-    counts, failed = Counter(), 0
-    for outcome in ("passed", "failed"):
-        for report in terminalreporter.stats.get(outcome, []):
-            for name, value in getattr(report, "user_properties", ()):
-                if name == "faults" and report.when == "call":
-                    counts.update(value)
-                    failed += outcome == "failed"
-    if counts:
-        terminalreporter.section("faults injected")
-        for kind, number in sorted(counts.items()):
-            terminalreporter.line(f"{kind:44}{number:6}")
-        terminalreporter.line(f"{'all':44}{counts.total():6}, {failed} tests of them failed")
+    COUNTED.summarise(terminalreporter)

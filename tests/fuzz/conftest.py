@@ -1,9 +1,11 @@
 """How many inputs and programs were tried, at the end of `make test-fuzz`."""
 
-from collections import Counter
-
 import jax
 import pytest
+
+from tests.counting import Counted
+
+COUNTED = Counted("fuzz", "tried at random", "tests in which one crashed, was slow or wrong")
 
 
 def pytest_collection_modifyitems(items):
@@ -15,13 +17,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def tried(request):
     """Count what was tried: `tried("programs")`."""
-    counts = Counter()
-
-    def add(kind, number=1):
-        counts[kind] += number
-        request.node.user_properties[:] = [("fuzz", dict(counts))]
-
-    return add
+    return COUNTED.counter(request)
 
 
 @pytest.fixture(autouse=True)
@@ -34,15 +30,4 @@ def promotion():
 
 
 def pytest_terminal_summary(terminalreporter):
-    counts, failed = Counter(), 0
-    for outcome in ("passed", "failed"):
-        for report in terminalreporter.stats.get(outcome, []):
-            for name, value in getattr(report, "user_properties", ()):
-                if name == "fuzz" and report.when == "call":
-                    counts.update(value)
-                    failed += outcome == "failed"
-    if counts:
-        terminalreporter.section("tried at random")
-        for kind, number in sorted(counts.items()):
-            terminalreporter.line(f"{kind:44}{number:7}")
-        terminalreporter.line(f"{'tests in which one crashed, was slow or wrong':44}{failed:7}")
+    COUNTED.summarise(terminalreporter)
