@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -191,7 +193,7 @@ def read_backbone(
     config = family.config(data)
     stored.expect_layers(config.num_hidden_layers + getattr(config, "num_decoder_layers", 0))
     model, names = family.model(config), family.names_in(data, stored)
-    found, shapes = _heads(family, data, stored) if heads else {}, shapes_of(model, family.kind)
+    found, shapes = _heads(family, data, stored) if heads else {}, dict(shapes_of(model, family.kind))
     if found and names.get("head/kernel", "") not in stored.names:
         # A classifier of texts has no head of words, which would tell the next one: such a model gives hidden states.
         names.pop("head/kernel", None)
@@ -294,12 +296,13 @@ def _limited(tokenizer: Tokenizer, special: Special, size: int, source: str) -> 
     return tokenizer if tokenizer.size is not None else replace(tokenizer, size=size)
 
 
-def shapes_of(model: nn.Module, kind: str) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of a model's params, traced."""
+@functools.lru_cache(maxsize=64)
+def shapes_of(model: nn.Module, kind: str) -> Mapping[str, tuple[int, ...]]:
+    """Path -> shape of a model's params, traced; once for models of equal sizes."""
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     inputs = (ids, ids) * (2 if kind == "encoder-decoder" else 1)
     made = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    return {path: x.shape for path, x in flatten(made["params"])[0].items()}
+    return MappingProxyType({path: x.shape for path, x in flatten(made["params"])[0].items()})
 
 
 def _special(folder: Path, config: Mapping[str, Any]) -> Special:
