@@ -27,6 +27,7 @@ def pmap_step(
     *,
     devices: Sequence[jax.Device] | None = None,
     accumulate: int = 1,
+    loss_scale: float = 1.0,
 ) -> tuple[Init, Step]:
     """`lk.make_step` under `pmap`: the batch is split over devices, loss and gradients are averaged.
 
@@ -43,7 +44,7 @@ def pmap_step(
     chosen = list(jax.local_devices() if devices is None else devices)
     mesh = device_mesh(AXIS, chosen)
     n = len(chosen)
-    init, step = make_step(loss_fn, tx, accumulate=accumulate, axis_name=AXIS, jit=False)
+    init, step = make_step(loss_fn, tx, accumulate=accumulate, axis_name=AXIS, loss_scale=loss_scale, jit=False)
     mapped = jax.pmap(step, AXIS, in_axes=(None, None, 0), out_axes=None, devices=chosen)
 
     def split(batch: Any) -> Any:

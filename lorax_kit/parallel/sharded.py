@@ -28,6 +28,7 @@ def sharded_step(
     *,
     axis: str | tuple[str, ...] | None = None,
     accumulate: int = 1,
+    loss_scale: float = 1.0,
     factors: Literal["replicated", "sharded"] = "replicated",
     local: bool = False,
 ) -> tuple[Init, ShardedStep]:
@@ -42,7 +43,7 @@ def sharded_step(
     Every random number is that of one device: masks of dropout differ by example, wherever it lies.
 
     Args:
-      loss_fn, tx, accumulate: as for `lk.make_step`.
+      loss_fn, tx, accumulate, loss_scale: as for `lk.make_step`.
       mesh: of any number of axes, explicit ones, too.
       axis: those that split batches. Default: "data" and "fsdp", as far as the mesh has them, or its only one.
       factors: "sharded": split factors and optimiser state over "fsdp", too (by size, as `lk.layout`).
@@ -68,22 +69,25 @@ def sharded_step(
     if factors == "sharded" and FSDP not in mesh.shape:
         raise LoraxError(f"factors='sharded' splits them over {FSDP!r}; the mesh has {_names(mesh)}.")
     axes = _batch_axes(mesh, axis)
-    init, _ = make_step(loss_fn, tx, accumulate=accumulate, jit=False)
+    options: dict[str, Any] = {"accumulate": accumulate, "loss_scale": loss_scale, "jit": False}
+    init, _ = make_step(loss_fn, tx, **options)
     place = _sharded_by_size if factors == "sharded" else replicate
 
     def start(*args: Any, **kwargs: Any) -> State:
         placed: State = place(init(*args, **kwargs), mesh)
         return placed
 
-    return start, ShardedStep(loss_fn, tx, mesh, axes, accumulate, local)
+    return start, ShardedStep(loss_fn, tx, mesh, axes, options, local)
 
 
 class ShardedStep:
     """`step(state, base, batch)` of `lk.sharded_step`: one program for each way a base lies."""
 
-    def __init__(self, loss_fn: Loss, tx: Any, mesh: Mesh, axes: tuple[str, ...], accumulate: int, local: bool) -> None:
+    def __init__(
+        self, loss_fn: Loss, tx: Any, mesh: Mesh, axes: tuple[str, ...], options: dict[str, Any], local: bool
+    ) -> None:
         self._loss_fn, self._tx, self._mesh, self._axes = loss_fn, tx, mesh, axes
-        self._accumulate, self._local = accumulate, local
+        self._options, self._local = options, local
         self._programs: dict[Any, Any] = {}
 
     def __call__(self, state: State, base: Any, batch: Any) -> tuple[State, Info]:
@@ -105,7 +109,7 @@ class ShardedStep:
         key = (jax.tree.structure((state, base)), tuple(jax.tree.leaves(states)), tuple(used))
         if key not in self._programs:
             loss_fn = _gathering(self._loss_fn, used, self._mesh)
-            _, step = make_step(loss_fn, self._tx, accumulate=self._accumulate, jit=False)
+            _, step = make_step(loss_fn, self._tx, **self._options)
             self._programs[key] = jax.jit(on_mesh(step, self._mesh), out_shardings=(states, whole), donate_argnums=(0,))
         return self._programs[key]
 

@@ -71,15 +71,21 @@ def losses(loss_fn: Callable[..., Any], exact: bool) -> Run:
     return run
 
 
-def gradients(run: Run) -> Run:
-    """The same with the gradient of the total by the factors."""
+def gradients(run: Run, scale: float = 1.0) -> Run:
+    """The same with the gradient of the total by the factors.
+
+    Args:
+      scale: the gradient is taken of so many times the total, and divided by it.
+    """
 
     def with_gradients(factors: Any, base: Params, batch: Any, key: Array | None) -> Sums:
         def total(factors: Any) -> tuple[Array, Sums]:
             sums = run(factors, base, batch, key)
-            return sums.loss.total, sums
+            return sums.loss.total if scale == 1 else sums.loss.total * scale, sums
 
         (_, sums), grads = jax.value_and_grad(total, has_aux=True)(factors)
+        if scale != 1:
+            grads = jax.tree.map(lambda g: _widened(g) / scale, grads)
         return sums._replace(grads=grads)
 
     return with_gradients

@@ -161,3 +161,47 @@ def test_aux_is_averaged_over_micro_batches():
     init, step = lk.make_step(with_aux, lk.partition(optax.sgd(0.1), plan), accumulate=2)
     _, info = step(init(factors), base, batch)
     assert float(info.aux["first"]) == pytest.approx(float(batch.x[:, 0].mean()), rel=1e-5)
+
+
+def half_precision(scale, make):
+    """Relative error of a step's gradients on a base in float16, whose cotangents are near the least of its numbers."""
+    x = jax.random.normal(jax.random.key(0), (256, 16))
+    params = {"w": jax.random.normal(jax.random.key(1), (16, 8)) / 4, "v": jax.random.normal(jax.random.key(2), (8, 4))}
+
+    def loss(params, x):
+        hidden = jnp.tanh(x.astype(params["w"].dtype) @ params["w"]) @ params["v"]
+        return 1e-5 * jnp.mean(hidden.astype(jnp.float32) ** 2)
+
+    half = jax.tree.map(lambda w: w.astype(jnp.float16), params)
+    plan, narrow = (lk.resolve(lk.Spec({"w": lk.LoRA(rank=2)}), tree, loss, x) for tree in (params, half))
+    _, factors = lk.split(params, plan, jax.random.key(3))
+    factors = jax.tree.map(lambda f: f + 0.1, factors)
+    wanted = jax.grad(lambda f: lk.adapt(loss, plan)(params, f, x))(factors)
+    init, step = make(lk.adapt(loss, narrow), scale)
+    state, info = step(init(factors), half, x)
+    assert bool(info.finite)
+    got = jax.tree.map(lambda new, old: old - new, state.factors, factors)
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
+    return max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda loss, scale: lk.make_step(loss, optax.sgd(1.0), loss_scale=scale),
+        lambda loss, scale: lk.sharded_step(loss, optax.sgd(1.0), lk.training_mesh(data=4), loss_scale=scale),
+        lambda loss, scale: lk.pmap_step(loss, optax.sgd(1.0), loss_scale=scale),
+    ],
+    ids=["jit", "mesh", "pmap"],
+)
+def test_a_loss_scale_keeps_small_gradients_of_half_precision(make):
+    assert half_precision(1.0, make) > 0.1  # lost below 6e-8
+    kept = half_precision(2.0**15, make)
+    assert kept < 0.02  # what rounding the base to 11 bits leaves,
+    assert kept == pytest.approx(half_precision(2.0**16, make), rel=1e-3)  # of any scale that is large enough
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("inf"), "large", True])
+def test_a_loss_scale_that_is_no_positive_number_is_refused(scale):
+    with pytest.raises(lk.LoraxError, match="loss_scale is"):
+        lk.make_step(lambda *_: 0.0, optax.sgd(1.0), loss_scale=scale)

@@ -49,7 +49,8 @@ class Study:
       dropout: of the low-rank path, in training.
       optimizer: the name of an optimiser of `optax` or `optax.contrib`, "module:function", or the function itself:
         (learning rate by step, **keywords) -> an optax transformation.
-      dtype: of the base's float parameters; None: as they are.
+      dtype: of the base's float parameters; None: as they are. With float16 gradients are taken of 1,024 times the
+        loss (`lk.make_step(loss_scale=)`).
       quantise: how the base's adapted parameters are kept: "int8", "int4", "nf4"; None: as they are.
       batch_size: given to the problem's `train` as a keyword; None: not given.
       accumulate: micro-batches per step.

@@ -29,6 +29,9 @@ from lorax_kit.study.programs.packing import Scalars
 from lorax_kit.training.step import Info, State, make_step
 from lorax_kit.transform.adapt import adapt
 
+HALF_SCALE = 1024.0
+"""Times the loss of which trials on a base in float16 take gradients."""
+
 
 class Running(NamedTuple):
     """State of a pack; every leaf has a leading trial axis.
@@ -101,7 +104,8 @@ def programs(
         dropout = scalars.dropout if drops else None
         loss = anew(partial(training, scale=scalars.scale, dropout=dropout, scalars=own))
         tx = optimizer(study, plan, scalars.lr, form, scalars.more)
-        _, step = make_step(loss, tx, accumulate=form.accumulate, jit=False)
+        factor = HALF_SCALE if form.dtype == "float16" else 1.0
+        _, step = make_step(loss, tx, accumulate=form.accumulate, loss_scale=factor, jit=False)
         state, info = step(running.state, base, batch)
         state = with_state(state, info)
         if form.held:
