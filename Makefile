@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 TESTS  := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PLAIN  := not interop and not faults and not distributed and not fuzz
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install llama demo test coverage test-distributed test-faults test-fuzz test-interop lint types format bench bench-device clean
+.PHONY: help install llama demo test test-slow coverage test-distributed test-faults test-fuzz test-interop lint types format bench bench-device clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,10 +35,13 @@ demo: install  ## Rank ablation of a real BERT on real reviews: table, plots and
 	$(BIN)/lorax-kit study --config experiments/demo.json --out runs/demo
 
 test: install  ## The test suite (no network, under ten minutes on two cores).
-	$(TESTS) -m "not interop and not faults and not distributed and not fuzz"
+	$(TESTS) -m "$(PLAIN) and not slow"
 
-coverage: install  ## The same tests, with the lines they reach; a tenth slower.
-	$(TESTS) -m "not interop and not faults and not distributed and not fuzz" --cov=lorax_kit --cov-report=term-missing
+test-slow: install  ## What takes longer than three seconds each: before a release, and where their rooms change.
+	$(TESTS) -m "$(PLAIN) and slow"
+
+coverage: install  ## Both, with the lines they reach.
+	$(TESTS) -m "$(PLAIN)" --cov=lorax_kit --cov-report=term-missing
 
 test-faults: install  ## Kills, full disks, damaged files, signals: nothing is lost; about five minutes on two cores.
 	$(TESTS) -m faults tests/faults

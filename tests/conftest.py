@@ -20,6 +20,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 import jax
 import pytest
 
+from tests import slow
+
 gc.set_threshold(100_000, 20, 100)  # tracing makes objects by the million, few of them garbage
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -46,12 +48,19 @@ def standard_promotion():
         yield
 
 
-SLOW = ("test_cli.py", "test_table.py", "test_device.py", "test_export_called.py", "test_docs.py")
+LONG = ("test_cli.py", "test_table.py", "test_device.py", "test_export_called.py", "test_docs.py")
 
 
-def pytest_collection_modifyitems(items):
-    """Files of long tests first, so that no worker is left with them at the end (with --no-loadscope-reorder)."""
-    items.sort(key=lambda item: item.path.name not in SLOW)
+def pytest_collection_modifyitems(config, items):
+    """Mark what takes long; files of long tests first, so that no worker is left with them (--no-loadscope-reorder)."""
+    listed = slow.read()
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker(pytest.mark.slow)
+    gone = listed - {item.nodeid for item in items}
+    if config.args == config.getini("testpaths") and gone:
+        raise pytest.UsageError(f"tests/slow.txt names tests that are not there, first {min(gone)!r}")
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def pytest_terminal_summary(terminalreporter):

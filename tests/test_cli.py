@@ -362,7 +362,7 @@ def test_a_killed_study_leaves_its_finished_trials_and_goes_on(finished, tmp_pat
     """Ctrl-C in a real process after the first of three groups; the rest is the same as without it."""
     out = tmp_path / "run"
     argv = [sys.executable, "-m", "lorax_kit", "study", "--memory-mib", "9", "--out", str(out)]
-    argv += ["--config", config(tmp_path, study={"probe_lr": 0.01, "steps": 1280, "seed": [0, 1]})]
+    argv += ["--config", config(tmp_path, study={"probe_lr": 0.01, "steps": 320, "seed": [0, 1]})]
     process = subprocess.Popen(argv, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     trials = out / "trials.jsonl"
@@ -374,7 +374,7 @@ def test_a_killed_study_leaves_its_finished_trials_and_goes_on(finished, tmp_pat
     while err is None:  # Python drops an interrupt that comes in a callback of C code: once more, until one is heard
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            _, err = process.communicate(timeout=4)
+            _, err = process.communicate(timeout=1)
         assert time.monotonic() < deadline + 120
     assert process.returncode == 130, err
     assert "Traceback" not in err

@@ -165,7 +165,7 @@ def test_what_cannot_be_placed_is_refused(tmp_path, head, classes, rules, key, s
     assert says in merged(tmp_path, code=2)
 
 
-@pytest.mark.parametrize(("content", "says"), [("[]", "must hold an object, not list"), ("{", "is not JSON")])
+@pytest.mark.parametrize(("content", "says"), [("[]", "must be an object, not list"), ("{", "is not JSON")])
 def test_a_config_that_is_no_object_says_so(tmp_path, content, says):
     model_of(tmp_path / "m", "classifier")
     plan, base, factors = trained(load_bert(tmp_path / "m").params, {QUERY: lk.LoRA(rank=2)})
