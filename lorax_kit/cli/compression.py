@@ -47,7 +47,7 @@ from lorax_kit.cli.root import cli, echo, refuse_given
     help="Of ranks: by predicted loss, by each one's own energy, or the same share everywhere.",
 )
 @click.option("--sequential", is_flag=True, help="Compress layer after layer, each calibrated anew.")
-@click.option("--batches", type=click.IntRange(1), default=16, show_default=True, help="Of calibration.")
+@click.option("--batches", type=click.IntRange(1), default=16, show_default=True, help="Calibration batches.")
 @click.option(
     "--heal",
     "steps",
@@ -62,16 +62,16 @@ from lorax_kit.cli.root import cli, echo, refuse_given
     type=click.IntRange(0),
     default=8,
     show_default=True,
-    help="Of healing's updates of one factor at a time, or of a pruned matrix; 0 trains them in full.",
+    help="Rank of healing's updates of one factor at a time, or of a pruned matrix; 0 trains them in full.",
 )
 @click.option(
     "--share",
     type=click.FloatRange(0, 1),
     default=0.5,
     show_default=True,
-    help="Of healing's loss that follows the original's outputs; the rest follows the labels.",
+    help="Share of healing's loss that follows the original's outputs; the rest follows the labels.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of healing.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Healing's seed.")
 @click.option(
     "--rounds", type=click.IntRange(0), default=15, show_default=True, help="Alternating rounds of latency; 0: none."
 )

@@ -9,9 +9,7 @@ import click
 from lorax_kit.cli.root import cli, echo
 
 FOLDER = click.Path(exists=True, file_okay=False)
-BASE = click.option(
-    "--base", required=True, help="The model: minilm, smollm2, a Hugging Face BERT or LLaMA folder, or a GGUF file."
-)
+BASE = click.option("--base", required=True, help="The model: minilm, smollm2, a Hugging Face folder, or a GGUF file.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace what is there, if of that kind and nothing else.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 FORMAT = click.Choice(["orbax", "peft"])

@@ -37,7 +37,9 @@ from lorax_kit.cli.root import cli, echo, lines_of, refuse_given
     multiple=True,
     help="Pattern of parameters that --method compresses, may be repeated; default: all linear.",
 )
-@click.option("--batches", type=click.IntRange(1), default=16, show_default=True, help="Of calibration for --method.")
+@click.option(
+    "--batches", type=click.IntRange(1), default=16, show_default=True, help="Calibration batches for --method."
+)
 @click.option(
     "--compressed",
     type=click.Path(exists=True, file_okay=False),
@@ -50,7 +52,7 @@ from lorax_kit.cli.root import cli, echo, lines_of, refuse_given
     multiple=True,
     default=("cpu",),
     show_default=True,
-    help="That runs the StableHLO; may be repeated.",
+    help="Platform that runs the StableHLO; may be repeated.",
 )
 @click.option(
     "--adapters",

@@ -62,7 +62,8 @@ def heal(
       lr: peak rate of AdamW in each round, reached in a tenth of its steps and decaying to 0 as a cosine. Factors
         trained themselves (`rank` None) want a tenth of what low-rank updates want.
       rank: of the updates; at most the rank of the smallest factor counts. None trains the factors themselves.
-      rounds: how often the side changes: b, a, b, ... None of it matters where `rank` is None: both train together.
+      rounds: how often the side changes: b, a, b, ... Where `rank` is None both sides train together, and
+        `rounds` changes nothing.
       full: patterns of other parameters to train in full in every round (a head, norms).
       progress: show a bar.
 

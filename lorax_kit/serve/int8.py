@@ -142,7 +142,9 @@ def with_activations(source: Path, file: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     kept = _spread_tables(source)
-    quantize_dynamic(source, file, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True, nodes_to_exclude=kept)
+    quantize_dynamic(
+        source, file, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True, nodes_to_exclude=kept
+    )
 
 
 def _spread_tables(file: Path) -> list[str]:
