@@ -14,11 +14,12 @@ from lorax_kit.placement import TRIAL, everywhere, explicit_mesh, partitioned, p
 
 
 def after(x: Array, values: Any) -> Any:
-    """The arrays of a tree, which XLA can compute only once it has `x`; random keys and what is no array as they are.
+    """Return `values` with every array made to depend on `x`, so that XLA cannot compute it earlier.
 
-    What depends on parameters alone (sums, restored weights) XLA would form for all layers at the start; what the
-    backward pass forms again it would find in the forward pass, and keep in between. Its barriers are dropped before
-    it schedules. No entry is both infinite and not a number, which XLA does not know.
+    Random keys and values that are not arrays pass through. Without the dependence XLA would form values of parameters
+    alone (sums, restored weights) for all layers at the start, and would merge recomputation in the backward pass with
+    the forward pass. On one device `lax.optimization_barrier` does not help: XLA's CPU backend drops it before
+    scheduling. So we select on a condition that is never true but that XLA cannot fold (an entry is NaN and infinite).
     """
     if 0 in x.shape:  # of a weight that gains alone adapt: there is nothing to wait for
         return values

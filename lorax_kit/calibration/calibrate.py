@@ -100,9 +100,10 @@ def _count_rows(sums: _Sums, rows: Array, counts: Array, differs: frozenset[str]
 
 
 def _add_inputs(sums: _Sums, x: Array, counts: Array, layer: Array | None, differs: frozenset[str]) -> None:
-    """Add x (*S, M, K), or (M, K) of one of the stacked matrices, whose tokens count for the mean of all.
+    """Accumulate the moments of x (*S, M, K).
 
-    `counts` (*S, M) is how much each row counts; what a row that counts nothing holds does not matter.
+    With `layer`, x (M, K) belongs to that matrix of the stack only, and its tokens count 1 / S. `counts` (*S, M) weighs
+    the rows; a row of weight 0 may hold anything.
     """
     x, counts = alike((x, counts))
     x = x.astype(jnp.float32).reshape(-1, *x.shape[-2:])

@@ -48,9 +48,12 @@ def refuse_existing(
 ) -> None:
     """Raise `AdapterError` if `path` exists and may not be replaced, or cannot be made.
 
-    Only a folder that holds `marker` ever is, or without a marker a file; `kind` says what such a path is. `overwrite`
-    is None where the caller cannot ask for it. `own` are the files that such a folder may hold, relative to it, a
-    folder of them ending in "/": one with another file is not replaced. Empty, any file may be there.
+    Args:
+      overwrite: whether the caller asked to replace it; None: the caller has no such option.
+      marker: a folder may be replaced only if it contains this file; None: only a file may.
+      kind: what messages call it.
+      own: files that such a folder may hold, relative to it, a folder of them ending in "/": a folder with another file
+        is not replaced. Empty: any.
     """
     place(path)
     try:

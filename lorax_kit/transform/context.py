@@ -22,7 +22,7 @@ from lorax_kit.transform.recompute import Keep
 from lorax_kit.transform.weight import Weight
 
 UNDROPPED = frozenset(("lookup", "materialised"))
-"""How a parameter is used where no input meets it, so that its site's dropout has nothing to drop."""
+"""Uses that multiply no input, so dropout cannot act on them."""
 
 NO_INPUT = "dropout has no input to act on here"
 
@@ -84,7 +84,8 @@ class Context:
       costs: of the forms, for "auto".
       repeats, note: for the uses recorded next.
       uses: the record.
-      narrow: variable -> (shape, array): what was broadcast to it, and its shape with axes of size 1 where it was.
+      narrow: broadcasts so far: variable -> (shape with ones where it was broadcast, the small array). `multiply` uses
+        it to see along which axes a factor varies.
       said: variable -> axes of devices along which its value differs, where its type was told of more.
       explicit: whether arrays lie on a mesh with explicit axes.
       recompute: whether the backward pass forms elementwise results again instead of keeping them; "everything": those

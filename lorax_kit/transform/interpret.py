@@ -38,7 +38,8 @@ REARRANGING = frozenset(
         *("stack", "stop_gradient", "transpose", "unstack"),
     )
 )
-"""Primitives after which the inputs of a parameter are what its axes say, or fewer or more of them."""
+"""Primitives that move, cut, repeat or cast entries without mixing them: each row of the parameter still reads the
+input that its axis names. Calibration relies on this."""
 
 
 Rule = Callable[[Context, Any, list[Any]], list[Any] | str]
@@ -223,7 +224,7 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: frozenset
 
     def run_together(eqns: list[Any]) -> None:
         """Equations that share an operand, where each other operand is a weight by now, or can be."""
-        ready = [eqn for eqn in eqns if all(_weight_made(v, env, makers, run) for v in eqn.invars)]
+        ready = [eqn for eqn in eqns if all(_make_available(v, env, makers, run) for v in eqn.invars)]
         if len(ready) > 1 and all(sum(isinstance(read(v), Weight) for v in e.invars) == 1 for e in ready):
             with _as_traced(ready[0]):
                 joint_rule, operands = JOINT[ready[0].primitive.name], [[read(v) for v in e.invars] for e in ready]
@@ -290,15 +291,15 @@ def _same_input(eqns: Sequence[Any]) -> dict[int, list[Any]]:
     return {id(eqns[0]): eqns for eqns in alike.values() if len(eqns) > 1}
 
 
-def _weight_made(v: Any, env: dict[Any, Any], makers: dict[Any, Any], run: Callable[[Any], None]) -> bool:
-    """Whether a value is there, or was made just now out of a parameter (cast, transposed) ahead of its turn."""
+def _make_available(v: Any, env: dict[Any, Any], makers: dict[Any, Any], run: Callable[[Any], None]) -> bool:
+    """Evaluate `v` early if it is only a cast or transpose of a parameter. Returns whether `v` is available."""
     if isinstance(v, jex.Literal) or v in env:
         return True
     eqn = makers.get(v)
     if eqn is None or eqn.primitive.name not in RULES or eqn.primitive.name in CALLS or len(eqn.invars) != 1:
         return False
     (source,) = eqn.invars
-    if not _weight_made(source, env, makers, run) or not isinstance(env.get(source), Weight):
+    if not _make_available(source, env, makers, run) or not isinstance(env.get(source), Weight):
         return False
     run(eqn)
     return True

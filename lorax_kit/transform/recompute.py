@@ -1,4 +1,4 @@
-"""What the backward pass keeps: results of products, and where few bytes are alive; the rest it forms again.
+"""Rematerialisation: keep matrix products and the narrow points between blocks, recompute everything elementwise.
 
 A program is cut into blocks (the attention, then the feed-forward half of a layer). A block keeps its inputs and the
 results of its products; norms, activations, softmax and layout changes between them are recomputed when the
@@ -113,7 +113,7 @@ class Block(NamedTuple):
 
 
 def _dear(eqn: Any) -> int:
-    """How many operations an equation runs that are not cheap; 2 for what is best left alone (loops, effects)."""
+    """0: cheap to recompute. 1: one expensive operation, keep its result. 2: never (several, loops, effects)."""
     if eqn.effects:
         return 2
     inner = [getattr(j, "jaxpr", j) for j in jex.jaxprs_in_params(eqn.params)]

@@ -41,7 +41,7 @@ from lorax_kit.serve import load_tensors, save_tensors
 
 MODEL, ROW = "model.safetensors", "row.json"
 IN_TURN = ", in turn"
-"""Ends the method's name in a row of layer after layer."""
+"""Suffix of the method's name in a row whose layers were compressed one after the other."""
 
 
 def compress_subject(

@@ -192,7 +192,7 @@ def union_plan(study: Study, problem: Problem, trials: Sequence[Trial], params: 
 
 
 def trial_plan(study: Study, problem: Problem, plan: Plan, trial: Trial, params: Params) -> Plan:
-    """The plan of one trial alone, from the union's."""
+    """Cut the plan of one trial out of the plan of all."""
     spec = study.spec(trial, problem.whole_rules)
     settings = match(spec, params)
     chosen = ((site, settings.get(site.path)) for site in plan.sites)

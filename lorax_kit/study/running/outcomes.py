@@ -149,7 +149,7 @@ class Outcomes:
                 self.store.append("curves.jsonl", rows)
 
     def _keep_facts(self, group: Group, trained: Trained) -> None:
-        """What the group's program needed."""
+        """Record the memory, collectives and time that the group's program took."""
         described = {
             "trials": len(group.trials),
             "names": [trial.name for trial in group.trials],

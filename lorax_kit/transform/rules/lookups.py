@@ -179,7 +179,7 @@ def _entries(eqn: Any, weight: Weight, indices: Array, look: Lookup) -> Partial:
     if weight.empty:
 
         def zeros(indices: Array, w: Array) -> Array:
-            """By a table of one column: what is filled where indices are out of bounds, without one of zeros."""
+            """Zeros for valid indices and the fill value for others, from a table of one column instead of all."""
             thin = tuple(n if d == look.axis else 1 for d, n in enumerate(w.shape))
             y = lax.gather(
                 lax.slice(w, (0,) * w.ndim, thin), indices, eqn.params["dimension_numbers"], (1,) * w.ndim,
