@@ -14,6 +14,8 @@ The price is an update of 2r rows, [a; a0 + a] and [b0; b].
 from __future__ import annotations
 
 from dataclasses import InitVar, dataclass
+from functools import partial
+from inspect import signature
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -73,6 +75,10 @@ class LoRA(ScaledSetting):
         super().__post_init__()
         object.__setattr__(self, "start", start_of(self.start if init is None else init))
         need(isinstance(self.freeze_a, bool), f"freeze_a is {shown(self.freeze_a)}; it must be true or false.")
+
+
+# For `help` and editors, which would read that of __new__: it takes the settings of every method.
+LoRA.__signature__ = signature(partial(LoRA.__init__, None))  # type: ignore[attr-defined]
 
 
 class Factors(NamedTuple):

@@ -1,6 +1,7 @@
 """A user's own method, as `experiments/own_method.py` registers it: trained, stacked, merged, saved, loaded."""
 
 import importlib.util
+import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -135,3 +136,10 @@ def test_a_method_that_does_not_fit_says_so_when_it_is_resolved(change, says):
 def test_a_setting_that_was_never_registered_is_named():
     with pytest.raises(lk.SpecError, match=r"method 'gain' is unknown; choose from .*lk\.register"):
         lk.resolve(lk.Spec({"w": Gain()}), {"w": draw(0, 4, 3)}, lambda p, x: x @ p["w"], draw(1, 2, 4))
+
+
+def test_every_setting_shows_what_it_takes():
+    """As `help` and editors read it."""
+    for method in METHODS.values():
+        parameters = inspect.signature(method.setting).parameters.values()
+        assert not any(one.kind is one.VAR_KEYWORD for one in parameters), method.setting
