@@ -78,7 +78,7 @@ class LoRA(ScaledSetting):
 
 
 # For `help` and editors, which would read that of __new__: it takes the settings of every method.
-LoRA.__signature__ = signature(partial(LoRA.__init__, None))  # type: ignore[attr-defined]
+LoRA.__signature__ = signature(partial(LoRA.__init__, None))  # type: ignore[attr-defined, arg-type]
 
 
 class Factors(NamedTuple):
@@ -104,7 +104,7 @@ class Factors(NamedTuple):
 def first_factors(site: Site, w: Array, key: Array, hints: Hints) -> Factors:
     """The factors of a setting with a `start`, in its dtype."""
     dtype = jnp.dtype(site.setting.dtype)
-    a, b = STARTS[site.setting.start](site, w, site_key(key, site.path), hints)  # type: ignore[attr-defined]
+    a, b = STARTS[site.setting.start](site, w, site_key(key, site.path), hints)  # type: ignore[attr-defined, arg-type]
     if (
         a is None and site.lookup and getattr(site.setting, "freeze_a", False)
     ):  # where `a` would start at zero, `b` could not learn
