@@ -15,6 +15,7 @@ EXTRAS = {
     "llama": "models in GGUF files",
     "export": "ONNX files, in fp32 and int8",
     "litert": "LiteRT files",
+    "docs": "the site of the guide",
     "table": "results as pandas tables",
     "data": "rows in Parquet files",
     "text": "BLEU and chrF of written texts",

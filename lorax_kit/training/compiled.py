@@ -75,7 +75,7 @@ def watched(step: Step) -> Step:
                 f"the step was compiled again at its call {calls}, in {sum(seconds):.1f} s, for other arguments:\n"
                 f"  {'; '.join(changed[:NAMED])}{more}\n"
                 "  each form is compiled once: fill or leave out batches of another size, keep dtypes and devices",
-                stacklevel=3,
+                stacklevel=4,  # the caller of `fit`
             )
         return out
 
