@@ -301,12 +301,12 @@ def write(folder: Path, document: dict[str, Any], texts: Sequence[str], options:
         ids = tokenizer.encode(f"{laid['before']}{text}{laid['after']}", laid["special_tokens"])
         if not ids:
             sys.exit(f"{text!r} has no tokens: there is nothing to go on from.")
-        longest = document["max_length"] or sys.maxsize
-        room = longest - (0 if "encoder" in document["parts"] else len(ids))
+        longest, before = document["max_length"] or sys.maxsize, [] if "encoder" in document["parts"] else ids
+        room = longest - len(before)
         if room < 1 or len(ids) > longest:
             sys.exit(f"a prompt has {len(ids)} tokens, and the model {longest} positions.")
         new = writer.tokens(ids, min(options.max_new_tokens, room), options.temperature, options.seed)
-        print(tokenizer.decode(list(new)))
+        print(tokenizer.decode([*before, *new]).removeprefix(tokenizer.decode(before)))
 
 
 def classify(folder: Path, document: dict[str, Any], texts: Sequence[str]) -> None:
