@@ -85,7 +85,7 @@ def load_model(source: str, adapters: Sequence[str | Path]) -> Model:
     if folder.suffix == ".gguf":
         decoder = load_llama(folder)
         names = llama_names(decoder.config)
-        return Model(decoder.params, names, dict(names), None, None)
+        return Model(decoder.params, names, names, None, None)
     data = read_config(folder)
     if isinstance(data, dict) and data.get("model_type", "bert") != "bert":
         found = read_backbone(folder, data, FAMILIES)

@@ -37,6 +37,10 @@ class Pieces:
     finished: str = ""
     shown: int = 0
     _text: str = ""
+    _known: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._known = self.tokenizer.decode(self.before)
 
     def add(self, token: int, logprob: float, eos: Collection[int]) -> None:
         """One more token."""
@@ -45,9 +49,10 @@ class Pieces:
         if token in eos:
             self.finished = "eos"
             return
-        known, whole = self.tokenizer.decode(self.before), self.tokenizer.decode([*self.before, *self.tokens])
+        whole = self.tokenizer.decode([*self.before, *self.tokens])
         # Bytes that are no character can make one with those before: the text is then decoded by itself.
-        self._text = whole[len(known) :] if whole.startswith(known) else self.tokenizer.decode(self.tokens)
+        goes_on = whole.startswith(self._known)
+        self._text = whole[len(self._known) :] if goes_on else self.tokenizer.decode(self.tokens)
         found = [at for at in (self._text.find(string) for string in self.stop) if at >= 0]
         if found:
             self.finished, self._text = "stop", self._text[: min(found)]

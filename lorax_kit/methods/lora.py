@@ -104,7 +104,7 @@ class Factors(NamedTuple):
 def first_factors(site: Site, w: Array, key: Array, hints: Hints) -> Factors:
     """The factors of a setting with a `start`, in its dtype."""
     dtype = jnp.dtype(site.setting.dtype)
-    a, b = STARTS[site.setting.start](site, w, site_key(key, site.path), hints)  # type: ignore[attr-defined, arg-type]
+    a, b = STARTS[site.setting.start](site, w, site_key(key, site.path), hints)  # type: ignore[attr-defined]
     if (
         a is None and site.lookup and getattr(site.setting, "freeze_a", False)
     ):  # where `a` would start at zero, `b` could not learn

@@ -94,8 +94,8 @@ def export_adapter(
     adapter = adapter_folder(adapter)
     subject = subject_of(adapter, targets=targets, address=problem, files=files)
     model, made = _model(subject, compressed, method, keep, batches, progress=progress)
-    if int8 and any(isinstance(x, Quantised) for x in flatten(model.params)[0].values()):
-        raise ExportError("int8 quantises float params, and these are quantised already.\n  leave int8 out")
+    if int8:
+        refuse_quantised(model.params)
     about, texts = _texts(adapter, subject.problem.facts, model.params)
     inputs = inputs_of(model.apply, model.params, subject.test[0])
     document = {
@@ -165,6 +165,12 @@ def _model(
     keep = 1.0 if way.kind == "quantised" else check_share("keep", keep)
     model = compressed_by(subject, way, keep, batches, progress=progress)
     return model, {"method": method, "keep": keep, "healed": False}
+
+
+def refuse_quantised(params: Params) -> None:
+    """Raise for params that int8 is asked of and that have few bits already."""
+    if any(isinstance(x, Quantised) for x in flatten(params)[0].values()):
+        raise ExportError("int8 quantises float params, and these are quantised already.\n  leave int8 out")
 
 
 def compressed_by(subject: Subject, method: Method, keep: float, batches: int, *, progress: bool) -> Small:

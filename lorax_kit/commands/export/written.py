@@ -14,7 +14,7 @@ from lorax_kit.checkpoint.tensors import write_tensors
 from lorax_kit.commands.compress.compression import IN_TURN, load_small
 from lorax_kit.commands.compress.methods import Method, total_bytes
 from lorax_kit.commands.compress.subjects import subject_of
-from lorax_kit.commands.export.called import compressed_by
+from lorax_kit.commands.export.called import compressed_by, refuse_quantised
 from lorax_kit.commands.export.measured import SENTENCES, Sample, measured, samples_of
 from lorax_kit.commands.generation import Author, Origin, origin_of
 from lorax_kit.compress.arguments import check_share
@@ -175,8 +175,8 @@ def _check_origin(origin: Origin, params: Params, *, int8: bool, separate: bool)
         raise ExportError(
             "adapters are separate of an adapter that is not merged or compressed: give an ADAPTER alone."
         )
-    if int8 and any(isinstance(x, Quantised) for x in flatten(params)[0].values()):
-        raise ExportError("int8 quantises float params, and these are quantised already.\n  leave int8 out")
+    if int8:
+        refuse_quantised(params)
 
 
 def smaller_writer(
