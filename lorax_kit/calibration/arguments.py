@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -13,8 +13,15 @@ from jax import Array
 
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.paths import Params, flatten, is_array
+from lorax_kit.core.patterns import expand_braces, matches
 from lorax_kit.core.plan import Plan
 from lorax_kit.errors import CompressError
+
+Count = Callable[[Any], Any] | str
+"""batch -> how much each input counts, or the name of a batch's own."""
+
+Weight = Count | Mapping[str, Count]
+"""One for all sites, or one for each group of them, by a pattern."""
 
 
 def shown(x: Any) -> str:
@@ -38,7 +45,44 @@ def batches_of(name: str, batches: Any) -> Iterator[Any]:
     return iter(batches)
 
 
-def weights_of(weight: Callable[[Any], Any] | str, batch: Any) -> np.ndarray:
+def groups_of(paths: Iterable[str], groups: Sequence[str]) -> dict[str, str]:
+    """Path -> the one of the patterns that matches it.
+
+    Raises:
+      CompressError: a path in no group, or in two.
+    """
+    patterns = {group: expand_braces(group) for group in groups}
+    found = {}
+    for path in paths:
+        own = [group for group, some in patterns.items() if any(matches(p, path) for p in some)]
+        if len(own) != 1:
+            where = "no group" if not own else f"{len(own)} groups, first {own[0]!r} and {own[1]!r}"
+            raise CompressError(f"the site {path!r} is in {where}; it must be in one.")
+        found[path] = own[0]
+    return found
+
+
+def counts_by_group(weight: Weight | None, plan: Plan) -> tuple[dict[str, str], Callable[[Any], dict[str, np.ndarray]]]:
+    """(path -> its group, batch -> how much the inputs of each group's sites count); both empty for None.
+
+    Raises:
+      CompressError: a weight that is no function or name, a site in no group or in two.
+    """
+    if weight is None:
+        return {}, lambda batch: {}
+    counts = dict(weight) if isinstance(weight, Mapping) else {"**": weight}
+    for group, count in counts.items():
+        if not isinstance(group, str):
+            raise CompressError(f"the weights have the group {shown(group)}; it must be a pattern of sites.")
+        if not isinstance(count, str):
+            name = f"the weight of {group!r}" if isinstance(weight, Mapping) else "weight"
+            check_function(name, count, "weight(batch), or the name of a batch's entry")
+    groups = groups_of([site.path for site in plan.sites], list(counts))
+    read = set(groups.values())
+    return groups, lambda batch: {group: weights_of(count, batch) for group, count in counts.items() if group in read}
+
+
+def weights_of(weight: Count, batch: Any) -> np.ndarray:
     """How much each input of a batch counts, fp32: by a function of the batch, or its entry of that name."""
     if callable(weight):
         value, name = weight(batch), "weight(batch)"

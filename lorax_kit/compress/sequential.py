@@ -8,11 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lorax_kit.calibration.arguments import batches_of, check_function, shown
+from lorax_kit.calibration.arguments import Weight, batches_of, check_function, groups_of, shown
 from lorax_kit.calibration.calibrate import calibrate
 from lorax_kit.compress.replace import CompressPlan, check_plan, compress
 from lorax_kit.core.paths import Params
-from lorax_kit.core.patterns import expand_braces, matches
 from lorax_kit.core.site import Site
 from lorax_kit.errors import CompressError
 from lorax_kit.transform.adapt import compressed
@@ -26,7 +25,7 @@ def compress_sequentially(
     groups: Sequence[str],
     *,
     loss: Callable[[Any, Any], Any] | None = None,
-    weight: Callable[[Any], Any] | str | None = None,
+    weight: Weight | None = None,
     progress: bool = True,
 ) -> Params:
     """`compress`, with moments of the inputs that the sites of a group will have, not of those of the dense model.
@@ -77,15 +76,10 @@ def compress_sequentially(
 
 
 def _grouped(sites: Sequence[Site], groups: Sequence[str]) -> list[list[Site]]:
-    patterns = [expand_braces(group) for group in groups]
-    found: list[list[Site]] = [[] for _ in groups]
-    for site in sites:
-        own = [i for i, some in enumerate(patterns) if any(matches(p, site.path) for p in some)]
-        if len(own) != 1:
-            where = "no group" if not own else f"{len(own)} groups, first {groups[own[0]]!r} and {groups[own[1]]!r}"
-            raise CompressError(f"the site {site.path!r} is in {where}; it must be in one.")
-        found[own[0]].append(site)
-    for group, own_sites in zip(groups, found, strict=True):
-        if not own_sites:
+    """The sites of each group."""
+    group_of = groups_of([site.path for site in sites], groups)
+    found = [[site for site in sites if group_of[site.path] == group] for group in groups]
+    for group, own in zip(groups, found, strict=True):
+        if not own:
             raise CompressError(f"the group {group!r} holds none of the plan's sites.")
     return found

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lorax_kit.errors import DataError
+
 
 class Batch(NamedTuple):
     """A padded batch.
@@ -106,13 +108,14 @@ def training_stream(
     left out of it. `start` skips that many batches without building them.
 
     Raises:
-      ValueError: fewer examples than a batch, a length below 2.
+      DataError: fewer examples than a batch.
+      ValueError: a length below 2.
     """
     lengths = [length] if isinstance(length, int) else sorted(set(length))
     if not lengths or lengths[0] < 2 or batch_size < 1:
         raise ValueError(f"batches of {batch_size} x {length} tokens; need at least 1 x 2.")
     if len(sizes) < batch_size:
-        raise ValueError(f"{len(sizes)} examples do not fill one batch of {batch_size}.")
+        raise DataError(_too_few(len(sizes), "examples", batch_size))
     members = _buckets(sizes, lengths)
     counts = _batches_per_bucket([len(m) for m in members], batch_size)
     shapes = np.repeat(np.arange(len(lengths)), counts)
@@ -188,10 +191,10 @@ def row_stream(rows: int, *, batch_size: int, seed: int, start: int = 0) -> Iter
     """Endless places of the rows of each batch from batch `start`, each epoch in a new order fixed by (seed, epoch).
 
     Raises:
-      ValueError: fewer rows than a batch.
+      DataError: fewer rows than a batch.
     """
     if not 1 <= batch_size <= rows:
-        raise ValueError(f"{rows} rows do not fill one batch of {batch_size}.")
+        raise DataError(_too_few(rows, "rows", batch_size))
 
     def stream() -> Iterator[np.ndarray]:
         per_epoch = rows // batch_size
@@ -202,3 +205,7 @@ def row_stream(rows: int, *, batch_size: int, seed: int, start: int = 0) -> Iter
             epoch, skip = epoch + 1, 0
 
     return stream()
+
+
+def _too_few(count: int, what: str, batch_size: int) -> str:
+    return f"{count} {what} do not fill one batch of {batch_size}.\n  give more of them, or a smaller batch_size"

@@ -51,7 +51,8 @@ class Problem:
       layers: patterns of each layer's parameters, in the order in which they run, for compression in turn.
       places: batch -> how much each place of the outputs (all axes but the last) counts, for distillation and for the
         share of places at which two versions agree; None: outputs are not scores of classes.
-      counts: batch -> how much each input counts, (rows, tokens), for calibration: padding does not; None: all alike.
+      counts: batch -> how much each input counts, (rows, tokens), for calibration: padding does not; None: all alike. A
+        mapping from patterns to such functions where groups of parameters read different tokens.
       student: (number of layers, params) -> (apply, params) of a model of fewer layers; None: the problem makes none.
       address: "module:object", by which `lorax-kit` finds the problem of an adapter; `lk.problem_at` sets it. Give it
         where the problem is made in a module of your own.
@@ -81,7 +82,7 @@ class Problem:
     targets: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
     places: Callable[[Any], Array] | None = None
-    counts: Callable[[Any], Any] | None = None
+    counts: Callable[[Any], Any] | Mapping[str, Callable[[Any], Any]] | None = None
     student: Callable[[int, Params], tuple[Callable[[Params, Any], Any], Params]] | None = None
     address: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -86,7 +86,7 @@ class Answer(TextSettings):
         check_length(self, loaded.positions)
         length = self.length or min(DEFAULT_LENGTH, loaded.positions or DEFAULT_LENGTH)
         held: list[Held] = []
-        data = read_parts(self, self._encoding(loaded, length, held, _answers), group="passage")
+        data = read_parts(self, self._encoding(loaded, length, held, _answers), group="passage", target="told")
         apply = _applying(loaded)
         batches = batches_of(data, _batch, self, length)
 
@@ -138,7 +138,8 @@ class Answer(TextSettings):
 
         def encode(rows: Sequence[Row]) -> dict[str, Any]:
             fields: dict[str, list[Any]] = {
-                name: [] for name in ("ids", "types", "inside", "start", "end", "number", "key", "passage", "line")
+                name: []
+                for name in ("ids", "types", "inside", "start", "end", "number", "key", "passage", "told", "line")
             }
             pairs = [(text_of(row, "question"), text_of(row, "context")) for row in rows]
             known = [right(row, passage) for row, (_, passage) in zip(rows, pairs, strict=True)]
@@ -148,7 +149,8 @@ class Answer(TextSettings):
                     start, end = _tokens_of(window, at, at + len(answers[0]))
                     inside = [int(span[0] >= 0) for span in window.spans]
                     key = key_of(question, passage, str(place))
-                    values = (window.ids, window.types, inside, start, end, len(held), key, key_of(passage), row.line)
+                    text = (window.ids, window.types, inside, start, end, len(held))
+                    values = (*text, key, key_of(passage), key_of(*answers), row.line)
                     for name, value in zip(fields, values, strict=True):
                         fields[name].append(value)
                     held.append(Held((question, row.line), passage, window.spans, answers))

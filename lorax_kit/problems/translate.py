@@ -23,6 +23,10 @@ from lorax_kit.tasks import Pairs, correct, cross_entropies
 from lorax_kit.training import Weighted
 from lorax_kit.transform import compressed
 
+_SOURCE = "re:encoder/.*|decoder/.*/cross/(key|value)/.*"
+_TARGET = "re:decoder/(?!.*/cross/(key|value)/).*"
+"""What reads the tokens of the first text of a pair, and of the second."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Translate(TextSettings):
@@ -135,6 +139,10 @@ class Translate(TextSettings):
             targets=("{encoder,decoder}/layer_*/**/kernel",),
             layers=tuple(f"{part}/layer_{i}/**" for part, n in parts.items() for i in range(n)),
             places=lambda batch: batch.weight.astype(jnp.float32),
+            counts={
+                _SOURCE: lambda batch: batch.mask * (batch.weight.max(axis=1, keepdims=True) > 0),
+                _TARGET: lambda batch: batch.weight,
+            },
             student=student,
             **batches_of(data, make, self, length),
             facts=facts_of(

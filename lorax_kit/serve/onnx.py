@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax_kit.core.paths import Params, flatten
+from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.errors import ExportError
 from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.serve.int8 import in_blocks, mark, with_activations
@@ -26,6 +27,9 @@ from lorax_kit.serve.program import first_line, need, program
 
 SHARED = 4096
 """Bytes from which on an array is stored apart from the program."""
+
+MOST_BYTES = 2**31 - 2**20
+"""Of parameters in one ONNX file, a protobuf message of less than 2 GiB, with room for the program."""
 
 
 def check_installed() -> None:
@@ -58,8 +62,8 @@ def save_onnx(
 
     Raises:
       AdapterError: the file exists.
-      ExportError: the extra is not installed; what `program` raises; an operation that the converter or the runtime
-        lacks; names that are not one for each output.
+      ExportError: the extra is not installed; params of 2 GiB; what `program` raises; an operation that the converter
+        or the runtime lacks; names that are not one for each output.
 
     Example:
       inputs = jax.export.symbolic_args_specs({"x": x}, "batch, 4")
@@ -69,6 +73,12 @@ def save_onnx(
     path = Path(file).absolute()
     refuse_existing(path, overwrite, None, "file")
     check_installed()
+    held = sum(prod(x.shape) * x.dtype.itemsize for x in flatten(params)[0].values() if is_array(x))
+    if held > MOST_BYTES:
+        raise ExportError(
+            f"the params hold {held / 2**30:.1f} GiB, and the converter writes files of less than 2 GiB.\n"
+            "  export as StableHLO, or the params alone as safetensors"
+        )
     traced = program(fn, params, inputs)
     if len(outputs) != traced.outputs or len(set(outputs)) != len(outputs):
         raise ExportError(f"the function returns {traced.outputs} arrays, and `outputs` names {list(outputs)}.")

@@ -253,6 +253,19 @@ def test_rows_of_a_table_and_pooled_texts_are_weighted():
     np.testing.assert_allclose(found["w"].gram[0], 0.5 * h.T @ h, rtol=1e-5, atol=1e-6)
 
 
+def test_sites_that_read_different_tokens_are_weighted_apart():
+    params = {"read": draw(0, 6, 4), "write": draw(1, 6, 4)}
+    x, y, own = draw(2, 3, 5, 6), draw(3, 3, 2, 6), jnp.asarray([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    batch = {"x": jnp.where(MASK[..., None] > 0, x, jnp.nan), "mask": MASK, "y": y, "own": own}
+    fn = lambda p, batch: (batch["x"] @ p["read"], batch["y"] @ p["write"])  # noqa: E731
+    plan = sites(params, fn, batch)
+    weight = {"r*": "mask", "{write,elsewhere}": lambda batch: batch["own"]}
+    found = calibrate(fn, params, plan, [batch], weight=weight, progress=False)
+    assert (found["read"].tokens, found["write"].tokens) == (sum(LENGTHS), 3)
+    rows = np.concatenate([x[i, :n] for i, n in enumerate(LENGTHS)]).astype(np.float64)
+    np.testing.assert_allclose(found["read"].gram[0], rows.T @ rows, rtol=1e-5, atol=1e-5)
+
+
 class Texts(NamedTuple):
     ids: jax.Array
     mask: jax.Array
@@ -279,6 +292,10 @@ def test_a_mask_that_is_not_used_is_said_once():
         (lambda batch: -batch["mask"], "must be finite numbers of at least 0"),
         ("masc", "weight is 'masc', and a batch, .* has no such key or attribute"),
         (7, "weight is 7; it must be a function"),
+        ({"w": 7}, "the weight of 'w' is 7; it must be a function"),
+        ({3: "mask"}, "the weights have the group 3; it must be a pattern"),
+        ({"v": "mask"}, "the site 'w' is in no group; it must be in one"),
+        ({"w": "mask", "*": "mask"}, r"the site 'w' is in 2 groups, first 'w' and '\*'"),
     ],
 )
 def test_weights_that_cannot_be_used_say_so(weight, message):

@@ -1,5 +1,6 @@
 """Compression of decoders and encoder-decoders on a user's own file, from the command line: every kind of method."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from lorax_kit.cli import main
 from lorax_kit.commands import compress_subject, subject_of
+from lorax_kit.commands.compress.methods import Method, statistics_for
 from lorax_kit.compress import CompressError
 from lorax_kit.core.paths import flatten
 from tests.problems.folders import tokenizer
@@ -58,6 +60,20 @@ def test_every_kind_of_method_compresses_and_heals(tmp_path, data, capsys, famil
         assert row["method"] == "original_tuned" or row["bytes_ratio"] < 0.7
         assert 0 <= row["agreement_after"] <= 1
     assert "original_tuned" in (tmp_path / "o" / "results.csv").read_text()
+
+
+@pytest.mark.parametrize("family", ["t5", "marian"])
+def test_each_side_of_an_encoder_decoder_is_calibrated_on_its_own_tokens(tmp_path, data, family):
+    settings = {"task": "translate", "data": data, "model": model(tmp_path / "m", family), "batch_size": 4}
+    subject = subject_of(None, settings=settings | {"length": 16})
+    found = statistics_for(subject, [Method.parse("whitened")], 2, progress=False)
+    batches = list(itertools.islice(subject.train(0), 2))
+    read, written = sum(batch.mask.sum() for batch in batches), sum(batch.weight.sum() for batch in batches)
+    assert read != written
+    assert min(batch.mask.min() for batch in batches) == 0
+    for path, hints in found.items():
+        source = path.startswith("encoder/") or "cross/key" in path or "cross/value" in path
+        assert hints.tokens == (read if source else written), path
 
 
 def test_a_student_of_an_encoder_decoder_keeps_layers_of_both(tmp_path, data):

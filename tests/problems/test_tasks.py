@@ -268,6 +268,27 @@ def test_answers_are_spans_of_passages_of_any_length(tmp_path, models):
     assert (exact_match("The  red, car!", "red car"), word_f1("the red car", "a red boat")) == (1.0, 0.5)
 
 
+def test_questions_with_two_answers_in_two_rows_are_told(tmp_path, models):
+    found = [
+        {"question": f"where {i} ?", "context": f"the car {i} is by the house .", "answer": "house"} for i in range(30)
+    ]
+    found += [found[0], {**found[1], "answer": "car"}]
+    problem = Answer(data=lines(tmp_path / "a.jsonl", found), model=models["bert"], length=32, batch_size=2).build()
+    assert problem.facts["left_out"] == {
+        "equal to an earlier row": 1,
+        "of an earlier row's text, with another label": 1,
+    }
+
+
+def test_too_few_rows_for_a_batch_say_the_way_out(tmp_path, models):
+    found = [
+        {"question": f"where {i} ?", "context": f"the car {i} is by the house .", "answer": "house"} for i in range(9)
+    ]
+    data = lines(tmp_path / "a.jsonl", found)
+    with pytest.raises(DataError, match=r"^7 examples do not fill one batch of 16.\n  give more of them, or a small"):
+        Answer(data=data, model=models["bert"], length=32).build()
+
+
 def test_packed_texts_have_the_losses_they_have_alone(tmp_path, models):
     data = table(tmp_path / "a.csv", ["text"], [[text] for text, _ in rows(100)])
     problem = Language(data=data, model=models["llama"], length=32, batch_size=2).build()

@@ -30,6 +30,14 @@ def test_without_the_extra_the_error_names_it(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_params_that_one_file_cannot_hold_are_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("lorax_kit.serve.onnx.check_installed", lambda: None)
+    params = {"w": jax.ShapeDtypeStruct((2**15, 2**14), jnp.float32)}
+    with pytest.raises(ExportError, match=r"the params hold 2.0 GiB, .*\n  export as StableHLO, or the params alone"):
+        save_onnx(tmp_path / "m.onnx", points, params, INPUTS)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.interop
 @pytest.mark.parametrize("case", CASES)
 def test_models_equal_jax_for_any_batch(case, tmp_path):
