@@ -25,8 +25,8 @@ from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import AdapterError, PlanError
+from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import measured_costs
-from lorax_kit.transform.interpret import Context
 from lorax_kit.transform.source import Source
 from lorax_kit.transform.trace import run
 from lorax_kit.transform.weight import Weight, frozen_weight, make_weight

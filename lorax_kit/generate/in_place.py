@@ -14,7 +14,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lorax_kit.transform.interpret import bind
+from lorax_kit.transform.interpreter.bind import bind
 
 
 def in_place(fn: Callable[..., Any]) -> Callable[..., Any]:

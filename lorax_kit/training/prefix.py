@@ -12,7 +12,7 @@ import jax
 import jax.extend.core as jex
 
 from lorax_kit.core.paths import Params, flatten, is_array
-from lorax_kit.transform.interpret import NO_DEBUG_INFO
+from lorax_kit.transform.interpreter.bind import NO_DEBUG_INFO
 
 
 class Parts(NamedTuple):

@@ -4,6 +4,8 @@ from lorax_kit.transform import rules as _rules  # noqa: F401  (fills the interp
 from lorax_kit.transform.adapt import Adapted, adapt, compressed
 from lorax_kit.transform.cost import Costs
 from lorax_kit.transform.explain import Explanation, explain
+from lorax_kit.transform.interpreter.bind import bind
+from lorax_kit.transform.interpreter.registry import rule
 from lorax_kit.transform.resolve import all_linear, resolve
 from lorax_kit.transform.trace import Given, watch
 
@@ -14,8 +16,10 @@ __all__ = [
     "Given",
     "adapt",
     "all_linear",
+    "bind",
     "compressed",
     "explain",
     "resolve",
+    "rule",
     "watch",
 ]

@@ -17,8 +17,8 @@ from lorax_kit.core.site import Axes
 from lorax_kit.dtypes import widest
 from lorax_kit.placement import varies
 from lorax_kit.transform.cost import NONE, Costs, Product, choose, together
+from lorax_kit.transform.interpreter.tape import Tape
 from lorax_kit.transform.kernels import KERNELS, Operands, Outputs
-from lorax_kit.transform.recompute import Keep
 from lorax_kit.transform.weight import Weight
 
 UNDROPPED = frozenset(("lookup", "materialised"))
@@ -90,7 +90,7 @@ class Context:
       explicit: whether arrays lie on a mesh with explicit axes.
       recompute: whether the backward pass forms elementwise results again instead of keeping them; "everything": those
         of products, too.
-      keep: runs an equation whose results it keeps, within a block of which it recomputes the rest.
+      tape: keeps results, within a block of which the rest is formed again.
       tap: watches the inputs of parameters, or None.
       shards: what a tap needs to watch within `shard_map`; None: it does not.
     """
@@ -106,7 +106,7 @@ class Context:
     said: dict[Any, frozenset[str]] = field(default_factory=dict)
     explicit: bool = False
     recompute: bool | str = False
-    keep: Keep | None = None
+    tape: Tape | None = None
     tap: Tap | None = None
     shards: Shards | None = None
 
@@ -170,12 +170,12 @@ class Context:
 
     def kept(self, run: Callable[..., Any], *args: Any) -> Any:
         """`run(*args)`, whose result a block keeps."""
-        return run(*args) if self.keep is None else self.keep.run(run, *args)
+        return run(*args) if self.tape is None else self.tape.run(run, *args)
 
     def product(self, how: str, x: Any, sites: Operands, precision: Any) -> Outputs:
         """A kernel's outputs, which a block keeps."""
         kernel = KERNELS[how]
-        return kernel.run(x, sites, precision) if self.keep is None else self.keep.product(kernel, precision, x, sites)
+        return kernel.run(x, sites, precision) if self.tape is None else self.tape.product(kernel, precision, x, sites)
 
     def together(self, products: Sequence[Product]) -> bool:
         """Whether products with the same input run as one."""

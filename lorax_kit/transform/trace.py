@@ -25,7 +25,7 @@ from lorax_kit.errors import PlanError
 from lorax_kit.placement import explicit_mesh
 from lorax_kit.transform import rules
 from lorax_kit.transform.context import Context, Shards
-from lorax_kit.transform.interpret import evaluate_arrays
+from lorax_kit.transform.interpreter.evaluate import evaluate, materialise
 from lorax_kit.transform.weight import Part, Weight, whole
 
 NOT_TRACEABLE = (
@@ -88,7 +88,8 @@ def run(
     if explicit_mesh((values, arrays)) is not None:
         # What is formed again would have to be told where it lies: activations are kept instead.
         ctx = replace(ctx, explicit=True, recompute=False)
-    out = evaluate_arrays(ctx, closed.jaxpr, closed.consts, [*values, *arrays])
+    out = evaluate(ctx, closed.jaxpr, closed.consts, [*values, *arrays])
+    out = materialise(ctx, "output", out, "returned as an array")
     return jax.tree_util.tree_unflatten(out_tree[-1], out)
 
 

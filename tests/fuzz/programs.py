@@ -96,6 +96,10 @@ class Maker:
         return f"v{self.count}"
 
     def input(self, *shape):
+        """A new input, or one that was read before: products of it with several weights may run as one."""
+        known = [name for name, x in self.inputs.items() if x.shape == shape and jnp.issubdtype(x.dtype, jnp.floating)]
+        if known and self.below(2):
+            return f"x[{self.pick(known)!r}]"
         name = f"x{len(self.inputs)}"
         self.inputs[name] = const(*shape, of=len(self.inputs))
         return f"x[{name!r}]"
@@ -118,7 +122,7 @@ class Maker:
             weight = one
             for _ in range(self.pick([0, 1, 1, 2, 3])):
                 weight = self.weight(*weight, weights)
-            outs.append(self.within(*weight))
+            outs += [self.within(*weight) for _ in range(self.pick([1, 1, 1, 2]))]
         body = "\n    ".join(self.lines)
         source = f"def fn(p, x):\n    {body}\n    return [{', '.join(outs)}]"
         return Program(source, self.params, self.inputs, self.rounds, self.reverse)

@@ -15,7 +15,7 @@ from jax import lax
 
 import lorax_kit as lk
 from lorax_kit.models import BertClassifier, BertConfig
-from lorax_kit.transform.recompute import blocks
+from lorax_kit.transform.interpreter.blocks import blocks
 from tests.draws import draw
 
 KEY = jax.random.key(0)

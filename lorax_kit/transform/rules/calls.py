@@ -11,7 +11,9 @@ from jax.tree_util import Partial
 
 from lorax_kit.placement import varies, varying
 from lorax_kit.transform.context import Context
-from lorax_kit.transform.interpret import bind, closed, evaluate, evaluate_arrays, rule
+from lorax_kit.transform.interpreter.bind import bind, closed
+from lorax_kit.transform.interpreter.evaluate import evaluate, evaluate_arrays
+from lorax_kit.transform.interpreter.registry import rule
 from lorax_kit.transform.weight import Weight
 
 
@@ -43,7 +45,7 @@ def custom_derivative(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | st
     """
     jaxpr, consts = closed(eqn.params["call_jaxpr"] if "call_jaxpr" in eqn.params else eqn.params["fun_jaxpr"])
     kind = eqn.primitive.name.removesuffix("_call")
-    trial = replace(ctx, uses={})
+    trial = replace(ctx, uses={}, tape=None)
     outs = jax.eval_shape(lambda values: evaluate(trial, jaxpr, consts, values), args)
     if any(isinstance(x, Weight) for x in outs) or any(u.how == "materialised" for u in trial.uses.values()):
         return f"enters a {kind} that does more than multiply it; the function keeps its own derivative rule"

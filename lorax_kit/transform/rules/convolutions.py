@@ -12,7 +12,8 @@ from jax.tree_util import Partial
 
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import Product
-from lorax_kit.transform.interpret import bind, rule
+from lorax_kit.transform.interpreter.bind import bind
+from lorax_kit.transform.interpreter.registry import rule
 from lorax_kit.transform.weight import Weight, multiplied
 
 

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 
 from lorax_kit.dtypes import wide, widest
 from lorax_kit.transform.context import Context
-from lorax_kit.transform.interpret import rule
+from lorax_kit.transform.interpreter.registry import rule
 from lorax_kit.transform.weight import Weight
 
 

@@ -12,7 +12,9 @@ from jax import Array, lax
 
 from lorax_kit.errors import PlanError
 from lorax_kit.transform.context import Context
-from lorax_kit.transform.interpret import closed, evaluate, evaluate_arrays, materialise, rule
+from lorax_kit.transform.interpreter.bind import closed
+from lorax_kit.transform.interpreter.evaluate import evaluate, evaluate_arrays, materialise
+from lorax_kit.transform.interpreter.registry import rule
 from lorax_kit.transform.source import Source
 from lorax_kit.transform.weight import Weight
 

@@ -14,7 +14,8 @@ from jax.tree_util import Partial
 from lorax_kit.placement import alike
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import Product
-from lorax_kit.transform.interpret import bind, joint, rule
+from lorax_kit.transform.interpreter.bind import bind
+from lorax_kit.transform.interpreter.registry import joint, rule
 from lorax_kit.transform.kernels import Operand, Operands, lowrank_updates, plain_updates
 from lorax_kit.transform.weight import Weight, multiplied
 
