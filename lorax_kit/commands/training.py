@@ -82,12 +82,7 @@ def train_adapter(
       LoraxError: `out` holds an interrupted training of other settings; more memory than `max_memory`.
     """
     setting = LoRA(rank=rank, alpha=alpha, variant=variant) if setting is None else setting
-    if not 0 < lr < float("inf"):
-        raise StudyError(f"lr is {lr}; it must be a positive number.")
-    if (out / "adapter").exists():
-        raise AdapterError(
-            f"{str(out / 'adapter')!r} exists: that training is finished.\n  choose another folder, or delete this one"
-        )
+    _check(out, lr)
     problem = problem if isinstance(problem, Problem) else problem.build()
     per_epoch = _steps_per_epoch(problem, steps_per_epoch)
     example = next(iter(problem.train(seed, 0)))
@@ -139,15 +134,7 @@ def train_adapter(
         saved.unlink(missing_ok=True)
         run |= {"epochs": epochs, "save memory": save_memory, "base": settings["base"]}
         told = _told(problem, adapted, fitted, tested, run, out / "adapter")
-        return {
-            "adapter": str(out / "adapter"),
-            "report": str(write_training_report(out, told)),
-            "data": {name: problem.facts[name] for name in DATA_FACTS if name in problem.facts},
-            "stopped": fitted.stopped,
-            "history": fitted.history,
-            **{f"test_{name}": value for name, value in told.test.items()},
-            "peak_memory_bytes": peak_memory(),
-        }
+        return _result(problem, told, out / "adapter", write_training_report(out, told))
 
 
 class Adapted(NamedTuple):
@@ -162,6 +149,29 @@ class Adapted(NamedTuple):
     base: Params
     factors: Params
     parameters: int
+
+
+def _check(out: Path, lr: float) -> None:
+    """Raise where a training cannot begin."""
+    if not 0 < lr < float("inf"):
+        raise StudyError(f"lr is {lr}; it must be a positive number.")
+    if (out / "adapter").exists():
+        raise AdapterError(
+            f"{str(out / 'adapter')!r} exists: that training is finished.\n  choose another folder, or delete this one"
+        )
+
+
+def _result(problem: Problem, told: Training, adapter: Path, report: Path) -> dict[str, Any]:
+    """What `train_adapter` returns."""
+    return {
+        "adapter": str(adapter),
+        "report": str(report),
+        "data": {name: problem.facts[name] for name in DATA_FACTS if name in problem.facts},
+        "stopped": told.stopped,
+        "history": told.history,
+        **{f"test_{name}": value for name, value in told.test.items()},
+        "peak_memory_bytes": peak_memory(),
+    }
 
 
 def _steps_per_epoch(problem: Problem, asked: int | None) -> int:

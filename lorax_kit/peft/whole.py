@@ -78,22 +78,8 @@ def full_leaves(
                     f"  load the base with this value at {place.path!r}"
                 )
         covered.add(name)
-    for name in torch.places:
-        if kept_whole(data, name) and name not in covered:
-            raise AdapterError(f"{WEIGHTS} has no tensor {name!r}, which {CONFIG} keeps by modules_to_save.")
-    for name in torch.places:
-        module, _, end = name.rpartition(".")
-        own = data.get("bias") == form.bias is not None and module in reader.adapted
-        if end == "bias" and name not in covered and (own or data.get("bias") == "all"):
-            raise AdapterError(f"{WEIGHTS} has no tensor {name!r}, which {CONFIG} trains by bias {data['bias']!r}.")
-    for name, (gain, shift) in reader.biases.items():
-        for place in torch.places.get(name, ()):
-            rows = slice(*place.outputs) if place.outputs else slice(None)
-            held_now = values.get(place.path, dense(named[place.path]))
-            base = _at(place, np.asarray(held_now, np.float64), torch)
-            moved = base * (1 if gain is None else gain[rows]) + (0 if shift is None else shift[rows])
-            _put(values, place, moved, named, torch)
-            dtypes.setdefault(place.path, "float32")
+    _check_complete(config, torch, covered, reader)
+    _move_biases(values, dtypes, torch, named, reader)
     _check_copies(config, torch, values, copies, named, reader)
     out = {}
     for path, value in values.items():
@@ -103,6 +89,33 @@ def full_leaves(
             held = jnp.promote_types(named[path].dtype, dtype or dtypes[path])
         out[path] = value.astype(held)
     return out
+
+
+def _check_complete(config: Config, torch: Names, covered: set[str], reader: Reader) -> None:
+    """Raise `AdapterError` where a tensor is missing that the config says was trained."""
+    data, form = config.data, config.form
+    for name in torch.places:
+        if kept_whole(data, name) and name not in covered:
+            raise AdapterError(f"{WEIGHTS} has no tensor {name!r}, which {CONFIG} keeps by modules_to_save.")
+    for name in torch.places:
+        module, _, end = name.rpartition(".")
+        own = data.get("bias") == form.bias is not None and module in reader.adapted
+        if end == "bias" and name not in covered and (own or data.get("bias") == "all"):
+            raise AdapterError(f"{WEIGHTS} has no tensor {name!r}, which {CONFIG} trains by bias {data['bias']!r}.")
+
+
+def _move_biases(
+    values: dict[str, Any], dtypes: dict[str, str], torch: Names, named: Mapping[str, Any], reader: Reader
+) -> None:
+    """Put what a method does to biases into the values of what was trained in full."""
+    for name, (gain, shift) in reader.biases.items():
+        for place in torch.places.get(name, ()):
+            rows = slice(*place.outputs) if place.outputs else slice(None)
+            held_now = values.get(place.path, dense(named[place.path]))
+            base = _at(place, np.asarray(held_now, np.float64), torch)
+            moved = base * (1 if gain is None else gain[rows]) + (0 if shift is None else shift[rows])
+            _put(values, place, moved, named, torch)
+            dtypes.setdefault(place.path, "float32")
 
 
 def _check_copies(

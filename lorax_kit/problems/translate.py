@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -108,42 +109,22 @@ class Translate(TextSettings):
             given = np.concatenate([np.full((size, 1), start, np.int32), label[:, :-1]], axis=1)
             return Pairs(ids, mask, given, label, weight)
 
-        def applying(model: Any) -> Any:
-            def apply(params: Any, batch: Pairs) -> Any:
-                return model.apply({"params": params}, batch.ids, batch.mask, batch.given, jnp.ones_like(batch.given))
-
-            return compressed(apply)  # params may be quantised as they were loaded
-
-        parts = {"encoder": loaded.config.num_hidden_layers, "decoder": loaded.config.num_decoder_layers}
-
-        def student(count: int, params: Any) -> tuple[Any, Any]:
-            read = max(round(count * parts["encoder"] / sum(parts.values())), 1)
-            written = max(count - read, 1)
-            smaller = replace(loaded.config, num_hidden_layers=read, num_decoder_layers=written)
-            fewer = {part: fewer_layers(params[part], n) for part, n in (("encoder", read), ("decoder", written))}
-            return applying(type(loaded.model)(smaller)), {**params, **fewer}
-
-        def sums(logits: Array, batch: Pairs) -> dict[str, Weighted]:
-            weight = batch.weight.astype(jnp.float32)
-            losses = jnp.sum(cross_entropies(logits, batch.label) * weight)
-            right, count = correct(logits, batch.label, weight), jnp.sum(weight)
-            return {"loss": Weighted(losses, count), "correct": Weighted(right, count)}
-
+        layers = _layers(loaded)
         return Problem(
             name="translate",
             params=lambda key: loaded.params,
-            apply=applying(loaded.model),
-            loss=lambda logits, batch: sums(logits, batch)["loss"],
-            score=sums,
+            apply=_applying(loaded.model),
+            loss=lambda logits, batch: _sums(logits, batch)["loss"],
+            score=_sums,
             metrics=["perplexity", "accuracy"],
             targets=("{encoder,decoder}/layer_*/**/kernel",),
-            layers=tuple(f"{part}/layer_{i}/**" for part, n in parts.items() for i in range(n)),
+            layers=tuple(f"{part}/layer_{i}/**" for part, n in layers.items() for i in range(n)),
             places=lambda batch: batch.weight.astype(jnp.float32),
             counts={
                 _SOURCE: lambda batch: batch.mask * (batch.weight.max(axis=1, keepdims=True) > 0),
                 _TARGET: lambda batch: batch.weight,
             },
-            student=student,
+            student=partial(_student, loaded),
             **batches_of(data, make, self, length),
             facts=facts_of(
                 self,
@@ -159,3 +140,32 @@ class Translate(TextSettings):
                 },
             ),
         )
+
+
+def _applying(model: Any) -> Any:
+    def apply(params: Any, batch: Pairs) -> Any:
+        return model.apply({"params": params}, batch.ids, batch.mask, batch.given, jnp.ones_like(batch.given))
+
+    return compressed(apply)  # params may be quantised as they were loaded
+
+
+def _layers(loaded: Loaded) -> dict[str, int]:
+    return {"encoder": loaded.config.num_hidden_layers, "decoder": loaded.config.num_decoder_layers}
+
+
+def _student(loaded: Loaded, count: int, params: Any) -> tuple[Any, Any]:
+    """`Problem.student`: as large a share of the encoder's layers as of the decoder's, and at least one of each."""
+    layers = _layers(loaded)
+    read = max(round(count * layers["encoder"] / sum(layers.values())), 1)
+    written = max(count - read, 1)
+    smaller = replace(loaded.config, num_hidden_layers=read, num_decoder_layers=written)
+    fewer = {part: fewer_layers(params[part], n) for part, n in (("encoder", read), ("decoder", written))}
+    return _applying(type(loaded.model)(smaller)), {**params, **fewer}
+
+
+def _sums(logits: Array, batch: Pairs) -> dict[str, Weighted]:
+    """`Problem.score`: over the tokens of the second text."""
+    weight = batch.weight.astype(jnp.float32)
+    losses = jnp.sum(cross_entropies(logits, batch.label) * weight)
+    right, count = correct(logits, batch.label, weight), jnp.sum(weight)
+    return {"loss": Weighted(losses, count), "correct": Weighted(right, count)}

@@ -20,6 +20,7 @@ from lorax_kit.problem import Problem
 from lorax_kit.processes import several
 from lorax_kit.study.design.stopping import Stopping
 from lorax_kit.study.design.study import Study
+from lorax_kit.study.design.trial import Trial
 from lorax_kit.study.folder.shared import SharedStore
 from lorax_kit.study.folder.store import RunStore, environment
 from lorax_kit.study.frame import frame
@@ -133,7 +134,6 @@ def run(
     trials, params, examples = study.trials(), problem.params(jax.random.key(0)), Examples(study, problem)
     # Planned for the whole study first: a bad pattern or rank must not surface after an hour, nor leave a folder.
     planned = planned_stacks(study, problem, trials, params, examples)
-    specs = [study.spec(trial, problem.whole_rules) for trial in trials]
     head = {leaf.path for stack in planned for leaf in stack.plan.full}
     leaves = digests(params, head)
     first = examples(DEFAULT) if study.streams[0] == 0 else next(iter(problem.train(0, 0)))
@@ -161,22 +161,10 @@ def run(
         store.create()
         if store.info.get("started") is None or groups:
             store.write_info(
+                **_described(study, problem, trials, store.info, ended=not groups),
                 name=Path(out).name,
                 command=command or store.info.get("command", ""),
-                design=study.to_dict(),
-                spec=max(zip(trials, specs, strict=True), key=lambda pair: pair[0].rank)[1].to_dict(),
-                environment=environment(),
-                task=dict(problem.facts),
-                state=list(problem.state),
-                metric=problem.metric,
-                metrics=[metric.to_dict() for metric in problem.all_metrics],
-                started=store.info.get("started") or _now(),
-                finished=store.info.get("finished") if not groups else None,
-                seconds=store.info.get("seconds"),
-                trials=list(dict.fromkeys([*(store.info.get("trials") or ()), *(t.name for t in trials)])),
                 targets=targets,
-                compiles=store.info.get("compiles", 0),
-                groups=store.info.get("groups", []),
                 stacks=records,
                 baseline=baseline,
                 leaves=leaves,
@@ -258,6 +246,33 @@ def identity(study: Study, problem: Problem, params: Params, batch: Any, head: C
     except (TypeError, ValueError) as e:
         raise StudyError(f"the facts of problem {problem.name!r} are not plain data: {e}.") from None
     return found
+
+
+def _described(
+    study: Study, problem: Problem, trials: Sequence[Trial], info: Mapping[str, Any], *, ended: bool
+) -> dict[str, Any]:
+    """What a run folder says of its study before anything is trained.
+
+    Args:
+      info: what it says already.
+      ended: whether no trial is left to train.
+    """
+    largest = max(trials, key=lambda trial: trial.rank)
+    return {
+        "design": study.to_dict(),
+        "spec": study.spec(largest, problem.whole_rules).to_dict(),
+        "environment": environment(),
+        "task": dict(problem.facts),
+        "state": list(problem.state),
+        "metric": problem.metric,
+        "metrics": [metric.to_dict() for metric in problem.all_metrics],
+        "started": info.get("started") or _now(),
+        "finished": info.get("finished") if ended else None,
+        "seconds": info.get("seconds"),
+        "trials": list(dict.fromkeys([*(info.get("trials") or ()), *(t.name for t in trials)])),
+        "compiles": info.get("compiles", 0),
+        "groups": info.get("groups", []),
+    }
 
 
 def _now() -> str:

@@ -74,26 +74,12 @@ def compare(
       CompressError: an unknown method, a folder of other settings.
       RowFailed: what a method raises.
     """
-    if unknown := sorted(set(settings) - set(SETTINGS)):
-        raise CompressError(f"{unknown[0]!r} is no setting of a comparison; known: {', '.join(sorted(SETTINGS))}.")
-    settings = SETTINGS | settings
+    settings = _complete(settings)
     allocation = settings["allocation"]
-    check_word("allocation", allocation, ALLOCATIONS)
     check_count("batches", batches)
     if not (methods and keeps and seeds):
         raise CompressError("methods, keeps and seeds must each hold something.")
-    ways = [Method.parse(name) for name in methods]
-    for name in heal:
-        Method.parse(name)
-    if not check_count("steps", steps, 0):
-        heal = ()
-    elif not set(heal) & {way.name for way in ways}:
-        raise CompressError(
-            f"steps is {steps}, and none of the methods is healed.\n  leave it out, or name one in heal"
-        )
-    if heal and TUNED not in methods:
-        ways.append(Method.parse(TUNED))
-    heal = (*heal, TUNED) if heal else ()
+    ways, heal = _ways(methods, heal, check_count("steps", steps, 0))
     about = {
         "subject": subject.name,
         "params": fingerprint(subject.params),
@@ -132,6 +118,39 @@ def compare(
                 raise RowFailed(f"{way.name}, {keep:g} kept: {e}") from e
             folder.add(row)
         return folder.rows
+
+
+def _complete(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of `compress_subject`, with the defaults of those that are not given.
+
+    Raises:
+      CompressError: an unknown setting, or allocation.
+    """
+    if unknown := sorted(set(settings) - set(SETTINGS)):
+        raise CompressError(f"{unknown[0]!r} is no setting of a comparison; known: {', '.join(sorted(SETTINGS))}.")
+    settings = SETTINGS | settings
+    check_word("allocation", settings["allocation"], ALLOCATIONS)
+    return settings
+
+
+def _ways(methods: Sequence[str], heal: Sequence[str], steps: int) -> tuple[list[Method], Sequence[str]]:
+    """The methods to compare, and the names of those that are healed; the original that is tuned among both.
+
+    Raises:
+      CompressError: an unknown method; steps of healing, and none to heal.
+    """
+    ways = [Method.parse(name) for name in methods]
+    for name in heal:
+        Method.parse(name)
+    if not steps:
+        return ways, ()
+    if not set(heal) & {way.name for way in ways}:
+        raise CompressError(
+            f"steps is {steps}, and none of the methods is healed.\n  leave it out, or name one in heal"
+        )
+    if TUNED not in methods:
+        ways.append(Method.parse(TUNED))
+    return ways, (*heal, TUNED)
 
 
 class _Folder:
