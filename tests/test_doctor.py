@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lorax_kit import extras
 from lorax_kit.cli import main
 from lorax_kit.doctor import examine, machine, self_test, versions
 from lorax_kit.doctor.text import as_text
@@ -61,8 +62,8 @@ def test_settings_that_surprise_are_noted():
 
 @pytest.mark.usefixtures("untried")
 def test_a_version_out_of_range_is_told_with_what_mends_it(monkeypatch, capsys):
-    true = versions.version
-    monkeypatch.setattr(versions, "version", lambda name: "0.9.1" if name == "jax" else true(name))
+    true = extras.version
+    monkeypatch.setattr(extras, "version", lambda name: "0.9.1" if name == "jax" else true(name))
     printed = failed(capsys)
     assert "wrong  jax: 0.9.1 (" in printed
     assert "wrong: jax is 0.9.1, and lorax_kit needs " in printed
@@ -72,22 +73,22 @@ def test_a_version_out_of_range_is_told_with_what_mends_it(monkeypatch, capsys):
 
 @pytest.mark.usefixtures("untried")
 def test_a_jaxlib_that_does_not_fit_jax_is_told(monkeypatch, capsys):
-    true = versions.version
-    monkeypatch.setattr(versions, "version", lambda name: "0.9.0" if name == "jaxlib" else true(name))
+    true = extras.version
+    monkeypatch.setattr(extras, "version", lambda name: "0.9.0" if name == "jaxlib" else true(name))
     found = json.loads(failed(capsys, "--json"))
     assert any(what.startswith("jaxlib is 0.9.0, and jax needs ") for what in mends(found))
 
 
 @pytest.mark.usefixtures("untried")
 def test_missing_packages_and_extras(monkeypatch):
-    true = versions.version
+    true = extras.version
 
     def without(name):
         if name in ("tqdm", "gguf", "chex"):
             raise PackageNotFoundError(name)
         return true(name)
 
-    monkeypatch.setattr(versions, "version", without)
+    monkeypatch.setattr(extras, "version", without)
     found = examine()
     assert [p["what"] for p in found["problems"] if p["fatal"]] == ["tqdm is not installed, and lorax_kit needs >=4.67"]
     llama = found["environment"]["extras"]["llama"]

@@ -14,56 +14,38 @@ ROOT = Path(lorax_kit.__file__).parent
 # folder or file -> what it may import from the package. Top-level files join the folders.
 MAY_IMPORT = {
     "version": set(),
+    "arrays": set(),
+    "extras": set(),
     "errors": set(),
-    "placement": set(),
     "processes": set(),
     "assets": set(),
-    "dtypes": set(),
-    "svd": set(),
     "json_text": set(),
-    "after": {"placement"},
     "measure": set(),
     "peft_form": set(),
     "files": {"json_text", "core"},
-    "core": {"json_text", "version", "placement", "dtypes", "peft_form"},
-    "starts": {"core", "svd", "dtypes"},
-    "methods": {"core", "starts", "dtypes", "peft_form", "svd"},
-    "transform": {"json_text", "core", "after", "placement", "dtypes"},
-    "calibration": {"core", "transform", "placement", "dtypes"},
-    "training": {
-        *("json_text", "core", "files", "transform", "placement", "dtypes", "svd", "checkpoint", "processes"),
-        "measure",
-    },
+    "core": {"json_text", "version", "arrays", "peft_form"},
+    "starts": {"core", "arrays"},
+    "methods": {"core", "starts", "arrays", "peft_form"},
+    "transform": {"json_text", "core", "arrays"},
+    "calibration": {"core", "transform", "arrays"},
+    "training": {"json_text", "core", "files", "transform", "arrays", "checkpoint", "processes", "measure"},
     "meta": {"core", "training"},
-    "parallel": {"core", "transform", "training", "processes", "placement"},
+    "parallel": {"core", "transform", "training", "processes", "arrays"},
     "problem": {"core", "transform", "training"},
-    "analysis": {"core", "algebra", "dtypes", "svd"},
+    "analysis": {"core", "algebra", "arrays"},
     "checkpoint": {"json_text", "core", "files", "version", "processes"},
-    "peft": {"json_text", "core", "checkpoint", "files", "dtypes", "peft_form"},
+    "peft": {"json_text", "core", "checkpoint", "files", "arrays", "peft_form"},
     "study": {
-        "json_text",
-        "measure",
-        "core",
-        "starts",
-        "methods",
-        "transform",
-        "training",
-        "problem",
-        "parallel",
-        "processes",
-        "placement",
-        "analysis",
-        "checkpoint",
-        "files",
-        "version",
+        *("json_text", "measure", "core", "starts", "methods", "transform", "training", "problem", "parallel"),
+        *("processes", "arrays", "analysis", "checkpoint", "files", "version", "extras"),
     },
-    "compress": {"core", "methods", "transform", "calibration", "training", "svd"},
-    "algebra": {"core", "methods", "transform", "svd", "dtypes"},
+    "compress": {"core", "methods", "transform", "calibration", "training", "arrays"},
+    "algebra": {"core", "methods", "transform", "arrays"},
     "serve": {"json_text", "core", "transform", "checkpoint", "files"},
-    "models": {"json_text", "after", "assets", "core"},
+    "models": {"extras", "json_text", "arrays", "assets", "core"},
     "data": {"assets", "json_text"},
     "tasks": set(),
-    "report": {"json_text", "core", "analysis", "files", "study"},
+    "report": {"extras", "json_text", "core", "analysis", "files", "study"},
 }
 JOINS = {"generate", "__init__", "__main__", "cli", "benchmarks", "commands", "doctor", "problems"}
 
@@ -150,6 +132,58 @@ def test_importing_the_package_is_light(module):
     heavy |= {"scipy.stats", "pandas"} | ({"click"} if module == "lorax_kit" else set())
     code = f"import sys, {module}, jax\nheavy = {heavy} & set(sys.modules)\nassert not heavy, heavy\n"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+EXTRAS = ("flax", "jaxtyping", "tokenizers", "click", "jinja2", "matplotlib", "pandas")
+WITHOUT = f"""
+import importlib.metadata, importlib.util, sys
+blocked, spec, version = {EXTRAS}, importlib.util.find_spec, importlib.metadata.version
+def found(name, *rest):
+    return None if name in blocked else spec(name, *rest)
+def of(name):
+    if name in blocked:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.util.find_spec, importlib.metadata.version = found, of
+for name in blocked:
+    sys.modules[name] = None  # importing it fails
+"""
+
+
+def without_extras(code, folder):
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT + code], capture_output=True, text=True, timeout=120, cwd=folder, check=False
+    )
+
+
+def test_a_study_needs_no_extra(tmp_path):
+    root = str(Path(__file__).parents[1])
+    ran = without_extras(
+        f"sys.path.insert(0, {root!r})\n"
+        "import lorax_kit as lk\n"
+        "from tests import tiny\n"
+        "results = lk.run(lk.Study(rank=[1, 2], seed=[0], lr=1e-2, steps=3, targets={'all': ['up/kernel']}),"
+        " tiny.problem(), out='run', progress=False)\n"
+        "print(*(row['status'] for row in results.rows))\n",
+        tmp_path,
+    )
+    assert ran.stdout == "done done\n", ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [
+        ("lorax_kit.models", "models"),
+        ("lorax_kit.report.plots", "report"),
+        ("lorax_kit.report.pages.html", "report"),
+        ("lorax_kit.cli", "cli"),
+    ],
+)
+def test_a_missing_extra_is_named(module, extra, tmp_path):
+    ran = without_extras(f"import {module}", tmp_path)
+    assert ran.returncode == 1
+    assert f"is not installed.\n  install the extra: pip install 'lorax_kit[{extra}]'\n" in ran.stderr
+    assert extra != "cli" or "Traceback" not in ran.stderr
 
 
 LISTS = {"methods", "starts"}  # a file for each method and each start, as many as there are

@@ -10,7 +10,7 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.analysis import delta_spectrum
-from lorax_kit.svd import one_by_one
+from lorax_kit.arrays.svd import one_by_one
 from tests.draws import draw
 from tests.methods.table import WAYS
 

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.algebra.adaptation import AnyAdapter
+from lorax_kit.arrays.dtypes import wide
 from lorax_kit.core.lowrank import dense, identity_rows
 from lorax_kit.core.method import Update, leaf_shapes, update_of
 from lorax_kit.core.site import FullSite, Site
-from lorax_kit.dtypes import wide
 from lorax_kit.errors import AdapterError
 
 if TYPE_CHECKING:

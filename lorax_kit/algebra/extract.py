@@ -14,6 +14,7 @@ import numpy as np
 
 from lorax_kit.algebra.adaptation import Adaptation, check_rank, check_share, plain
 from lorax_kit.algebra.rank import cut_whole
+from lorax_kit.arrays.dtypes import wide
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.paths import Params, flatten, is_array
@@ -21,7 +22,6 @@ from lorax_kit.core.plan import Plan
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.core.site import FullSite
 from lorax_kit.core.spec import Spec
-from lorax_kit.dtypes import wide
 from lorax_kit.errors import AdapterError
 from lorax_kit.transform import resolve
 

@@ -18,8 +18,8 @@ from jax import Array
 
 from lorax_kit.algebra.adaptation import Adaptation, AnyAdapter, bases, check_number, check_weights, checked, plain
 from lorax_kit.algebra.delta import Rows, full_delta, held, rows_of
+from lorax_kit.arrays.dtypes import wide
 from lorax_kit.core.paths import Params
-from lorax_kit.dtypes import wide
 from lorax_kit.errors import AdapterError
 
 

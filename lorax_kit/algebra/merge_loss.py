@@ -20,13 +20,13 @@ from jax import Array
 
 from lorax_kit.algebra.adaptation import AnyAdapter, bases, check_adapter
 from lorax_kit.algebra.delta import delta_of, full_delta
+from lorax_kit.arrays.dtypes import wide
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import beyond
 from lorax_kit.core.paths import Params
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.core.quantised import quantise as quantised
 from lorax_kit.core.setting import check_float_dtype
-from lorax_kit.dtypes import wide
 from lorax_kit.errors import AdapterError
 
 

@@ -26,13 +26,13 @@ from lorax_kit.algebra.adaptation import (
     planned,
 )
 from lorax_kit.algebra.delta import normal_form
+from lorax_kit.arrays.dtypes import wide
 from lorax_kit.core.leaves import FullLeaf
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.method import Update
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.plan import Plan, plan_of_sites
 from lorax_kit.core.site import FullSite, Site
-from lorax_kit.dtypes import wide
 from lorax_kit.errors import AdapterError
 from lorax_kit.methods import LoRA
 

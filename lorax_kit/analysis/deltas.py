@@ -21,11 +21,11 @@ import jax
 import numpy as np
 
 from lorax_kit.algebra.delta import normal_form, reads_base
+from lorax_kit.arrays.svd import smaller_gram
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.method import method_of
 from lorax_kit.core.site import Site
 from lorax_kit.errors import AdapterError
-from lorax_kit.svd import smaller_gram
 
 if TYPE_CHECKING:
     from jaxtyping import Float

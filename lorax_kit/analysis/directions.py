@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lorax_kit.analysis.deltas import site_delta, triangles, without_rounding
+from lorax_kit.arrays.svd import leading
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.site import Site
 from lorax_kit.errors import PlanError
-from lorax_kit.svd import leading
 
 if TYPE_CHECKING:
     from jaxtyping import Float

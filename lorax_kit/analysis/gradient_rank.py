@@ -18,13 +18,13 @@ from jax import Array
 
 from lorax_kit.analysis.deltas import gram_values
 from lorax_kit.analysis.spectra import SiteSpectrum, spectra
+from lorax_kit.arrays.dtypes import wide
 from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import check_params, effective_weight
 from lorax_kit.core.paths import Params, arrays_only, flatten
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.quantised import Quantised
-from lorax_kit.dtypes import wide
 from lorax_kit.errors import AdapterError
 
 if TYPE_CHECKING:

@@ -29,12 +29,14 @@ Sources: Hall, "On the removal of skewness by transformation", JRSS B 1992; Wils
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 from numpy.typing import ArrayLike
 from scipy import stats
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 SKEWNESS_WEIGHT = 0.5
 ERROR_SHARE = 0.85

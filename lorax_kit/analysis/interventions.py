@@ -23,13 +23,13 @@ from lorax_kit.analysis.intruders import (
     nearest,
     random_matrix,
 )
+from lorax_kit.arrays.svd import leading
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.setting import is_number
 from lorax_kit.errors import PlanError
-from lorax_kit.svd import leading
 
 ARMS = ("adapter", "intruders", "random", "shrunk")
 

@@ -28,6 +28,7 @@ import numpy as np
 
 from lorax_kit.analysis.deltas import SiteDelta, singular_values, site_delta
 from lorax_kit.analysis.directions import check_count, check_side
+from lorax_kit.arrays.svd import leading
 from lorax_kit.core.leaves import FactorTree, check_factors
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import check_params
@@ -35,7 +36,6 @@ from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.site import Site
 from lorax_kit.errors import PlanError
-from lorax_kit.svd import leading
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -9,11 +9,15 @@ Sources: Fisher 1935 (sign flips), Holm 1979.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from lorax_kit.analysis.intervals import sample
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 EXACT_PAIRS = 16  # 2^15 sign patterns up to a common sign; longer samples draw DRAWN of them
 DRAWN = 99_999

@@ -18,12 +18,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lorax_kit.analysis.deltas import singular_values, site_delta
+from lorax_kit.arrays.svd import one_by_one
 from lorax_kit.core.leaves import FactorTree, check_factors
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.site import Site
-from lorax_kit.svd import one_by_one
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -27,13 +27,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from lorax_kit.analysis.intervals import Interval, SeedsToTell, interval, limits, over_examples, seeds_to_tell, unpaired
 from lorax_kit.analysis.paired import holm, paired_test, seeds_needed, sign_flips, smallest_p
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = [
     "Comparison",

@@ -22,6 +22,7 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
+from lorax_kit.arrays.dtypes import wide
 from lorax_kit.calibration.arguments import (
     Weight,
     batches_of,
@@ -38,7 +39,6 @@ from lorax_kit.core.method import Hints
 from lorax_kit.core.paths import Params, is_array, unflatten
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.site import Site
-from lorax_kit.dtypes import wide
 from lorax_kit.errors import CompressError
 from lorax_kit.transform.context import Shards
 from lorax_kit.transform.trace import Given, watch

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lorax_kit.arrays.placement import alike, varies
 from lorax_kit.core.method import Hints
 from lorax_kit.core.site import Site
 from lorax_kit.errors import CompressError
-from lorax_kit.placement import alike, varies
 from lorax_kit.transform.trace import Given
 
 

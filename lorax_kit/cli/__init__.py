@@ -4,6 +4,13 @@ Facts go to standard output (JSON with --json), progress and errors to standard 
 clear message, an interruption with 130, a reader that closes what it reads with 1.
 """
 
+from lorax_kit.extras import need
+
+try:
+    need("cli", "click")
+except ImportError as e:
+    raise SystemExit(f"Error: {e}") from None
+
 from lorax_kit.cli import (  # each registers its commands
     adapters,
     bench,

@@ -19,10 +19,10 @@ from typing import NamedTuple
 import numpy as np
 from jax import Array
 
+from lorax_kit.arrays.svd import leading, randomised, smaller_gram
 from lorax_kit.calibration.calibrate import Stats, check_finite, moments_of
 from lorax_kit.compress.arguments import check_word
 from lorax_kit.errors import CompressError
-from lorax_kit.svd import leading, randomised, smaller_gram
 
 METHODS = ("svd", "fisher", "asvd", "whitened")
 DAMPING = 1e-6

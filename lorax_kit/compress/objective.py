@@ -24,10 +24,10 @@ import numpy as np
 import optax
 from jax import Array
 
+from lorax_kit.arrays.svd import leading
 from lorax_kit.calibration.arguments import shown
 from lorax_kit.compress.arguments import check_count, check_key, check_number, check_positive
 from lorax_kit.errors import CompressError
-from lorax_kit.svd import leading
 
 
 class Solution(NamedTuple):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.dtypes import wide
+from lorax_kit.arrays.dtypes import wide
 
 
 @jax.tree_util.register_pytree_with_keys_class

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lorax_kit.arrays.dtypes import wide
+from lorax_kit.arrays.placement import everywhere, like, partitioned
 from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors, check_key
 from lorax_kit.core.lowrank import dense, outer
 from lorax_kit.core.method import Hints, method_of, update_of
@@ -17,9 +19,7 @@ from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.core.site import FullSite, Site
-from lorax_kit.dtypes import wide
 from lorax_kit.errors import AdapterError, PlanError
-from lorax_kit.placement import everywhere, like, partitioned
 
 
 def split(

@@ -5,26 +5,13 @@ from __future__ import annotations
 import operator
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires
 from typing import Any, NamedTuple
 
 from lorax_kit.doctor.problem import Problem
+from lorax_kit.extras import EXTRAS, installed
 from lorax_kit.version import __version__
 
-EXTRAS = {
-    "llama": "models in GGUF files",
-    "export": "ONNX files, in fp32 and int8",
-    "litert": "LiteRT files",
-    "docs": "the site of the guide",
-    "table": "results as pandas tables",
-    "data": "rows in Parquet files",
-    "text": "BLEU and chrF of written texts",
-    "track": "logs for TensorBoard and Weights & Biases",
-    "search": "studies that Optuna searches",
-    "cluster": "studies on a Ray cluster",
-    "interop": "measurements beside torch, transformers and PEFT",
-    "dev": "tests, lint and types",
-}
 _COMPARE = {
     "<=": operator.le, ">=": operator.ge, "==": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt,
 }  # fmt: skip
@@ -52,14 +39,6 @@ def requirements(package: str) -> list[Requirement]:
         extra = re.search(r"extra == [\"']([^\"']+)", marker)
         read.append(Requirement(name, supported.strip(" ()"), extra[1] if extra else ""))
     return read
-
-
-def installed(name: str) -> str | None:
-    """The version of an installed package."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def fits(found: str, supported: str) -> bool:

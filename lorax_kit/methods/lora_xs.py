@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lorax_kit.arrays.svd import leading
 from lorax_kit.core.method import Hints, Method, Update
 from lorax_kit.core.setting import ScaledSetting
 from lorax_kit.core.site import Site
 from lorax_kit.starts.matrices import by_matrix
-from lorax_kit.svd import leading
 
 
 @dataclass(frozen=True, kw_only=True)

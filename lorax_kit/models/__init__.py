@@ -1,5 +1,9 @@
 """Reference models in Flax that read top to bottom, and loaders of their real weights."""
 
+from lorax_kit.extras import need
+
+need("models", "flax")
+
 from lorax_kit.assets import MissingPackageError, locate
 from lorax_kit.models.bert import BertClassifier, BertConfig, BertEncoder
 from lorax_kit.models.distilbert import DistilbertConfig, DistilbertEncoder

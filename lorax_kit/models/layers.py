@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lorax_kit.after import after
+from lorax_kit.arrays.after import after
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

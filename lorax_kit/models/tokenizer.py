@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorax_kit.core.setting import shown
+from lorax_kit.extras import need
 
 if TYPE_CHECKING:
     import tokenizers
@@ -57,6 +58,7 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """From a tokenizer.json; a damaged file raises `ValueError`."""
+        need("models", "tokenizers")
         import tokenizers
 
         try:
@@ -92,6 +94,7 @@ class Tokenizer:
         Raises:
           ValueError: a merge of tokens that are not there.
         """
+        need("models", "tokenizers")
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -142,6 +145,7 @@ class Tokenizer:
         Raises:
           ValueError: pieces that are not a tokenizer, or codes that `charsmap` replaces.
         """
+        need("models", "tokenizers")
         import tokenizers
         from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -200,6 +204,7 @@ class Tokenizer:
         Raises:
           ValueError: a size that holds no word, or texts without one.
         """
+        need("models", "tokenizers")
         import tokenizers
         from tokenizers import models, normalizers, pre_tokenizers
 
@@ -251,6 +256,7 @@ class Tokenizer:
         Raises:
           ValueError: a first text that leaves no room for the second.
         """
+        need("models", "tokenizers")
         import tokenizers
 
         cutting = tokenizers.Tokenizer.from_str(self.inner.to_str())  # truncation is a state of the library's object

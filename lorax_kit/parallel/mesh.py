@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import keystr
 
+from lorax_kit.arrays.placement import DATA, FSDP, TENSOR, TRIAL
 from lorax_kit.core.paths import is_array
 from lorax_kit.core.setting import is_int
 from lorax_kit.errors import LoraxError
-from lorax_kit.placement import DATA, FSDP, TENSOR, TRIAL
 from lorax_kit.processes import spread
 
 

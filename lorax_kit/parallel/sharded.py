@@ -11,10 +11,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lorax_kit.arrays.placement import DATA, FSDP
 from lorax_kit.errors import LoraxError
 from lorax_kit.parallel.layout import layout
 from lorax_kit.parallel.mesh import replicate, shard
-from lorax_kit.placement import DATA, FSDP
 from lorax_kit.processes import spread
 from lorax_kit.training.step import Info, Init, Loss, State, make_step
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lorax_kit.arrays.dtypes import wide
 from lorax_kit.checkpoint.adapter import Adapter
 from lorax_kit.core.leaves import FullLeaf, check_factors
 from lorax_kit.core.paths import Params, flatten, is_array
@@ -16,7 +17,6 @@ from lorax_kit.core.plan import Plan, make_plan
 from lorax_kit.core.setting import Full, check_float_dtype
 from lorax_kit.core.site import Axes
 from lorax_kit.core.spec import AnySetting, Spec
-from lorax_kit.dtypes import wide
 from lorax_kit.errors import AdapterError, LoraxError
 from lorax_kit.peft.config import Config
 from lorax_kit.peft.files import config_notes, read_weights, sort_out

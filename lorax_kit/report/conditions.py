@@ -11,15 +11,17 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from lorax_kit.analysis.statistics import Comparison, Interval, compare, interval
 from lorax_kit.report.measure import Measure
 from lorax_kit.report.run_folder import Record, RunFolder
 from lorax_kit.report.settings import rest_of, varying
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 STOPPED = "stopped"
 """The status of a trial that was stopped early."""

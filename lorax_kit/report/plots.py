@@ -12,11 +12,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from lorax_kit.extras import need
+
+need("report", "matplotlib")
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -54,6 +57,9 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
     "pdf.fonttype": 42,  # TrueType, which journals accept; the default, Type 3, they often do not
 }
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 KINDS = ("png", "svg", "pdf")

@@ -14,11 +14,11 @@ from __future__ import annotations
 import numpy as np
 from jax import Array
 
+from lorax_kit.arrays.svd import leading
 from lorax_kit.core.method import Hints
 from lorax_kit.core.site import Site
 from lorax_kit.starts.matrices import balanced, by_matrix, needed
 from lorax_kit.starts.start import Start
-from lorax_kit.svd import leading
 
 DAMPING = 0.01
 

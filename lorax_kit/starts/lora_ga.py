@@ -16,11 +16,11 @@ from __future__ import annotations
 import numpy as np
 from jax import Array
 
+from lorax_kit.arrays.svd import leading
 from lorax_kit.core.method import Hints
 from lorax_kit.core.site import Site
 from lorax_kit.starts.matrices import by_matrix, needed, signs
 from lorax_kit.starts.start import Start
-from lorax_kit.svd import leading
 
 
 def lora_ga(site: Site, w: Array, key: Array, hints: Hints, *, gamma: float = 16.0) -> Start:

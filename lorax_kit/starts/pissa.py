@@ -14,11 +14,11 @@ import jax
 import numpy as np
 from jax import Array
 
+from lorax_kit.arrays.svd import OVERSAMPLING, leading, projected
 from lorax_kit.core.method import Hints
 from lorax_kit.core.site import Site
 from lorax_kit.starts.matrices import balanced, by_matrix
 from lorax_kit.starts.start import Start
-from lorax_kit.svd import OVERSAMPLING, leading, projected
 
 
 def principal(w: np.ndarray, draws: np.ndarray | None = None, *, site: Site) -> tuple[np.ndarray, np.ndarray]:

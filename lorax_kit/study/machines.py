@@ -7,9 +7,9 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from lorax_kit.arrays.placement import TRIAL
 from lorax_kit.checkpoint.agreed import told
 from lorax_kit.errors import StudyError
-from lorax_kit.placement import TRIAL
 from lorax_kit.processes import several
 from lorax_kit.study.programs.groups import available_bytes
 from lorax_kit.study.running.cluster import Workers

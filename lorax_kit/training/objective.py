@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from lorax_kit.arrays.placement import partitioned
 from lorax_kit.core.paths import Params, is_array
 from lorax_kit.errors import LoraxError
-from lorax_kit.placement import partitioned
 
 
 class Weighted(NamedTuple):

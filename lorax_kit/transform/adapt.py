@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax import Array
 
+from lorax_kit.arrays.placement import alike, everywhere, partitioned
 from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors, check_key, site_key
 from lorax_kit.core.lowrank import LowRank, dense
 from lorax_kit.core.merge import check_params
@@ -22,7 +23,6 @@ from lorax_kit.core.plan import Plan
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.core.site import Site
 from lorax_kit.errors import PlanError
-from lorax_kit.placement import alike, everywhere, partitioned
 from lorax_kit.transform.context import NO_INPUT, Context
 from lorax_kit.transform.cost import Costs, measured_costs
 from lorax_kit.transform.kernels import KERNELS

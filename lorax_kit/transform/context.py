@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.tree_util import Partial
 
+from lorax_kit.arrays.dtypes import widest
+from lorax_kit.arrays.placement import varies
 from lorax_kit.core.site import Axes
-from lorax_kit.dtypes import widest
-from lorax_kit.placement import varies
 from lorax_kit.transform.cost import NONE, Costs, Product, choose, together
 from lorax_kit.transform.interpreter.tape import Tape
 from lorax_kit.transform.kernels import KERNELS, Operands, Outputs

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lorax_kit.after import after
+from lorax_kit.arrays.after import after
 
 Precision = Any
 

@@ -9,7 +9,7 @@ import jax
 from jax import Array
 from jax.tree_util import Partial
 
-from lorax_kit.after import after
+from lorax_kit.arrays.after import after
 from lorax_kit.core.quantised import Quantised
 
 

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lorax_kit.arrays.placement import explicit_mesh
 from lorax_kit.core.lowrank import LowRank, dense
 from lorax_kit.core.paths import Params, flatten, is_array, unflatten
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.core.site import Site
 from lorax_kit.errors import PlanError
-from lorax_kit.placement import explicit_mesh
 from lorax_kit.transform import rules
 from lorax_kit.transform.context import Context, Shards
 from lorax_kit.transform.interpreter.evaluate import evaluate, materialise

@@ -21,13 +21,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.tree_util import Partial
 
-from lorax_kit.after import after
+from lorax_kit.arrays.after import after
+from lorax_kit.arrays.dtypes import wide
+from lorax_kit.arrays.placement import varies
 from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.method import Update
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.core.site import Axes, Site
-from lorax_kit.dtypes import wide
-from lorax_kit.placement import varies
 from lorax_kit.transform.source import Source, restored_product
 
 

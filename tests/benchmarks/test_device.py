@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import lorax_kit as lk
-from lorax_kit.after import at_once, waits
+from lorax_kit.arrays.after import at_once, waits
 from lorax_kit.benchmarks.case import make_case
 from lorax_kit.benchmarks.device import Row, device_rows, run_rows, shown
 from lorax_kit.benchmarks.device.machine import held_bytes

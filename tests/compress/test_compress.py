@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import lorax_kit as lk
+from lorax_kit.arrays.svd import leading, randomised
 from lorax_kit.compress import (
     METHODS,
     CompressError,
@@ -25,7 +26,6 @@ from lorax_kit.compress import (
 )
 from lorax_kit.compress.allocate import _points, cost
 from lorax_kit.compress.decompose import Transform, singular_values, transform
-from lorax_kit.svd import leading, randomised
 from tests.draws import draw
 
 

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lorax_kit as lk
-from lorax_kit.after import after
+from lorax_kit.arrays.after import after
 from lorax_kit.models.layers import attention
 from tests.draws import draw, moved
 

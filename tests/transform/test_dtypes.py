@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lorax_kit as lk
-from lorax_kit.dtypes import wide, widest
+from lorax_kit.arrays.dtypes import wide, widest
 from tests.transform.uses import CASES
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax_kit.after import at_once
+from lorax_kit.arrays.after import at_once
 from lorax_kit.benchmarks.case import Case, make_case
 from lorax_kit.benchmarks.device.machine import held_bytes, precision
 from lorax_kit.benchmarks.step import RATE, Contender, contenders, peaks, stepping

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorax_kit.extras import need
+
 MESSAGE = ("role", "content")
 
 
@@ -36,6 +38,7 @@ def laid_out(
       ...     {"role": "user", "content": "Hi"}], answer=True)
       '<user>Hi<assistant>'
     """
+    need("models", "jinja2")
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 

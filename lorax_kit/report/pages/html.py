@@ -6,6 +6,10 @@ import re
 from importlib import resources
 from typing import Any
 
+from lorax_kit.extras import need
+
+need("report", "jinja2")
+
 import jinja2
 
 from lorax_kit.report.plots import Plot

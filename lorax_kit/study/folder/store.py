@@ -22,7 +22,6 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +31,7 @@ import numpy as np
 
 from lorax_kit.checkpoint.fingerprint import differences, first_difference
 from lorax_kit.errors import StudyError
+from lorax_kit.extras import installed
 from lorax_kit.files.lines import append, cut_to_lines, whole_lines
 from lorax_kit.files.staging import clear_stale, is_begun, replace_file, sole_writer, staged
 from lorax_kit.files.writing import writing
@@ -45,12 +45,15 @@ JSONL = ("trials.jsonl", "curves.jsonl", "spectra.jsonl")
 ANALYSIS = ("overlaps.jsonl", "intruders.jsonl", "forgetting.jsonl")
 
 
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
 def environment() -> dict[str, Any]:
     """What a reader needs to know of the machine and the versions."""
     return {
         "lorax_kit": __version__,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")},
+        **{name: found for name in PACKAGES if (found := installed(name)) is not None},
         "platform": platform.platform(terse=True),
         "backend": jax.default_backend(),
         "devices": [d.device_kind for d in jax.devices()],

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lorax_kit.arrays.placement import DATA, FSDP, TRIAL
 from lorax_kit.checkpoint.agreed import is_due
 from lorax_kit.core.paths import Params, arrays_only
 from lorax_kit.core.plan import Plan
@@ -21,7 +22,6 @@ from lorax_kit.measure import collective_bytes
 from lorax_kit.parallel.layout import layout as base_layout
 from lorax_kit.parallel.layout import place
 from lorax_kit.parallel.sharded import gathered_anew, gathered_base, on_mesh, used_at
-from lorax_kit.placement import DATA, FSDP, TRIAL
 from lorax_kit.problem import Problem
 from lorax_kit.problem.check import told_in_words
 from lorax_kit.problem.evaluate import form_of_batch, summarised

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from lorax_kit.arrays.dtypes import wide
+from lorax_kit.arrays.svd import one_by_one
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.method import leaf_shapes, method_of
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.site import Site
-from lorax_kit.dtypes import wide
 from lorax_kit.errors import PlanError
-from lorax_kit.svd import one_by_one
 
 if TYPE_CHECKING:
     from jaxtyping import Float

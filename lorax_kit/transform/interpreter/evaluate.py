@@ -15,7 +15,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax.sharding import reshard
 
-from lorax_kit.placement import (
+from lorax_kit.arrays.placement import (
     DATA,
     FSDP,
     TRIAL,

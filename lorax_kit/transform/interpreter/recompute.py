@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from lorax_kit.after import after
+from lorax_kit.arrays.after import after
 from lorax_kit.transform.interpreter.tape import Inference, Place, Player, Recorder, Tape, without_tangents
 
 

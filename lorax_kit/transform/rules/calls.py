@@ -9,7 +9,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jax.tree_util import Partial
 
-from lorax_kit.placement import varies, varying
+from lorax_kit.arrays.placement import varies, varying
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.interpreter.bind import bind, closed
 from lorax_kit.transform.interpreter.evaluate import evaluate, evaluate_arrays

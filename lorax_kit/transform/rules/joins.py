@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.tree_util import Partial
 
-from lorax_kit.dtypes import wide, widest
+from lorax_kit.arrays.dtypes import wide, widest
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.interpreter.registry import rule
 from lorax_kit.transform.weight import Weight

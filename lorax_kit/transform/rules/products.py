@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.tree_util import Partial
 
-from lorax_kit.placement import alike
+from lorax_kit.arrays.placement import alike
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import Product
 from lorax_kit.transform.interpreter.bind import bind

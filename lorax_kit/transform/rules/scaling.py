@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.tree_util import Partial
 
-from lorax_kit.dtypes import widest
+from lorax_kit.arrays.dtypes import widest
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.interpreter.bind import bind
 from lorax_kit.transform.interpreter.registry import rule

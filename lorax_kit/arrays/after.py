@@ -10,7 +10,7 @@ import jax.extend.core as jex
 import numpy as np
 from jax import Array, lax
 
-from lorax_kit.placement import TRIAL, everywhere, explicit_mesh, partitioned, partitioned_axes
+from lorax_kit.arrays.placement import TRIAL, everywhere, explicit_mesh, partitioned, partitioned_axes
 
 
 def after(x: Array, values: Any) -> Any:

@@ -1,0 +1,1 @@
+"""What the folders below share of arrays: dtypes, placement on devices, order of evaluation, decompositions."""

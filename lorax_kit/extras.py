@@ -1,0 +1,47 @@
+"""The extras of an installation, what each is for, and one line for where one is missing."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+EXTRAS = {
+    "cli": "the command line, with the models and the report",
+    "models": "the packaged models, and Hugging Face folders",
+    "report": "pages and plots of studies",
+    "study": "the report, and results as pandas tables",
+    "llama": "models in GGUF files",
+    "export": "ONNX files, in fp32 and int8",
+    "litert": "LiteRT files",
+    "table": "results as pandas tables",
+    "data": "rows in Parquet files",
+    "text": "BLEU and chrF of written texts",
+    "track": "logs for TensorBoard and Weights & Biases",
+    "search": "studies that Optuna searches",
+    "cluster": "studies on a Ray cluster",
+    "all": "all of these but litert",
+    "docs": "the site of the guide",
+    "interop": "measurements beside torch, transformers and PEFT",
+    "dev": "tests, lint and types",
+}
+
+
+def need(extra: str, *modules: str) -> None:
+    """Check that what an extra installs is there.
+
+    Raises:
+      ImportError: a module is missing; the message says which extra brings it.
+    """
+    for name in modules:
+        if find_spec(name) is None:
+            raise ImportError(
+                f"{name} is not installed.\n  install the extra: pip install 'lorax_kit[{extra}]'", name=name
+            )
+
+
+def installed(name: str) -> str | None:
+    """The version of an installed package; None where it is not."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
