@@ -49,7 +49,7 @@ def train(problem, method):
         for seed in SEEDS:  # decides head, factors and batches, for every base alike
             key = jax.random.key(seed)
             params, factors = lk.split(problem.params(jax.random.fold_in(key, 0)), plan, jax.random.fold_in(key, 1))
-            base = params if method == "fp32" else lk.quantise(params, QUANTISED, method)
+            base = params if method == "fp32" else lk.quantize(params, QUANTISED, method)
             state, losses = init(factors), []
             for batch in itertools.islice(problem.train(seed, 0), STEPS):
                 state, info = step(state, base, batch)

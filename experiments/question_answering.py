@@ -4,8 +4,8 @@ Command:   pip download --no-deps --no-binary :all: bigbench==1.0.0 -d runs/data
                python experiments/question_answering.py
 Hardware:  2 CPU cores
 Time:      27 minutes, beside other work
-Result:    the head alone finds 12.0 % of the answers exactly (11.3 to 13.0), F1 21.2 %; with the adapter 18.4 % (15.8 to
-           19.4) and 28.2 %. Gain, paired by seed: 6.4 points (5.7 to 7.5), F1 7.0 points (4.3 to 12.6)
+Result:    the head alone finds 12.0 % of the answers exactly (11.3 to 13.0), F1 21.2 %; with the adapter 18.4 % (15.8
+           to 19.4) and 28.2 %. Gain, paired by seed: 6.4 points (5.7 to 7.5), F1 7.0 points (4.3 to 12.6)
 Writes:    runs/question_answering/{rows.jsonl,study/,table.csv}
 
 1,779 questions of Quoref (Dasigi et al., arXiv 1908.05803, as BIG-bench has it) whose answers stand in a passage of at

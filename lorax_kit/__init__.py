@@ -6,6 +6,8 @@ only the factors (`partition`, `make_step`, `fit`), keep them apart from the bas
 `run`), and replace pretrained parameters by low-rank products (`compress`).
 """
 
+import warnings
+
 from lorax_kit import algebra, analysis, compress, starts
 from lorax_kit.calibration import calibrate
 from lorax_kit.checkpoint import Adapter, fingerprint, load_adapter, save_adapter
@@ -29,7 +31,7 @@ from lorax_kit.core import (
     merge,
     paths,
     penalty,
-    quantise,
+    quantize,
     register,
     split,
 )
@@ -124,7 +126,7 @@ __all__ = [
     "pmap_step",
     "problem_at",
     "problem_builder",
-    "quantise",
+    "quantize",
     "register",
     "resolve",
     "riemannian",
@@ -138,3 +140,13 @@ __all__ = [
     "study_mesh",
     "training_mesh",
 ]
+
+_RENAMED = {"quantise": "quantize"}
+"""Older names that work for one more version; `lorax_kit/guide/changelog.md` lists them."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"lk.{name} is now lk.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

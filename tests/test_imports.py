@@ -197,3 +197,10 @@ def test_no_file_is_too_long_and_no_folder_too_full():
             most = 20 if folder.name == "methods" else 12  # a file for each method
             assert len(list(folder.glob("*.py"))) <= most, folder.name
     assert not {p.stem for p in ROOT.rglob("*.py")} & {"utils", "helpers", "common", "misc"}
+
+
+def test_an_older_name_works_and_says_the_newer():
+    with pytest.warns(DeprecationWarning, match="lk.quantise is now lk.quantize"):
+        assert lorax_kit.quantise is lorax_kit.quantize
+    with pytest.raises(AttributeError, match="no attribute 'quantice'"):
+        lorax_kit.quantice  # noqa: B018

@@ -25,7 +25,7 @@ from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import beyond
 from lorax_kit.core.paths import Params
 from lorax_kit.core.quantised import Quantised
-from lorax_kit.core.quantised import quantise as quantised
+from lorax_kit.core.quantised import quantize as quantised
 from lorax_kit.core.setting import check_float_dtype
 from lorax_kit.errors import AdapterError
 
@@ -129,7 +129,7 @@ def merge_loss(
       dtype: of the merged parameters, such as "bfloat16" or "float16".
       quantise: the merged sites are quantised so: "int8", "int4" or "nf4". Without it and `dtype`, each is stored as
         the base stores it: in its dtype, or quantised with its own method and block.
-      block, double: as in `lk.quantise`.
+      block, double: as in `lk.quantize`.
 
     Returns:
       A `MergeLoss`: print it, or read `.rows`, `.total`, `.to_dict()`, `.to_json()`.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lorax_kit.core.merge import split
 from lorax_kit.core.paths import Params, paths
-from lorax_kit.core.quantised import quantise
+from lorax_kit.core.quantised import quantize
 from lorax_kit.core.spec import AnySetting, Spec
 from lorax_kit.errors import PlanError, StudyError
 from lorax_kit.models import Loaded, classify, fresh_head, load_model
@@ -26,7 +26,7 @@ def inspect_model(
     An encoder has a classifier of two classes around it, a decoder and an encoder-decoder their head of words.
 
     A setting is that of `lk.all_linear`, which says on stderr what it took; the head is left out. With a `method` of
-    `lk.quantise` the sites' own parameters are kept in few bits.
+    `lk.quantize` the sites' own parameters are kept in few bits.
     """
     loaded = load_model(source)
     params, apply, head = _whole(loaded)
@@ -45,7 +45,7 @@ def inspect_model(
     if method is not None:
         if not plan.sites:
             raise PlanError("the spec adapts no parameter at low rank, so there is none to quantise.")
-        base = quantise(base, [site.path for site in plan.sites], method)
+        base = quantize(base, [site.path for site in plan.sites], method)
     found = explain(adapt(apply, plan), base, factors, shape, shape)
     full = [leaf.path for leaf in plan.full]
     return {"model": source, **found.to_dict(), "full": full, "parameters": rows}, str(found)

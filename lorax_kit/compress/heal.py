@@ -81,7 +81,7 @@ def heal(
     named = flatten(params)[0]
     for path in found:
         if isinstance(named[f"{path}/a"], Quantised) or isinstance(named[f"{path}/b"], Quantised):
-            raise CompressError(f"the factors of {path!r} are quantised.\n  heal first, then lk.quantise")
+            raise CompressError(f"the factors of {path!r} are quantised.\n  heal first, then lk.quantize")
     check_function("loss", loss, "loss(outputs, batch)")
     check_values(params)
     check_key(key)
@@ -164,7 +164,7 @@ def tune(
     rules: dict[str, Any] = dict.fromkeys(full, Full())
     for site in sites.sites:
         if isinstance(named[site.path], Quantised):
-            raise CompressError(f"{site.path!r} is quantised, and cannot be trained.\n  tune first, then lk.quantise")
+            raise CompressError(f"{site.path!r} is quantised, and cannot be trained.\n  tune first, then lk.quantize")
         most = min(prod(site.in_shape), prod(site.out_shape))
         rules[literal(site.path)] = Full() if rank is None else LoRA(rank=min(rank, most), alpha=2 * min(rank, most))
     masks = {site.path: named[site.path] != 0 for site in sites.sites}

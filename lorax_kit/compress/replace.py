@@ -279,7 +279,7 @@ def with_residuals(params: Params, small: Params) -> Params:
       small: what `compress` made of them.
 
     Returns:
-      The tree of `small`; its `LowRank` leaves have a `residual`, at `PATH/residual`, for `lk.quantise`.
+      The tree of `small`; its `LowRank` leaves have a `residual`, at `PATH/residual`, for `lk.quantize`.
 
     Raises:
       CompressError: nothing is low-rank, a residual is there, params of another shape or not finite.
@@ -289,7 +289,7 @@ def with_residuals(params: Params, small: Params) -> Params:
       >>> params = {"w": jnp.arange(12.0).reshape(3, 4)}
       >>> sites = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1)}), params)
       >>> small = compress(params, CompressPlan(method="svd", sites=sites, ranks={"w": 1}))
-      >>> kept = lk.quantise(with_residuals(params, small), ["w/residual"], "int8", block=4)
+      >>> kept = lk.quantize(with_residuals(params, small), ["w/residual"], "int8", block=4)
       >>> bool(jnp.allclose(kept["w"].restore(), params["w"], atol=0.02))
       True
     """

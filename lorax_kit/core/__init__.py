@@ -5,7 +5,7 @@ from lorax_kit.core.merge import delta, effective_weight, merge, split
 from lorax_kit.core.method import Hints, Method, Update, register
 from lorax_kit.core.paths import Params, paths
 from lorax_kit.core.plan import Plan, match
-from lorax_kit.core.quantised import quantise
+from lorax_kit.core.quantised import quantize
 from lorax_kit.core.setting import Full, RankSetting, ScaledSetting, Setting
 from lorax_kit.core.site import Site
 from lorax_kit.core.spec import Spec
@@ -36,7 +36,7 @@ __all__ = [
     "merge",
     "paths",
     "penalty",
-    "quantise",
+    "quantize",
     "register",
     "split",
 ]

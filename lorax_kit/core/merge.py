@@ -80,7 +80,7 @@ def check_params(named: dict[str, Any], plan: Plan) -> None:
         elif found.shape != planned.shape:
             wrong = f"{path!r} has shape {found.shape}, the plan expects {planned.shape}."
         elif isinstance(planned, FullSite) and isinstance(found, Quantised):
-            raise PlanError(f"{path!r} is quantised, and the plan trains it in full.\n  leave it out of lk.quantise")
+            raise PlanError(f"{path!r} is quantised, and the plan trains it in full.\n  leave it out of lk.quantize")
         elif isinstance(planned, Site) and str(found.dtype) != planned.dtype:
             wrong = f"{path!r} has dtype {found.dtype}, the plan expects {planned.dtype}."
         else:

@@ -149,7 +149,7 @@ def _too_wide(scales: Array, step: Array) -> bool:
 
 
 def encode(x: Array, method: str, block: int, double: bool) -> Quantised:
-    """Quantise one float array of at least one axis; `quantise` says what each argument is."""
+    """Quantise one float array of at least one axis; `quantize` says what each argument is."""
     *lead, n = x.shape
     block = min(block, n + n % 2)
     filled = jnp.pad(x.astype(jnp.float32), [(0, 0)] * len(lead) + [(0, -n % block)])
@@ -182,7 +182,7 @@ def encode(x: Array, method: str, block: int, double: bool) -> Quantised:
     )
 
 
-def quantise(base: Any, patterns: Sequence[str], method: str = "nf4", *, block: int = 64, double: bool = True) -> Any:
+def quantize(base: Any, patterns: Sequence[str], method: str = "nf4", *, block: int = 64, double: bool = True) -> Any:
     """Keep the matching parameters of a base in 8 or 4 bits; `lk.adapt` restores them where it uses them.
 
     The factors stay as they are and learn what rounding took away (QLoRA, arXiv 2305.14314). A 4-bit entry takes
@@ -203,7 +203,7 @@ def quantise(base: Any, patterns: Sequence[str], method: str = "nf4", *, block: 
       PlanError: an unknown method, a pattern that matches nothing, a parameter that is not a float matrix.
 
     Example:
-      >>> base = quantise({"w": jnp.ones((64, 128))}, ["w"], "int8", double=False)
+      >>> base = quantize({"w": jnp.ones((64, 128))}, ["w"], "int8", double=False)
       >>> base["w"].nbytes, bool(jnp.allclose(base["w"].restore(), 1.0))
       (8704, True)
     """

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lorax_kit.core.paths import Packed, Params, flatten, is_array, unflatten
 from lorax_kit.core.patterns import literal
-from lorax_kit.core.quantised import Quantised, quantise
+from lorax_kit.core.quantised import Quantised, quantize
 
 
 def cast(params: Params, dtype: str | None) -> Params:
@@ -31,10 +31,10 @@ def based(params: Params, dtype: str | None, method: str | None, paths: Sequence
 
     Args:
       dtype: of float arrays; None: as they are.
-      method: of `lk.quantise` for the parameters at `paths`; None: as they are.
+      method: of `lk.quantize` for the parameters at `paths`; None: as they are.
     """
     params = cast(params, dtype)
-    return params if method is None or not paths else quantise(params, [literal(p) for p in paths], method)
+    return params if method is None or not paths else quantize(params, [literal(p) for p in paths], method)
 
 
 def restored(base: Params) -> Params:

@@ -51,7 +51,7 @@ def save_tensors(file: str | Path, params: Params, *, overwrite: bool = False) -
     Args:
       file: to create; it appears whole or not at all.
       params: any pytree of arrays, random keys, `LowRank` and `Quantised` leaves (`lk.merge`, `lk.compress.compress`,
-        `lk.quantise` make them).
+        `lk.quantize` make them).
       overwrite: replace an existing file; otherwise it is an error.
 
     Raises:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.core import quantise, split
+from lorax_kit.core import quantize, split
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.site import Site
@@ -38,14 +38,14 @@ def loftq(
 ) -> tuple[Params, dict[str, Any]]:
     """Split params into a base whose adapted matrices are kept in few bits, and factors that make up for the rounding.
 
-    In place of `lk.split` and `lk.quantise`. **The update is not zero at the start**: base and factors together are
+    In place of `lk.split` and `lk.quantize`. **The update is not zero at the start**: base and factors together are
     closer to W than the rounded base alone, `lk.merge` gives what they make, not `params`.
 
     Args:
       params: float, as the plan was resolved against.
       plan: from `lk.resolve`; sites of LoRA or DoRA, whose `start` must be a drawn one.
       key: a JAX random key, for leaves that are not the factors.
-      method, block, double: as in `lk.quantise`; every site is quantised.
+      method, block, double: as in `lk.quantize`; every site is quantised.
       rounds: of rounding and approximation; the best of them is kept.
 
     Returns:
@@ -53,7 +53,7 @@ def loftq(
 
     Raises:
       PlanError: a site of another method, or with a start of its own; a parameter that is quantised already, rounds
-        that are not a positive integer; what `lk.quantise` raises.
+        that are not a positive integer; what `lk.quantize` raises.
 
     Example:
       >>> import lorax_kit as lk
@@ -84,7 +84,7 @@ def loftq(
 
 
 def _rounded(w: Array, dtype: Any, **how: Any) -> Any:
-    return replace(quantise({"w": w}, ["w"], **how)["w"], dtype=dtype)
+    return replace(quantize({"w": w}, ["w"], **how)["w"], dtype=dtype)
 
 
 def _alternated(site: Site, w: Array, to_bits: Any, rounds: int) -> tuple[Any, Any, Any]:

@@ -49,7 +49,7 @@ def test_lost_entries_of_a_base_in_that_dtype_are_those_that_the_merge_leaves_as
 def test_a_quantised_merge_against_what_it_restores(method):
     found = algebra.merge_loss(BASE, ONE, quantise=method, block=4)
     merged = {k: v for k, v in lk.merge(BASE, ONE.factors, ONE.plan).items() if k != "bias"}
-    again = lk.quantise(merged, ["{flat,heads,layers}"], method, block=4)
+    again = lk.quantize(merged, ["{flat,heads,layers}"], method, block=4)
     for row in found.rows:
         if row.path == "bias":
             assert row.stored == "float32"
@@ -65,13 +65,13 @@ def test_a_quantised_merge_against_what_it_restores(method):
 
 
 def test_a_quantised_base_is_quantised_again_as_it_was():
-    base = lk.quantise(BASE, ["flat"], "nf4", block=4, double=False)
+    base = lk.quantize(BASE, ["flat"], "nf4", block=4, double=False)
     one = adapter(1, sites=("flat",))
     (row,) = algebra.merge_loss(base, one).rows
     assert row.stored == "nf4/4"
     restored = base["flat"].restore()
     merged = {"w": restored + dense(one, {"flat": restored})["flat"].astype(np.float32)}
-    again = lk.quantise(merged, ["w"], "nf4", block=4, double=False)["w"].restore()
+    again = lk.quantize(merged, ["w"], "nf4", block=4, double=False)["w"].restore()
     assert row.error == pytest.approx(float(np.linalg.norm(again - merged["w"])), rel=1e-4)
 
 

@@ -116,7 +116,7 @@ def zero(one):
 def test_every_use_of_a_parameter_serves_rows(name, quantised):
     """Embeddings and a tied head, scanned and rematerialised layers, convolutions, what is materialised, int8."""
     case = CASES[name]()
-    base = lk.quantise(case.params, quantised, "int8", block=4) if quantised else case.params
+    base = lk.quantize(case.params, quantised, "int8", block=4) if quantised else case.params
     adapters = []
     for rank in (1, 2):
         plan = lk.resolve(lk.Spec(dict.fromkeys(case.targets, lk.LoRA(rank=rank))), base, case.fn, *case.inputs)

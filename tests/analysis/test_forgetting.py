@@ -82,7 +82,7 @@ def test_classes_of_probability_zero_add_nothing():
 
 def test_quantised_bases_and_params_with_other_leaves():
     params = {"w": draw(0, 4, 6), "activation": "tanh"}
-    base = lk.quantise(params, ["w"], "int8", block=2)
+    base = lk.quantize(params, ["w"], "int8", block=2)
     plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=1, inputs=(0,))}), base)
     factors = lk.split(base, plan, jax.random.key(0))[1]
     x = draw(1, 3, 4)

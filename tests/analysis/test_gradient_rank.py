@@ -49,7 +49,7 @@ def test_rank_is_that_of_the_batch():
 
 def test_stacked_quantised_and_full_parameters():
     params = {"w": draw(0, 2, 6, 6), "v": draw(1, 6, 4), "bias": draw(2, 4)}
-    base = lk.quantise(params, ["v"], "int8", block=2)
+    base = lk.quantize(params, ["v"], "int8", block=2)
 
     def fn(p, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0] @ p["v"] + p["bias"][None]

@@ -48,7 +48,7 @@ OTHERS = {
         "'table' has shape (13, 8) here, (10, 8) in its base\n",
     ),
     "the site quantised": (
-        lambda p: lk.quantise(p, ["up/kernel"], "int8"),
+        lambda p: lk.quantize(p, ["up/kernel"], "int8"),
         "'up/kernel' is int8 in blocks of 6 here, not quantised in its base\n",
     ),
     "one entry": (
@@ -78,9 +78,9 @@ def test_another_base_is_named_by_what_differs(case, tmp_path):
 
 
 def test_a_quantised_base_requantised_otherwise_is_named(tmp_path):
-    saved(tmp_path / "a", lk.quantise(PARAMS, ["down/kernel"], "nf4"))
+    saved(tmp_path / "a", lk.quantize(PARAMS, ["down/kernel"], "nf4"))
     with pytest.raises(lk.AdapterError, match="is int4 in blocks of 4 here, nf4 in blocks of 4 in its base"):
-        lk.load_adapter(tmp_path / "a", base=lk.quantise(PARAMS, ["down/kernel"], "int4"))
+        lk.load_adapter(tmp_path / "a", base=lk.quantize(PARAMS, ["down/kernel"], "int4"))
 
 
 class Net(nnx.Module):
@@ -125,7 +125,7 @@ def test_what_counts_as_state():
     state = [jax.random.key(0), jax.random.split(jax.random.key(0), 3), jax.random.PRNGKey(0), jnp.int32(3),
              jnp.zeros((5, 2), jnp.uint32), jnp.zeros(7, jnp.uint32)]  # fmt: skip
     weights = [jnp.float32(3), jnp.arange(3), jnp.zeros((8, 16), jnp.uint32), jnp.bool_(True), jnp.ones((2, 2)), 3,
-               lk.quantise({"w": jnp.ones((2, 2))}, ["w"])["w"]]  # fmt: skip
+               lk.quantize({"w": jnp.ones((2, 2))}, ["w"])["w"]]  # fmt: skip
     assert all(map(is_state, state))
     assert not any(map(is_state, weights))
 

@@ -214,7 +214,7 @@ def test_a_budget_of_bytes_counts_each_sites_dtype(model):
             plan_ranks(params, sites, method="svd", **keeps)
     with pytest.raises(CompressError, match=rf"max_bytes=9 of {total}: "):
         plan_ranks(params, sites, max_bytes=9, method="svd")
-    quantised = lk.quantise(params, ["up"], "int8")
+    quantised = lk.quantize(params, ["up"], "int8")
     with pytest.raises(CompressError, match="'up' is quantised"):
         plan_ranks(quantised, sites, max_bytes=total, method="svd")
 
@@ -264,18 +264,18 @@ def test_healing_lowers_the_loss_and_grows_nothing(model, rank, standard_promoti
 def test_healing_leaves_quantised_leaves_as_they_are(model, standard_promotion):
     params, sites, _, x = model
     small = compress(params, CompressPlan(method="svd", sites=sites, ranks={"up": 4}))
-    mixed = lk.quantise(small, ["down"], "int8")
+    mixed = lk.quantize(small, ["down"], "int8")
     loss = lambda y, x: jnp.mean((y - mlp(params, x)) ** 2)  # noqa: E731
     healed = heal(mlp, mixed, loss, [x] * 4, jax.random.key(0), steps=4, progress=False)
     assert jax.tree.structure(healed) == jax.tree.structure(mixed)
     assert healed["down"] is mixed["down"]
     with pytest.raises(CompressError, match="heal first, then"):
-        heal(mlp, lk.quantise(small, ["up/*"], "int8"), loss, [x] * 4, jax.random.key(0), steps=4)
+        heal(mlp, lk.quantize(small, ["up/*"], "int8"), loss, [x] * 4, jax.random.key(0), steps=4)
 
 
 def test_compressing_over_a_quantised_base_takes_what_it_restores(model):
     params, sites, _, _ = model
-    base = lk.quantise(params, ["*"], "int8")
+    base = lk.quantize(params, ["*"], "int8")
     plan = plan_ranks(base, sites, keep=0.5, method="svd")
     ours = compress(base, plan)["up"].restore()
     theirs = compress(jax.tree.map(lambda x: x.restore(), base, is_leaf=lambda x: hasattr(x, "codes")), plan)["up"]

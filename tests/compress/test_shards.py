@@ -80,7 +80,7 @@ def test_products_run_in_shards_and_equal_the_restored(fn, bits):
     stats = calibrate(body, PARAMS, plan, [IDS], progress=False)
     small = compress(PARAMS, plan_ranks(PARAMS, plan, keep=0.6, stats=stats, allocation="uniform"), stats)
     if bits:
-        small = lk.quantise(small, ["up/*"], bits)
+        small = lk.quantize(small, ["up/*"], bits)
     restored = {name: x.restore() if isinstance(x, LowRank) and not bits else x for name, x in small.items()}
     run = jax.jit(compressed(fn))
     found = run(small, IDS)

@@ -26,7 +26,7 @@ def nbytes(tree):
     [("int8", False, 0.27), ("int8", True, 0.26), ("int4", True, 0.13), ("nf4", False, 0.15), ("nf4", True, 0.13)],
 )
 def test_bytes_of_the_base(method, double, ratio):
-    base = lk.quantise({"w": W}, ["w"], method, double=double)
+    base = lk.quantize({"w": W}, ["w"], method, double=double)
     assert nbytes(base) <= ratio * nbytes({"w": W})
     assert base["w"].nbytes == nbytes(base)
     assert (base["w"].shape, base["w"].dtype, base["w"].ndim) == (W.shape, W.dtype, 2)
@@ -53,7 +53,7 @@ def test_rounding_is_within_half_a_code_of_its_own_block(case, double):
     largest = np.abs(blocks).max(-1, keepdims=True)
     widest = {"int8": 1 / 127, "int4": 1 / 7, "nf4": np.diff(NF4).max()}
     for method, step in widest.items():
-        small = lk.quantise({"w": w}, ["w"], method, double=double)["w"]
+        small = lk.quantize({"w": w}, ["w"], method, double=double)["w"]
         got = np.asarray(small.restore(), np.float64).reshape(blocks.shape)
         assert (np.abs(got - blocks) <= largest * (0.5 * step * (wider if double else 1) + 1e-6)).all(), method
         assert (small.log_step is None) == (not double or "in fp32" in case)
@@ -71,7 +71,7 @@ def test_scales_are_restored_from_above_within_one_step_of_their_code():
 
 
 def test_rows_of_a_table_are_those_of_the_whole():
-    table = lk.quantise({"w": W.at[0, 0].set(9)}, ["w"], "int4")["w"]
+    table = lk.quantize({"w": W.at[0, 0].set(9)}, ["w"], "int4")["w"]
     at = jnp.asarray([[3, 0], [255, 300]])
     np.testing.assert_array_equal(table.rows(at), table.restore()[jnp.minimum(at, 255)])
 
@@ -81,21 +81,21 @@ def test_nf4_codes_are_the_nearest_of_the_papers_table():
     w = rng.uniform(-1, 1, (4, 64)).astype(np.float32)
     w[:, 0] = 1.0  # so that a block's scale is 1
     nearest = NF4[np.abs(w[..., None] - NF4).argmin(-1)]
-    np.testing.assert_allclose(lk.quantise({"w": w}, ["w"], double=False)["w"].restore(), nearest, atol=1e-7)
+    np.testing.assert_allclose(lk.quantize({"w": w}, ["w"], double=False)["w"].restore(), nearest, atol=1e-7)
 
 
 def test_double_quantisation_costs_little_and_zero_stays_zero():
-    once, twice = (lk.quantise({"w": W}, ["w"], double=d)["w"].restore() for d in (False, True))
+    once, twice = (lk.quantize({"w": W}, ["w"], double=d)["w"].restore() for d in (False, True))
     error = [float(jnp.sqrt(jnp.mean((x - W) ** 2))) for x in (once, twice)]
     assert error[1] < 1.02 * error[0]
-    zero = lk.quantise({"w": jnp.zeros((4, 64)).at[0, 0].set(1.0)}, ["w"])["w"].restore()
+    zero = lk.quantize({"w": jnp.zeros((4, 64)).at[0, 0].set(1.0)}, ["w"])["w"].restore()
     assert float(jnp.abs(zero[1:]).max()) == 0.0
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (7, 1), (2, 3, 65), (2, 3, 4, 10)])
 def test_any_shape_is_restored(shape):
     w = draw(2, *shape)
-    got = lk.quantise({"w": w}, ["w"], "int8", double=False)["w"].restore()
+    got = lk.quantize({"w": w}, ["w"], "int8", double=False)["w"].restore()
     assert got.shape == shape
     np.testing.assert_allclose(got, w, atol=float(jnp.abs(w).max()) / 127)
 
@@ -113,7 +113,7 @@ def test_every_use_equals_the_restored_parameters(name):
     plan = lk.resolve(spec, case.params, case.fn, *case.inputs)
     base, factors = lk.split(case.params, plan, jax.random.key(1))
     factors = moved(factors)
-    small = lk.quantise(base, list(case.params), "int8")
+    small = lk.quantize(base, list(case.params), "int8")
     restored = {p: x.restore() for p, x in small.items()}
     adapted = lk.adapt(case.fn, plan, kernel="factored")
 
@@ -134,7 +134,7 @@ def test_what_no_site_adapts_may_be_quantised_too():
     ids = jnp.asarray([0, 3, 255])
     plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=2)}), params, fn, ids)
     base, factors = lk.split(params, plan, jax.random.key(0))
-    small = lk.quantise(base, ["**"], "int8")
+    small = lk.quantize(base, ["**"], "int8")
     restored = {p: x.restore() for p, x in small.items()}
     adapted = lk.adapt(fn, plan)
     np.testing.assert_allclose(adapted(small, factors, ids), adapted(restored, factors, ids), atol=1e-5)
@@ -155,7 +155,7 @@ def test_no_restored_matrix_lives_from_the_forward_to_the_backward_pass():
     plan = lk.resolve(lk.Spec({"w*": lk.LoRA(rank=2)}), params, fn, x)
     base, factors = lk.split(params, plan, jax.random.key(0))
     grad = jax.jit(jax.grad(lambda f, b: jnp.sum(lk.adapt(fn, plan, kernel="factored")(b, f, x)), argnums=0))
-    small = lk.quantise(base, ["w*"])
+    small = lk.quantize(base, ["w*"])
     temporaries = grad.lower(factors, small).compile().memory_analysis().temp_size_in_bytes
     assert temporaries < 5 * nbytes(params["w0"])
 
@@ -166,7 +166,7 @@ def test_outside_jit_a_site_restores_its_matrix_once_beside_its_product(variant,
     fn = lambda p, x: jnp.tanh(x @ p["w"])  # noqa: E731
     plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=2, variant=variant)}), {"w": W}, fn, X)
     base, factors = lk.split({"w": W}, plan, jax.random.key(0))
-    base = lk.quantise(base, ["w"])
+    base = lk.quantize(base, ["w"])
     restored, restore = [], Quantised.restore
     monkeypatch.setattr(Quantised, "restore", lambda self: restored.append(self) or restore(self))
     lk.adapt(fn, plan)(base, factors, X)
@@ -195,17 +195,17 @@ def test_training_over_four_bits_comes_close_to_the_fp32_base(standard_promotion
     base, factors = lk.split(params, plan, jax.random.key(0))
     whole = final(base, plan, factors)
     for method in ("int8", "nf4"):
-        assert abs(final(lk.quantise(base, ["u", "v"], method), plan, factors) - whole) < 0.02 * whole + 0.02
+        assert abs(final(lk.quantize(base, ["u", "v"], method), plan, factors) - whole) < 0.02 * whole + 0.02
 
 
 def test_merge_restores_and_fingerprints_differ():
     plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=2)}), {"w": W})
     base, factors = lk.split({"w": W}, plan, jax.random.key(0))
-    small = lk.quantise(base, ["w"])
+    small = lk.quantize(base, ["w"])
     np.testing.assert_array_equal(lk.merge(small, factors, plan)["w"], small["w"].restore())
     assert isinstance(flatten(small)[0]["w"], Quantised)
     assert is_array(small["w"])
-    prints = {lk.fingerprint(b) for b in (base, small, lk.quantise(base, ["w"], "int8"))}
+    prints = {lk.fingerprint(b) for b in (base, small, lk.quantize(base, ["w"], "int8"))}
     assert len(prints) == 3
 
 
@@ -221,9 +221,9 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "says"), BAD)
 def test_bad_input_says(arguments, says):
-    base = {"w": W, "bias": jnp.ones(4), "ids": jnp.ones((2, 2), jnp.int32), **lk.quantise({"small": W}, ["small"])}
+    base = {"w": W, "bias": jnp.ones(4), "ids": jnp.ones((2, 2), jnp.int32), **lk.quantize({"small": W}, ["small"])}
     with pytest.raises(lk.PlanError) as e:
-        lk.quantise(base, **arguments)
+        lk.quantize(base, **arguments)
     assert says in str(e.value)
 
 
@@ -232,7 +232,7 @@ def test_what_is_trained_in_full_must_not_be_quantised():
     plan = lk.resolve(lk.Spec({"w": lk.Full()}), {"w": W}, fn, X)
     base, factors = lk.split({"w": W}, plan, jax.random.key(0))
     with pytest.raises(lk.PlanError, match="leave it out of lk"):
-        lk.adapt(fn, plan)(lk.quantise(base, ["w"]), factors, X)
+        lk.adapt(fn, plan)(lk.quantize(base, ["w"]), factors, X)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_what_scales_a_quantised_parameter_has_its_gradient(fn, kernel):
     plan = lk.resolve(lk.Spec(rules), params, fn, x)
     base, factors = lk.split(params, plan, jax.random.key(2))
     factors = jax.tree.map(lambda f: f + 0.1, factors)
-    quantised = lk.quantise(base, ["w"], "int8")
+    quantised = lk.quantize(base, ["w"], "int8")
     restored = {**base, "w": quantised["w"].restore()}
     adapted = lk.adapt(fn, plan, kernel=kernel)
     ours, theirs = (
@@ -277,7 +277,7 @@ def test_outside_jit_one_restored_matrix_is_held_at_a_time(adapted_too):
         jax.debug.callback(lambda _: held.append(sum(a.nbytes for a in jax.live_arrays())), x[0, 0])
         return x
 
-    small, x = lk.quantise(params, ["l*"]), draw(30, 2, k)
+    small, x = lk.quantize(params, ["l*"]), draw(30, 2, k)
     plan = lk.resolve(lk.Spec({"*" if adapted_too else "first": lk.LoRA(rank=1)}), small, fn, x)
     base, factors = lk.split(small, plan, jax.random.key(0))
     del params

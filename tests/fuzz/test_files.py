@@ -68,7 +68,7 @@ def test_peft_folders(tried, tmp_path, name):
 
 def test_safetensors(tried, tmp_path):
     file = tmp_path / "t.safetensors"
-    save_tensors(file, {"w": lk.quantise({"w": made.PARAMS["up"]["kernel"]}, ["w"], "int8")["w"], "b": np.ones(3)})
+    save_tensors(file, {"w": lk.quantize({"w": made.PARAMS["up"]["kernel"]}, ["w"], "int8")["w"], "b": np.ones(3)})
     content = file.read_bytes()
 
     def check(draw, said):

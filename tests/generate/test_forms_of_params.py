@@ -54,7 +54,7 @@ def same(found, expected):
 
 @pytest.mark.parametrize(
     "form",
-    [lambda p: lk.quantise(p, KERNELS, "nf4"), lambda p: lk.quantise(p, KERNELS, "int8"), halved],
+    [lambda p: lk.quantize(p, KERNELS, "nf4"), lambda p: lk.quantize(p, KERNELS, "int8"), halved],
     ids=["nf4", "int8", "low-rank"],
 )
 def test_params_of_each_form_write_what_their_dense_form_writes(loaded, form):
@@ -67,7 +67,7 @@ def test_params_of_each_form_write_what_their_dense_form_writes(loaded, form):
 
 
 def test_a_factored_adapter_of_a_quantised_base_writes_what_the_merged_dense_base_writes(loaded):
-    base = lk.quantise(loaded.params, KERNELS, "nf4")
+    base = lk.quantize(loaded.params, KERNELS, "nf4")
     ids = jnp.zeros((1, 4), jnp.int32)
 
     def fn(params, ids, mask):

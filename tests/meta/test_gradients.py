@@ -116,7 +116,7 @@ def test_second_derivatives_go_through_factored_products(name):
     model, method, quantised = CASES[name]
     call = lambda p, ids: model.apply({"params": p}, ids, jnp.ones(ids.shape))  # noqa: E731
     params = model.init(jax.random.key(0), IDS, jnp.ones(IDS.shape))["params"]
-    params = lk.quantise(params, quantised, "int8") if quantised else params
+    params = lk.quantize(params, quantised, "int8") if quantised else params
     head = {"classifier/*": lk.Full()} if model is BERT else {}
     plan = lk.resolve(lk.Spec({"**/{query,value,up,down}/kernel": method(rank=2), **head}), params, call, IDS)
     base, factors = lk.split(params, plan, jax.random.key(1))

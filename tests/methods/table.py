@@ -51,7 +51,7 @@ WAYS = {
 def quantised() -> Case:
     """An mlp whose kernels are kept in 4 bits."""
     case = CASES["mlp"]()
-    return case._replace(params=lk.quantise(case.params, ["**/kernel"], "nf4", block=2))
+    return case._replace(params=lk.quantize(case.params, ["**/kernel"], "nf4", block=2))
 
 
 def bf16() -> Case:

@@ -77,7 +77,7 @@ def test_a_folder_computes_what_transformers_did_and_goes_back(tmp_path, family)
 def test_quantised_as_it_loads_is_quantised_once_loaded_bit_for_bit(tmp_path, family):
     folder = copied(family, tmp_path / "x")
     ours = load_model(folder, quantise="nf4").params
-    wanted = lk.quantise(load_model(folder).params, ["**/layer_*/**/kernel"], "nf4")
+    wanted = lk.quantize(load_model(folder).params, ["**/layer_*/**/kernel"], "nf4")
     assert jax.tree.structure(ours) == jax.tree.structure(wanted)
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()

@@ -41,7 +41,7 @@ SAVES = [
         "'embeddings/norm/bias' has shape (1,), the model's own has (12,)",
     ),
     (
-        lambda loaded: (loaded, lk.quantise(loaded.params, ["**/up/kernel"], "int8")),
+        lambda loaded: (loaded, lk.quantize(loaded.params, ["**/up/kernel"], "int8")),
         "is a Quantised, not an array: restore it before it is saved",
     ),
 ]

@@ -98,7 +98,7 @@ def test_values_and_gradients_are_those_of_one_device(use, method):
 def test_sharded_steps_take_such_a_mesh(accumulate):
     """Dropout and a quantised base on the way: keys and restored weights are the library's own arrays."""
     fn, x = USES["two layers"][0], draw(3, 8, 3, 8)
-    params = lk.quantise(PARAMS, ["v"], "int8")
+    params = lk.quantize(PARAMS, ["v"], "int8")
     plan = lk.resolve(lk.Spec({"{w,v}": lk.LoRA(rank=2, dropout=0.5)}), params, fn, x)
     base, factors = lk.split(params, plan, jax.random.key(0))
     factors = moved(factors)

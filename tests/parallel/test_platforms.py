@@ -65,7 +65,7 @@ def test_a_step_of_each_method(name):
 
 @pytest.mark.parametrize("bits", ["int8", "int4", "nf4"])
 def test_a_step_on_a_quantised_base(bits):
-    loss, tx, base, factors = trained(lk.LoRA(rank=2), lk.quantise(PARAMS, ["**/kernel"], bits, block=16))
+    loss, tx, base, factors = trained(lk.LoRA(rank=2), lk.quantize(PARAMS, ["**/kernel"], bits, block=16))
     init, step = lk.make_step(loss, tx, accumulate=2, jit=False)
     assert lowered(step, init(factors, jax.random.key(1)), base, X) == BOTH
 

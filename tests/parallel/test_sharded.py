@@ -58,7 +58,7 @@ def test_a_layout_follows_rules_and_splits_the_rest_by_size():
 
 
 def test_codes_and_products_are_split_as_their_parameters():
-    base = lk.quantise(PARAMS, ["**/up/kernel"], "nf4", block=16)
+    base = lk.quantize(PARAMS, ["**/up/kernel"], "nf4", block=16)
     up = lk.layout(base, ABSTRACT, smallest=256)["layer_0"]["mlp"]["up"]["kernel"]
     assert (up.codes.spec, up.scales.spec, up.log_step.spec) == (P("fsdp", "tensor"), P(None, "tensor"), P(None, None))
     product = LowRank(a=draw(0, 4, 16), b=draw(1, 4, 64), residual=draw(2, 16, 64), shape=(16, 64), dtype=np.float32)
@@ -109,7 +109,7 @@ def test_only_gradients_of_factors_cross_the_network_and_the_base_is_gathered():
 
 
 def test_parts_of_codes_are_gathered_not_restored_weights():
-    quantised = lk.quantise(PARAMS, ["**/kernel"], "int8", block=16)
+    quantised = lk.quantize(PARAMS, ["**/kernel"], "int8", block=16)
     loss, plan, base, factors = setting(params=quantised)
     one = lk.make_step(loss, lk.partition(optax.sgd(1e-2), plan))
     mesh = lk.training_mesh(fsdp=4)

@@ -289,7 +289,7 @@ def test_a_gain_over_outputs_also_multiplies_peft_s_bias(tmp_path):
 def test_a_full_leaf_beside_a_quantised_kernel_is_saved(tmp_path):
     params = {"up": {"kernel": jax.random.normal(jax.random.key(0), (64, 64)), "bias": np.zeros(64, np.float32)}}
     params["q"] = {"kernel": jax.random.normal(jax.random.key(1), (64, 64))}
-    base_ = lk.quantise(params, ["up/kernel"], "int8")
+    base_ = lk.quantize(params, ["up/kernel"], "int8")
     spec = lk.Spec({"up/bias": lk.Full(), "q/kernel": lk.LoRA(rank=2)})
     plan = lk.resolve(spec, base_)
     known = {"up/kernel": "up.weight", "up/bias": "up.bias", "q/kernel": "q.weight"}

@@ -40,7 +40,7 @@ CASES = {
     "factored": (lambda p, x: points(p, x, compressed(tiny.apply)), lambda: FACTORED),
     "quantised": (
         lambda p, x: points(p, x, compressed(tiny.apply)),
-        lambda: lk.quantise(FACTORED, ["down/kernel", "up/kernel/a"], "int8", block=4),
+        lambda: lk.quantize(FACTORED, ["down/kernel", "up/kernel/a"], "int8", block=4),
     ),
     "base and adapter": (adapted, drawn),
 }

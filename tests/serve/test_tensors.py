@@ -31,15 +31,15 @@ def same(x, y):
 
 def residual():
     whole = with_residuals(PARAMS, FACTORED)
-    return lk.quantise(whole, ["*/kernel/{a,b,residual}"], "nf4", block=4)
+    return lk.quantize(whole, ["*/kernel/{a,b,residual}"], "nf4", block=4)
 
 
 CASES = {
     "merged": lambda: PARAMS,
     "factored": lambda: FACTORED,
-    "int8": lambda: lk.quantise(PARAMS, ["{up,down}/kernel"], "int8", block=4),
-    "nf4, double": lambda: lk.quantise(PARAMS, ["up/kernel"], "nf4", block=2, double=True),
-    "factors in four bits": lambda: lk.quantise(FACTORED, ["{up,down}/kernel/{a,b}"], "int4", block=4),
+    "int8": lambda: lk.quantize(PARAMS, ["{up,down}/kernel"], "int8", block=4),
+    "nf4, double": lambda: lk.quantize(PARAMS, ["up/kernel"], "nf4", block=2, double=True),
+    "factors in four bits": lambda: lk.quantize(FACTORED, ["{up,down}/kernel/{a,b}"], "int4", block=4),
     "residuals in four bits": residual,
     "dtypes and a scalar": lambda: {"a": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.float32(-0.0), "c": jnp.arange(3)},
     "keys and counters": lambda: {"key": jax.random.key(3), "rbg": jax.random.key(1, impl="rbg"), "n": jnp.uint32(7)},

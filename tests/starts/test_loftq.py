@@ -32,7 +32,7 @@ def distance(params, w):
 def test_closer_to_w_than_rounding_and_a_zero_update(layout, method, setting):
     params, plan = prepare(layout, setting(rank=4, alpha=6))
     base, factors = lk.loftq(params, plan, jax.random.key(0), method=method, block=8)
-    plain = lk.quantise(params, ["w"], method, block=8)
+    plain = lk.quantize(params, ["w"], method, block=8)
     zero = lk.merge(plain, lk.split(params, plan, jax.random.key(0))[1], plan)["w"]
     ours = distance(params, lk.merge(base, factors, plan)["w"])
     assert ours < 0.85 * distance(params, plain["w"].restore())
@@ -45,7 +45,7 @@ def test_closer_to_w_than_rounding_and_a_zero_update(layout, method, setting):
 def test_one_round_leaves_the_tail_of_the_rounding_error():
     params, plan = prepare()
     base, factors = lk.loftq(params, plan, jax.random.key(0), block=8)
-    plain = lk.quantise(params, ["w"], "nf4", block=8)["w"].restore()
+    plain = lk.quantize(params, ["w"], "nf4", block=8)["w"].restore()
     np.testing.assert_array_equal(base["w"].restore(), plain)
     rest = np.asarray(params["w"], np.float64) - np.asarray(plain, np.float64)
     a, b = (np.asarray(x, np.float64) for x in factors["w"][:2])
@@ -94,4 +94,4 @@ def test_says_what_is_wrong(setting, options, message):
 def test_a_base_that_is_rounded_already_is_an_error():
     params, plan = prepare()
     with pytest.raises(lk.PlanError, match="'w' is a Quantised; LoftQ starts from the values before rounding"):
-        lk.loftq(lk.quantise(params, ["w"]), plan, jax.random.key(0))
+        lk.loftq(lk.quantize(params, ["w"]), plan, jax.random.key(0))

@@ -67,7 +67,7 @@ def test_an_adapted_table_runs_factored_in_every_piece(quantised):
     plan = lk.resolve(lk.Spec({"table": lk.LoRA(rank=2)}), {"table": TABLE}, fn, HIDDEN)
     base, factors = lk.split({"table": TABLE}, plan, jax.random.key(0))
     factors = jax.tree.map(lambda x: x + 0.3 * draw(x.size, *x.shape), factors)
-    base = lk.quantise(base, ["table"], "int8") if quantised else base
+    base = lk.quantize(base, ["table"], "int8") if quantised else base
     assert {use.how for use in lk.explain(lk.adapt(fn, plan), base, factors, HIDDEN).rows} <= {"factored", "merged"}
     merged = lk.merge(base, factors, plan)
     found = jax.jit(jax.value_and_grad(lambda f: lk.adapt(fn, plan)(base, f, HIDDEN)))(factors)

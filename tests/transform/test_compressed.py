@@ -87,12 +87,12 @@ def test_padding_that_is_not_zero():
 
 def test_a_quantised_residual_and_quantised_factors():
     w = matrix(6)
-    rest = lk.quantise({"r": 0.1 * draw(4, 64, 48)}, ["r"], "int8")["r"]
+    rest = lk.quantize({"r": 0.1 * draw(4, 64, 48)}, ["r"], "int8")["r"]
     x = draw(2, 5, 64)
     fn = compressed(lambda p, x: x @ p["w"])
     for small in (
         {"w": LowRank(a=w.a, b=w.b, residual=rest, shape=w.shape, dtype=w.dtype)},
-        lk.quantise({"w": w}, ["w/*"], "int8"),
+        lk.quantize({"w": w}, ["w/*"], "int8"),
     ):
         assert jnp.allclose(fn(small, x), x @ restored(small)["w"], rtol=1e-4, atol=1e-3)
 

@@ -26,7 +26,7 @@ def slope(f, x):
 @pytest.mark.parametrize("method", [lk.LoRA, lk.DoRA])
 @pytest.mark.parametrize("quantised", [False, True])
 def test_the_error_names_the_kernel_that_has_it(method, quantised):
-    params = lk.quantise(PARAMS, ["u", "v"], "int8") if quantised else PARAMS
+    params = lk.quantize(PARAMS, ["u", "v"], "int8") if quantised else PARAMS
     plan = lk.resolve(lk.Spec({"{u,v}": method(rank=2)}), params, fn, X)
     base, factors = lk.split(params, plan, jax.random.key(0))
     factors = moved(factors)

@@ -25,7 +25,7 @@ def test_losses_and_gradients_as_without(name):
 def test_over_a_quantised_base():
     model = bert()
     base, factors, both, _ = everything(model)
-    base = lk.quantise(base, ["**/kernel"], "nf4")
+    base = lk.quantize(base, ["**/kernel"], "nf4")
     losses = [lambda f, fn=fn: loss(fn(base, f, *model.inputs)) for fn in both]
     assert_close(*(jax.jit(jax.value_and_grad(one))(factors) for one in losses), 1e-5)
 

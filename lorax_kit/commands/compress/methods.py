@@ -28,7 +28,7 @@ from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.patterns import matches
 from lorax_kit.core.plan import matched
 from lorax_kit.core.quantised import METHODS as QUANTISATIONS
-from lorax_kit.core.quantised import quantise
+from lorax_kit.core.quantised import quantize
 from lorax_kit.errors import CompressError
 
 STUDENT = "student"
@@ -186,7 +186,7 @@ def smaller(
         small = with_residuals(subject.params, small) if low_rank(small) else small
         products = low_rank(small)
         whole = [site.path for site in sites.sites if site.path not in products]
-        small = quantise(small, [*(f"{path}/residual" for path in products), *whole], method.bits)
+        small = quantize(small, [*(f"{path}/residual" for path in products), *whole], method.bits)
     return Small(compressed(subject.apply), small)
 
 
@@ -202,7 +202,7 @@ def finished(subject: Subject, method: Method, small: Small) -> Small:
     products = low_rank(small.params)
     factors = [f"{path}/{side}" for path in products for side in "ab"]
     whole = [site.path for site in subject.sites.sites if site.path not in products]
-    return Small(compressed(subject.apply), quantise(small.params, [*factors, *whole], method.bits))
+    return Small(compressed(subject.apply), quantize(small.params, [*factors, *whole], method.bits))
 
 
 def stored_bytes(subject: Subject, method: Method, params: Params) -> int:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lorax_kit.assets import locate
 from lorax_kit.core.paths import flatten
 from lorax_kit.core.patterns import matches
-from lorax_kit.core.quantised import quantise
+from lorax_kit.core.quantised import quantize
 from lorax_kit.models.llama import LlamaModel
 from lorax_kit.models.stored.families import FAMILIES, Family
 from lorax_kit.models.stored.gguf import gguf_names, read_gguf
@@ -108,7 +108,7 @@ def load_model(source: str | Path, *, quantise: str | None = None, place: Place 
         config.json, model.safetensors (or its parts and their index) and tokenizer.json; Marian's may have
         source.spm and vocab.json in its place, T5's spiece.model.
       quantise: "int8", "int4" or "nf4": keep the kernels of the layers in so many bits, each from when it is read on:
-        the model is never there in fp32. The same bits as `lk.quantise(params, ["**/layer_*/**/kernel"], quantise)`.
+        the model is never there in fp32. The same bits as `lk.quantize(params, ["**/layer_*/**/kernel"], quantise)`.
       place: (path, parameter) -> the parameter where it shall lie, before the next is read: `lk.onto(mesh)` puts the
         parts of each on the devices of a mesh, none of which need hold the whole model. None: on the first device.
 
@@ -252,7 +252,7 @@ def _kept(quantise: str | None, place: Place | None) -> Place:
 
 def in_bits(path: str, x: Any, method: str | None) -> Any:
     """What `load_model(quantise=method)` keeps of a parameter."""
-    return x if method is None or not matches(KERNELS, path) else quantise({"w": x}, ["w"], method)["w"]
+    return x if method is None or not matches(KERNELS, path) else quantize({"w": x}, ["w"], method)["w"]
 
 
 def _load_gguf(path: Path, source: str, held: Place) -> Loaded:
