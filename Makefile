@@ -6,7 +6,7 @@ TESTS  := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 PLAIN  := not interop and not faults and not distributed and not fuzz
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install llama demo docs test test-slow coverage test-distributed test-faults test-fuzz test-interop lint types format bench bench-device clean
+.PHONY: help install check check-demo llama demo docs test test-slow coverage test-distributed test-faults test-fuzz test-interop lint types format bench bench-device clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,15 @@ $(VENV)/.interop: $(VENV)/.installed
 $(VENV)/.docs: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[dev,docs]'
 	@touch $@
+
+# One after the other, each with the seconds before it; the last says so.
+check: install  ## What decides a landing (.ci/run): style, types, tests, processes, demo, parity; about 45 minutes.
+	@start=$$(date +%s); for step in lint types test test-distributed demo check-demo test-interop; do \
+	  printf '\n== %s (%s s)\n' "$$step" "$$(( $$(date +%s) - start ))"; $(MAKE) --no-print-directory $$step || exit 1; \
+	done; printf '\n== done (%s s)\n' "$$(( $$(date +%s) - start ))"
+
+check-demo: install
+	$(BIN)/python .ci/check_demo.py runs/demo
 
 llama: $(VENV)/.llama  ## SmolLM2-135M, for load_llama("smollm2") and the tests that read it.
 
