@@ -43,16 +43,16 @@ def parse_json(text: str | bytes) -> Any:
     try:
         _check_seal(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
         text = text.decode("utf-8") if isinstance(text, bytes) else text
-        found = json.loads(text, parse_int=_integer, object_pairs_hook=_object)
+        value = json.loads(text, parse_int=_integer, object_pairs_hook=_object)
     except UnicodeDecodeError as e:
         raise ValueError(f"byte {e.start} is not UTF-8 text") from None
     except json.JSONDecodeError as e:
         raise ValueError(str(e)) from None
     except RecursionError:
         raise ValueError("it nests too deeply") from None
-    if isinstance(found, dict):
-        found.pop(SEAL, None)
-    return found
+    if isinstance(value, dict):
+        value.pop(SEAL, None)
+    return value
 
 
 def read_json(file: str | Path) -> Any:

@@ -117,8 +117,8 @@ def collective_bytes(compiled: Any) -> int:
     except (NotImplementedError, jax.errors.JaxRuntimeError):
         return 0
     total = 0
-    for found in _COLLECTIVE.finditer(text or ""):
-        for _, bits, sizes in _SHAPE.findall(found[1]):
+    for match in _COLLECTIVE.finditer(text or ""):
+        for _, bits, sizes in _SHAPE.findall(match[1]):
             total += prod(int(n) for n in sizes.split(",") if n) * max(int(bits) // 8, 1)
     return total
 

@@ -78,15 +78,15 @@ def checked(adapters: Iterable[AnyAdapter], *, alike: bool = True) -> list[AnyAd
         check_adapter(adapter)
     seen = {x.path: (0, x) for x in planned(listed[0].plan)}
     for i, adapter in enumerate(listed[1:], 1):
-        own = {x.path: x for x in planned(adapter.plan)}
-        odd = min({*seen} ^ {*own}, default=None) if alike else None
+        by_path = {x.path: x for x in planned(adapter.plan)}
+        odd = min({*seen} ^ {*by_path}, default=None) if alike else None
         if odd is not None:
             has, lacks = (0, i) if odd in seen else (i, 0)
             raise AdapterError(
                 f"adapter {has} adapts {odd!r} and adapter {lacks} does not: they are not of the same sites.\n"
                 "  train both on the same targets"
             )
-        for path, x in own.items():
+        for path, x in by_path.items():
             first, other = seen.setdefault(path, (i, x))
             check_same(other, x, f"adapter {first}", f"adapter {i}")
     return listed

@@ -59,10 +59,10 @@ def concatenate(
     named = bases(listed[0], base)
     rows = {}
     for i, site in enumerate(listed[0].plan.sites):
-        found = [rows_of(a.plan.sites[i], named.get(site.path), a.factors[site.path]) for a in listed]
-        dtype = wide(*(x.dtype for rows in found for x in rows))
-        a = jnp.concatenate([x.a.astype(dtype) for x in found])
-        b = jnp.concatenate([jnp.asarray(w, dtype) * x.b.astype(dtype) for x, w in zip(found, numbers, strict=True)])
+        pairs = [rows_of(a.plan.sites[i], named.get(site.path), a.factors[site.path]) for a in listed]
+        dtype = wide(*(x.dtype for rows in pairs for x in rows))
+        a = jnp.concatenate([x.a.astype(dtype) for x in pairs])
+        b = jnp.concatenate([jnp.asarray(w, dtype) * x.b.astype(dtype) for x, w in zip(pairs, numbers, strict=True)])
         rows[site.path] = held(site, Rows(a, b))
     full = {}
     for leaf in listed[0].plan.full:

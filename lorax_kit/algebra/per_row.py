@@ -52,14 +52,14 @@ class PerRow:
         shapes = {tuple(leaves[i].shape) for i in mapped}
         index = _indices(np.arange(count) if which is None else which, count, shapes)
 
-        def row(index: Array, own: dict[str, Any] | None, arrays: list[Array]) -> Any:
+        def row(index: Array, row_factors: dict[str, Any] | None, arrays: list[Array]) -> Any:
             values = list(leaves)
             for i, x in zip(mapped, arrays, strict=True):
                 values[i] = x
             given = jax.tree.unflatten(tree, values)
-            if own is None:
+            if row_factors is None:
                 return self._row(named, treedef, factors, count, index, given, shared)
-            return self._row(named, treedef, own, 1, None, given, shared)
+            return self._row(named, treedef, row_factors, 1, None, given, shared)
 
         # `fn` is given batches of one row. Without `which` the factors are mapped as they lie, and none is copied.
         arrays = [jnp.asarray(leaves[i])[:, None] for i in mapped]

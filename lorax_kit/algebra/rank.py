@@ -188,8 +188,8 @@ def cut_whole(
     check_result(site.path, delta)
     if rank is None and energy is None:
         return whole(site, jnp.asarray(delta, dtype)), 0.0
-    found = np.linalg.svd(np.asarray(delta, np.float64), full_matrices=False)
-    return _leading(site, *found, rank, energy, dtype)
+    svd = np.linalg.svd(np.asarray(delta, np.float64), full_matrices=False)
+    return _leading(site, *svd, rank, energy, dtype)
 
 
 def _leading(

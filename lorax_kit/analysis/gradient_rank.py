@@ -109,16 +109,16 @@ def at_steps(
       >>> sorted(found)
       [0, 2]
     """
-    found: dict[int, list[SiteSpectrum]] = {}
+    spectra_at: dict[int, list[SiteSpectrum]] = {}
     wanted = frozenset(steps)
 
     def run(state: Any, base: Params, batch: Any) -> Any:
         # A step donates its state: what is read of it is read first.
         if (number := int(state.step)) in wanted:
-            found[number] = measure(state.factors, batch)
+            spectra_at[number] = measure(state.factors, batch)
         return step(state, base, batch)
 
-    return run, found
+    return run, spectra_at
 
 
 def _values(path: str, gradients: np.ndarray) -> Float[np.ndarray, "S k"]:

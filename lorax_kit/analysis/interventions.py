@@ -80,18 +80,18 @@ def scale_intruders(
     merged, treedef = flatten(merge(base, factors, plan))
     arms = {name: dict(merged) for name in ARMS}
     for site, w, delta in matrices_of(plan, base, factors, top, side):
-        rng, found, updates = generator(site, seed), False, delta.matrices()
+        rng, has_intruders, updates = generator(site, seed), False, delta.matrices()
         after = {name: np.add(w, updates) for name in ARMS[1:]}  # each its own array
         for i, (before, update) in enumerate(zip(w, updates, strict=True)):
             u, s, vt = leading(before + update, min(top, site.max_rank))
             intruding = nearest(directions_of(before, side), u if side == "inputs" else vt.T) < epsilon
             if not intruding.any() or not update.any():
                 continue
-            factor, found = (scale - 1) * s[intruding], True
+            factor, has_intruders = (scale - 1) * s[intruding], True
             change = (u[:, intruding] * factor) @ vt[intruding]
             after["intruders"][i] += change
             after["random"][i] += random_matrix(factor, before.shape, rng)
             after["shrunk"][i] = before + np.linalg.norm(update + change) / np.linalg.norm(update) * update
-        for name, x in after.items() if found else ():
+        for name, x in after.items() if has_intruders else ():
             arms[name][site.path] = jnp.asarray(site.from_matrices(x).astype(jnp.dtype(site.dtype)))
     return {name: unflatten(named, treedef) for name, named in arms.items()}

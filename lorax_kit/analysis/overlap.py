@@ -148,10 +148,10 @@ def adapter_overlaps(
         spans, counts = [], []
         for adapter in listed:
             site = adapter.plan.site(path)
-            found = delta_directions(site, named[path], adapter.factors[path], top)
-            span = np.where(np.isnan(x := getattr(found, side)), 0, x)
+            directions = delta_directions(site, named[path], adapter.factors[path], top)
+            span = np.where(np.isnan(x := getattr(directions, side)), 0, x)
             spans.append(span)
-            counts.append(np.count_nonzero(found.values, axis=-1))
+            counts.append(np.count_nonzero(directions.values, axis=-1))
         rows.append(_pairs(path, spans, np.stack(counts, axis=-1)))
     return rows
 

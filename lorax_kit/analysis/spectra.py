@@ -152,8 +152,8 @@ def adapter_spectra(plan: Plan, base: Params, factors: FactorTree, *, energy: fl
 def spectra(sites: Sequence[Site], values: Sequence[np.ndarray], energy: float) -> list[SiteSpectrum]:
     """Singular values (S, k) of each site with the ranks that they tell."""
     rows = []
-    for site, found in zip(sites, values, strict=True):
-        s = found.reshape(*site.stack_shape, found.shape[-1])
+    for site, flat in zip(sites, values, strict=True):
+        s = flat.reshape(*site.stack_shape, flat.shape[-1])
         rows.append(SiteSpectrum(site.path, s, *map(np.asarray, (effective_rank(s), rank_for_energy(s, energy)))))
     return rows
 

@@ -79,7 +79,7 @@ def _never(jaxpr: Any) -> set[int]:
         eqn = None if isinstance(v, jex.Literal) else source.get(v)
         return eqn if eqn is not None and eqn.primitive.name == primitive else None
 
-    found = set()
+    ids = set()
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "and":
             different, infinite = made_by(eqn.invars[0], "ne"), made_by(eqn.invars[1], "eq")
@@ -87,8 +87,8 @@ def _never(jaxpr: Any) -> set[int]:
                 continue
             size = made_by(infinite.invars[0], "abs")
             if size is not None and size.invars[0] is different.invars[0]:
-                found.add(id(eqn))
-    return found
+                ids.add(id(eqn))
+    return ids
 
 
 def _without_waits(jaxpr: Any) -> Any:

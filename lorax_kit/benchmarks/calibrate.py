@@ -110,11 +110,11 @@ def _fit(rows: Sequence[dict[str, Any]]) -> Costs:
     # Four unknowns of at least 0: the best of the least squares over each choice of those that are not 0.
     best, a0, a1, w0, w1 = float(wanted @ wanted), 0.0, 0.0, 0.0, 0.0
     for chosen in (c for n in range(1, 5) for c in combinations(range(4), n)):
-        found = np.zeros(4)
-        found[list(chosen)] = np.linalg.lstsq(matrix[:, chosen], wanted, rcond=None)[0]
-        error = float(np.sum((matrix @ found - wanted) ** 2))
-        if error < best and found.min() >= 0:
-            best, (a0, a1, w0, w1) = error, (float(x) for x in found)
+        solution = np.zeros(4)
+        solution[list(chosen)] = np.linalg.lstsq(matrix[:, chosen], wanted, rcond=None)[0]
+        error = float(np.sum((matrix @ solution - wanted) ** 2))
+        if error < best and solution.min() >= 0:
+            best, (a0, a1, w0, w1) = error, (float(x) for x in solution)
     return Costs(activation=(a0, a1), weight=(w0, w1), device=jax.devices()[0].device_kind)
 
 

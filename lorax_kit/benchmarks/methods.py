@@ -76,13 +76,13 @@ def bench_methods(
         plan = resolve(spec, case.params, case.apply, case.batch)
         base, factors = split(case.params, plan, jax.random.key(1))
         adapted = adapt(case.apply, plan)
-        one = Contender(
+        contender = Contender(
             lambda base, f, batch, adapted=adapted: case.loss(adapted(base, f, batch), batch),
             partition(optax.adamw(RATE), plan),
             factors,
             base,
         )
-        state, (_, step) = one.state(), make_step(one.loss, one.tx)
+        state, (_, step) = contender.state(), make_step(contender.loss, contender.tx)
         compiled = step.lower(state, base, case.batch).compile()  # type: ignore[attr-defined]
         measured[name] = facts(compiled)
         runs[name] = stepping(compiled, state, base, case.batch)

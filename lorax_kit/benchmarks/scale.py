@@ -119,7 +119,7 @@ def _row(name: str, targets: str, count: int, rank: int, length: int) -> dict[st
     layers = config.num_hidden_layers
     flops, sent = (one + (layers - 1) * (two - one) for one, two in zip(*few, strict=True))
     base, state = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (whole.base, whole.state))
-    held, own = (device_bytes(x, jax.tree.map(lambda y: y.sharding, x)) for x in (whole.base, whole.state))
+    held, state_held = (device_bytes(x, jax.tree.map(lambda y: y.sharding, x)) for x in (whole.base, whole.state))
     return {
         "model": name,
         "targets": targets,
@@ -131,13 +131,13 @@ def _row(name: str, targets: str, count: int, rank: int, length: int) -> dict[st
         "base_bytes_device": held,
         "of_ideal": held * count / base,
         "state_bytes": state,
-        "state_bytes_device": own,
+        "state_bytes_device": state_held,
         "state_of_base": state / base,
         "flops_device": flops,
         "collective_bytes_device": sent,
         "base_gib": base / 2**30,
         "base_mib_device": held / 2**20,
-        "state_mib_device": own / 2**20,
+        "state_mib_device": state_held / 2**20,
         "gflops_device": flops / 1e9,
         "sent_mib_device": sent / 2**20,
     }
@@ -162,14 +162,14 @@ def abstract_step(
     """A step of a decoder on a mesh, of shapes alone."""
     model, texts = LlamaModel(config, dtype), mesh.shape["data"] * mesh.shape["fsdp"]
     ids = jax.ShapeDtypeStruct((texts, length), jnp.int32)
-    one = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    single = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
     def apply(params: Any, ids: Any) -> Any:
         return model.apply({"params": params}, ids, jnp.ones(ids.shape, jnp.int32))
 
-    shapes = jax.eval_shape(model.init, jax.random.key(0), one, one)["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), single, single)["params"]
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-    plan = resolve(Spec({targets: LoRA(rank=rank)}), params, apply, one)
+    plan = resolve(Spec({targets: LoRA(rank=rank)}), params, apply, single)
     base, factors = jax.eval_shape(partial(split, plan=plan, key=jax.random.key(0)), params)
     adapted = adapt(apply, plan)
 

@@ -84,15 +84,17 @@ def bench_step(
     adapted = {name: adapt(case.apply, case.plan, kernel=form, costs=costs) for name, form in kernels.items()}
     measured: dict[str, dict[str, float]] = {}
     runs: dict[str, Callable[[], Any]] = {}
-    for name, one in contenders(case, base, factors, adapted).items():
-        (init, step), state = one.make(), one.state()
+    for name, contender in contenders(case, base, factors, adapted).items():
+        (init, step), state = contender.make(), contender.state()
         # The first trace of a process also traces what JAX keeps of its own functions: the fastest of some counts.
-        trace_s = min(_traced(one.make()[1], init(one.trained), one.base, case.batch) for _ in range(4))
-        traced = step.trace(state, one.base, case.batch)
+        trace_s = min(
+            _traced(contender.make()[1], init(contender.trained), contender.base, case.batch) for _ in range(4)
+        )
+        traced = step.trace(state, contender.base, case.batch)
         began = perf_counter()
         compiled = traced.lower().compile()
         measured[name] = {"trace_s": trace_s, "compile_s": perf_counter() - began} | facts(compiled)
-        runs[name] = stepping(compiled, state, one.base, case.batch)
+        runs[name] = stepping(compiled, state, contender.base, case.batch)
     runs |= torch_steps(case, factors, RATE) if peer else {}
     first = {name: float(run()) for name, run in runs.items()}
     if max(first.values()) - min(first.values()) > 1e-3:
@@ -185,8 +187,8 @@ def _ratios(times: dict[str, list[float]]) -> dict[str, Any]:
         if other not in times:
             out |= {f"ratio_{name}": None, f"spread_{name}": None}
             continue
-        found = ratio(times, one, other)
-        out |= {f"ratio_{name}": found.median, f"spread_{name}": found.spread}
+        against = ratio(times, one, other)
+        out |= {f"ratio_{name}": against.median, f"spread_{name}": against.spread}
     return out
 
 

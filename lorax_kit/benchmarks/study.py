@@ -150,14 +150,14 @@ class _Way:
 
     def solo(self, rank: int) -> tuple[Callable[[], Any], dict[str, Any]]:
         """The compiled step of a trial alone, at its own rank, and what it cost to compile."""
-        case, own = self.case, trial_plan_of(self, rank)
-        base, factors = start(self.problem, own, 0)
-        adapted = adapt(case.apply, own)
+        case, plan = self.case, trial_plan_of(self, rank)
+        base, factors = start(self.problem, plan, 0)
+        adapted = adapt(case.apply, plan)
 
         def loss(base: Any, factors: Any, batch: Any) -> Any:
             return case.loss(adapted(base, factors, batch), batch)
 
-        init, step = make_step(loss, optimizer(self.study, own, RATE), jit=False)
+        init, step = make_step(loss, optimizer(self.study, plan, RATE), jit=False)
         state = init(factors)
         began = perf_counter()
         compiled = jax.jit(step, donate_argnums=(0,)).lower(state, base, case.batch).compile()

@@ -67,9 +67,9 @@ def ratio(times: Mapping[str, Sequence[float]], one: str, other: str) -> Ratio:
       >>> ratio({"ours": [1.0, 2.0, 3.0], "theirs": [2.0, 2.0, 2.0]}, "ours", "theirs")
       Ratio(median=1.0, spread=[0.5, 1.5])
     """
-    found = [a / b for a, b in zip(times[one], times[other], strict=True)]
-    quarters = quantiles(found, n=4) if len(found) > 1 else [found[0]] * 3
-    return Ratio(median(found), [quarters[0], quarters[2]])
+    ratios = [a / b for a, b in zip(times[one], times[other], strict=True)]
+    quarters = quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    return Ratio(median(ratios), [quarters[0], quarters[2]])
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

@@ -52,14 +52,14 @@ def groups_of(paths: Iterable[str], groups: Sequence[str]) -> dict[str, str]:
       CompressError: a path in no group, or in two.
     """
     patterns = {group: expand_braces(group) for group in groups}
-    found = {}
+    group_of = {}
     for path in paths:
-        own = [group for group, some in patterns.items() if any(matches(p, path) for p in some)]
-        if len(own) != 1:
-            where = "no group" if not own else f"{len(own)} groups, first {own[0]!r} and {own[1]!r}"
+        matching = [group for group, some in patterns.items() if any(matches(p, path) for p in some)]
+        if len(matching) != 1:
+            where = "no group" if not matching else f"{len(matching)} groups, first {matching[0]!r} and {matching[1]!r}"
             raise CompressError(f"the site {path!r} is in {where}; it must be in one.")
-        found[path] = own[0]
-    return found
+        group_of[path] = matching[0]
+    return group_of
 
 
 def counts_by_group(weight: Weight | None, plan: Plan) -> tuple[dict[str, str], Callable[[Any], dict[str, np.ndarray]]]:

@@ -217,8 +217,8 @@ def _summing(
         def end() -> dict[str, Sums]:
             return jax.tree.map(jax.freeze, held.pop()[0])
 
-        def add_shards(found: dict[str, Sums]) -> None:
-            for ref, x in zip(jax.tree.leaves(held[-1][0]), jax.tree.leaves(found), strict=True):
+        def add_shards(shard_sums: dict[str, Sums]) -> None:
+            for ref, x in zip(jax.tree.leaves(held[-1][0]), jax.tree.leaves(shard_sums), strict=True):
                 ref[...] += x
 
         shards = Shards(lambda typed: held.append((fresh(), typed)), end, add_shards)

@@ -33,7 +33,7 @@ def zeros(site: Site) -> Sums:
     return Sums(jnp.zeros(()), jnp.zeros((s, k, k)), jnp.zeros((s, k)))
 
 
-def _over_devices(found: Any, differs: frozenset[str]) -> Any:
+def _over_devices(tree: Any, differs: frozenset[str]) -> Any:
     """Arrays summed over the devices of a `shard_map` that hold other inputs; one of those that hold the same."""
 
     def total(x: Array) -> Array:
@@ -41,7 +41,7 @@ def _over_devices(found: Any, differs: frozenset[str]) -> Any:
         x = jax.lax.psum(x, tuple(sorted(varies(x) & differs))) if varies(x) & differs else x
         return jax.lax.pmax(x, shared) if shared else x
 
-    return jax.tree.map(total, found)
+    return jax.tree.map(total, tree)
 
 
 def count_rows(sums: Sums, rows: Array, counts: Array, differs: frozenset[str]) -> None:

@@ -307,21 +307,21 @@ def check_base(path: Path, document: Mapping[str, Any], base: Params) -> None:
     """Raise `AdapterError` where the adapter is of another base; warn where only running statistics differ."""
     names = {*document["arrays"], *document.get("same", {})}
     full = {name.removesuffix(":value") for name in names if name.endswith(":value")}
-    own, stored, moving = fingerprint(base, full), document.get("leaves"), statistics(base)
-    if own != document["base"]:
+    base_print, stored, moving = fingerprint(base, full), document.get("leaves"), statistics(base)
+    if base_print != document["base"]:
         if stored is None and whole_fingerprint(base, full) == document["base"]:  # 0.1.0 counted all arrays
             return
-        found = {} if stored is None else differences(digests(base, full), stored)
-        found = {p: x for p, x in found.items() if p not in moving}
-        prints = f"fingerprint of its base {document['base'][:12]}, of this one {own[:12]}"
+        differing = {} if stored is None else differences(digests(base, full), stored)
+        differing = {p: x for p, x in differing.items() if p not in moving}
+        prints = f"fingerprint of its base {document['base'][:12]}, of this one {base_print[:12]}"
         raise AdapterError(
             f"the adapter at {str(path)!r} belongs to another base.\n"
-            f"  {first_difference(found) if found else prints}\n"
+            f"  {first_difference(differing) if differing else prints}\n"
             "  load the weights it was trained on"
         )
-    if stored is not None and moving and (found := differences(digests(base, full), stored)):
+    if stored is not None and moving and (differing := differences(digests(base, full), stored)):
         warnings.warn(
-            f"the adapter at {str(path)!r} was saved over other running statistics: {first_difference(found)}.",
+            f"the adapter at {str(path)!r} was saved over other running statistics: {first_difference(differing)}.",
             stacklevel=3,
         )
 

@@ -63,9 +63,9 @@ def _changed(where: str, x: Any, again: Any) -> str | None:
 def check_document(path: Path, document: Any) -> None:
     """Raise `AdapterError` unless all that loading reads is there, and of its kind; the spec reads itself."""
 
-    def need(ok: bool, key: str, found: Any, wanted: str) -> None:
+    def need(ok: bool, key: str, value: Any, wanted: str) -> None:
         if not ok:
-            raise damaged(path, f"{key} of its JSON is {shown(found)}, not {wanted}")
+            raise damaged(path, f"{key} of its JSON is {shown(value)}, not {wanted}")
 
     need(isinstance(document, dict), "the whole", document, "an object")
     for key in ("format", "spec", "base", "arrays", "axes", "versions", "meta"):
@@ -74,8 +74,8 @@ def check_document(path: Path, document: Any) -> None:
     need(is_int(document["format"]), "'format'", document["format"], "an integer")
     need(isinstance(document["base"], str), "'base'", document["base"], "a fingerprint")
     for key in ("arrays", "axes", "versions", "meta", "same", "leaves"):
-        found = document.get(key, {})
-        need(isinstance(found, dict), repr(key), found, "an object")
+        section = document.get(key, {})
+        need(isinstance(section, dict), repr(key), section, "an object")
     for name, x in document["arrays"].items():
         where = f"'arrays' at {name!r}"
         need(isinstance(x, dict) and {"shape", "dtype"} <= set(x), where, x, "a shape and a dtype")
@@ -113,8 +113,8 @@ def axes_of(path: Path, document: Mapping[str, Any], spec: Spec, base: Params) -
         x = document["axes"][name]
         ndim = len(shapes[name])
         if sorted(i for key in AXES for i in x[key]) != list(range(ndim)):
-            found = ", ".join(f"{key} {x[key]}" for key in AXES)
-            raise damaged(path, f"'axes' of its JSON at {name!r} has {found}, not each of the {ndim} axes once")
+            stored = ", ".join(f"{key} {x[key]}" for key in AXES)
+            raise damaged(path, f"'axes' of its JSON at {name!r} has {stored}, not each of the {ndim} axes once")
         out[name] = Axes(**{key: tuple(x[key]) for key in AXES}), x["use"]
     return out
 

@@ -24,11 +24,11 @@ def check_seal(folder: Path) -> None:
         assert isinstance(expected, dict)
     except (OSError, ValueError, AssertionError):
         raise damaged(folder, f"{SEAL} is missing or not readable") from None
-    found = _digests(folder)
+    actual = _digests(folder)
     for name, digest in expected.items():
-        if name not in found:
+        if name not in actual:
             raise damaged(folder, f"the file {name} is missing")
-        if found[name] != digest:
+        if actual[name] != digest:
             raise damaged(folder, f"the file {name} is not as it was written")
 
 

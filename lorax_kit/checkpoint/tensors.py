@@ -82,12 +82,12 @@ def _check_digest(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _digest(tensors: Mapping[str, np.ndarray], beside: Mapping[str, str]) -> str:
-    found = hashlib.sha256(repr(sorted(beside.items())).encode())
+    hasher = hashlib.sha256(repr(sorted(beside.items())).encode())
     for name in sorted(tensors):
         x = tensors[name]
-        found.update(repr((name, str(x.dtype), x.shape)).encode())
-        found.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
-    return found.hexdigest()
+        hasher.update(repr((name, str(x.dtype), x.shape)).encode())
+        hasher.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+    return hasher.hexdigest()
 
 
 def _damaged(file: Path, reason: object) -> AdapterError:

@@ -157,13 +157,13 @@ def inspect(
     what = None
     if spec is not None:
         what = setting_of(**setting) if spec == "all-linear" else Spec.from_json(Path(spec).read_bytes())
-    found, shown = inspect_model(model, what, batch_size, tokens, quantise)
+    data, shown = inspect_model(model, what, batch_size, tokens, quantise)
     if html is not None:
         from lorax_kit.report.parameters import write_parameters
 
-        write_parameters(html, found)
+        write_parameters(html, data)
     if as_json:
-        echo(found)
+        echo(data)
     else:
         click.echo(shown)
 

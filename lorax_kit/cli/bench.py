@@ -44,12 +44,12 @@ def doctor(as_json: bool) -> None:
     from lorax_kit.doctor import examine
     from lorax_kit.doctor.text import as_text
 
-    found = examine()
+    findings = examine()
     if as_json:
-        echo(found)
+        echo(findings)
     else:
-        click.echo(as_text(found))
-    if not found["ok"]:
+        click.echo(as_text(findings))
+    if not findings["ok"]:
         sys.exit(1)
 
 
@@ -124,16 +124,16 @@ def calibrate(rounds: int, out: str | None, as_json: bool) -> None:
     from lorax_kit.benchmarks import calibrate as measure
     from lorax_kit.benchmarks.calibrate import calibration_table
 
-    found = measure(rounds=rounds)
+    costs = measure(rounds=rounds)
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        Path(out).write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
     if as_json:
-        echo(found)
+        echo(costs)
     else:
-        click.echo(calibration_table(found))
+        click.echo(calibration_table(costs))
         for name in ("activation", "weight"):
-            click.echo(f"{name}: {found[name][0]:.3g} + {found[name][1]:.3g} r ns per entry")
+            click.echo(f"{name}: {costs[name][0]:.3g} + {costs[name][1]:.3g} r ns per entry")
 
 
 @bench.command()

@@ -30,17 +30,18 @@ def convert(as_json: bool, **options: Any) -> None:
     """Convert an adapter between orbax (ours) and PEFT, or from any method to plain LoRA."""
     from lorax_kit.commands.exchange import convert_adapter
 
-    found = convert_adapter(**options)
+    converted = convert_adapter(**options)
     if as_json:
-        echo(found)
+        echo(converted)
         return
     click.echo(
-        f"{found['adapter']}: {len(found['sites'])} sites, {len(found['full'])} in full, {found['bytes']:,} bytes"
+        f"{converted['adapter']}: {len(converted['sites'])} sites, {len(converted['full'])} in full, "
+        f"{converted['bytes']:,} bytes"
     )
-    if found["errors"]:
-        worst = max(found["errors"], key=found["errors"].__getitem__)
-        click.echo(f"furthest from the method's update: {worst}, by {found['errors'][worst]:.1e} of it")
-    for note in found["notes"]:
+    if converted["errors"]:
+        worst = max(converted["errors"], key=converted["errors"].__getitem__)
+        click.echo(f"furthest from the method's update: {worst}, by {converted['errors'][worst]:.1e} of it")
+    for note in converted["notes"]:
         click.echo(f"note: {note}")
 
 
@@ -62,13 +63,14 @@ def combine(adapters: tuple[str, ...], weights: tuple[float, ...], as_json: bool
     """Combine ADAPTERS of one base, of either format, into one LoRA: computed on their updates."""
     from lorax_kit.commands.exchange import combine_adapters
 
-    found = combine_adapters(adapters, weights=weights or None, **options)
+    combined = combine_adapters(adapters, weights=weights or None, **options)
     if as_json:
-        echo(found)
+        echo(combined)
         return
-    worst = max((site["error"] for site in found["sites"]), default=0.0)
+    worst = max((site["error"] for site in combined["sites"]), default=0.0)
     click.echo(
-        f"{found['adapter']}: {len(found['sites'])} sites, {found['bytes']:,} bytes; furthest off by {worst:.1e}"
+        f"{combined['adapter']}: {len(combined['sites'])} sites, {combined['bytes']:,} bytes; "
+        f"furthest off by {worst:.1e}"
     )
 
 
@@ -95,11 +97,11 @@ def merge(adapter: str, base: str | None, without_head: bool, as_json: bool, **o
     if base is not None and without_head:
         raise click.UsageError("--without-head is for the model that the adapter remembers: it goes without --base.")
     if base is None:
-        found = merge_trained(adapter, head=not without_head, **options)
+        merged = merge_trained(adapter, head=not without_head, **options)
     else:
-        found = merge_adapter(adapter, base=base, **options)
-    table = found.pop("table")
+        merged = merge_adapter(adapter, base=base, **options)
+    table = merged.pop("table")
     if as_json:
-        echo(found)
+        echo(merged)
     else:
-        click.echo(f"{table}\n{found['model']}: {found['tensors']} tensors in {found['dtype']}")
+        click.echo(f"{table}\n{merged['model']}: {merged['tensors']} tensors in {merged['dtype']}")

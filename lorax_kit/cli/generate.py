@@ -65,9 +65,9 @@ def generate(
             click.echo(piece, nl=False)
         click.echo()
         return
-    found = written(author, asked, sampling=sampling, **options)
+    generated = written(author, asked, sampling=sampling, **options)
     if as_json:
-        echo({"model": str(adapter or model), **found})
+        echo({"model": str(adapter or model), **generated})
         return
-    for one in found["texts"]:
+    for one in generated["texts"]:
         click.echo(one["text"])

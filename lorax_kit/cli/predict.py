@@ -51,13 +51,15 @@ def predict(
     from lorax_kit.commands.prediction import predict as answered
 
     asked = [*texts, *(lines_of(file) if file is not None else ())]
-    found = answered(adapter, asked, data=data, columns=dict(pairs_of("--column", columns)), encoding=encoding)
-    if found["cut"]:
-        click.echo(f"{found['cut']} of {len(found['answers'])} are longer than in training: they were cut", err=True)
+    predicted = answered(adapter, asked, data=data, columns=dict(pairs_of("--column", columns)), encoding=encoding)
+    if predicted["cut"]:
+        click.echo(
+            f"{predicted['cut']} of {len(predicted['answers'])} are longer than in training: they were cut", err=True
+        )
     if as_json:
-        echo(found)
+        echo(predicted)
         return
-    for one in found["answers"]:
+    for one in predicted["answers"]:
         click.echo(_line(one))
 
 

@@ -88,21 +88,21 @@ def problem_settings(options: dict[str, Any]) -> Any:
     Raises:
       click.UsageError: options that do not go together.
     """
-    own = {name: options.pop(name) for name in NAMES}
-    if own["problem"] is not None:
+    taken = {name: options.pop(name) for name in NAMES}
+    if taken["problem"] is not None:
         refuse_given({name: flag for name, flag in FLAGS.items() if name != "problem"}, "--task or film reviews")
-        return own["problem"]
+        return taken["problem"]
     plain = ("model", "batch_size", "length")
-    settings = {name: own[name] for name in plain if own[name] is not None}
-    if own["task"] is None:
+    settings = {name: taken[name] for name in plain if taken[name] is not None}
+    if taken["task"] is None:
         refuse_given({name: FLAGS[name] for name in OF_FILES}, "--task: say what the rows are for")
-        return settings | ({} if own["source"] is None else {"source": own["source"]})
-    if own["data"] is None:
-        raise click.UsageError(f"--task {own['task']} needs --data, a file of rows.")
+        return settings | ({} if taken["source"] is None else {"source": taken["source"]})
+    if taken["data"] is None:
+        raise click.UsageError(f"--task {taken['task']} needs --data, a file of rows.")
     refuse_given({"source": "--source"}, "film reviews, not --task; a column of that role is --column source=COLUMN")
     named = ("data", "val_data", "test_data", "text", "label", "quantise")
-    settings |= {"task": own["task"]} | {name: own[name] for name in named if own[name] is not None}
-    for flag, pairs in (("--column", own["columns"]), ("--with", own["further"])):
+    settings |= {"task": taken["task"]} | {name: taken[name] for name in named if taken[name] is not None}
+    for flag, pairs in (("--column", taken["columns"]), ("--with", taken["further"])):
         for name, value in pairs_of(flag, pairs):
             if name in settings:
                 raise click.UsageError(f"{flag} {name}=...: {name} is given twice.")

@@ -39,11 +39,11 @@ def in_options(message: str, command: click.Command) -> str:
     """
     options = {p.name: p for p in command.params if isinstance(p, click.Option)}
 
-    def option(found: re.Match[str]) -> str:
-        name, value = found["name"] or found["said"], (found["value"] or "").strip("'")
-        before = message[: found.start()]
-        if before.count("(") > before.count(")") or (found["said"] and "further" not in options):
-            return found[0]
+    def option(match: re.Match[str]) -> str:
+        name, value = match["name"] or match["said"], (match["value"] or "").strip("'")
+        before = message[: match.start()]
+        if before.count("(") > before.count(")") or (match["said"] and "further" not in options):
+            return match[0]
         if name in options and name != "source":  # of film reviews, there; a column of that name goes by --column
             told = [options[name].opts[-1], *([] if options[name].is_flag else [value])]
         elif name in _task_settings() and "further" in options:
@@ -51,7 +51,7 @@ def in_options(message: str, command: click.Command) -> str:
         elif name in _task_settings() and "config" in options:
             told = [f'"{name}": "{value}"']
         else:
-            return found[0]
+            return match[0]
         return " ".join(word for word in told if word)
 
     return SETTING.sub(option, message)
@@ -152,15 +152,15 @@ def _terminated_as_interrupted() -> Iterator[None]:
     def interrupt(*_: Any) -> NoReturn:
         raise KeyboardInterrupt
 
-    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)}
-    for one, handler in before.items():
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    for signum, handler in before.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(one, interrupt)
+            signal.signal(signum, interrupt)
     try:
         yield
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _fail(message: str) -> None:

@@ -37,8 +37,8 @@ def setting_of(variant: str, rank: int, alpha: float, more: tuple[str, ...]) -> 
 
     cls = setting_class(variant)
     known = {f.name for f in fields(cls)} if cls is not None else set()
-    own: dict[str, Any] = {"rank": rank, "alpha": alpha}
-    own = {k: v for k, v in own.items() if k in known or given(k)}
+    settings: dict[str, Any] = {"rank": rank, "alpha": alpha}
+    settings = {k: v for k, v in settings.items() if k in known or given(k)}
     for pair in more:
         key, equals, value = pair.partition("=")
         if not equals or not key:
@@ -46,7 +46,7 @@ def setting_of(variant: str, rank: int, alpha: float, more: tuple[str, ...]) -> 
         if key in FLAGS:
             raise click.UsageError(f"--set {pair!r}: {key} has an option of its own, {FLAGS[key]}.")
         try:
-            own[key] = json.loads(value)
+            settings[key] = json.loads(value)
         except ValueError:
-            own[key] = value
-    return setting_from({"kind": variant, **own}, "the setting")
+            settings[key] = value
+    return setting_from({"kind": variant, **settings}, "the setting")

@@ -330,7 +330,7 @@ def analyse(
     from lorax_kit.commands.analysis import analyse_run, held_out_problem
     from lorax_kit.problems import problem_from
 
-    found = analyse_run(
+    analysis = analyse_run(
         run_folder,
         problem=None if problem is None else problem_from(problem),
         held_out=held_out_problem(held_out),
@@ -338,6 +338,9 @@ def analyse(
         intruders=not no_intruders,
     )
     if as_json:
-        echo(found)
+        echo(analysis)
         return
-    click.echo(f"{found['setting']}\n{table(found['by_rank'], list(found['by_rank'][0]))}\nreport: {found['report']}")
+    click.echo(
+        f"{analysis['setting']}\n"
+        f"{table(analysis['by_rank'], list(analysis['by_rank'][0]))}\nreport: {analysis['report']}"
+    )

@@ -92,14 +92,14 @@ def analyse_run(
     problem = problem or problem_of(first)
     base = base_of(problem, first)
     chosen = [Chosen(row, load_adapter(run.path / row["adapter"], base=base)) for row in rows]
-    found = plain(
+    analyses = plain(
         {
             "overlaps": list(_overlaps(base, chosen)),
             "intruders": list(_intruders(base, _bar(chosen, "intruders", progress))) if intruders else [],
             "forgetting": list(_forgetting(base, _bar(chosen, "forgetting", progress), held_out)) if held_out else [],
         }
     )
-    files = {run.path / f"{name}.jsonl": records for name, records in found.items() if records}
+    files = {run.path / f"{name}.jsonl": records for name, records in analyses.items() if records}
     earlier = {file: file.read_bytes() if file.exists() else None for file in files}
     try:
         for file, records in files.items():
@@ -111,27 +111,27 @@ def analyse_run(
         raise
     return {
         "setting": str(summary.ladder[0].family),
-        "by_rank": [_means(rank, chosen, found) for rank in sorted({row["rank"] for row in rows})],
-        **{name: len(records) for name, records in found.items()},
+        "by_rank": [_means(rank, chosen, analyses) for rank in sorted({row["rank"] for row in rows})],
+        **{name: len(records) for name, records in analyses.items()},
         "report": str(page),
     }
 
 
-def _means(rank: int, chosen: Sequence[Chosen], found: Mapping[str, Sequence[Record]]) -> Record:
+def _means(rank: int, chosen: Sequence[Chosen], analyses: Mapping[str, Sequence[Record]]) -> Record:
     """What the records of a rank come to, in the mean."""
     names = {one.row["trial"] for one in chosen if one.row["rank"] == rank}
     out: Record = {"rank": rank, "seeds": len(names)}
-    tops = [r["phi"][0][0] for r in found["overlaps"] if {r["trial_i"], r["trial_j"]} <= names]
-    own = {name: [r for r in found[name] if r["trial"] in names] for name in ("intruders", "forgetting")}
+    tops = [r["phi"][0][0] for r in analyses["overlaps"] if {r["trial_i"], r["trial_j"]} <= names]
+    of_rank = {name: [r for r in analyses[name] if r["trial"] in names] for name in ("intruders", "forgetting")}
     if tops := [x for x in tops if x is not None]:
         out["top_overlap"] = float(np.mean(tops))
-    if own["intruders"]:
+    if of_rank["intruders"]:
         out["intruders"], out["random"] = (
-            float(np.mean([r[arm] for r in own["intruders"]])) for arm in ("adapter", "random")
+            float(np.mean([r[arm] for r in of_rank["intruders"]])) for arm in ("adapter", "random")
         )
-    if own["forgetting"]:
+    if of_rank["forgetting"]:
         for x in ("before", "after"):
-            known = [r[x] for r in own["forgetting"] if r[x] is not None]
+            known = [r[x] for r in of_rank["forgetting"] if r[x] is not None]
             out[x] = float(np.mean(known)) if known else None
     return out
 
@@ -164,12 +164,12 @@ def _overlaps(base: Params, chosen: Sequence[Chosen]) -> Iterator[Record]:
 
 def _intruders(base: Params, chosen: Sequence[Chosen]) -> Iterator[Record]:
     for row, (plan, factors, *_) in chosen:
-        for found in adapter_intruders(plan, base, factors, top=TOP):
-            counts = {name: count_intruders(getattr(found, name), EPSILON) for name in ("adapter", "random", "spread")}
+        for site in adapter_intruders(plan, base, factors, top=TOP):
+            counts = {name: count_intruders(getattr(site, name), EPSILON) for name in ("adapter", "random", "spread")}
             yield {
                 "trial": row["trial"],
-                "site": found.path,
-                "top": found.adapter.shape[-1],
+                "site": site.path,
+                "top": site.adapter.shape[-1],
                 "epsilon": EPSILON,
                 **{name: float(np.mean(count)) for name, count in counts.items()},
             }

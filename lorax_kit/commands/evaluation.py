@@ -85,23 +85,25 @@ def evaluate_small(
     """
     subject = subject_of_small(folder, address=address, files=files)
     _, small = load_small(folder, subject)
-    found = subject.quality(small.apply, small.params)
-    named = {f"test_{metric.name}": found.metrics[metric.name] for metric in subject.problem.all_metrics}
-    examples = subject.problem.facts.get("test", found.metrics["examples"])
+    quality = subject.quality(small.apply, small.params)
+    named = {f"test_{metric.name}": quality.metrics[metric.name] for metric in subject.problem.all_metrics}
+    examples = subject.problem.facts.get("test", quality.metrics["examples"])
     return {"model": str(folder), **named, "examples": examples}
 
 
 def _measured(problem: Problem, params: Params, trained: Collection[str], plan: Plan | None = None) -> dict[str, Any]:
-    found = Evaluator(problem, params, trained, problem.test, plan=plan)(params)
-    named = {f"test_{metric.name}": found[metric.name] for metric in problem.all_metrics}
-    return {**named, "examples": problem.facts.get("test", found["examples"])}
+    metrics = Evaluator(problem, params, trained, problem.test, plan=plan)(params)
+    named = {f"test_{metric.name}": metrics[metric.name] for metric in problem.all_metrics}
+    return {**named, "examples": problem.facts.get("test", metrics["examples"])}
 
 
 def _compared(problem: Problem, author: Author, file: Path, progress: bool) -> dict[str, Any]:
     """Metrics of what is written after the prompts of the test set; the texts go into a file."""
     refuse_existing(file, None, None, "file")
-    found = written(author, problem.test, progress=progress)
+    generated = written(author, problem.test, progress=progress)
     with staged(file, False) as new:
-        new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found["rows"]), encoding="utf-8")
-    metrics = {f"test_{name}": value for name, value in found["metrics"].items()}
-    return {**metrics, "texts": str(file), "written": len(found["rows"]), "left_out": found["left_out"]}
+        new.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in generated["rows"]), encoding="utf-8"
+        )
+    metrics = {f"test_{name}": value for name, value in generated["metrics"].items()}
+    return {**metrics, "texts": str(file), "written": len(generated["rows"]), "left_out": generated["left_out"]}

@@ -88,13 +88,13 @@ def load_model(source: str, adapters: Sequence[str | Path]) -> Model:
         return Model(decoder.params, names, names, None, None)
     data = read_config(folder)
     if isinstance(data, dict) and data.get("model_type", "bert") != "bert":
-        found = read_backbone(folder, data, FAMILIES)
-        names = found.family.names_under(found.family.classes["backbone"].prefix, found.data)
-        return Model(found.params, {p: names[p] for p in found.names}, found.names, folder, found.stored)
+        backbone = read_backbone(folder, data, FAMILIES)
+        names = backbone.family.names_under(backbone.family.classes["backbone"].prefix, backbone.data)
+        return Model(backbone.params, {p: names[p] for p in backbone.names}, backbone.names, folder, backbone.stored)
     encoder = load_bert(source)
     stored, names = open_folder(folder), torch_names(encoder.config)
     prefix = "bert." if any(name.startswith("bert.") for name in stored.names) else ""
-    own = {p: prefix + name for p, name in names.items()}
+    stored_names = {p: prefix + name for p, name in names.items()}
     known = [_head_of(adapter) for adapter in adapters]
     classes = {n for n, _ in known if n is not None}
     if len(classes) > 1:
@@ -103,9 +103,9 @@ def load_model(source: str, adapters: Sequence[str | Path]) -> Model:
         )
     head = _stored_head(stored, encoder.config.hidden_size)
     if not any(inside for _, inside in known):
-        return Model(encoder.params, names, own, folder, stored)
+        return Model(encoder.params, names, stored_names, folder, stored)
     if not classes and head is None:
-        return Model(encoder.params, {p: f"bert.{name}" for p, name in names.items()}, own, folder, stored)
+        return Model(encoder.params, {p: f"bert.{name}" for p, name in names.items()}, stored_names, folder, stored)
     count = classes.pop() if classes else len(head["bias"])  # type: ignore[index]
     params, drawn = classifier_params(encoder, count, jax.random.key(0)), frozenset[str]()
     if head is not None and len(head["bias"]) == count:
@@ -113,8 +113,8 @@ def load_model(source: str, adapters: Sequence[str | Path]) -> Model:
     else:
         drawn = frozenset(f"classifier/{leaf}" for leaf in params["classifier"])
     names = classifier_names(encoder.config)
-    own = {p: own.get(p.removeprefix("encoder/"), str(name)) for p, name in names.items()}
-    return Model(params, names, own, folder, stored, drawn)
+    stored_names = {p: stored_names.get(p.removeprefix("encoder/"), str(name)) for p, name in names.items()}
+    return Model(params, names, stored_names, folder, stored, drawn)
 
 
 def read_from(source: str, adapters: Sequence[str | Path]) -> list[Path]:

@@ -170,9 +170,9 @@ def generate(
     began = time.perf_counter()
     if beams > 1:
         own = {name: options[name] for name in ("max_new_tokens", "stop") if name in options}
-        found = beam_search(author.writer, author.params, asked, beams=beams, **own)
+        generated = beam_search(author.writer, author.params, asked, beams=beams, **own)
     else:
-        found = author.writer(author.params, asked, sampling=sampling, **options)
+        generated = author.writer(author.params, asked, sampling=sampling, **options)
     seconds = time.perf_counter() - began
     each = options.get("samples", 1)
     texts = [
@@ -183,9 +183,9 @@ def generate(
             "finished": one.finished,
             "logprob": one.logprob,
         }
-        for i, one in enumerate(found)
+        for i, one in enumerate(generated)
     ]
-    count = sum(len(one.tokens) for one in found)
+    count = sum(len(one.tokens) for one in generated)
     return {"texts": texts, "seconds": seconds, "tokens_per_second": count / seconds}
 
 

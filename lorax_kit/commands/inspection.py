@@ -46,9 +46,9 @@ def inspect_model(
         if not plan.sites:
             raise PlanError("the spec adapts no parameter at low rank, so there is none to quantise.")
         base = quantize(base, [site.path for site in plan.sites], method)
-    found = explain(adapt(apply, plan), base, factors, shape, shape)
+    explanation = explain(adapt(apply, plan), base, factors, shape, shape)
     full = [leaf.path for leaf in plan.full]
-    return {"model": source, **found.to_dict(), "full": full, "parameters": rows}, str(found)
+    return {"model": source, **explanation.to_dict(), "full": full, "parameters": rows}, str(explanation)
 
 
 def _whole(loaded: Loaded) -> tuple[Params, Callable[..., Any], tuple[str, ...]]:

@@ -28,8 +28,8 @@ def bytes_of(text: str) -> int:
       >>> bytes_of("3GiB"), bytes_of("0.5 k")
       (3221225472, 512)
     """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
-    size = 0.0 if found is None else float(found[1]) * UNITS[found[2].lower()]
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
+    size = 0.0 if match is None else float(match[1]) * UNITS[match[2].lower()]
     if not 1 <= size < 2**63:
         raise LoraxError(f"{shown(text)} is no size of memory; give one such as 3GiB or 800MiB.")
     return int(size)

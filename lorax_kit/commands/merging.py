@@ -92,12 +92,12 @@ def merge_trained(
     adapter = load_adapter(path, base=base)
     loss = merge_loss(base, adapter, dtype=dtype)
     merged = restored(merge(base, adapter.factors, adapter.plan))
-    own = merged.pop(name) if name is not None else None
+    trained_head = merged.pop(name) if name is not None else None
     backbone = merged[loaded.kind] if name is not None and loaded.kind != "encoder-decoder" else merged
     heads: dict[str, Any] = {}
-    if own is not None and head:
-        heads = {HEADS[str(name)]: own}
-        _check_head(loaded, HEADS[str(name)], own)
+    if trained_head is not None and head:
+        heads = {HEADS[str(name)]: trained_head}
+        _check_head(loaded, HEADS[str(name)], trained_head)
     labels = None
     if "classify" in heads:
         labels = tuple(document["meta"].get("labels") or built.build().facts.get("labels") or ("value",))

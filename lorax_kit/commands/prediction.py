@@ -73,24 +73,24 @@ def _rows_of(
     encoding: str | None,
 ) -> list[Row]:
     """What is asked, as rows with the cells that the task reads."""
-    own = settings.asked_columns
-    if unknown := [role for role in columns if role not in own]:
-        raise DataError(f"{name!r} reads no column {unknown[0]!r}; it reads {', '.join(own)}.")
+    roles = settings.asked_columns
+    if unknown := [role for role in columns if role not in roles]:
+        raise DataError(f"{name!r} reads no column {unknown[0]!r}; it reads {', '.join(roles)}.")
     if data is not None:
         if texts:
             raise DataError("texts are given, and a file of rows, too: give one of the two.")
         used = encoding or (settings.encoding if isinstance(settings, TextSettings) else "utf-8")
-        return list(read_rows(data, {**own, **columns}, encoding=used))
+        return list(read_rows(data, {**roles, **columns}, encoding=used))
     if not texts:
         raise DataError("there is nothing to answer.\n  give texts, or data=FILE, a file of rows")
-    if len(own) > 1:
+    if len(roles) > 1:
         raise DataError(
-            f"{name!r} reads {' and '.join(own)}, which a text alone does not give.\n"
-            f"  give data=FILE, a file of rows with the columns {', '.join({**own, **columns}.values())}"
+            f"{name!r} reads {' and '.join(roles)}, which a text alone does not give.\n"
+            f"  give data=FILE, a file of rows with the columns {', '.join({**roles, **columns}.values())}"
         )
     if empty := [number for number, text in enumerate(texts, 1) if not text.strip()]:
         raise DataError(f"text {empty[0]} is empty.")
-    (role,) = own
+    (role,) = roles
     return [Row(number, {role: text}) for number, text in enumerate(texts, 1)]
 
 
@@ -100,8 +100,8 @@ def _outputs(asked: Asked, path: Path) -> list[np.ndarray]:
     adapter = load_adapter(path, base=base)
     params, _, plan = version(base, adapter.factors, adapter.plan)
     run = jax.jit(asked.apply if plan is None else adapt(asked.apply, plan))
-    found: dict[int, np.ndarray] = {}
+    by_index: dict[int, np.ndarray] = {}
     for index, batch in asked.batches:
         outputs = run(params, batch) if plan is None else run(*params, batch)
-        found |= zip(index.tolist(), np.asarray(outputs)[: len(index)], strict=True)
-    return [found[i] for i in range(len(found))]
+        by_index |= zip(index.tolist(), np.asarray(outputs)[: len(index)], strict=True)
+    return [by_index[i] for i in range(len(by_index))]

@@ -98,9 +98,9 @@ def train_adapter(
 
     def measure(factors: Any) -> dict[str, float]:
         release()
-        found = _metrics(problem, validate(version(base, factors, plan)[0]))
+        metrics = _metrics(problem, validate(version(base, factors, plan)[0]))
         release()
-        return found
+        return metrics
 
     # Where nothing is random no key is drawn for a step.
     state = init(adapted.factors, jax.random.fold_in(jax.random.key(seed), 2) if draws(problem, plan) else None)
@@ -254,8 +254,8 @@ class Epoch:
         return self.steps
 
 
-def _metrics(problem: Problem, found: dict[str, float]) -> dict[str, float]:
-    return {metric.name: found[metric.name] for metric in problem.all_metrics}
+def _metrics(problem: Problem, measured: dict[str, float]) -> dict[str, float]:
+    return {metric.name: measured[metric.name] for metric in problem.all_metrics}
 
 
 def _steps(

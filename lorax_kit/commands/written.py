@@ -50,14 +50,14 @@ def written(
     rows = []
     shown = tqdm(total=len(whole), desc="writing", disable=None if progress else True, file=sys.stderr)
     for at in range(0, len(whole), AT_ONCE):
-        some = whole[at : at + AT_ONCE]
-        prompts = [one.prompt for one in some]
-        prompts += prompts[-1:] * (min(AT_ONCE, len(whole)) - len(some))  # the last batch needs no program of its own
-        found = author.writer(author.params, prompts, max_new_tokens=most)[: len(some)]
-        for one, text in zip(some, found, strict=True):
+        chunk = whole[at : at + AT_ONCE]
+        prompts = [one.prompt for one in chunk]
+        prompts += prompts[-1:] * (min(AT_ONCE, len(whole)) - len(chunk))  # the last batch needs no program of its own
+        texts = author.writer(author.params, prompts, max_new_tokens=most)[: len(chunk)]
+        for one, text in zip(chunk, texts, strict=True):
             prompt, wanted = map(author.loaded.tokenizer.decode, (one.prompt, one.wanted))
             rows.append({"prompt": prompt, "wanted": wanted.strip(), "written": text.text.strip()})
-        shown.update(len(some))
+        shown.update(len(chunk))
     shown.close()
     metrics = text_metrics([row["written"] for row in rows], [row["wanted"] for row in rows])
     return {"metrics": metrics, "rows": rows, "left_out": len(every) - len(whole)}

@@ -53,10 +53,10 @@ def check_word(name: str, x: Any, words: tuple[str, ...]) -> None:
 
 def patterns_of(name: str, x: Any) -> tuple[str, ...]:
     """Patterns, of one or of several."""
-    found = (x,) if isinstance(x, str) else x
-    if not isinstance(found, list | tuple) or not all(isinstance(one, str) for one in found):
+    patterns = (x,) if isinstance(x, str) else x
+    if not isinstance(patterns, list | tuple) or not all(isinstance(one, str) for one in patterns):
         raise CompressError(f"{name} is {shown(x)}; it must be patterns: ('head/*',).")
-    return tuple(found)
+    return tuple(patterns)
 
 
 def check_key(key: Any) -> None:

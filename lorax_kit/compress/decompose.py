@@ -120,11 +120,11 @@ def transform(method: str, stats: Stats | None, path: str, index: int = 0) -> Tr
     added = DAMPING
     while True:
         try:
-            found = np.linalg.cholesky(gram + added * size * np.eye(len(gram)))
+            factor = np.linalg.cholesky(gram + added * size * np.eye(len(gram)))
         except np.linalg.LinAlgError:
             added *= 10
             continue
-        return Transform(cholesky=found, damping=added, path=path)
+        return Transform(cholesky=factor, damping=added, path=path)
 
 
 def damping(stats: Stats) -> dict[str, float]:
@@ -153,13 +153,13 @@ def damping(stats: Stats) -> dict[str, float]:
 
 def _matrix_of(x: np.ndarray | None, path: str, method: str, index: int) -> np.ndarray:
     """Of the stacked matrices' moments those of one."""
-    found = _finite(x, path, method)
-    if index >= len(found):
+    moments = _finite(x, path, method)
+    if index >= len(moments):
         raise CompressError(
-            f"the calibration data of {path!r} are of {len(found)} stacked matrices, the parameter has more.\n"
+            f"the calibration data of {path!r} are of {len(moments)} stacked matrices, the parameter has more.\n"
             "  they are of another model: calibrate this one"
         )
-    return found[index]
+    return moments[index]
 
 
 def _finite(x: np.ndarray | None, path: str, method: str) -> np.ndarray:

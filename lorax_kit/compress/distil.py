@@ -171,8 +171,8 @@ def trained(
                 )
     if taken < steps:
         raise CompressError(f"the batches ended after {taken} of {steps} steps.")
-    found = merge(base, state.factors, plan)
-    merged, (before, treedef) = flatten(found if under is None else under(found))[0], flatten(base)
+    trained_params = merge(base, state.factors, plan)
+    merged, (before, treedef) = flatten(trained_params if under is None else under(trained_params))[0], flatten(base)
     untouched = {path: x for path, x in before.items() if path not in plan.trained}  # quantised ones stay so
     return unflatten(merged | untouched, treedef)
 

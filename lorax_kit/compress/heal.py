@@ -75,11 +75,11 @@ def heal(
     """
     check_function("fn", fn, "fn(params, batch)")
     small = compressed(fn)
-    found = low_rank(params)
-    if not found:
+    products = low_rank(params)
+    if not products:
         raise CompressError("no parameter is low-rank: there is nothing to heal.\n  compress the params first")
     named = flatten(params)[0]
-    for path in found:
+    for path in products:
         if isinstance(named[f"{path}/a"], Quantised) or isinstance(named[f"{path}/b"], Quantised):
             raise CompressError(f"the factors of {path!r} are quantised.\n  heal first, then lk.quantize")
     check_function("loss", loss, "loss(outputs, batch)")
@@ -96,7 +96,7 @@ def heal(
     with bar:
         for i, side in enumerate(sides):
             rules: dict[str, Any] = dict.fromkeys(full, Full())
-            for path in found:
+            for path in products:
                 for name in side:
                     own = f"{path}/{name}"
                     most = min(shapes[own].shape[0], max(shapes[own].shape[1:]))

@@ -76,12 +76,12 @@ def solve(w: Any, rank: int, lam: float = 0.0, mu: float = 0.0, *, squared: bool
         rest = float(np.sum((matrix - (u * s) @ vt) ** 2))
     t, value = np.zeros_like(s), 0.0
     if scale > 0:  # in units of the largest value, so that no cube of it over- or underflows
-        own, penalty = s / scale, 0.0
+        scaled, penalty = s / scale, 0.0
         if lam > 0:
             power = 1.0 if squared else 1.5
             with np.errstate(over="ignore", divide="ignore"):
                 penalty = float(np.float64(lam) / np.float64(scale) ** power * (mu / np.float64(scale) ** power))
-        t, value = _shrunk(own, penalty, squared)
+        t, value = _shrunk(scaled, penalty, squared)
     # |A| = c sqrt(sum t), |B| = sqrt(sum t) / c: the split that costs least.
     c = (mu / lam) ** (0.25 if squared else 0.5) if lam > 0 and t.any() else 1.0
     root = np.sqrt(scale * t)
@@ -188,7 +188,7 @@ def _value(s: np.ndarray, t: np.ndarray, penalty: float, squared: bool) -> float
 
 def _thresholds(s: np.ndarray, penalty: float) -> list[float]:
     """All tau with tau^2 sum max(s_i - tau, 0) = penalty: of each cubic the roots between its break points."""
-    found = []
+    roots = []
     ends = np.append(s[1:], 0.0)
     for k, (total, upper, lower) in enumerate(zip(np.cumsum(s), s, ends, strict=True), 1):
         if upper <= lower:
@@ -201,8 +201,8 @@ def _thresholds(s: np.ndarray, penalty: float) -> list[float]:
         top = min(max(2 * total / (3 * k), lower), upper)
         for one, other in ((lower, top), (top, upper)):
             if excess(one) * excess(other) <= 0 and one < other:
-                found.append(_bisected(excess, one, other))
-    return found
+                roots.append(_bisected(excess, one, other))
+    return roots
 
 
 def _bisected(fn: Callable[[float], float], one: float, other: float) -> float:

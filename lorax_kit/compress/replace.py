@@ -121,7 +121,7 @@ def plan_ranks(
             if isinstance(named[site.path], Quantised):
                 raise CompressError(f"max_bytes counts arrays, and {site.path!r} is quantised.\n  give keep")
     _warn_of_little_data(sites.sites, method, stats)
-    found, blind = {}, False
+    candidates, blind = {}, False
     for site in sites.sites:
         stacked = _dense(named[site.path], site)
         values = np.stack([singular_values(w, transform(method, stats, site.path, i)) for i, w in enumerate(stacked)])
@@ -134,19 +134,19 @@ def plan_ranks(
                     f"{len(values)}.\n  calibrate this model"
                 )
             values = values * np.sqrt(weights)[:, None]
-        found[site.path] = candidate(values, *stacked.shape[1:])
+        candidates[site.path] = candidate(values, *stacked.shape[1:])
         if max_bytes is not None:
-            found[site.path] = found[site.path].times(named[site.path].dtype.itemsize)
+            candidates[site.path] = candidates[site.path].times(named[site.path].dtype.itemsize)
     if blind and len(sites.sites) > 1:
         warnings.warn(
             "ranks by 'loss' without gradients favour sites of large outputs: calibrate(..., loss=...), or 'energy'",
             stacklevel=2,
         )
-    total = sum(c.dense for c in found.values())
+    total = sum(c.dense for c in candidates.values())
     share = keep if max_bytes is None else min(max_bytes / total, 1.0)
     assert share is not None
     try:
-        ranks = allocate(found, share, allocation, minimum)
+        ranks = allocate(candidates, share, allocation, minimum)
     except CompressError as e:
         raise e if max_bytes is None else CompressError(f"max_bytes={max_bytes} of {total}: {e}") from None
     return CompressPlan(method=method, sites=sites, ranks=tuple((p, r) for p, r in ranks.items() if r is not None))

@@ -63,13 +63,13 @@ def compress_sequentially(
     if not batches:
         raise CompressError("there are no calibration batches.")
     ranks, small = dict(plan.ranks), params
-    for own in tqdm(
+    for group_sites in tqdm(
         _grouped(plan.sites.sites, groups), desc="compressing in turn", unit="group", disable=None if progress else True
     ):
-        chosen = {site.path: ranks[site.path] for site in own if site.path in ranks}
+        chosen = {site.path: ranks[site.path] for site in group_sites if site.path in ranks}
         if not chosen:
             continue
-        sites = replace(plan.sites, sites=tuple(site for site in own if site.path in chosen), full=())
+        sites = replace(plan.sites, sites=tuple(site for site in group_sites if site.path in chosen), full=())
         stats = calibrate(compressed(fn), small, sites, batches, loss=loss, weight=weight, progress=False)
         small = compress(small, CompressPlan(method=plan.method, sites=sites, ranks=chosen), stats)
     return small
@@ -78,8 +78,8 @@ def compress_sequentially(
 def _grouped(sites: Sequence[Site], groups: Sequence[str]) -> list[list[Site]]:
     """The sites of each group."""
     group_of = groups_of([site.path for site in sites], groups)
-    found = [[site for site in sites if group_of[site.path] == group] for group in groups]
-    for group, own in zip(groups, found, strict=True):
+    grouped = [[site for site in sites if group_of[site.path] == group] for group in groups]
+    for group, own in zip(groups, grouped, strict=True):
         if not own:
             raise CompressError(f"the group {group!r} holds none of the plan's sites.")
-    return found
+    return grouped

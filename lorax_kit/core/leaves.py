@@ -37,8 +37,8 @@ def check_key(key: Any, name: str = "the key") -> None:
     dtype, ndim = getattr(key, "dtype", None), getattr(key, "ndim", None)
     typed = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
     if not (typed and ndim == 0) and not (dtype == jnp.uint32 and ndim == 1):
-        found = repr(key) if dtype is None else f"an array of shape {key.shape} and dtype {dtype}"
-        raise LoraxError(f"{name} is {found}; it must be one random key.\n  make it: jax.random.key(0)")
+        given = repr(key) if dtype is None else f"an array of shape {key.shape} and dtype {dtype}"
+        raise LoraxError(f"{name} is {given}; it must be one random key.\n  make it: jax.random.key(0)")
 
 
 def site_key(key: Array, path: str) -> Array:

@@ -74,15 +74,15 @@ def check_params(named: dict[str, Any], plan: Plan) -> None:
             )
     everything: list[Site | FullSite] = [*plan.sites, *plan.full]
     for planned in everything:
-        path, found = planned.path, named.get(planned.path)
-        if found is None:
+        path, leaf = planned.path, named.get(planned.path)
+        if leaf is None:
             wrong = f"the plan adapts {path!r}, which these params do not have."
-        elif found.shape != planned.shape:
-            wrong = f"{path!r} has shape {found.shape}, the plan expects {planned.shape}."
-        elif isinstance(planned, FullSite) and isinstance(found, Quantised):
+        elif leaf.shape != planned.shape:
+            wrong = f"{path!r} has shape {leaf.shape}, the plan expects {planned.shape}."
+        elif isinstance(planned, FullSite) and isinstance(leaf, Quantised):
             raise PlanError(f"{path!r} is quantised, and the plan trains it in full.\n  leave it out of lk.quantize")
-        elif isinstance(planned, Site) and str(found.dtype) != planned.dtype:
-            wrong = f"{path!r} has dtype {found.dtype}, the plan expects {planned.dtype}."
+        elif isinstance(planned, Site) and str(leaf.dtype) != planned.dtype:
+            wrong = f"{path!r} has dtype {leaf.dtype}, the plan expects {planned.dtype}."
         else:
             continue
         raise PlanError(

@@ -292,7 +292,7 @@ def max_rank(site: Site) -> int:
     limit = method_of(site.setting).max_rank
     if limit is None:
         return site.max_rank
-    found = plain(limit(site))
-    if not is_int(found):
-        raise PlanError(f"max_rank of method {site.setting.kind!r} returns {shown(found)}; it must be an integer.")
-    return int(found)
+    highest = plain(limit(site))
+    if not is_int(highest):
+        raise PlanError(f"max_rank of method {site.setting.kind!r} returns {shown(highest)}; it must be an integer.")
+    return int(highest)

@@ -32,13 +32,13 @@ def expand_braces(pattern: str) -> tuple[str, ...]:
         return (pattern,)
     if (count := pattern.count("{")) > MOST_BRACES:
         raise SpecError(f"pattern {shortened(pattern)} has {count:,} braces; {MOST_BRACES} are the most.")
-    found = tuple(islice(_alternatives(pattern), MOST_ALTERNATIVES + 1))
-    if len(found) > MOST_ALTERNATIVES:
+    alternatives = tuple(islice(_alternatives(pattern), MOST_ALTERNATIVES + 1))
+    if len(alternatives) > MOST_ALTERNATIVES:
         raise SpecError(
             f"pattern {shortened(pattern)} stands for more than {MOST_ALTERNATIVES:,} alternatives.\n"
             "  each of them must match: write * where any name may stand"
         )
-    return found
+    return alternatives
 
 
 def check_pattern(pattern: str) -> None:

@@ -102,15 +102,15 @@ def matched(who: str, pattern: str, names: list[str], purpose: str = "") -> list
     """
     hits = []
     for alternative in expand_braces(pattern):
-        found = [p for p in names if matches(alternative, p)]
-        if not found:
+        matching = [p for p in names if matches(alternative, p)]
+        if not matching:
             which = "" if alternative == pattern else f" with {alternative!r}"
             raise PlanError(
                 f"{who} matches no parameter{purpose}{which}.\n"
                 f"  closest: {closest(alternative, names)}\n"
                 "  see them all: lk.paths(params)   or   lorax-kit inspect MODEL"
             )
-        hits += found
+        hits += matching
     return hits
 
 
@@ -150,8 +150,8 @@ def make_plan(spec: Spec, params: Params, axes: dict[str, tuple[Axes, str]] | No
                 )
             full.append(FullSite(path=path, shape=leaf.shape, dtype=dtype, trained=setting.trained))
             continue
-        found, use = _untraced(path, leaf.shape, setting) if axes is None else axes[path]
-        site = Site(path=path, shape=leaf.shape, dtype=str(leaf.dtype), axes=found, use=use, setting=setting)
+        site_axes, use = _untraced(path, leaf.shape, setting) if axes is None else axes[path]
+        site = Site(path=path, shape=leaf.shape, dtype=str(leaf.dtype), axes=site_axes, use=use, setting=setting)
         if site.rank > (limit := max_rank(site)):
             if limit < 1:
                 raise PlanError(

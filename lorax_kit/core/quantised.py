@@ -124,14 +124,14 @@ def encode_scales(scales: Array) -> tuple[Array, Array, Array]:
       ([[0, 1], [128, 255]], 1.0183)
     """
     axes = tuple(range(max(scales.ndim - 2, 0), scales.ndim))  # one range per matrix
-    some = scales >= TINY
+    nonzero = scales >= TINY
     logs = jnp.log(jnp.maximum(scales, TINY))
     most = jnp.max(logs, axis=axes, keepdims=True)
-    least = jnp.min(jnp.where(some, logs, most), axis=axes, keepdims=True)
+    least = jnp.min(jnp.where(nonzero, logs, most), axis=axes, keepdims=True)
     step = (most - least) / LEVELS
     # A thousandth of a step below a level is that level: it was rounded down to there.
     places = jnp.ceil((logs - least) / jnp.maximum(step, TINY) - 1e-3)
-    codes = jnp.where(some, 1 + jnp.clip(places, 0, LEVELS), 0).astype(jnp.uint8)
+    codes = jnp.where(nonzero, 1 + jnp.clip(places, 0, LEVELS), 0).astype(jnp.uint8)
     return codes, least, step
 
 

@@ -37,16 +37,16 @@ class Examples:
 
         Example:
           >>> rows = [Row(2, {"text": "a b"}), Row(3, {"text": "c"})]
-          >>> found = Examples.of(rows, lambda some: {"size": [len(row.cells["text"]) for row in some]})
-          >>> found["size"].tolist(), found.lines.tolist()
+          >>> examples = Examples.of(rows, lambda some: {"size": [len(row.cells["text"]) for row in some]})
+          >>> examples["size"].tolist(), examples.lines.tolist()
           ([3, 1], [2, 3])
         """
         parts: dict[str, list[Any]] = {}
         lines: list[int] = []
         iterator = iter(rows)
-        while some := list(itertools.islice(iterator, AT_ONCE)):
-            encoded = dict(encode(some))
-            lines += encoded.pop("line", [row.line for row in some])
+        while chunk := list(itertools.islice(iterator, AT_ONCE)):
+            encoded = dict(encode(chunk))
+            lines += encoded.pop("line", [row.line for row in chunk])
             for name, values in encoded.items():
                 parts.setdefault(name, []).append(_array(values))
         return cls({name: _joined(some) for name, some in parts.items()}, np.asarray(lines, np.int64))

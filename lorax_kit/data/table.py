@@ -69,8 +69,8 @@ def read_rows(
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}.")
     readers = {"csv": _read_csv, "jsonl": _read_jsonl, "txt": _read_txt}
-    found = _read_parquet(path, columns) if kind == "parquet" else readers[kind](path, columns, _known(encoding))
-    return _not_empty(path, found, may_be_empty)
+    rows = _read_parquet(path, columns) if kind == "parquet" else readers[kind](path, columns, _known(encoding))
+    return _not_empty(path, rows, may_be_empty)
 
 
 def _not_empty(path: Path, rows: Iterator[Row], may_be_empty: Collection[str]) -> Iterator[Row]:
@@ -194,16 +194,16 @@ def _read_jsonl(path: Path, columns: Mapping[str, str], encoding: str) -> Iterat
                 if not text.strip():
                     continue
                 try:
-                    found = parse_json(text)
+                    record = parse_json(text)
                 except ValueError as e:
                     raise DataError(f"{str(path)!r}, line {number} is not JSON: {e}.") from None
-                if not isinstance(found, dict):
-                    raise DataError(f"{str(path)!r}, line {number} is no object, but {type(found).__name__}.")
-                if missing := [column for column in columns.values() if column not in found]:
+                if not isinstance(record, dict):
+                    raise DataError(f"{str(path)!r}, line {number} is no object, but {type(record).__name__}.")
+                if missing := [column for column in columns.values() if column not in record]:
                     raise DataError(
-                        f"{str(path)!r}, line {number} lacks {missing[0]!r}; it has {', '.join(found) or 'nothing'}."
+                        f"{str(path)!r}, line {number} lacks {missing[0]!r}; it has {', '.join(record) or 'nothing'}."
                     )
-                yield Row(number, {name: found[column] for name, column in columns.items()})
+                yield Row(number, {name: record[column] for name, column in columns.items()})
         except UnicodeError:
             raise _wrong_encoding(path, encoding) from None
 

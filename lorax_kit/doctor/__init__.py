@@ -25,18 +25,18 @@ def examine() -> dict[str, Any]:
     programs, problems = software()
     parts, more = hardware()
     values, surprises = in_force()
-    found, missing = devices()
+    present, missing = devices()
     problems += [*more, *surprises, *missing]
-    backend = jax.default_backend() if found else None
+    backend = jax.default_backend() if present else None
     if backend is not None:
         problems += precision(backend, values["jax_default_matmul_precision"])
-    checks = try_promises() if found else []
+    checks = try_promises() if present else []
     problems += [Problem(f"{c.name}: {c.detail}", c.mend, fatal=True) for c in checks if not c.ok]
     problems.sort(key=lambda problem: not problem.fatal)
     return {
         "ok": not any(problem.fatal for problem in problems),
         "environment": {**programs, **parts, "backend": backend, "settings": values},
-        "devices": found,
+        "devices": present,
         "checks": [{"name": c.name, "ok": c.ok, "seconds": c.seconds, "detail": c.detail} for c in checks],
         "problems": [problem._asdict() for problem in problems],
     }

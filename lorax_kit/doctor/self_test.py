@@ -111,8 +111,8 @@ def _difference(ours: Any, theirs: Any) -> float:
 
 
 def _close(ours: Any, theirs: Any) -> tuple[bool, str]:
-    found = _difference(ours, theirs)
-    return found <= TOLERANCE, f"relative difference {found:.1e}, at most {TOLERANCE:.0e} allowed"
+    difference = _difference(ours, theirs)
+    return difference <= TOLERANCE, f"relative difference {difference:.1e}, at most {TOLERANCE:.0e} allowed"
 
 
 def _same(ours: Any, theirs: Any) -> bool:

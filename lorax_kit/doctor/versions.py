@@ -86,12 +86,12 @@ def software() -> tuple[dict[str, Any], list[Problem]]:
 
 
 def _python() -> tuple[dict[str, Any], list[Problem]]:
-    found = platform.python_version()
+    version = platform.python_version()
     supported = "" if installed("lorax_kit") is None else metadata("lorax_kit")["Requires-Python"] or ""
-    fact = {"version": found, "supported": supported, "ok": fits(found, supported)}
+    fact = {"version": version, "supported": supported, "ok": fits(version, supported)}
     if fact["ok"]:
         return fact, []
-    what = f"Python is {found}, and lorax_kit supports {supported}"
+    what = f"Python is {version}, and lorax_kit supports {supported}"
     return fact, [Problem(what, "make an environment of a supported Python: python3.13 -m venv .venv", fatal=True)]
 
 
@@ -105,12 +105,12 @@ def _packages(needed: list[Requirement]) -> tuple[dict[str, Any], list[Problem]]
     """{name: {"version", "supported", "ok"}} of packages; those that only an extra needs may be missing."""
     facts, problems = {}, []
     for name, supported, extra in needed:
-        found = installed(name)
-        ok = fits(found, supported) if found else bool(extra)
-        facts[name] = {"version": found, "supported": supported, "ok": ok}
+        version = installed(name)
+        ok = fits(version, supported) if version else bool(extra)
+        facts[name] = {"version": version, "supported": supported, "ok": ok}
         if not ok:
             by = "jax" if name.startswith("jax") and name != "jax" and name != "jaxtyping" else "lorax_kit"
-            what = f"{name} is {found or 'not installed'}, and {by} needs {supported}"
+            what = f"{name} is {version or 'not installed'}, and {by} needs {supported}"
             problems.append(Problem(what, f"pip install '{name}{supported}'", fatal=True))
     return facts, problems
 
@@ -121,11 +121,11 @@ def _extras(needed: list[Requirement]) -> tuple[dict[str, Any], list[Problem]]:
     problems = []
     for name, supported, extra in needed:
         fact = facts.setdefault(extra, {"gives": EXTRAS.get(extra, ""), "installed": True, "missing": []})
-        found = installed(name)
-        if found is None:
+        version = installed(name)
+        if version is None:
             fact["installed"] = False
             fact["missing"].append(name)
-        elif not fits(found, supported):
-            what = f"{name} is {found}, and the extra {extra!r} ({fact['gives']}) needs {supported}"
+        elif not fits(version, supported):
+            what = f"{name} is {version}, and the extra {extra!r} ({fact['gives']}) needs {supported}"
             problems.append(Problem(what, f"pip install 'lorax_kit[{extra}]'"))
     return facts, problems

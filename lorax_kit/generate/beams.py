@@ -63,8 +63,8 @@ def beam_search(
     best, cache = begin(params, ids, mask)
     searches = [_Search(beams, decoder.eos, length_penalty) for _ in rows]
     for number in range(1, max_new_tokens + 1):
-        for search, *found in zip(searches, *map(np.asarray, best), strict=True):
-            search.extend(*found, last=number == max_new_tokens)
+        for search, *continuations in zip(searches, *map(np.asarray, best), strict=True):
+            search.extend(*continuations, last=number == max_new_tokens)
         if all(search.done for search in searches):
             break
         tokens, parents, scores = zip(*(search.next() for search in searches), strict=True)
@@ -86,8 +86,8 @@ def _compiled(writer: Writer, beams: int, slots: int) -> tuple[Any, Any]:
 
         def begin(params: Any, ids: Array, mask: Array) -> tuple[Any, Any]:
             logits, cache = decoder.begin(params, ids, mask, slots)
-            found = best(logits, jnp.zeros((len(ids), 1), jnp.float32))
-            return found, jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0) if x.ndim else x, cache)
+            continuations = best(logits, jnp.zeros((len(ids), 1), jnp.float32))
+            return continuations, jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0) if x.ndim else x, cache)
 
         def step(params: Any, tokens: Array, parents: Array, scores: Array, cache: Any) -> tuple[Any, Any]:
             rows = (jnp.arange(len(parents))[:, None] * beams + parents).reshape(-1)
@@ -97,8 +97,8 @@ def _compiled(writer: Writer, beams: int, slots: int) -> tuple[Any, Any]:
             return best(logits, scores), cache
 
         writer.programs[name] = jax.jit(begin), jax.jit(step, donate_argnums=(4,))
-    found: tuple[Any, Any] = writer.programs[name]
-    return found
+    programs: tuple[Any, Any] = writer.programs[name]
+    return programs
 
 
 @dataclass
@@ -126,12 +126,12 @@ class _Search:
         """Take the best continuations, the likeliest first."""
         if self.done:
             return
-        before, own, sums = self.texts, self.logprobs, self.sums
+        before, logprobs_before, sums = self.texts, self.logprobs, self.sums
         self.texts, self.logprobs, self.sums, self.parents = [], [], [], []
         for value, token, parent in zip(values.tolist(), tokens.tolist(), parents.tolist(), strict=True):
             if value == -np.inf or len(self.texts) == self.beams:
                 continue
-            text, logprobs = [*before[parent], token], [*own[parent], value - sums[parent]]
+            text, logprobs = [*before[parent], token], [*logprobs_before[parent], value - sums[parent]]
             if token in self.eos:
                 self._end(value, text, logprobs, "eos")
                 continue

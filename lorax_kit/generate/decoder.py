@@ -74,8 +74,8 @@ def decoder_of(loaded: Loaded) -> Decoder:
             return step(params, ids, mask, cache)
 
         def step(params: Any, ids: Array, mask: Array, cache: Any) -> tuple[Array, Any]:
-            found: Any = model.apply({"params": params}, ids, mask, cache)
-            return found[0], found[1]
+            outputs: Any = model.apply({"params": params}, ids, mask, cache)
+            return outputs[0], outputs[1]
 
         return _of_any_form(Decoder(begin, step, **facts))
     if loaded.kind != "encoder-decoder":
@@ -89,12 +89,12 @@ def decoder_of(loaded: Loaded) -> Decoder:
         cache = model.empty_cache(ids.shape[0], slots)  # type: ignore[attr-defined]
         first = jnp.full((ids.shape[0], 1), start, jnp.int32)
         ones = jnp.ones_like(first)
-        found: Any = model.apply({"params": params}, first, ones, hidden, mask, cache, method="decode")
-        return found[0], found[1]
+        outputs: Any = model.apply({"params": params}, first, ones, hidden, mask, cache, method="decode")
+        return outputs[0], outputs[1]
 
     def write(params: Any, ids: Array, mask: Array, cache: Any) -> tuple[Array, Any]:
-        found: Any = model.apply({"params": params}, ids, mask, None, None, cache, method="decode")
-        return found[0], found[1]
+        outputs: Any = model.apply({"params": params}, ids, mask, None, None, cache, method="decode")
+        return outputs[0], outputs[1]
 
     return _of_any_form(Decoder(read, write, **facts, start=start))
 
@@ -103,8 +103,8 @@ def _of_any_form(decoder: Decoder) -> Decoder:
     """The same decoder, of which params may be `Quantised` or `LowRank`."""
 
     def begin(params: Any, ids: Array, mask: Array, slots: int) -> tuple[Array, Any]:
-        found: Any = compressed(lambda params, ids, mask: decoder.begin(params, ids, mask, slots))(params, ids, mask)
-        return found[0], found[1]
+        outputs: Any = compressed(lambda params, ids, mask: decoder.begin(params, ids, mask, slots))(params, ids, mask)
+        return outputs[0], outputs[1]
 
     return replace(decoder, begin=begin, step=compressed(decoder.step))
 

@@ -78,8 +78,8 @@ class Runner(NamedTuple):
     def begin(self, ids: np.ndarray, mask: np.ndarray, new: int) -> tuple[np.ndarray, dict[str, Any]]:
         """Logits (B, V) after prompts (B, T), padding on the left, and what `step` takes; `new` tokens may follow."""
         if self.fixed:
-            found = [self._read_alone(row[on > 0]) for row, on in zip(ids, mask, strict=True)]
-            return np.concatenate([logits for logits, _ in found]), {"rows": [held for _, held in found]}
+            per_row = [self._read_alone(row[on > 0]) for row, on in zip(ids, mask, strict=True)]
+            return np.concatenate([logits for logits, _ in per_row]), {"rows": [held for _, held in per_row]}
         rows, slots, length = len(ids), new + (ids.shape[1] if len(self.parts) == 1 else 1), ids.shape[1]
         slots = min(-(-slots // 32) * 32, self.longest or 2**31)
         held = self._empty({"batch": rows, "past": 0, "slots": slots, "length": length})
@@ -93,8 +93,8 @@ class Runner(NamedTuple):
         """Logits (B, V) after one more token a row, (B, 1)."""
         if not self.fixed:
             return self._step(ids, mask, held)
-        found = [self._step(ids[i : i + 1], mask[i : i + 1], own) for i, own in enumerate(held["rows"])]
-        return np.concatenate([logits for logits, _ in found]), {"rows": [own for _, own in found]}
+        per_row = [self._step(ids[i : i + 1], mask[i : i + 1], own) for i, own in enumerate(held["rows"])]
+        return np.concatenate([logits for logits, _ in per_row]), {"rows": [own for _, own in per_row]}
 
     @property
     def fixed(self) -> bool:
@@ -124,9 +124,9 @@ class Runner(NamedTuple):
 
     def _step(self, ids: np.ndarray, mask: np.ndarray, held: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
         decoder = self.parts[-1]
-        found = self._run(decoder, {**held, "ids": ids, "mask": mask})
-        after = {name: found[output] for output, name in decoder.carried.items()}
-        return np.asarray(found["logits"]), {**held, **after}
+        outputs = self._run(decoder, {**held, "ids": ids, "mask": mask})
+        after = {name: outputs[output] for output, name in decoder.carried.items()}
+        return np.asarray(outputs["logits"]), {**held, **after}
 
     def greedy(self, ids: np.ndarray, mask: np.ndarray, new: int) -> np.ndarray:
         """The likeliest tokens after prompts, (B, new)."""
@@ -138,8 +138,8 @@ class Runner(NamedTuple):
         return np.stack(tokens, axis=1)
 
     def _run(self, part: Part, given: Mapping[str, Any]) -> dict[str, Any]:
-        found = self.runs[part.name](*(given[name] for name in part.inputs))
-        return dict(zip(part.outputs, found, strict=True))
+        outputs = self.runs[part.name](*(given[name] for name in part.inputs))
+        return dict(zip(part.outputs, outputs, strict=True))
 
 
 def load_parts(

@@ -53,9 +53,9 @@ class Pieces:
         # Bytes that are no character can make one with those before: the text is then decoded by itself.
         goes_on = whole.startswith(self._known)
         self._text = whole[len(self._known) :] if goes_on else self.tokenizer.decode(self.tokens)
-        found = [at for at in (self._text.find(string) for string in self.stop) if at >= 0]
-        if found:
-            self.finished, self._text = "stop", self._text[: min(found)]
+        stops = [at for at in (self._text.find(string) for string in self.stop) if at >= 0]
+        if stops:
+            self.finished, self._text = "stop", self._text[: min(stops)]
 
     def whole(self) -> str:
         """The text so far."""

@@ -109,23 +109,23 @@ def _decoder(loaded: Loaded, grows: bool) -> Part:
     bounds = ["slots >= tokens", *([] if longest is None else [f"slots <= {longest}", f"tokens <= {longest}"])]
     size, (layers, heads, width) = _sizes(jax.export.SymbolicScope(bounds)), _heads(loaded)
     slots, two = size["past" if grows else "slots"], loaded.kind == "encoder-decoder"
-    own, read = _layered("", layers), _layered("read_", layers) if two else []
+    own_names, read = _layered("", layers), _layered("read_", layers) if two else []
     inputs = {name: jax.ShapeDtypeStruct((size["batch"], size["tokens"]), jnp.int32) for name in ("ids", "mask")}
     inputs["seen"] = jax.ShapeDtypeStruct((size["batch"], slots), jnp.bool_)
     if not grows:
         inputs["end"] = jax.ShapeDtypeStruct((), jnp.int32)
-    for name in own:
+    for name in own_names:
         inputs[name] = jax.ShapeDtypeStruct((size["batch"], heads, slots, width), jnp.float32)
     if two:
         inputs["read"] = jax.ShapeDtypeStruct((size["batch"], size["length"]), jnp.bool_)
     for name in read:
         inputs[name] = jax.ShapeDtypeStruct((size["batch"], heads, size["length"], width), jnp.float32)
-    held = ["seen", *([] if grows else ["end"]), *own]
+    held = ["seen", *([] if grows else ["end"]), *own_names]
 
     def fn(params: Params, *arrays: Array) -> tuple[Array, ...]:
         given = dict(zip(inputs, arrays, strict=True))
         cross = Cross(*_paired([given[name] for name in read]), given["read"]) if two else None
-        cache = Cache(*_paired([given[name] for name in own]), given["seen"], given.get("end"), cross)
+        cache = Cache(*_paired([given[name] for name in own_names]), given["seen"], given.get("end"), cross)
         more: Any = {"method": "decode"} if two else {}
         empty = (None, None) if two else ()
 
@@ -148,10 +148,10 @@ def _encoder(loaded: Loaded) -> Part:
         cache = loaded.model.empty_cache(ids.shape[0], 1)  # type: ignore[attr-defined]
         first = jnp.full((ids.shape[0], 1), loaded.special.start or 0, jnp.int32)
         # The decoder reads a token only for the keys and values that it forms of `hidden`: the rest is left out.
-        found: Any = loaded.model.apply(
+        outputs: Any = loaded.model.apply(
             {"params": params}, first, jnp.ones_like(first), hidden, mask, cache, method="decode"
         )
-        return _mixed(found[1].cross)
+        return _mixed(outputs[1].cross)
 
     return Part(name="encoder", fn=compressed(run), inputs=inputs, outputs=tuple(_layered("read_", layers)), carried={})
 

@@ -244,8 +244,8 @@ class Writer:
                 return took(logits, count, cache, held[1], keys, scalars)
 
             self.programs[form, slots] = jax.jit(begin), jax.jit(step, donate_argnums=(3,))
-        found: tuple[Any, Any] = self.programs[form, slots]
-        return found
+        programs: tuple[Any, Any] = self.programs[form, slots]
+        return programs
 
 
 def _multiple(x: int) -> int:
@@ -256,5 +256,5 @@ def tokens_per_second(writer: Writer, params: Any, prompts: Sequence[Any], new: 
     """How many tokens all rows together are written in a second, prompts included; programs are compiled before."""
     writer(params, prompts, max_new_tokens=new)
     began = time.perf_counter()
-    found = writer(params, prompts, max_new_tokens=new)
-    return sum(len(one.tokens) for one in found) / (time.perf_counter() - began)
+    written = writer(params, prompts, max_new_tokens=new)
+    return sum(len(one.tokens) for one in written) / (time.perf_counter() - began)

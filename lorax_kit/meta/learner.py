@@ -98,25 +98,25 @@ def meta_step(
         axes = jax.tree.map(lambda x: 0 if jnp.ndim(x) else None, tasks)
         of_task = jax.vmap(lambda task: meta(base, state.factors, state.rates, task), in_axes=(axes,))
         # In the dtype of each: the mean of one gradient per task, a few numbers each.
-        found = jax.tree.map(lambda x: jnp.mean(x, axis=0), of_task(tasks))
-        if rate_tx is not None and found.rates is None:
+        gradient = jax.tree.map(lambda x: jnp.mean(x, axis=0), of_task(tasks))
+        if rate_tx is not None and gradient.rates is None:
             raise LoraxError(
                 "rate_tx would learn the inner rates, and this meta-gradient has none of them (Reptile).\n"
                 "  use maml(...), or leave rate_tx out"
             )
-        norm = optax.tree.norm(found.factors).astype(jnp.float32)
-        extra = {"value": found.loss, "grad": found.factors}
-        updates, opt_state = updated(tx, found.factors, state.opt_state, state.factors, extra)
+        norm = optax.tree.norm(gradient.factors).astype(jnp.float32)
+        extra = {"value": gradient.loss, "grad": gradient.factors}
+        updates, opt_state = updated(tx, gradient.factors, state.opt_state, state.factors, extra)
         new = state._replace(factors=optax.apply_updates(state.factors, updates), opt_state=opt_state)
         if rate_tx is not None:
-            by_log = jax.tree.map(jnp.multiply, state.rates, found.rates)
+            by_log = jax.tree.map(jnp.multiply, state.rates, gradient.rates)
             updates, rate_state = updated(rate_tx, by_log, state.rate_state, _logarithms(state.rates), extra)
             rates = jax.tree.map(lambda rate, u: rate * jnp.exp(u), state.rates, updates)
             new = new._replace(rates=rates, rate_state=rate_state)
-        finite = jnp.isfinite(found.loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(gradient.loss) & jnp.isfinite(norm)
         finite = jax.tree.reduce(lambda ok, x: ok & jnp.all(jnp.isfinite(x)), (new.factors, new.rates), finite)
         new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
-        return new._replace(step=state.step + 1), Info(found.loss, norm, finite, {"inner": found.inner})
+        return new._replace(step=state.step + 1), Info(gradient.loss, norm, finite, {"inner": gradient.inner})
 
     return init, jax.jit(step, donate_argnums=(0,)) if jit else step
 

@@ -88,8 +88,8 @@ def maml(loss_fn: Callable[..., Any], *, steps: int, order: int = 2) -> Meta:
             own, inner = adapt_to(loss_fn, base, factors, task.support, rates, steps=steps, first_order=order == 1)
             return means(run(own, base, task.query, None), own, 1)[0], inner
 
-        (loss, inner), found = jax.value_and_grad(outcome, argnums=(0, 1), has_aux=True)(factors, rates)
-        return MetaGradient(loss, inner, *found)
+        (loss, inner), grads = jax.value_and_grad(outcome, argnums=(0, 1), has_aux=True)(factors, rates)
+        return MetaGradient(loss, inner, *grads)
 
     return gradient
 

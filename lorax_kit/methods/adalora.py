@@ -106,10 +106,10 @@ def penalty(site: Site, leaves: AdaLoRALeaves) -> Array:
 def _pattern(m: TorchModule) -> Any:
     """Which of the first triplets are left, where the config says so: PEFT stores the others no more."""
     patterns = m.config["rank_pattern"] or {}
-    found = next((x for name, x in patterns.items() if name.split(".lora_E")[0] == m.name), None)
-    if found is None:
+    pattern = next((x for name, x in patterns.items() if name.split(".lora_E")[0] == m.name), None)
+    if pattern is None:
         return None
-    mask = np.asarray(found, bool)
+    mask = np.asarray(pattern, bool)
     need(mask.shape == (m.config["init_r"],), f"rank_pattern has {mask.size} triplets at {m.name!r}, not init_r.")
     return mask
 

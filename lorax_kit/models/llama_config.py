@@ -150,10 +150,10 @@ def _rope(data: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of rotary angles: at the top and in rope_scaling (4), or within rope_parameters (5)."""
     rope: dict[str, Any] = {"rope_theta": data.get("rope_theta", 1e4)}
     for key in ("rope_scaling", "rope_parameters"):
-        found = data.get(key) or {}
-        if not isinstance(found, Mapping):
-            raise ValueError(f"config.json has {key} {found!r}; it must be an object.")
-        rope |= found
+        section = data.get(key) or {}
+        if not isinstance(section, Mapping):
+            raise ValueError(f"config.json has {key} {section!r}; it must be an object.")
+        rope |= section
     return rope
 
 

@@ -239,8 +239,8 @@ class Tokenizer:
 
     def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Ids of each text without further special tokens, and the characters [start, end) that each token is of."""
-        found = self.inner.encode_batch(list(texts), add_special_tokens=False)
-        return [(self._known(x.ids), x.offsets) for x in found]
+        encodings = self.inner.encode_batch(list(texts), add_special_tokens=False)
+        return [(self._known(x.ids), x.offsets) for x in encodings]
 
     def text_of(self, token: int | None) -> str | None:
         """The text that stands for a token; None of None."""

@@ -64,13 +64,13 @@ def layout(params: Any, mesh: Mesh, rules: Mapping[str, Axes] | None = None, *, 
       P('fsdp', 'tensor')
     """
     named, treedef = flatten(params, whole=(Quantised, LowRank))
-    own = _checked(rules, mesh, [p for p, x in named.items() if _holds_arrays(x)])
-    if rules is None and mesh.shape.get(TENSOR, 1) > 1 and not any(_axes_of(p, x, own) for p, x in named.items()):
+    checked = _checked(rules, mesh, [p for p, x in named.items() if _holds_arrays(x)])
+    if rules is None and mesh.shape.get(TENSOR, 1) > 1 and not any(_axes_of(p, x, checked) for p, x in named.items()):
         raise LoraxError(
             f"the mesh has {mesh.shape[TENSOR]} devices along {TENSOR!r}, and no parameter has a name that tells how "
             f"to split it.\n  rules={{'**/up/kernel': (None, {TENSOR!r}), ...}}"
         )
-    return unflatten({path: _shardings(path, x, own, mesh, smallest) for path, x in named.items()}, treedef)
+    return unflatten({path: _shardings(path, x, checked, mesh, smallest) for path, x in named.items()}, treedef)
 
 
 def _shardings(path: str, x: Any, rules: Mapping[str, Axes], mesh: Mesh, smallest: int) -> Any:
@@ -157,10 +157,10 @@ def _spelled(rules: Mapping[str, Axes] | None, mesh: Mesh) -> dict[str, Axes]:
 
 def _axes_of(path: str, x: Any, rules: Mapping[str, Axes]) -> Axes:
     """What the first rule that matches says of a parameter."""
-    found = next((axes for pattern, axes in rules.items() if matches(pattern, path)), ())
-    if found and len(found) != len(x.shape):
-        raise LoraxError(f"{path!r} has shape {x.shape}; its rule {found} is for {len(found)} axes.")
-    return found
+    rule = next((axes for pattern, axes in rules.items() if matches(pattern, path)), ())
+    if rule and len(rule) != len(x.shape):
+        raise LoraxError(f"{path!r} has shape {x.shape}; its rule {rule} is for {len(rule)} axes.")
+    return rule
 
 
 def _for_part(x: Any, part: Any, axes: Axes) -> Axes:

@@ -180,8 +180,8 @@ def gathered_base(base: Any, used: list[NamedSharding | None]) -> Any:
     """A base whose arrays lie as they are used, within a loss that `gathered_anew` gives."""
     leaves, tree = jax.tree.flatten(base)
     pairs = zip(leaves, used, strict=True)
-    found = [x if at is None else checkpoint_name(_moved(x, at), GATHERED) for x, at in pairs]
-    return jax.tree.unflatten(tree, found)
+    placed = [x if at is None else checkpoint_name(_moved(x, at), GATHERED) for x, at in pairs]
+    return jax.tree.unflatten(tree, placed)
 
 
 def gathered_anew(loss: Loss) -> Loss:

@@ -212,11 +212,11 @@ def layer_of(config: Mapping[str, Any], name: str) -> int | None:
     """The number of the layer that a module lies in: the first one, or the one after a name in layers_pattern."""
     patterns = listed(config.get("layers_pattern"))
     for pattern in patterns or [r"[^.]*"]:
-        found = compiled(pattern, r"(?:^|.*?\.){}\.(?P<idx>\d+)\." if patterns else r".*?\.{}\.(?P<idx>\d+)\.").match(
+        match = compiled(pattern, r"(?:^|.*?\.){}\.(?P<idx>\d+)\." if patterns else r".*?\.{}\.(?P<idx>\d+)\.").match(
             name
         )
-        if found:
-            return int(found["idx"])
+        if match:
+            return int(match["idx"])
     return None
 
 
@@ -252,10 +252,10 @@ def targeted(config: Mapping[str, Any], modules: Collection[str], notes: list[st
             notes.append("layers_to_transform is passed over where target_modules is a pattern")
         else:
             chosen = [layers] if isinstance(layers, int) else layers
-            found = {name: layer_of(config, name) for name in hits}
-            for layer in sorted(set(chosen) - {n for n in found.values() if n is not None}):
+            numbers = {name: layer_of(config, name) for name in hits}
+            for layer in sorted(set(chosen) - {n for n in numbers.values() if n is not None}):
                 notes.append(f"layers_to_transform has {layer}, where no module is targeted")
-            hits = {name for name in hits if name in wanted or found[name] in chosen}
+            hits = {name for name in hits if name in wanted or numbers[name] in chosen}
     excluded = config.get("exclude_modules")
     if isinstance(excluded, str) and excluded:
         without = compiled(excluded)

@@ -201,10 +201,10 @@ def sort_out(tensors: Mapping[str, np.ndarray], form: PeftForm, besides: Mapping
             _refuse_named_adapter(full, ends)
             out.rest[name] = x
             continue
-        found = held.setdefault(name.removesuffix(f".{end}"), {})
-        if ends_here[end] in found:
+        module_tensors = held.setdefault(name.removesuffix(f".{end}"), {})
+        if ends_here[end] in module_tensors:
             raise AdapterError(f"the tensor {full!r} comes twice, under an older name too.")
-        found[ends_here[end]] = x
+        module_tensors[ends_here[end]] = x
     return out
 
 

@@ -77,7 +77,7 @@ def ways(
       parameter: torch has no module for it (experts).
       inputs_first: it is transformers' Conv1D.
     """
-    own = tuple(i for i in range(len(shape)) if i not in stack)
+    unstacked = tuple(i for i in range(len(shape)) if i not in stack)
     linear = "Parameter" if parameter else "Conv1D" if inputs_first else "Linear"
     pairs: list[tuple[Axes, tuple[str, ...]]] = []
     if given is not None:
@@ -86,13 +86,13 @@ def ways(
             window = CONVOLUTIONS.get(len(axes.inputs) - 1, "")
             kinds = {"lookup": ("Embedding",), "tied": ("Embedding",), "product": (linear,), "other": (window, linear)}
             pairs.append((axes, kinds[use]))
-            if use != "other" and len(own) == 2:  # PEFT may see a table as a layer whose outputs are its rows
+            if use != "other" and len(unstacked) == 2:  # PEFT may see a table as a layer whose outputs are its rows
                 swapped = Axes(inputs=axes.outputs, outputs=axes.inputs, stack=axes.stack)
                 pairs.append((swapped, (linear,) if use != "product" else ("Embedding",)))
     else:
-        leaf, n = leaf_of(path), len(own)
+        leaf, n = leaf_of(path), len(unstacked)
         for k in range(1, n):
-            axes = Axes(inputs=own[:k], outputs=own[k:], stack=stack)
+            axes = Axes(inputs=unstacked[:k], outputs=unstacked[k:], stack=stack)
             layers: tuple[str, ...] = (linear,) if n < 4 or k < n - 1 else ()
             if n == 2 and leaf != "kernel":
                 layers = ("Embedding",) if leaf == "embedding" else (*layers, "Embedding")
@@ -100,7 +100,7 @@ def ways(
                 layers = (*layers, CONVOLUTIONS.get(n - 2, ""))
             pairs.append((axes, layers))
         if n >= 2 and leaf not in ("kernel",) and not inputs_first:
-            axes = Axes(inputs=own[1:], outputs=own[:1], stack=stack)
+            axes = Axes(inputs=unstacked[1:], outputs=unstacked[:1], stack=stack)
             pairs.append((axes, (linear,) if n == 2 else (CONVOLUTIONS.get(n - 2, ""),)))
     for axes, layers in pairs:
         for layer in layers:

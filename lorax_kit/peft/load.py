@@ -70,17 +70,17 @@ def load_peft(
     config = Config(path)
     named = {p: x for p, x in flatten(base)[0].items() if is_array(x)}
     torch = Names(names, named, plan)
-    found = sort_out(read_weights(path), config.form, config.beside)
+    tensors = sort_out(read_weights(path), config.form, config.beside)
     config.notes += config_notes(path)
     reader = Reader(config, torch, named, plan)
     try:
-        pieces = reader.read(found)
+        pieces = reader.read(tensors)
         rules: dict[str, AnySetting] = {}
         axes: dict[str, tuple[Axes, str]] = {}
         for p, piece in pieces.items():
             rules[literal(p)] = setting_of(piece, dtype, named[p], reduce_ranks)
             axes[p] = piece.way.axes, reader.use(p, piece.way)
-        full = full_leaves(config, found.rest, torch, named, reader, dtype)
+        full = full_leaves(config, tensors.rest, torch, named, reader, dtype)
         for p, value in full.items():
             own = wide(named[p].dtype) if jnp.finfo(named[p].dtype).bits < 32 else named[p].dtype
             rules[literal(p)] = Full(dtype=None if value.dtype == own else str(value.dtype))

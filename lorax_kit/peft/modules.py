@@ -56,30 +56,30 @@ class Reader:
             a tied parameter of which PEFT moved one use.
         """
         self._check_targets(tensors)
-        found, twins = list[Found](), list[tuple[str, str]]()
-        for module, own in tensors.modules.items():
+        matched, twins = list[Found](), list[tuple[str, str]]()
+        for module, module_tensors in tensors.modules.items():
             base = module.replace(".base_layer", "")
             if self._experts(base):
                 continue
             if twin := self.torch.twin(f"{module}.weight"):
                 twins.append((module, twin))
                 continue
-            found += self._found(module, f"{module}.weight", self.config.method, own)
+            matched += self._found(module, f"{module}.weight", self.config.method, module_tensors)
         for base in dict.fromkeys(m.replace(".base_layer", "") for m in tensors.modules):
-            found += self._of_experts(base, tensors.modules)
+            matched += self._of_experts(base, tensors.modules)
         for key, modules in tensors.beside.items():
-            for module, own in modules.items():
-                found += self._found(module, f"{module}.weight", self.config.beside[key], own, key)
+            for module, module_tensors in modules.items():
+                matched += self._found(module, f"{module}.weight", self.config.beside[key], module_tensors, key)
         self._check_beside(tensors)
         shared: dict[str, Any] = {}
         form = self.config.form
         if form.shared is not None:
-            shared = form.shared(self.config.of(form, ""), [f.module for f in found], tensors.shared)
+            shared = form.shared(self.config.of(form, ""), [f.module for f in matched], tensors.shared)
         for name in set(tensors.shared) - set(shared):
             raise AdapterError(f"{WEIGHTS} has the tensor {name!r}, which nothing here calls for.")
         out: dict[str, Pieces] = {}
-        for one in found:
-            self._add(out, one, shared)
+        for match in matched:
+            self._add(out, match, shared)
         self._check_ties(out, tensors, twins)
         return out
 
@@ -165,23 +165,23 @@ class Reader:
                     parts = form.apart(tensors[layer], count)
                 except (KeyError, ValueError):
                     continue
-                one = [
+                matched = [
                     self._match(
                         Place(path, (e,) if len(shape) == 3 else (), None), name, self.config.method, part, None
                     )
                     for e, part in enumerate(parts)
                 ]
-                if all(isinstance(x, Found) for x in one):
-                    fits[name] = one
+                if all(isinstance(x, Found) for x in matched):
+                    fits[name] = matched
             if len(fits) != 1:
                 how = "in several ways: their shapes are equal" if fits else "no parameter of it"
                 raise AdapterError(
                     f"the tensors of {layer!r} fit {how}; parameters targeted: {', '.join(map(repr, left))}.\n"
                     "  PEFT does not store which is whose; give plan=lk.resolve(...) where a matrix is square"
                 )
-            ((name, one),) = fits.items()
+            ((name, matched),) = fits.items()
             left.remove(name)
-            out += [x for x in one if isinstance(x, Found)]
+            out += [x for x in matched if isinstance(x, Found)]
         return out
 
     def _found(self, module: str, name: str, method: Method, tensors: Tensors, key: str | None = None) -> list[Found]:
@@ -264,31 +264,31 @@ class Reader:
 
         return weight
 
-    def _add(self, out: dict[str, Pieces], one: Found, shared: Mapping[str, Any]) -> None:
-        path, form = one.place.path, one.method.peft
+    def _add(self, out: dict[str, Pieces], match: Found, shared: Mapping[str, Any]) -> None:
+        path, form = match.place.path, match.method.peft
         assert form is not None
         try:
-            part: FromPeft = form.read(one.module._replace(shared=shared), one.tensors)
+            part: FromPeft = form.read(match.module._replace(shared=shared), match.tensors)
         except AdapterError:
             raise
         except LoraxError as e:
-            raise AdapterError(f"{one.module.name!r}: {e}") from None
-        if one.place.outputs is not None:
-            rows = slice(*one.place.outputs)
+            raise AdapterError(f"{match.module.name!r}: {e}") from None
+        if match.place.outputs is not None:
+            rows = slice(*match.place.outputs)
             axes = form.axes_of(part.setting)
             cut = {k: x[..., rows] if axes[k].endswith("o") else x for k, x in part.leaves.items()}
             part = part._replace(leaves=cut)
-        bias = f"{one.module.name}.bias"
-        if one.last and (part.bias_gain is not None or part.bias_shift is not None):
+        bias = f"{match.module.name}.bias"
+        if match.last and (part.bias_gain is not None or part.bias_shift is not None):
             if bias not in self.torch.places and part.bias_shift is not None:
-                raise AdapterError(f"{one.module.name!r} has a lora_bias, and this base has no {bias!r} to take it.")
+                raise AdapterError(f"{match.module.name!r} has a lora_bias, and this base has no {bias!r} to take it.")
             self.biases[bias] = part.bias_gain, part.bias_shift
-        sizes = tuple(self.named[path].shape[i] for i in one.way.axes.stack)
-        pieces = out.setdefault(path, Pieces(path, one.method, one.way, sizes))
-        if pieces.method is not one.method or pieces.way != one.way or one.place.at in pieces.parts:
+        sizes = tuple(self.named[path].shape[i] for i in match.way.axes.stack)
+        pieces = out.setdefault(path, Pieces(path, match.method, match.way, sizes))
+        if pieces.method is not match.method or pieces.way != match.way or match.place.at in pieces.parts:
             raise AdapterError(f"{path!r} is adapted twice, which one parameter cannot be.")
-        pieces.parts[one.place.at] = part
-        pieces.dtypes |= {str(x.dtype) for x in one.tensors.values() if x.ndim > 1}
+        pieces.parts[match.place.at] = part
+        pieces.dtypes |= {str(x.dtype) for x in match.tensors.values() if x.ndim > 1}
 
     def _check_ties(self, out: Mapping[str, Pieces], tensors: Sorted, twins: list[tuple[str, str]]) -> None:
         """One parameter that serves two modules must be moved alike in both."""
@@ -314,17 +314,17 @@ class Reader:
 
     def _same(self, module: str, pieces: Pieces | None, modules: Mapping[str, Tensors]) -> bool:
         """Whether a head's tensors are those of its embedding: of factors, inputs and outputs exchanged."""
-        form, own = self.config.form, modules[module]
+        form, head = self.config.form, modules[module]
         if pieces is None or pieces.form is not form:
             return False
         if not form.product:
             table = modules[self.torch.templates[pieces.path].removesuffix(".weight")]
-            return set(own) == set(table) and all(np.array_equal(x, table[end]) for end, x in own.items())
+            return set(head) == set(table) and all(np.array_equal(x, table[end]) for end, x in head.items())
         (main,), way = pieces.parts.values(), pieces.way
         m = TorchModule(module, "Linear", way.inputs[0], (way.outputs,), self.config.of(form, module), lambda: None, {})
-        if form.shapes(m, own) != {end: x.shape for end, x in own.items()}:
+        if form.shapes(m, head) != {end: x.shape for end, x in head.items()}:
             return False
-        leaves = form.read(m, own).leaves
+        leaves = form.read(m, head).leaves
         return all(np.array_equal(leaves[x], main.leaves[y]) for x, y in ("ab", "ba"))
 
 

@@ -66,16 +66,16 @@ class Names:
                     f"`names` gives {path!r} {value!r}; it must be a name in torch, or a tuple of names."
                 )
             first, *others = given
-            found = _SLICE.fullmatch(first)
-            template = found[1] if found else str(first)
-            outputs = (int(found[2]), int(found[3])) if found else None
+            match = _SLICE.fullmatch(first)
+            template = match[1] if match else str(first)
+            outputs = (int(match[2]), int(match[3])) if match else None
             holes = template.count("{}")
             for name in (template.replace("{}", "0"), *others):
                 if not _NAME.fullmatch(name) or "" in name.split("."):
                     raise AdapterError(
                         f"`names` gives {path!r} the name {name!r}, which no parameter of torch can have."
                     )
-            if found and (holes or int(found[2]) >= int(found[3])):
+            if match and (holes or int(match[2]) >= int(match[3])):
                 raise AdapterError(f"`names` gives {path!r} {value!r}: a range of outputs is [first:last + 1].")
             self.templates[path] = template
             self.also[path] = tuple(others) if not isinstance(value, str) else getattr(value, "also", None)

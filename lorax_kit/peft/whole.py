@@ -203,16 +203,18 @@ def kept(
     _check_moved_biases(modules, torch, named, factors, full)
     moved = {f"{name}.bias" for name, m in adapted.items() if "bias_gain" in m.leaves}
     biases = [name for name in torch.places if name.endswith(".bias")]
-    own = [name for name in biases if name.rpartition(".")[0] in adapted and name in trained and name not in moved]
+    trained_biases = [
+        name for name in biases if name.rpartition(".")[0] in adapted and name in trained and name not in moved
+    ]
     if form.bias is None:
         out.bias = None
-    if own and form.bias is not None:
+    if trained_biases and form.bias is not None:
         out.bias = "all" if set(biases) <= set(trained) else form.bias
-        for name in biases if out.bias == "all" else own:
+        for name in biases if out.bias == "all" else trained_biases:
             module, _, _ = name.rpartition(".")
             inner = ".base_layer" if module in adapted else ""
             out.tensors[f"{module}{inner}.bias"] = _value(name, torch, named, factors)
-    done = set(biases) if out.bias == "all" else set(own) if out.bias not in (None, "none") else set()
+    done = set(biases) if out.bias == "all" else set(trained_biases) if out.bias not in (None, "none") else set()
     for name in trained:
         module = name.rpartition(".")[0]
         if name in done or name in moved:

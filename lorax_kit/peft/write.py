@@ -74,16 +74,16 @@ def written(plan: Plan, factors: FactorTree, torch: Names, named: Mapping[str, A
         if not mine:
             continue
         form = form_of(sites[mine[0].path])
-        one = _module(name, places, sites, factors, torch, named, form)
-        if one.parameter is not None:
-            experts.setdefault(one.module.name, []).append(one)
+        entry = _module(name, places, sites, factors, torch, named, form)
+        if entry.parameter is not None:
+            experts.setdefault(entry.module.name, []).append(entry)
             continue
         if form is not main and main.peft_type in form.beside:
             end, key = form.beside[main.peft_type]
-            one.tensors = {end: next(iter(one.tensors.values()))}
-            one.beside = key, next(iter(form.config(one.module, one.setting, one.leaves).values()))
-        out[one.module.name] = one
-        _tie(one, sites[mine[0].path], torch)
+            entry.tensors = {end: next(iter(entry.tensors.values()))}
+            entry.beside = key, next(iter(form.config(entry.module, entry.setting, entry.leaves).values()))
+        out[entry.module.name] = entry
+        _tie(entry, sites[mine[0].path], torch)
     for module, group in experts.items():
         _nest(module, group, out)
     return out
@@ -98,16 +98,16 @@ def _main_form(plan: Plan) -> PeftForm:
     forms: dict[int, tuple[PeftForm, Site]] = {}
     for site in plan.sites:
         forms.setdefault(id(form_of(site)), (form_of(site), site))
-    found = list(forms.values())
-    types = {form.peft_type for form, _ in found}
-    mains = [(form, site) for form, site in found if not types & set(form.beside)]
+    pairs = list(forms.values())
+    types = {form.peft_type for form, _ in pairs}
+    mains = [(form, site) for form, site in pairs if not types & set(form.beside)]
     if len(mains) > 1:
         (_, one), (_, two) = mains[:2]
         raise AdapterError(
             f"PEFT has one method for all modules; here it is {one.setting.kind!r} at {one.path!r} and "
             f"{two.setting.kind!r} at {two.path!r}.\n  use lk.save_adapter, or one method"
         )
-    return mains[0][0] if mains else found[0][0]
+    return mains[0][0] if mains else pairs[0][0]
 
 
 def _module(
@@ -177,7 +177,7 @@ def _module(
 
 
 def _way(site: Site, name: str, torch: Names, form: PeftForm) -> Way:
-    found = ways(
+    candidates = ways(
         site.path,
         site.shape,
         site.axes.stack,
@@ -185,7 +185,7 @@ def _way(site: Site, name: str, torch: Names, form: PeftForm) -> Way:
         not name.endswith(".weight"),
         site.path in torch.inputs_first,
     )
-    way = next((w for w in found if w.layer in form.layers and w.axes == site.axes), None)
+    way = next((w for w in candidates if w.layer in form.layers and w.axes == site.axes), None)
     if way is None:
         kinds = ", ".join(sorted(form.layers))
         raise AdapterError(
@@ -235,27 +235,30 @@ def _joined(
     return setting, {"a": np.concatenate(rows_a), "b": np.concatenate(rows_b)}
 
 
-def _tie(one: Written, site: Site, torch: Names) -> None:
+def _tie(entry: Written, site: Site, torch: Names) -> None:
     """The heads that an adapted embedding serves too."""
     if not site.lookup:
         return
     others = torch.tied(site.path, site.use if site.use == "tied" or torch.also[site.path] is not None else None)
-    if not others or one.form.ties == "always":
+    if not others or entry.form.ties == "always":
         return
-    if one.form.ties != "asked":
+    if entry.form.ties != "asked":
         raise AdapterError(
-            f"{site.path!r} is {one.module.name + '.weight'!r} and {others[0]!r} in torch: PEFT adapts one of them by "
-            f"{site.setting.kind}, and both move here.\n  use lk.save_adapter, or adapt it by LoRA"
+            f"{site.path!r} is {entry.module.name + '.weight'!r} and {others[0]!r} in torch: PEFT adapts one of them "
+            f"by {site.setting.kind}, and both move here.\n  use lk.save_adapter, or adapt it by LoRA"
         )
     for other in others:
-        m = one.module._replace(
-            name=other.removesuffix(".weight"), layer="Linear", outputs=one.module.size, inputs=(one.module.outputs,)
+        m = entry.module._replace(
+            name=other.removesuffix(".weight"),
+            layer="Linear",
+            outputs=entry.module.size,
+            inputs=(entry.module.outputs,),
         )
-        leaves = {"a": one.leaves["b"], "b": one.leaves["a"]}
-        if one.leaves.get("a0") is not None:
-            leaves |= {"a0": one.leaves["b0"], "b0": one.leaves["a0"]}
-        one.head_modules.append(m.name)
-        one.heads |= {f"{m.name}.{end}": x for end, x in one.form.write(m, one.setting, leaves).items()}
+        leaves = {"a": entry.leaves["b"], "b": entry.leaves["a"]}
+        if entry.leaves.get("a0") is not None:
+            leaves |= {"a0": entry.leaves["b0"], "b0": entry.leaves["a0"]}
+        entry.head_modules.append(m.name)
+        entry.heads |= {f"{m.name}.{end}": x for end, x in entry.form.write(m, entry.setting, leaves).items()}
 
 
 def _nest(module: str, group: list[Written], out: dict[str, Written]) -> None:

@@ -52,9 +52,9 @@ def problem_at(address: str, settings: Mapping[str, Any] | None = None, *, remem
     said = here in [str(Path(p).absolute()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     sys.path[:] = [*before, here] if not remembered or said else [p for p in before if p not in ("", here)]
     try:
-        found: Any = importlib.import_module(module)
+        target: Any = importlib.import_module(module)
         for part in path.split("."):
-            found = getattr(found, part)
+            target = getattr(target, part)
     except Exception as e:  # whatever a module raises as it runs
         hint = ""
         if remembered:
@@ -65,21 +65,21 @@ def problem_at(address: str, settings: Mapping[str, Any] | None = None, *, remem
         raise StudyError(f"the problem at {address!r} cannot be imported: {type(e).__name__}: {e}.{hint}") from None
     finally:
         sys.path[:] = before
-    if isinstance(found, Problem):
+    if isinstance(target, Problem):
         if settings and not remembered:
             raise StudyError(f"{address!r} is a problem, which takes no settings; there are {', '.join(settings)}.")
-        made = found
-    elif callable(found) and getattr(found, MARK, False):
+        made = target
+    elif callable(target) and getattr(target, MARK, False):
         try:
-            inspect.signature(found).bind(**(settings or {}))
+            inspect.signature(target).bind(**(settings or {}))
         except TypeError as e:
             raise StudyError(f"the problem at {address!r} does not take these settings: {e}.") from None
-        made = found(**(settings or {}))
+        made = target(**(settings or {}))
         if not isinstance(made, Problem):
             raise StudyError(f"{address!r} builds a {type(made).__name__}, and must build an lk.Problem.")
     else:
         raise StudyError(
             f"{address!r} is neither an lk.Problem nor a function marked to build one.\n  mark it: @lk.problem_builder"
         )
-    own = {} if isinstance(found, Problem) else {"settings": dict(settings or {})}
+    own = {} if isinstance(target, Problem) else {"settings": dict(settings or {})}
     return replace(made, address=address, facts={**made.facts, **own})

@@ -38,19 +38,19 @@ def check_problem(problem: Problem) -> bool:
     batch = check_stream(problem)
     params = problem.params(jax.random.key(0))
     names = [path for path, x in flatten(params)[0].items() if is_array(x)]
-    own: dict[str, set[str]] = {"head": set(), "state": set()}
-    for part, paths in own.items():
+    paths_by_part: dict[str, set[str]] = {"head": set(), "state": set()}
+    for part, paths in paths_by_part.items():
         for pattern in getattr(problem, part):
             paths.update(matched(f"{part} {pattern!r} of {who}", pattern, names))
-    for path in sorted(own["state"]):
+    for path in sorted(paths_by_part["state"]):
         dtype = flatten(params)[0][path].dtype
         if not jnp.issubdtype(dtype, jnp.floating):
             raise StudyError(f"{path!r} of {who} is {dtype}; state holds float arrays.\n  keep counters out of it")
-    check_base(problem, params, own["head"] | own["state"], jax.random.key(1))
+    check_base(problem, params, paths_by_part["head"] | paths_by_part["state"], jax.random.key(1))
     classifies, means = _check_score(problem, params)
     for metric in problem.metrics or ():
         _check_metric(standard(metric), means)
-    _check_loss(problem, params, batch, own["state"])
+    _check_loss(problem, params, batch, paths_by_part["state"])
     return classifies
 
 
@@ -160,11 +160,11 @@ def _check_score(problem: Problem, params: Params) -> tuple[bool, Mapping[str, A
     def score(arrays: Mapping[str, Any], batch: Any) -> Any:
         nonlocal classifies
         outputs = problem.apply(whole(arrays), batch)
-        found = score_of(problem, outputs, batch)
-        classifies = isinstance(found, Score)
+        scores = score_of(problem, outputs, batch)
+        classifies = isinstance(scores, Score)
         if problem.predict is not None:
             problem.predict(outputs, batch)
-        return sums_of(found, f"problem {problem.name!r}")
+        return sums_of(scores, f"problem {problem.name!r}")
 
     for part in ("val", "test"):
         batch = getattr(problem, part)[0]
@@ -198,8 +198,8 @@ def _check_loss(problem: Problem, params: Params, batch: Any, state: Collection[
         return problem.loss(outputs, batch)
 
     with told_in_words(f"apply or loss of problem {problem.name!r} fails on the first training batch"):
-        found = jax.eval_shape(loss, arrays, batch)
-    total = found.total if isinstance(found, Weighted) else found
+        value = jax.eval_shape(loss, arrays, batch)
+    total = value.total if isinstance(value, Weighted) else value
     if not is_array(total) or total.shape != () or not jnp.issubdtype(total.dtype, jnp.floating):
         what = f"shape {total.shape} and dtype {total.dtype}" if is_array(total) else f"type {type(total).__name__}"
         raise StudyError(

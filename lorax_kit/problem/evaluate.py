@@ -66,7 +66,7 @@ def summarised(
 ) -> dict[str, float]:
     """Metrics by name, and "examples" (the weight of the loss), from what `scored` gave for each batch."""
     means, weight = means_of([sums for sums, _ in parts], f"problem {problem.name!r}", whole=whole)
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     predictions = [prediction for _, prediction in parts]
     for metric in problem.all_metrics:
         try:
@@ -76,8 +76,8 @@ def summarised(
         except (ArithmeticError, ValueError) as e:  # of a model that is lost: it must not end a study
             warnings.warn(f"metric {metric.name!r} of {problem.name!r} cannot be computed: {e!r}", stacklevel=2)
             value = math.nan
-        found[metric.name] = metric.checked(value)
-    return found | {"examples": int(weight) if weight == int(weight) else weight}
+        metrics[metric.name] = metric.checked(value)
+    return metrics | {"examples": int(weight) if weight == int(weight) else weight}
 
 
 def form_of_batch(batch: Any) -> Any:
@@ -134,8 +134,8 @@ class Evaluator:
         parts = self._compiled[form]
         if number not in self._shared:
             self._shared[number] = parts.prefix(arrays, batch)
-        found: tuple[Sums, Any] = parts.suffix(arrays, batch, self._shared[number])
-        return found
+        outcome: tuple[Sums, Any] = parts.suffix(arrays, batch, self._shared[number])
+        return outcome
 
     def __call__(self, params: Params) -> dict[str, float]:
         """The metrics of one version by name, and "examples"."""
@@ -151,9 +151,9 @@ class Evaluator:
 
     def _over(self, params: Params, count: int) -> dict[str, float]:
         arrays, _ = arrays_only(params)
-        found = [self._measured(arrays, number) for number in range(count)]
+        parts = [self._measured(arrays, number) for number in range(count)]
         return summarised(
-            self._problem, jax.device_get(found), self._batches[:count], whole=count == len(self._batches)
+            self._problem, jax.device_get(parts), self._batches[:count], whole=count == len(self._batches)
         )
 
 

@@ -108,8 +108,8 @@ class Metric:
     def checked(self, value: Any) -> float:
         """The value as a float, within the bounds."""
         if np.shape(value) != () or not (isinstance(value, int | float) or is_array(value)):
-            found = f"shape {np.shape(value)}" if np.shape(value) else f"the type {type(value).__name__}"
-            raise StudyError(f"metric {self.name!r} came to {found}; it must be one number.")
+            given = f"shape {np.shape(value)}" if np.shape(value) else f"the type {type(value).__name__}"
+            raise StudyError(f"metric {self.name!r} came to {given}; it must be one number.")
         number = float(value)
         if self.bounds is not None and not math.isnan(number):
             low, high = self.bounds

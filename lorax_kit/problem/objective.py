@@ -72,20 +72,20 @@ def training_loss(
     ) -> Any:
         new: dict[str, Array] = {}
         if summed is not None and not scalars:
-            found = replace(summed, scale=scale, dropout=dropout)(whole(base), factors, batch, dropout_key=key)
-            sums = sums_of(found, f"problem {problem.name!r}")
-            own = mean_scores(sums) if measured else {}
-            return _penalised(sums["loss"], penalty(plan, factors)), {STATE: new, **own}
+            scores = replace(summed, scale=scale, dropout=dropout)(whole(base), factors, batch, dropout_key=key)
+            sums = sums_of(scores, f"problem {problem.name!r}")
+            means = mean_scores(sums) if measured else {}
+            return _penalised(sums["loss"], penalty(plan, factors)), {STATE: new, **means}
         run = replace(adapted, scale=scale, dropout=dropout)
         if problem.train_apply is None:
             outputs = run(whole(base), factors, batch, dropout_key=key)
         else:
             assert key is not None, "a problem with a train_apply needs keys: init(factors, key)"
-            own, mask = jax.random.split(key)
-            outputs = run(whole(base), factors, batch, own, dropout_key=mask)
+            train_key, mask = jax.random.split(key)
+            outputs = run(whole(base), factors, batch, train_key, dropout_key=mask)
             if problem.state:
-                outputs, found = outputs_and_state(problem, outputs)
-                new = {path: x.astype(state[path]) for path, x in named_state(problem, found, state).items()}
+                outputs, new_state = outputs_and_state(problem, outputs)
+                new = {path: x.astype(state[path]) for path, x in named_state(problem, new_state, state).items()}
         aux: dict[str, Any] = {STATE: new}
         if measured:
             aux |= mean_scores(scored(problem, outputs, batch)[0])

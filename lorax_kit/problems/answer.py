@@ -191,8 +191,8 @@ def _place(passage: str, answer: str) -> int | None:
     """Where an answer stands: as a word of its own before within another, letter by letter before in other case."""
     for before, after in (("(?<!\\w)", "(?!\\w)"), ("", "")):
         for flags in (0, re.IGNORECASE):
-            if found := re.search(before + re.escape(answer) + after, passage, flags):
-                return found.start()
+            if match := re.search(before + re.escape(answer) + after, passage, flags):
+                return match.start()
     return None
 
 
@@ -225,23 +225,23 @@ def _mean_over_rows(held: Sequence[Held], measure: Callable[[str, str], float]) 
     """The mean over questions of the best window's answer, measured against the nearest of the right ones."""
 
     def metric(predictions: Sequence[np.ndarray], batches: Sequence[Spans]) -> float:
-        found = (
+        numbered = (
             (int(number), span)
             for spans, batch in zip(predictions, batches, strict=True)
             for number, span in zip(batch.number[batch.weight > 0], spans[batch.weight > 0], strict=True)
         )
-        best = _best(held, found).values()
+        best = _best(held, numbered).values()
         return float(np.mean([max(measure(text, answer) for answer in answers) for _, text, answers in best]))
 
     return metric
 
 
 def _best(
-    held: Sequence[Held], found: Iterable[tuple[int, np.ndarray]]
+    held: Sequence[Held], numbered: Iterable[tuple[int, np.ndarray]]
 ) -> dict[tuple[str, int], tuple[float, str, tuple[str, ...]]]:
     """Row -> (score, answer, right answers) of its best window, of (which window, its best span)."""
     best: dict[tuple[str, int], tuple[float, str, tuple[str, ...]]] = {}
-    for number, (first, last, score) in found:
+    for number, (first, last, score) in numbered:
         window = held[number]
         if window.row not in best or score > best[window.row][0]:
             text = window.passage[window.spans[int(first)][0] : window.spans[int(last)][1]]

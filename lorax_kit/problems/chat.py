@@ -71,11 +71,11 @@ class Chat(TextSettings):
         def conversation(row: Row) -> list[dict[str, str]]:
             if self.messages is None:
                 pair = (("user", "prompt"), ("assistant", "response"))
-                found = [{"role": role, "content": text_of(row, name)} for role, name in pair]
+                messages = [{"role": role, "content": text_of(row, name)} for role, name in pair]
             else:
-                found = _messages(row)
-            begins = [] if self.system is None or found[0]["role"] == "system" else [self.system]
-            return [*({"role": "system", "content": text} for text in begins), *found]
+                messages = _messages(row)
+            begins = [] if self.system is None or messages[0]["role"] == "system" else [self.system]
+            return [*({"role": "system", "content": text} for text in begins), *messages]
 
         return told_problem(self, "chat", loaded, conversation, template_of(loaded, self.template))
 

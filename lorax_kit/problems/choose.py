@@ -148,8 +148,8 @@ class Choose(TextSettings):
             return _batch(part, index, size, length, count)
 
         def answers(outputs: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-            found = [chosen(some, scores[: len(some)]) for some, scores in zip(choices, outputs, strict=True)]
-            return [{"answer": one.pop("label"), **one} for one in found]
+            picks = [chosen(some, scores[: len(some)]) for some, scores in zip(choices, outputs, strict=True)]
+            return [{"answer": one.pop("label"), **one} for one in picks]
 
         batches = placed_batches(longest, make, batch_size=self.batch_size, buckets=[length])
         return Asked(lambda key: loaded.params, _applying(loaded), batches, answers, int((longest > length).sum()))

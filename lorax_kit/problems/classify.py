@@ -123,8 +123,8 @@ class Classify(TextSettings):
         f1 = share_metric("micro_f1", of=micro_f1) if several else share_metric("macro_f1", of=macro_f1)
 
         def loss(logits: Any, batch: Labelled) -> Any:
-            found = sums(logits, batch.label, batch.weight)
-            return found["loss"] / jnp.maximum(found["weight"], 1e-9)
+            totals = sums(logits, batch.label, batch.weight)
+            return totals["loss"] / jnp.maximum(totals["weight"], 1e-9)
 
         return Problem(
             name="classify",
@@ -172,8 +172,8 @@ def _check_classes(settings: Classify, data: Data, names: Sequence[str]) -> None
         set(np.unique(labels.flat if isinstance(labels, Ragged) else labels).tolist())
         for labels in (part["label"] for part in data[:3])
     )
-    for file, found in zip((settings.val_data, settings.test_data), others, strict=True):
-        if file is not None and (odd := sorted(names[code] for code in found - trained)):
+    for file, codes in zip((settings.val_data, settings.test_data), others, strict=True):
+        if file is not None and (odd := sorted(names[code] for code in codes - trained)):
             raise DataError(
                 f"{file!r} has the class {shown(odd[0])}, which no row to train on has; those of {settings.data!r} "
                 f"have {', '.join(sorted(names[code] for code in trained))}.\n"
@@ -213,11 +213,11 @@ def _classes(settings: Classify, row: Row, several: bool) -> list[str]:
                 f"{row.where}: label is the list {value!r}, of a text that has one class.\n"
                 "  say that it may have more: several=true"
             )
-        found = [str(x).strip() for x in value]
+        names = [str(x).strip() for x in value]
     elif value is None:
-        found = []
+        names = []
     elif settings.separator is not None:
-        found = [x.strip() for x in str(value).split(settings.separator) if x.strip()]
+        names = [x.strip() for x in str(value).split(settings.separator) if x.strip()]
     else:
-        found = [str(value).strip()] if str(value).strip() else []
-    return list(dict.fromkeys(found))
+        names = [str(value).strip()] if str(value).strip() else []
+    return list(dict.fromkeys(names))

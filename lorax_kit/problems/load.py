@@ -128,15 +128,15 @@ def with_files(settings: Mapping[str, Any], files: Mapping[str, str], what: str)
     Raises:
       FileNotFoundError: a file that is not there.
     """
-    own = {**settings, **files}
+    updated = {**settings, **files}
     for name in FILES:
-        if own.get(name) and not Path(own[name]).is_file():
+        if updated.get(name) and not Path(updated[name]).is_file():
             raise FileNotFoundError(
-                f"there is no file {own[name]!r}, which {what} remembers.\n"
+                f"there is no file {updated[name]!r}, which {what} remembers.\n"
                 f"  put it there, or say where it lies now: {name}=NEW"
             )
-    kept = {name: x for name, x in (own.get("sha256") or {}).items() if name == "data" or name not in files}
-    return own | {"sha256": kept or None}
+    kept = {name: x for name, x in (updated.get("sha256") or {}).items() if name == "data" or name not in files}
+    return updated | {"sha256": kept or None}
 
 
 def _remembered(meta: Mapping[str, Any]) -> Settings:

@@ -98,8 +98,8 @@ class Regress(TextSettings):
             return number_sums(outputs[:, 0], batch.label, batch.weight)
 
         def loss(outputs: Any, batch: Labelled) -> Any:
-            found = sums(outputs, batch)
-            return found["loss"] / jnp.maximum(found["weight"], 1e-9)
+            totals = sums(outputs, batch)
+            return totals["loss"] / jnp.maximum(totals["weight"], 1e-9)
 
         return Problem(
             name="regress",
@@ -165,8 +165,8 @@ def _check_labels(settings: Regress, data: Data, mean: float, spread: float) -> 
 
 def _correlation(predictions: Sequence[np.ndarray], batches: Sequence[Labelled]) -> float:
     there = [batch.weight > 0 for batch in batches]
-    found = np.concatenate([x[kept, 0] for x, kept in zip(predictions, there, strict=True)])
-    return pearson(found, np.concatenate([batch.label[kept] for batch, kept in zip(batches, there, strict=True)]))
+    predicted = np.concatenate([x[kept, 0] for x, kept in zip(predictions, there, strict=True)])
+    return pearson(predicted, np.concatenate([batch.label[kept] for batch, kept in zip(batches, there, strict=True)]))
 
 
 def _number(row: Row) -> float:

@@ -59,49 +59,49 @@ def answer(summary: Summary) -> list[str]:
 def cautions(summary: Summary) -> list[str]:
     """What limits the answer: an unfinished run, diverged trials, too few rates or one at the edge, notes."""
     run = summary.run
-    found = []
+    limits = []
     if len(run.trials) < run.planned:
-        found.append(
+        limits.append(
             f"Partial run: {len(run.trials)} of {run.planned} trials. Everything here may change when the "
             "others finish."
         )
     elif not run.finished:
-        found.append("The study has not recorded its end; numbers on time may be missing.")
+        limits.append("The study has not recorded its end; numbers on time may be missing.")
     if summary.failed:
-        found.append(
+        limits.append(
             f"Diverged: {_of_all(len(summary.failed), len(run.trials))}. They are listed below, "
             "counted as ×n in the figures, and left out of every mean: read a mean beside ×n as conditional "
             "on not diverging."
         )
     if summary.stopped:
-        found.append(_stopped(summary))
+        limits.append(_stopped(summary))
     edges = at_edge_of_grid(summary)
     few = max((rates_tried(summary, condition) for condition in summary.ladder), default=0)
     if len(summary.ladder) > 1 and few < 3:
-        found.append(
+        limits.append(
             f"Only {'one learning rate was' if few == 1 else 'two learning rates were'} tried per rank: a rank may "
             f"look better only because {'that rate suits' if few == 1 else 'those rates suit'} it. To compare ranks, "
             "try at least three rates around the best."
         )
     if edges:
         ranks = ", ".join(str(condition.rank) for condition in edges)
-        found.append(
+        limits.append(
             f"The chosen learning rate is the lowest or highest one tried at rank {ranks}. A better one may "
             "lie outside the grid; compare ranks after widening it."
         )
     for column in dict.fromkeys((summary.choice, summary.metric)):
         odd = [t for t in run.trials if t["status"] == "done" and not is_number(t.get(column))]
         if odd and len(odd) < len(run.trials):
-            found.append(
+            limits.append(
                 f"{plural(len(odd), 'finished trial')} with no finite {column.replace('_', ' ')}, such as "
                 f"{odd[0]['trial']}: left out of every mean and choice."
             )
     if not summary.tested and summary.best is not None:
-        found.append(
+        limits.append(
             f"No test {summary.measure.word} was recorded: rates are chosen and results reported on the same "
             "validation set, which flatters them."
         )
-    return found + list(summary.notes)
+    return limits + list(summary.notes)
 
 
 def _headline(summary: Summary, best: Condition) -> str:
@@ -179,25 +179,25 @@ def _which(condition: Condition, best: Condition) -> str:
 
 
 def _against_smaller(summary: Summary, best: Condition, smaller: Condition) -> str:
-    found = summary.comparison(smaller)
+    comparison = summary.comparison(smaller)
     question = f"Is it distinguishable from rank {smaller.rank}, the next smaller one?"
-    if found is None or not found.pairs:
+    if comparison is None or not comparison.pairs:
         return f"{question} The two share no finished seed, so they cannot be compared."
     evidence = (
-        f"mean paired difference {summary.measure.difference(found)}, sign-flip test of this pair alone {_p(found.p)}, "
-        f"{plural(found.pairs, 'seed')}"
+        f"mean paired difference {summary.measure.difference(comparison)}, "
+        f"sign-flip test of this pair alone {_p(comparison.p)}, {plural(comparison.pairs, 'seed')}"
     )
-    if found.pairs < seeds_needed():
+    if comparison.pairs < seeds_needed():
         return (
             f"{question} This run cannot tell: {evidence}. Fewer than {seeds_needed()} seeds cannot reach "
-            f"p < 0.05 (the smallest p that {plural(found.pairs, 'pair')} can give is "
-            f"{smallest_p(found.pairs):.3g}), however large the difference."
+            f"p < 0.05 (the smallest p that {plural(comparison.pairs, 'pair')} can give is "
+            f"{smallest_p(comparison.pairs):.3g}), however large the difference."
         )
-    if found.p < 0.05:
-        direction = "better" if summary.measure.sign * found.difference < 0 else "worse on test data"
+    if comparison.p < 0.05:
+        direction = "better" if summary.measure.sign * comparison.difference < 0 else "worse on test data"
         return f"{question} Yes, it is {direction}: {evidence}."
     remains = "the interval says how large a difference may remain."
-    if math.isnan(found.low):
+    if math.isnan(comparison.low):
         remains = "the difference was the same at every seed, so there is no interval of what may remain."
     return f"{question} No: {evidence}. That does not show the two to be equal; {remains}"
 
@@ -213,8 +213,8 @@ def _cheapest(summary: Summary, best: Condition, smaller: list[Condition]) -> st
             f"p-value can fall below 0.05 before {needed} seeds (here {most}), so read the intervals, not the "
             "absence of a small p."
         )
-    found = {c.rank: summary.comparison(c) for c in smaller}
-    alike = {rank: c for rank, c in found.items() if c is not None and not c.p_holm < 0.05}  # nan without a pair
+    by_rank = {c.rank: summary.comparison(c) for c in smaller}
+    alike = {rank: c for rank, c in by_rank.items() if c is not None and not c.p_holm < 0.05}  # nan without a pair
     unclear = [rank for rank, c in alike.items() if c.pairs < needed]
     aside = f" (Rank {', '.join(map(str, unclear))}: too few seeds finished to tell.)" if unclear else ""
     over = f"Holm's correction over {plural(len(tests), 'comparison')}"
@@ -229,16 +229,16 @@ def _cheapest(summary: Summary, best: Condition, smaller: list[Condition]) -> st
 
 
 def _against_probe(summary: Summary, best: Condition, probe: Condition) -> str:
-    found = next((c for c in summary.comparisons if c.condition == (*probe.family, 0)), None)
-    if found is None or not found.pairs:
+    comparison = next((c for c in summary.comparisons if c.condition == (*probe.family, 0)), None)
+    if comparison is None or not comparison.pairs:
         return ""
     state = summary.run.study.get("state") or ()
     moves = f" (its weights are frozen; {', '.join(map(str, state))}, which training updates, is not)" if state else ""
     return (
         f"The frozen encoder with a trained head{moves} reaches "
         f"{summary.measure.text(probe.mean(summary.metric))}; rank {best.rank} differs from it by "
-        f"{summary.measure.difference(found)}, sign-flip test of this pair alone {_p(found.p)}, "
-        f"{plural(found.pairs, 'seed')}."
+        f"{summary.measure.difference(comparison)}, sign-flip test of this pair alone {_p(comparison.p)}, "
+        f"{plural(comparison.pairs, 'seed')}."
     )
 
 

@@ -54,14 +54,14 @@ def not_inferior_text(summary: Summary) -> str:
     best, measure = summary.best, summary.measure
     if best is None or not smaller_ranks(summary):
         return ""
-    found = smallest_not_inferior(summary)
-    if found is None or summary.margin is None:
+    tested = smallest_not_inferior(summary)
+    if tested is None or summary.margin is None:
         return (
             f"No margin was stated for the {measure.word}, so no smaller rank is claimed to be as good: "
             "report again with --margin, the largest loss that does not matter."
         )
-    held = [rung for rung in found.rungs if rung.holds]
-    failing = next((rung for rung in found.rungs if not rung.holds), None)
+    held = [rung for rung in tested.rungs if rung.holds]
+    failing = next((rung for rung in tested.rungs if not rung.holds), None)
     margin = f"a margin of {measure.amount(summary.margin)}"
     if not held:
         failed = "" if failing is None else _rung(summary, failing)
@@ -140,10 +140,10 @@ def power(summary: Summary) -> tuple[Condition, SeedsToTell] | None:
 
 def power_text(summary: Summary) -> str:
     """The power note; empty where the spread of differences is unknown."""
-    found = power(summary)
-    if found is None or summary.margin is None or summary.best is None:
+    estimate = power(summary)
+    if estimate is None or summary.margin is None or summary.best is None:
         return ""
-    other, told = found
+    other, told = estimate
     have = differences(other, summary.best, summary.metric).size
     tests = tests_of(summary)
     corrected = f" with Holm's correction over {plural(tests, 'comparison')}" if tests > 1 else ""
@@ -161,8 +161,8 @@ def more_seeds(summary: Summary) -> tuple[str, str] | None:
     if summary.best is None or not summary.comparisons:
         return None
     have, needed = seeds_of(summary), seeds_needed(tests_of(summary))
-    found = power(summary)
-    asked = found[1].seeds if found and found[1].seeds <= SENSIBLE else 0
+    estimate = power(summary)
+    asked = estimate[1].seeds if estimate and estimate[1].seeds <= SENSIBLE else 0
     wanted = max(needed, asked)
     if have >= wanted:
         return None

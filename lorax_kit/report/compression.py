@@ -85,15 +85,15 @@ def lines_of(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
     for row in rows:
         groups.setdefault((row["method"], row["keep"]), []).append(row)
 
-    def over(found: list[Mapping[str, Any]], name: str) -> Interval | None:
-        values = [row[name] for row in found if row[name] is not None]
+    def over(measured: list[Mapping[str, Any]], name: str) -> Interval | None:
+        values = [row[name] for row in measured if row[name] is not None]
         return interval(values) if values else None
 
     lines = []
-    for (method, keep), found in groups.items():
-        healed = [row for row in found if row["metric_healed"] is not None]
+    for (method, keep), group in groups.items():
+        healed = [row for row in group if row["metric_healed"] is not None]
         intervals = over(healed, "metric_healed"), over(healed, "agreement_healed")
-        lines.append(Line(method, keep, (healed or found)[0], len(healed), *intervals))
+        lines.append(Line(method, keep, (healed or group)[0], len(healed), *intervals))
     return lines
 
 

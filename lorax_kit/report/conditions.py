@@ -60,8 +60,8 @@ class Condition:
 
     def values(self, key: str) -> Float[np.ndarray, " n"]:
         """The finite values of `key` over finished trials, one per seed."""
-        found = (trial.get(key) for trial in self.done)
-        return np.array([v for v in found if v is not None and math.isfinite(v)], dtype=np.float64)
+        recorded = (trial.get(key) for trial in self.done)
+        return np.array([v for v in recorded if v is not None and math.isfinite(v)], dtype=np.float64)
 
     def mean(self, key: str) -> float:
         """Mean of `key` over finished trials; nan if there is none."""
@@ -219,8 +219,8 @@ def summarise(
 
 def compare_conditions(conditions: Sequence[Condition], metric: str, best: Condition) -> tuple[Comparison, ...]:
     """Every other condition against `best`, Holm-corrected over those given; each named by its `key`."""
-    found = compare(paired_rows(conditions), metric, ("condition",), against=(best.key,))
-    return tuple(c._replace(condition=c.condition[0], against=c.against[0]) for c in found)
+    comparisons = compare(paired_rows(conditions), metric, ("condition",), against=(best.key,))
+    return tuple(c._replace(condition=c.condition[0], against=c.against[0]) for c in comparisons)
 
 
 def paired_rows(conditions: Iterable[Condition]) -> list[Record]:
@@ -237,11 +237,13 @@ def paired_rows(conditions: Iterable[Condition]) -> list[Record]:
 
 def differences(one: Condition, other: Condition, metric: str) -> Float[np.ndarray, " pairs"]:
     """one - other of the metric, over the seeds that finished in both."""
-    found: list[dict[Any, float]] = []
+    by_seed: list[dict[Any, float]] = []
     for condition in (one, other):
         done = [row for row in paired_rows([condition]) if row["status"] == "done" and row.get(metric) is not None]
-        found.append({row["seed"]: row[metric] for row in done if math.isfinite(row[metric])})
-    return np.array([found[0][seed] - found[1][seed] for seed in found[0] if seed in found[1]], dtype=np.float64)
+        by_seed.append({row["seed"]: row[metric] for row in done if math.isfinite(row[metric])})
+    return np.array(
+        [by_seed[0][seed] - by_seed[1][seed] for seed in by_seed[0] if seed in by_seed[1]], dtype=np.float64
+    )
 
 
 def at_every_rate(summary: Summary, condition: Condition) -> list[Condition]:

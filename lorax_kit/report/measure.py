@@ -117,8 +117,8 @@ class Measure:
 
 def measures(study: Mapping[str, Any]) -> tuple[Measure, ...]:
     """Every metric of a run, the loss among them."""
-    found = study.get("metrics")
-    if not isinstance(found, list):
+    metrics = study.get("metrics")
+    if not isinstance(metrics, list):
         return (Measure("loss", "lower", ".4f"), Measure())
-    ok = [one for one in found if isinstance(one, Mapping) and {"name", "better", "format"} <= set(one)]
+    ok = [one for one in metrics if isinstance(one, Mapping) and {"name", "better", "format"} <= set(one)]
     return tuple(Measure(str(one["name"]), str(one["better"]), str(one["format"])) for one in ok)

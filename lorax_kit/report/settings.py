@@ -51,12 +51,12 @@ def varying(trials: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     """
     trials = list(trials)
     adapted = [trial for trial in trials if trial["rank"] > 0] or trials
-    found = [settings_of(trial) for trial in adapted]
-    names = dict.fromkeys(name for settings in found for name in settings)
+    per_trial = [settings_of(trial) for trial in adapted]
+    names = dict.fromkeys(name for settings in per_trial for name in settings)
     differing = []
     for name in names:
         seen: dict[Any, set[str]] = {}
-        for trial, settings in zip(adapted, found, strict=True):
+        for trial, settings in zip(adapted, per_trial, strict=True):
             group = str(trial.get("variant")) if name.startswith(f"{METHOD}.") else ""
             seen.setdefault(group, set()).add(_key(settings.get(name)))
         if any(len(values) > 1 for values in seen.values()):

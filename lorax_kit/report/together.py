@@ -132,10 +132,10 @@ def _rows(sides: Sequence[Summary], same: Sequence[bool]) -> tuple[tuple[Row, ..
 
     ways = [exact] + [rank] * all(len(side.ladders) == 1 for side in sides)
     for key in ways:
-        found = [{key(c): c for c in usable(side)} for side in sides]
+        by_key = [{key(c): c for c in usable(side)} for side in sides]
         rows = []
-        for name, condition in found[0].items():
-            beside = [(k, conditions[name]) for k, conditions in enumerate(found) if name in conditions]
+        for name, condition in by_key[0].items():
+            beside = [(k, conditions[name]) for k, conditions in enumerate(by_key) if name in conditions]
             if len(beside) > 1:
                 setting = str(condition.family) if key is exact else "each run's own setting"
                 rows.append(Row(setting, condition.rank, _cells(beside, sides, same)))
@@ -151,10 +151,10 @@ def _cells(
     metric = sides[0].metric
     cells = [Cell(conditions[0][0], first)]
     for side, condition in others:
-        found = _paired(first, condition, metric) if same[side] else None
-        if found is not None and found.pairs:
-            gap = Interval(found.difference, found.low, found.high, found.method)
-            cells.append(Cell(side, condition, gap, found.pairs, found.p))
+        comparison = _paired(first, condition, metric) if same[side] else None
+        if comparison is not None and comparison.pairs:
+            gap = Interval(comparison.difference, comparison.low, comparison.high, comparison.method)
+            cells.append(Cell(side, condition, gap, comparison.pairs, comparison.p))
         else:
             cells.append(Cell(side, condition, unpaired(condition.values(metric), first.values(metric))))
     return tuple(cells)
@@ -163,8 +163,8 @@ def _cells(
 def _paired(first: Condition, other: Condition, metric: str) -> Comparison:
     sides = {"first": first, "other": other}
     rows = [trial | {"condition": name} for name, c in sides.items() for trial in paired_rows([c])]
-    (found,) = compare(rows, metric, ("condition",), against=("first",))
-    return found
+    (comparison,) = compare(rows, metric, ("condition",), against=("first",))
+    return comparison
 
 
 def _corrected(rows: Sequence[Row]) -> tuple[Row, ...]:
@@ -176,14 +176,14 @@ def _corrected(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def _differing(runs: Sequence[RunFolder]) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
-    found = []
+    differing = []
     for section, values in _sections(runs).items():
         names = dict.fromkeys(name for one in values for name in one)
         for name in names:
             texts = tuple(_text(one.get(name)) for one in values)
             if len(set(texts)) > 1:
-                found.append((section, name, texts))
-    return tuple(found)
+                differing.append((section, name, texts))
+    return tuple(differing)
 
 
 def _sections(runs: Sequence[RunFolder]) -> dict[str, list[dict[str, Any]]]:

@@ -81,12 +81,12 @@ def inputs_of(apply: Callable[[Params, Any], Any], params: Params, batch: Any) -
         return apply(params, filled(read, given))
 
     def of(batch: Any) -> list[np.ndarray]:
-        own, other = jax.tree.flatten(batch)
+        values, other = jax.tree.flatten(batch)
         if other != structure:  # type: ignore[operator]
             raise ExportError(
                 f"a batch has another structure than the first, {other} and {structure}: one program cannot read both."
             )
-        return [np.asarray(own[i]).astype(x.dtype) for i, x in zip(read, fixed.values(), strict=True)]
+        return [np.asarray(values[i]).astype(x.dtype) for i, x in zip(read, fixed.values(), strict=True)]
 
     fixed = {name: _shape(leaves[i]) for name, i in zip(names, read, strict=True)}
     return Inputs(fn, _varying(fn, params, fixed), of)
@@ -94,8 +94,8 @@ def inputs_of(apply: Callable[[Params, Any], Any], params: Params, batch: Any) -
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
     """Of an array or a number, as JAX takes it: 64 bits become 32 unless they are enabled."""
-    found = x if is_array(x) else np.asarray(x)
-    return jax.ShapeDtypeStruct(found.shape, jax.dtypes.canonicalize_dtype(found.dtype))
+    array = x if is_array(x) else np.asarray(x)
+    return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
 
 
 def _varying(

@@ -65,8 +65,8 @@ def save_litert(
     leaves, treedef = jax.tree.flatten(params)
 
     def run(leaves: Any, *arrays: Any) -> dict[str, Any]:
-        found = jax.tree.leaves(fn(jax.tree.unflatten(treedef, leaves), *arrays))
-        return dict(zip(outputs, found, strict=True))
+        values = jax.tree.leaves(fn(jax.tree.unflatten(treedef, leaves), *arrays))
+        return dict(zip(outputs, values, strict=True))
 
     try:
         module = tf.Module()
@@ -102,9 +102,9 @@ def load_litert(file: str | Path, outputs: Sequence[str] = ("output",)) -> Calla
 
     def run(*arrays: Any) -> list[np.ndarray]:
         try:
-            found = signature(**{f"x{i}": np.asarray(x) for i, x in enumerate(arrays)})
+            values = signature(**{f"x{i}": np.asarray(x) for i, x in enumerate(arrays)})
         except Exception as e:
             raise ExportError(f"{str(file)!r} cannot be run on these inputs: {first_line(e)}.") from e
-        return [found[name] for name in outputs]
+        return [values[name] for name in outputs]
 
     return run

@@ -60,9 +60,9 @@ def program(fn: Callable[..., Any], params: Params, inputs: Mapping[str, Any]) -
         ) from e
     closed = closed.replace(jaxpr=_needed(closed.jaxpr))
     operations = frozenset(_operations(closed.jaxpr))
-    if found := sorted(HOST & operations):
+    if callbacks := sorted(HOST & operations):
         raise ExportError(
-            f"the function uses {found[0]!r}, which calls back into Python: no exported file can hold it.\n"
+            f"the function uses {callbacks[0]!r}, which calls back into Python: no exported file can hold it.\n"
             "  leave it out of the function that you export"
         )
     return Program(jex.jaxpr_as_fun(closed), shapes, len(closed.jaxpr.outvars), operations)

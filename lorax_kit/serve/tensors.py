@@ -158,23 +158,23 @@ def _restored(path: str, static: dict[str, Any], tensors: dict[str, Any]) -> Any
     if static["kind"] == _KEY:
         return jax.random.wrap_key_data(jnp.asarray(tensors.pop(f"{path}:words")), impl=static["implementation"])
     kind = _KINDS[static.pop("kind")]
-    own = {name: tensors.pop(f"{path}{_SEPARATOR[kind]}{name}", None) for name in _ARRAYS[kind]}
+    parts = {name: tensors.pop(f"{path}{_SEPARATOR[kind]}{name}", None) for name in _ARRAYS[kind]}
     for name in _ARRAYS[kind][:2]:
-        if own[name] is None:
+        if parts[name] is None:
             raise KeyError(f"{path}{_SEPARATOR[kind]}{name}")
     if kind is Quantised and f"{path}:offset" in tensors:
         step, offset = (tensors.pop(f"{path}:{name}") for name in ("step", "offset"))
-        own["scales"] = own["scales"].astype(np.float32) * step + offset
-    arrays = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in own.items()}
+        parts["scales"] = parts["scales"].astype(np.float32) * step + offset
+    arrays = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in parts.items()}
     lists = {name: tuple(x) for name, x in static.items() if isinstance(x, list)}
     leaf = kind(**{**static, **lists, **arrays, "dtype": jnp.dtype(static["dtype"])})
-    found = jax.eval_shape(leaf.restore).shape
+    shape = jax.eval_shape(leaf.restore).shape
     if isinstance(leaf, Quantised) and (leaf.method not in QUANTISATIONS or leaf.codes.dtype.kind not in "iu"):
         raise ValueError(f"{path} is quantised by {leaf.method!r} in {leaf.codes.dtype}")
     if isinstance(leaf, LowRank) and leaf.a.shape[0] != leaf.b.shape[0]:
         raise ValueError(f"{path} has factors of {leaf.a.shape[0]} and {leaf.b.shape[0]} rows")
-    if tuple(found) != tuple(leaf.shape):
-        raise ValueError(f"{path} is {found}, not {leaf.shape}")
+    if tuple(shape) != tuple(leaf.shape):
+        raise ValueError(f"{path} is {shape}, not {leaf.shape}")
     return leaf
 
 

@@ -53,17 +53,17 @@ def planned_groups(
     for stack in planned:
         for part, earlier in unfinished(study, problem, stack, store, params, examples(stack.form)):
             base, batch = cast(params, part.form.dtype), examples(part.form)
-            found = grouped(
+            groups = grouped(
                 study, problem, part, base, batch, budget=budget, devices=devices, parts=workers, earlier=earlier
             )
-            names, layout = [trial.name for trial in part.trials], found[0].layout
+            names, layout = [trial.name for trial in part.trials], groups[0].layout
             record = {"trials": names, "size": layout.size, "at_once": layout.at_once}
             records = [record if one["trials"] == names else one for one in records]
             records += [record] if record not in records else []
             # A group of which a trial is missing goes on as a whole: the same program, so the same bits.
             if study.stop is None:
-                found = [group for group in found if any(t.name not in store.finished for t in group.trials)]
-            by_stack.append(found)
+                groups = [group for group in groups if any(t.name not in store.finished for t in group.trials)]
+            by_stack.append(groups)
     if study.stop is not None and all(t.name in store.finished for stack in planned for t in stack.trials):
         return [], records
     return by_stack, records

@@ -233,7 +233,7 @@ def identity(study: Study, problem: Problem, params: Params, batch: Any, head: C
       batch: the first training batch.
       head: paths of the parameters that every trial draws anew.
     """
-    found = {
+    design = {
         **study.common(),
         "problem": problem.name,
         "settings": problem.facts.get("settings"),
@@ -242,10 +242,10 @@ def identity(study: Study, problem: Problem, params: Params, batch: Any, head: C
         "data": whole_fingerprint([batch, *problem.val, *problem.test]),
     }
     try:
-        json.dumps([found, dict(problem.facts)])
+        json.dumps([design, dict(problem.facts)])
     except (TypeError, ValueError) as e:
         raise StudyError(f"the facts of problem {problem.name!r} are not plain data: {e}.") from None
-    return found
+    return design
 
 
 def _described(

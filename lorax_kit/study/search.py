@@ -70,17 +70,17 @@ def search(
     overwrite = options.pop("overwrite", False)
     for number in range(rounds):
         points = [asked.ask() for _ in range(conditions)]
-        own = [
+        proposed = [
             _grid({name: _suggested(point, name, given) for name, given in checked.ranges.items()}) for point in points
         ]
-        grids += [grid for grid in own if grid not in grids]
+        grids += [grid for grid in proposed if grid not in grids]
         results = run(replace(study, grids=grids), problem, out=out, overwrite=overwrite and number == 0, **options)
         values = {row["trial"]: row[f"val_{problem.metric}"] for row in results.rows if row["status"] == "done"}
-        for point, grid in zip(points, own, strict=True):
+        for point, grid in zip(points, proposed, strict=True):
             names = [trial.name for trial in replace(study, grids=[grid], probe_lr=()).trials()]
-            found = [values[name] for name in names if name in values]
-            if len(found) == len(names) and all(map(math.isfinite, found)):
-                asked.tell(point, sum(found) / len(found))
+            scores = [values[name] for name in names if name in values]
+            if len(scores) == len(names) and all(map(math.isfinite, scores)):
+                asked.tell(point, sum(scores) / len(scores))
             else:
                 asked.tell(point, state=optuna.trial.TrialState.FAIL)
     return results

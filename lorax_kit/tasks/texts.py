@@ -26,8 +26,8 @@ def text_metrics(written: Sequence[str], wanted: Sequence[str]) -> dict[str, flo
       ImportError: the extra is not installed.
 
     Example:
-      >>> found = text_metrics(["the cat sat down", "no"], ["the cat sat down", "yes"])
-      >>> found["exact_match"], round(found["chrf"]) > 50
+      >>> metrics = text_metrics(["the cat sat down", "no"], ["the cat sat down", "yes"])
+      >>> metrics["exact_match"], round(metrics["chrf"]) > 50
       (0.5, True)
     """
     _check(written, wanted)

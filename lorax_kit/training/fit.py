@@ -161,11 +161,11 @@ def fit(
     sign = -direction(monitor, better, LOSSES) if chosen else 0
     about = {**(settings or {}), "epochs": len(epochs), "monitor": monitor, "patience": patience}
     file = None if saved is None else Path(saved)
-    found = None if file is None else load_training(file, state, about)
-    now = _UnderWay(Saved(state, []) if found is None else found, file, about)
+    earlier = None if file is None else load_training(file, state, about)
+    now = _UnderWay(Saved(state, []) if earlier is None else earlier, file, about)
     if not is_writer():
         log, progress = None, False
-    if log is not None and found is not None:
+    if log is not None and earlier is not None:
         _complete(Path(log), now.history)
     step = watched(step)
     last = around[0] + len(epochs) + around[1]
@@ -210,10 +210,10 @@ class _UnderWay:
       state, history, best, waited, stopped: as in `Saved`.
     """
 
-    def __init__(self, found: Saved, file: Path | None, about: Mapping[str, Any]) -> None:
-        self.state, self.history, self.best = found.state, found.history, found.best
-        self.waited, self.stopped, self._file, self._about = found.waited, found.stopped, file, about
-        self._left: _Running | None = _Running(dict(found.totals), found.steps, found.seconds)
+    def __init__(self, saved: Saved, file: Path | None, about: Mapping[str, Any]) -> None:
+        self.state, self.history, self.best = saved.state, saved.history, saved.best
+        self.waited, self.stopped, self._file, self._about = saved.waited, saved.stopped, file, about
+        self._left: _Running | None = _Running(dict(saved.totals), saved.steps, saved.seconds)
 
     def begun(self) -> _Running:
         """What is done of the next epoch."""
@@ -275,8 +275,8 @@ def _train_epoch(
 
 def _order(row: Mapping[str, float], monitor: str, sign: int) -> tuple[float, float]:
     """What puts the best epoch first: the metric, and where two have the same, their loss of validation."""
-    found = (sign * row[monitor], row.get("val_loss", 0.0))
-    return tuple(x if math.isfinite(x) else math.inf for x in found)  # type: ignore[return-value]
+    order = (sign * row[monitor], row.get("val_loss", 0.0))
+    return tuple(x if math.isfinite(x) else math.inf for x in order)  # type: ignore[return-value]
 
 
 def _odd(info: Info) -> str:

@@ -204,9 +204,9 @@ def _check_number(name: str, x: Any, kind: Any) -> None:
     plain = is_array(x) or isinstance(x, bool | int | float)
     if plain and not is_key(x) and jnp.shape(x) == () and jnp.issubdtype(jnp.result_type(x), kind):
         return
-    found = f"shape {jnp.shape(x)} and dtype {jnp.result_type(x)}" if plain else f"the type {type(x).__name__}"
+    given = f"shape {jnp.shape(x)} and dtype {jnp.result_type(x)}" if plain else f"the type {type(x).__name__}"
     raise LoraxError(
-        f"the {name} has {found}; it must be a {'float ' if kind is jnp.floating else ''}scalar.\n"
+        f"the {name} has {given}; it must be a {'float ' if kind is jnp.floating else ''}scalar.\n"
         "  return jnp.mean(losses), or (jnp.mean(losses), aux),\n"
         "  or lk.Weighted(jnp.sum(losses * weights), jnp.sum(weights)) in its place"
     )

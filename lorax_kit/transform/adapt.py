@@ -128,10 +128,10 @@ def _weight(site: Site, base: Any, leaves: Any, given: tuple[Any, Any], key: Arr
     drops = key is not None and (site.dropout > 0 or rate is not None)
     scale, rate = (own if x is None else x for own, x in ((site.scale, scale), (site.dropout, rate)))
     update = update_of(site, w, leaves, scale)
-    own = site_key(key, site.path) if key is not None and drops else None
+    dropout_key = site_key(key, site.path) if key is not None and drops else None
     if isinstance(base, Quantised):  # restored where it is used: outside jit all sites at once would be held
-        return make_weight(site, jax.ShapeDtypeStruct(w.shape, w.dtype), Source(base), update, scale, own, rate)
-    return make_weight(site, w, None, update, scale, own, rate)
+        return make_weight(site, jax.ShapeDtypeStruct(w.shape, w.dtype), Source(base), update, scale, dropout_key, rate)
+    return make_weight(site, w, None, update, scale, dropout_key, rate)
 
 
 @contextmanager

@@ -123,19 +123,19 @@ def explain(
     """
     inputs, tree = jax.tree_util.tree_flatten((base, args, kwargs))
     dynamic = {i: x for i, x in enumerate(inputs) if is_array(x)}
-    found: list[Use] = []
+    uses: list[Use] = []
 
     def trace(factors: FactorTree, dynamic: dict[int, Any]) -> None:
         values = [dynamic.get(i, x) for i, x in enumerate(inputs)]
         whole, some, named = jax.tree_util.tree_unflatten(tree, values)
         _, ctx = adapted.traced(whole, factors, some, named, dropout_key)
-        found.extend(ctx.uses.values())
+        uses.extend(ctx.uses.values())
 
     jax.eval_shape(trace, dict(factors), dynamic)
-    rows, counted, own = [], set(), trained_only(adapted.plan, factors)
+    rows, counted, trained_factors = [], set(), trained_only(adapted.plan, factors)
     named, _ = flatten(base)
     sites = {site.path for site in adapted.plan.sites}
-    for use in found:
+    for use in uses:
         if use.path not in sites:  # a quantised parameter that nothing adapts
             continue
         site = adapted.plan.site(use.path)
@@ -149,8 +149,8 @@ def explain(
                 shape=site.shape,
                 method=site.setting.kind,
                 rank=site.rank,
-                params=_entries(own[use.path]) if first else 0,
-                bytes=_bytes(own[use.path]) if first else 0,
+                params=_entries(trained_factors[use.path]) if first else 0,
+                bytes=_bytes(trained_factors[use.path]) if first else 0,
                 full_bytes=nbytes(site.shape, site.dtype) if first else 0,
                 base_bytes=_bytes(named[use.path]) if first else 0,
                 primitive=use.primitive,
@@ -161,7 +161,7 @@ def explain(
             )
         )
         counted.add(use.path)
-    trained = _entries(own)
+    trained = _entries(trained_factors)
     total = sum(prod(x.shape) for x in named.values() if is_array(x) and not is_state(x))
     return Explanation(tuple(rows), trained, total, adapted.plan.capped)
 

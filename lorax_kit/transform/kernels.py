@@ -119,8 +119,8 @@ def _updates_fwd(x: Array, sites: Operands, precision: Precision) -> tuple[Outpu
 
 def _updates_bwd(precision: Precision, residuals: tuple, gs: Outputs) -> tuple:
     x, sites, us = residuals
-    dx, found = _update_cotangents(x, sites, us, gs, precision)
-    return dx, tuple(Operand(jnp.zeros_like(site.w), *d) for site, d in zip(sites, found, strict=True))
+    dx, cotangents = _update_cotangents(x, sites, us, gs, precision)
+    return dx, tuple(Operand(jnp.zeros_like(site.w), *d) for site, d in zip(sites, cotangents, strict=True))
 
 
 def _update_cotangents(x: Array, sites: Operands, us: list[Array], gs: Outputs, precision: Any) -> tuple[Array, list]:
@@ -205,17 +205,17 @@ def _merged_bwd(precision: Precision, residuals: tuple, gs: Outputs) -> tuple:
     x, sites, us = residuals
     hs = [_down(g, site.b, precision) for site, g in zip(sites, gs, strict=True)]
     dx = _matmul_back(_joined(gs, -1), _summed(_waiting(sites, hs[0]), precision), precision)
-    found = _factor_cotangents(x, sites, us, hs, gs, precision)
-    return dx, _with_base(x, found, gs, precision)
+    cotangents = _factor_cotangents(x, sites, us, hs, gs, precision)
+    return dx, _with_base(x, cotangents, gs, precision)
 
 
 merged.defvjp(_merged_fwd, _merged_bwd)
 
 
-def _with_base(x: Array, found: list, gs: Outputs, precision: Precision) -> Operands:
+def _with_base(x: Array, cotangents: list, gs: Outputs, precision: Precision) -> Operands:
     """The cotangents of whole sites: dead code, unless somebody differentiates the base."""
     dws = [_dot(x, g, (0, 0), None, precision) if g.ndim == 2 else _dot(x, g, (1, 1), (0, 0), precision) for g in gs]
-    return tuple(Operand(dw, *d) for dw, d in zip(dws, found, strict=True))
+    return tuple(Operand(dw, *d) for dw, d in zip(dws, cotangents, strict=True))
 
 
 def _factored_fwd(x: Array, sites: Operands, precision: Precision) -> tuple[Outputs, tuple]:
@@ -226,9 +226,9 @@ def _factored_fwd(x: Array, sites: Operands, precision: Precision) -> tuple[Outp
 
 def _factored_bwd(precision: Precision, residuals: tuple, gs: Outputs) -> tuple:
     x, sites, us = residuals
-    dx, found = _update_cotangents(x, sites, us, gs, precision)
+    dx, cotangents = _update_cotangents(x, sites, us, gs, precision)
     base = _matmul_back(_joined(gs, -1), _joined([site.w for site in sites], -1), precision)
-    return base + dx, _with_base(x, found, gs, precision)
+    return base + dx, _with_base(x, cotangents, gs, precision)
 
 
 class Kernel(NamedTuple):

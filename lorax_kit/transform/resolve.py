@@ -123,12 +123,12 @@ def uses_of(
 
     def traced(arrays: dict[str, Any], dynamic: dict[int, Any]) -> None:
         values = [dynamic.get(i, x) for i, x in enumerate(inputs)]
-        some, keywords = jax.tree_util.tree_unflatten(tree, values)
+        arguments, keywords = jax.tree_util.tree_unflatten(tree, values)
         leaves = {**named, **arrays}
         probes = {
             p: Weight(parts=(whole(p, leaves[p].shape),), w=leaves[p], trained_in_full=p in full) for p in targets
         }
-        run(ctx, fn, leaves, treedef, probes, some, keywords)
+        run(ctx, fn, leaves, treedef, probes, arguments, keywords)
 
     jax.eval_shape(traced, abstract, dynamic)
     return {path: [use for use in ctx.uses.values() if use.path == path] for path in targets}
@@ -150,11 +150,11 @@ def _axes(path: str, ndim: int, setting: Setting, uses: list[Use]) -> tuple[Axes
         if not rest or max(setting.inputs) >= ndim:
             raise PlanError(f"{path!r} has {ndim} axes; inputs={setting.inputs} must name some of them, and not all.")
         for use in known:
-            found = use.axes
-            assert found is not None
-            if setting.inputs in (found.inputs, found.outputs):
-                outputs = found.outputs if setting.inputs == found.inputs else found.inputs
-                return Axes(inputs=setting.inputs, outputs=outputs, stack=found.stack), "product"
+            axes = use.axes
+            assert axes is not None
+            if setting.inputs in (axes.inputs, axes.outputs):
+                outputs = axes.outputs if setting.inputs == axes.inputs else axes.inputs
+                return Axes(inputs=setting.inputs, outputs=outputs, stack=axes.stack), "product"
         return Axes(inputs=setting.inputs, outputs=rest), "other"
     if len(known) > 1:
         said = [f"{u.primitive} over axes {u.axes.inputs} to {u.axes.outputs}" for u in known[:2] if u.axes is not None]

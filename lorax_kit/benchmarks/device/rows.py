@@ -123,14 +123,14 @@ def device_rows(*, small: bool = False, peer: bool = True) -> Iterator[Row]:
 
 def _forms(sizes: Sizes) -> Iterator[dict[str, Any]]:
     """A row per product in fp32, the only dtype in which sums are formed, and the costs fitted to them."""
-    found = []
+    rows = []
     for shape, rank in product(sizes.forms, sizes.ranks):
-        found.append(time_forms(shape, rank, rounds=sizes.timing.rounds, least_ms=sizes.timing.least_ms))
-        yield dict(found[-1])
-    costs = fitted(found)
-    yield {"row": "calibrate", **costs, "choices": [row["choice"] for row in found]}
+        rows.append(time_forms(shape, rank, rounds=sizes.timing.rounds, least_ms=sizes.timing.least_ms))
+        yield dict(rows[-1])
+    costs = fitted(rows)
+    yield {"row": "calibrate", **costs, "choices": [row["choice"] for row in rows]}
 
 
 def _forward(shape: Shape, timing: Timing) -> Iterator[dict[str, Any]]:
-    found = bench_forward(**shape._asdict(), keep=0.5, decomposed=False, progress=False, **timing._asdict())
-    yield shape.facts() | found
+    measured = bench_forward(**shape._asdict(), keep=0.5, decomposed=False, progress=False, **timing._asdict())
+    yield shape.facts() | measured

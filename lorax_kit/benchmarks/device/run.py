@@ -44,11 +44,11 @@ def run_rows(
     spent = estimated = 0.0
     measured = skipped = 0
 
-    def put(kind: str, found: dict[str, Any], at: float) -> None:
+    def put(kind: str, facts: dict[str, Any], at: float) -> None:
         nonlocal measured, skipped
-        skipped += "skipped" in found
-        measured += "skipped" not in found
-        write({"row": kind} | found | {"seconds": clock() - at, "total_seconds": clock() - began})
+        skipped += "skipped" in facts
+        measured += "skipped" not in facts
+        write({"row": kind} | facts | {"seconds": clock() - at, "total_seconds": clock() - began})
 
     for kind, about, estimate, measure in rows:
         at = clock()
@@ -57,8 +57,8 @@ def run_rows(
             put(kind, {**about, "skipped": f"it would take about {needed:.0f} s of the {max(left, 0):.0f} s left"}, at)
             continue
         try:
-            for found in measure():
-                put(kind, found, at)
+            for row in measure():
+                put(kind, row, at)
         except Exception as e:  # whatever a library raises for one shape must not end the others
             reason = (str(e).strip().splitlines() or [""])[0][:300]
             put(kind, {**about, "skipped": f"{type(e).__name__}: {reason}"}, at)

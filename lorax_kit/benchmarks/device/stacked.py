@@ -116,14 +116,14 @@ class Stacks:
     def _solo(self, rank: int, plan: Plan) -> tuple[Any, Callable[[Any], Callable[[], Any]]]:
         case, problem = self.case, self.problem
         trial = Trial(rank=rank, alpha=16.0, lr=RATE, seed=0, targets="all")
-        own = trial_plan(self.study, problem, plan, trial, case.params)
-        base, factors = start(problem, own, 0)
-        adapted = adapt(problem.apply, own)
+        rank_plan = trial_plan(self.study, problem, plan, trial, case.params)
+        base, factors = start(problem, rank_plan, 0)
+        adapted = adapt(problem.apply, rank_plan)
 
         def loss(base: Any, factors: Any, batch: Any) -> Any:
             return problem.loss(adapted(base, factors, batch), batch)
 
-        init, step = make_step(loss, optimizer(self.study, own, RATE), jit=False)
+        init, step = make_step(loss, optimizer(self.study, rank_plan, RATE), jit=False)
         state = init(factors)
         traced = jax.jit(step, donate_argnums=(0,)).trace(state, base, case.batch)
         return traced, lambda compiled: stepping(compiled, state, base, case.batch)

@@ -178,11 +178,11 @@ def _case(shape: Shape, rank: int) -> tuple[Case, Any, Any]:
 
 def _timed(times: Mapping[str, list[float]], names: Collection[str], one: str) -> dict[str, Any]:
     """Medians in ms, and ratios of `one` against each other name: median, lower and upper quartile."""
-    found = {name: ratio(times, one, name) for name in names if name != one}
+    ratios = {name: ratio(times, one, name) for name in names if name != one}
     return {
         "rounds": len(times[one]),
         "ms": {name: median(times[name]) for name in names},
-        "ratio": {name: [r.median, *r.spread] for name, r in found.items()},
+        "ratio": {name: [r.median, *r.spread] for name, r in ratios.items()},
     }
 
 

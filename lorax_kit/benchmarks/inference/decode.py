@@ -65,7 +65,7 @@ def bench_decode(
         times = alternate(runs, bar)
         ours = median(times["ours"]) / 1000
         peer_name = min(threads, key=lambda name: median(times[name]), default=None)
-        found = None if peer_name is None else ratio(times, peer_name, "ours")
+        against = None if peer_name is None else ratio(times, peer_name, "ours")
         rows.append(
             {
                 "batch": batch,
@@ -74,8 +74,8 @@ def bench_decode(
                 "ours_tokens_s": batch * new / ours,
                 "torch_tokens_s": None if peer_name is None else batch * new / (median(times[peer_name]) / 1000),
                 "torch_threads": None if peer_name is None else threads[peer_name],
-                "ratio": None if found is None else found.median,
-                "spread": None if found is None else found.spread,
+                "ratio": None if against is None else against.median,
+                "spread": None if against is None else against.spread,
                 "compile_s": took - ours,
                 "same_tokens": same,
                 "backend": jax.default_backend(),
@@ -93,12 +93,12 @@ def bench_mixed_decode(
     `time_ratio` is the median over alternating rounds of the mixed batch's time against the other's.
     """
     loaded = load_model(model)
-    some = [_drawn(loaded, rank, seed) for seed in range(rows)]
-    stacked = stack(some, base=loaded.params)
+    adapters = [_drawn(loaded, rank, seed) for seed in range(rows)]
+    stacked = stack(adapters, base=loaded.params)
     decoder = replace(decoder_of(loaded), eos=())
     prompts = np.random.default_rng(0).integers(100, loaded.config.vocab_size, (rows, 16)).tolist()
     writers: dict[str, tuple[Decoder, Any]] = {
-        "one": (adapted(decoder, some[0].plan), (loaded.params, some[0].factors)),
+        "one": (adapted(decoder, adapters[0].plan), (loaded.params, adapters[0].factors)),
         "mixed": (per_row_decoder(decoder, stacked), (loaded.params, rows_of(stacked, range(rows)))),
     }
     runs, began = {}, time.perf_counter()

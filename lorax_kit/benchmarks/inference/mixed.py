@@ -72,13 +72,13 @@ def bench_mixed(
     theirs = torch_mixed(case, [(a.plan.sites[0].rank, a.factors) for a in adapters]) if peer else {}
     bar = tqdm(range(rounds), desc=f"{width} wide, {rows}x{length}, {targets}", disable=None if progress else True)
     times = alternate(runs | theirs, bar)
-    found = ratio(times, "mixed", "one")
+    against = ratio(times, "mixed", "one")
     return {
         **{"width": width, "layers": layers, "rows": rows, "length": length, "targets": targets, "rounds": rounds},
         **{f"{name}_ms": median(x) for name, x in times.items()},
         **({} if theirs else {"peft_one_ms": None, "peft_mixed_ms": None}),
-        "mixed_ratio": found.median,
-        "spread": found.spread,
+        "mixed_ratio": against.median,
+        "spread": against.spread,
         "worst": worst,
         "peft_worst": float(np.abs(theirs["peft_mixed"]() - np.asarray(mixed)).max()) if theirs else None,
         "peft_ratio": ratio(times, "peft_mixed", "peft_one").median if theirs else None,

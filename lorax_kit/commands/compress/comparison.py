@@ -206,13 +206,13 @@ class _Folder:
         try:
             text = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
             if "\n" in text:
-                self.rows, found = read_rows(self.path)
+                self.rows, head = read_rows(self.path)
             else:
-                found = read_json(self.head)
+                head = read_json(self.head)
         except (RunFolderError, ValueError) as e:
             raise CompressError(f"{str(self.path)!r} cannot be gone on with: {e}.\n  choose another folder") from None
-        found = found if isinstance(found, dict) else {}
-        theirs = {key: found.get(key, "unknown") for key in self.about}
+        head = head if isinstance(head, dict) else {}
+        theirs = {key: head.get(key, "unknown") for key in self.about}
         if theirs != self.about:
             key, was, now = first_difference(theirs, self.about)
             raise CompressError(

@@ -230,10 +230,10 @@ def load_small(folder: str | Path, subject: Subject) -> tuple[dict[str, Any], Sm
             f"{str(path)!r} is no model of `lorax-kit compress --out`: {type(e).__name__} {e}."
         ) from None
     if original != fingerprint(subject.params):
-        found = differences(digests(subject.params), leaves) if isinstance(leaves, dict) else {}
+        changed = differences(digests(subject.params), leaves) if isinstance(leaves, dict) else {}
         raise CompressError(
             f"the model in {str(path)!r} was made of another one than {subject.name!r}"
-            + (f":\n  {first_difference(found)}" if found else ".")
+            + (f":\n  {first_difference(changed)}" if changed else ".")
         )
     params, (apply, expected) = load_tensors(path / MODEL), (subject.apply, subject.params)
     if way.kind == "student":
@@ -279,12 +279,12 @@ def healed_model(
         share=share,
     )
     if method.kind == "student":
-        own = small.apply
+        apply = small.apply
         params = distil(
-            lambda params, pair: own(params, pair[0]), small.params, loss, pairs(), steps=steps,
+            lambda params, pair: apply(params, pair[0]), small.params, loss, pairs(), steps=steps,
             lr=lr if rank is None else lr / 10, progress=progress,
         )  # fmt: skip
-        return Small(own, params)
+        return Small(apply, params)
 
     def dense(params: Params, pair: Any) -> Any:
         return subject.apply(params, pair[0])

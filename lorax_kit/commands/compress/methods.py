@@ -163,8 +163,8 @@ def smaller(
     if method.kind in ("quantised", "tuned"):
         return Small(subject.apply, subject.params)
     if method.kind == "pruned":
-        found = prune(subject.params, sites, keep=keep, method=method.base, stats=stats, pattern=method.pattern)
-        return Small(subject.apply, found)
+        pruned = prune(subject.params, sites, keep=keep, method=method.base, stats=stats, pattern=method.pattern)
+        return Small(subject.apply, pruned)
     plan = plan_ranks(subject.params, sites, keep=keep, method=method.base, stats=stats, allocation=allocation)
     if in_turn:
         batches = list(itertools.islice(subject.train(0), in_turn))

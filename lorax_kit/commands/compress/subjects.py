@@ -124,19 +124,19 @@ class Subject:
         @jax.jit
         def score(params: Params, batch: Any, known: Array | None) -> Any:
             outputs = apply(params, batch)
-            found = scored(self.problem, outputs, batch)
+            totals = scored(self.problem, outputs, batch)
             if places is None:
-                return found, None, None
+                return totals, None, None
             weight, chosen = places(batch), jnp.argmax(outputs, axis=-1).astype(jnp.int32)
             same = (chosen == (chosen if known is None else known)).astype(weight.dtype)
-            return found, jnp.stack([jnp.sum(same * weight), jnp.sum(weight)]), chosen
+            return totals, jnp.stack([jnp.sum(same * weight), jnp.sum(weight)]), chosen
 
         known = [None] * len(self.test) if original is None else original.chosen
-        found = [score(params, batch, own) for batch, own in zip(self.test, known, strict=True)]
-        metrics = summarised(self.problem, jax.device_get([one for one, _, _ in found]), self.test)
-        agreed = [np.asarray(sums, np.float64) for _, sums, _ in found if sums is not None]
+        scores = [score(params, batch, own) for batch, own in zip(self.test, known, strict=True)]
+        metrics = summarised(self.problem, jax.device_get([one for one, _, _ in scores]), self.test)
+        agreed = [np.asarray(sums, np.float64) for _, sums, _ in scores if sums is not None]
         agreement = None if not agreed else float(np.divide(*np.sum(agreed, axis=0)))
-        return Quality(metrics, agreement, [chosen for _, _, chosen in found])
+        return Quality(metrics, agreement, [chosen for _, _, chosen in scores])
 
 
 def subject_of(

@@ -222,16 +222,16 @@ def _measured(subject: Subject, model: Small, inputs: Inputs, run: Run, rounds: 
         if weight is not None:
             same = ours[0].argmax(-1) == theirs[0].argmax(-1)
             agreed += [float(np.sum(same * weight)), float(np.sum(weight))]
-    found = {name: summarised(problem, some, subject.test) for name, some in parts.items()}
+    summaries = {name: summarised(problem, some, subject.test) for name, some in parts.items()}
     metric = subject.metric.name
     out = {
         "metric": metric,
         "max_difference": difference,
         f"{metric}_merged": subject.quality(subject.apply, subject.params).value(metric),
-        f"{metric}_jax": found["ours"][metric],
-        metric: found["theirs"][metric],
+        f"{metric}_jax": summaries["ours"][metric],
+        metric: summaries["theirs"][metric],
         "agreement": None if problem.places is None else agreed[0] / agreed[1],
-        "examples": found["ours"]["examples"],
+        "examples": summaries["ours"]["examples"],
         "batch": list(inputs.of(subject.test[0])[0].shape),
         "latency_jax_ms": None,
         "latency_ms": None,

@@ -66,18 +66,18 @@ def samples_of(author: Author, source: Iterable[Any], longest: int | None = None
       ExportError: there are none.
     """
     out: list[Sample] = []
-    for one in source:
-        if isinstance(one, str):
-            ids = author.loaded.tokenizer.encode([one], 2**31)[0]
+    for item in source:
+        if isinstance(item, str):
+            ids = author.loaded.tokenizer.encode([item], 2**31)[0]
             out.append(_sample(ids, [1] * len(ids), author.loaded.kind))
-        elif isinstance(one, Pairs):
-            rows = zip(one.ids, one.mask, one.label, one.weight, strict=True)
+        elif isinstance(item, Pairs):
+            rows = zip(item.ids, item.mask, item.label, item.weight, strict=True)
             for ids, mask, label, weight in rows:
                 target = [int(i) for i in label[np.asarray(weight) > 0]][:LONGEST]
                 out.append(Sample([int(i) for i in ids[np.asarray(mask) > 0]], target, [1] * len(target)))
         else:
-            told = one.told if hasattr(one, "told") else one.mask
-            for ids, mask, marks in zip(one.ids, one.mask, told, strict=True):
+            told = item.told if hasattr(item, "told") else item.mask
+            for ids, mask, marks in zip(item.ids, item.mask, told, strict=True):
                 kept = np.asarray(mask) > 0
                 out.append(_sample([int(i) for i in ids[kept]], [int(i) for i in marks[kept]], "decoder"))
     two, most = author.loaded.kind == "encoder-decoder", longest or 2**31
@@ -165,9 +165,9 @@ def _in_jax(author: Author, samples: Sequence[Sample]) -> list[np.ndarray]:
     out = []
     for s in samples:
         text = [loaded.special.start, *s.target[:-1]] if two else [*s.prompt, *s.target]
-        found = logp(author.params, *(filled(s.prompt, read) if two else ()), *filled(text, told))  # type: ignore[arg-type]
+        logps = logp(author.params, *(filled(s.prompt, read) if two else ()), *filled(text, told))  # type: ignore[arg-type]
         first = 0 if two else len(s.prompt) - 1
-        out.append(np.asarray(found[0, np.arange(first, first + len(s.target)), np.asarray(s.target)]))
+        out.append(np.asarray(logps[0, np.arange(first, first + len(s.target)), np.asarray(s.target)]))
     return out
 
 
@@ -178,11 +178,11 @@ def _exported(runner: Runner, samples: Sequence[Sample], ids: np.ndarray, mask: 
     for row, s in zip(target, samples, strict=True):
         row[: len(s.target)] = s.target
     logits, held = runner.begin(ids, mask, longest)
-    found = [_told(logits, target[:, 0])]
+    logps = [_told(logits, target[:, 0])]
     for i in range(1, longest):
         logits, held = runner.step(target[:, i - 1 : i], np.ones((len(samples), 1), np.int32), held)
-        found.append(_told(logits, target[:, i]))
-    whole = np.stack(found, axis=1)
+        logps.append(_told(logits, target[:, i]))
+    whole = np.stack(logps, axis=1)
     return [row[: len(s.target)] for row, s in zip(whole, samples, strict=True)]
 
 
@@ -199,14 +199,14 @@ def _latency(author: Author, runner: Runner, prompt: Sequence[int], longest: int
         return dict.fromkeys(("latency_jax_ms", "latency_ms", "latency_ratio"))
     prompt = (list(prompt) * 32)[: min(32, (longest or 64) // 2)]
     ids, mask = _padded([prompt], 0)
-    decoder, one = author.writer.decoder, (ids[:, :1], np.ones((1, 1), np.int32))
+    decoder, token = author.writer.decoder, (ids[:, :1], np.ones((1, 1), np.int32))
     slots = min(-(-(len(prompt) + 1) // 32) * 32, longest or 2**31)
     _, cache = jax.jit(decoder.begin, static_argnums=3)(author.params, ids, mask, slots)
     step = jax.jit(decoder.step)
     _, held = runner.begin(ids, mask, 1)
     runs: Mapping[str, Any] = {
-        "jax": lambda: jax.block_until_ready(step(author.params, *one, cache)),
-        "exported": lambda: runner.step(*one, held),
+        "jax": lambda: jax.block_until_ready(step(author.params, *token, cache)),
+        "exported": lambda: runner.step(*token, held),
     }
     times = alternate(runs, range(rounds))
     return {

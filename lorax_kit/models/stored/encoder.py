@@ -63,8 +63,8 @@ def load_bert(source: str | Path = "minilm") -> Pretrained:
         name (further layers), an architecture that is not this one.
     """
     folder = locate(*MINILM) if source == "minilm" else Path(source)
-    found = read_backbone(folder, read_config(folder), ("bert",), heads=False)
-    return Pretrained(found.config, found.params, folder / "tokenizer.json", str(source))
+    backbone = read_backbone(folder, read_config(folder), ("bert",), heads=False)
+    return Pretrained(backbone.config, backbone.params, folder / "tokenizer.json", str(source))
 
 
 def classifier_params(pretrained: Pretrained, num_classes: int, key: Array) -> dict[str, Any]:

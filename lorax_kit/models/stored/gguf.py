@@ -116,13 +116,13 @@ def _config(metadata: Mapping[str, Any], tied: bool) -> LlamaConfig:
         "rope.freq_base": 1e4,
         "vocab_size": len(metadata.get("tokenizer.ggml.tokens", ())),
     }
-    found: dict[str, Any] = {name: (absent | given).get(key) for name, key in SIZES.items()}
-    missing = [f"llama.{SIZES[name]}" for name, value in found.items() if value is None]
+    sizes: dict[str, Any] = {name: (absent | given).get(key) for name, key in SIZES.items()}
+    missing = [f"llama.{SIZES[name]}" for name, value in sizes.items() if value is None]
     if missing:
         raise ValueError(f"the file lacks {', '.join(missing)}.")
     # Stored in fp32: 1e-5 would otherwise be 9.99999975e-06.
-    found = {name: float(str(np.float32(x))) if isinstance(x, float) else x for name, x in found.items()}
-    config = LlamaConfig(**found, tie_word_embeddings=tied)
+    sizes = {name: float(str(np.float32(x))) if isinstance(x, float) else x for name, x in sizes.items()}
+    config = LlamaConfig(**sizes, tie_word_embeddings=tied)
     size = config.head_size
     only = {
         "rope.dimension_count": size,

@@ -96,8 +96,8 @@ class Loaded:
     @property
     def positions(self) -> int | None:
         """Tokens of the longest text; None: there is no limit."""
-        found: int | None = self.config.longest
-        return found
+        longest: int | None = self.config.longest
+        return longest
 
 
 def load_model(source: str | Path, *, quantise: str | None = None, place: Place | None = None) -> Loaded:
@@ -129,18 +129,18 @@ def load_model(source: str | Path, *, quantise: str | None = None, place: Place 
     if path.suffix == ".gguf":
         return _load_gguf(path, str(source), _kept(quantise, place))
     data = read_config(path)
-    found = read_backbone(path, data, FAMILIES, held=_kept(quantise, place))
-    heads = {name: found.stored.params(own, None) for name, own in found.heads.items()}
+    backbone = read_backbone(path, data, FAMILIES, held=_kept(quantise, place))
+    heads = {name: backbone.stored.params(own, None) for name, own in backbone.heads.items()}
     special = _special(path, data)
     return Loaded(
-        family=found.name,
-        kind=found.family.kind,
-        config=found.config,
-        model=found.model,
-        params=found.params,
+        family=backbone.name,
+        kind=backbone.family.kind,
+        config=backbone.config,
+        model=backbone.model,
+        params=backbone.params,
         heads=heads,
         labels=_labels(data, heads["classify"]) if "classify" in heads else None,
-        tokenizer=_limited(stored_tokenizer(path, data), special, found.config.vocab_size, str(source)),
+        tokenizer=_limited(stored_tokenizer(path, data), special, backbone.config.vocab_size, str(source)),
         special=special,
         chat_template=chat_template(path),
         source=str(source),
@@ -193,15 +193,15 @@ def read_backbone(
     config = family.config(data)
     stored.expect_layers(config.num_hidden_layers + getattr(config, "num_decoder_layers", 0))
     model, names = family.model(config), family.names_in(data, stored)
-    found, shapes = _heads(family, data, stored) if heads else {}, dict(shapes_of(model, family.kind))
-    if found and names.get("head/kernel", "") not in stored.names:
+    head_names, shapes = _heads(family, data, stored) if heads else {}, dict(shapes_of(model, family.kind))
+    if head_names and names.get("head/kernel", "") not in stored.names:
         # A classifier of texts has no head of words, which would tell the next one: such a model gives hidden states.
         names.pop("head/kernel", None)
         shapes.pop("head/kernel", None)
-    of_heads = [x for own in (found if heads else family.heads).values() for x in own.values()]
+    of_heads = [x for own in (head_names if heads else family.heads).values() for x in own.values()]
     stored.expect_no_others([*names.values(), *of_heads], family.left)
     params = stored.params(names, shapes, held)
-    return Backbone(name, family, config, data, model, params, stored, names, found)
+    return Backbone(name, family, config, data, model, params, stored, names, head_names)
 
 
 def _heads(family: Family, data: Mapping[str, Any], stored: Stored) -> dict[str, dict[str, str]]:
@@ -213,18 +213,18 @@ def _heads(family: Family, data: Mapping[str, Any], stored: Stored) -> dict[str,
       ValueError: a head lacks a tensor, or is one of another kind under the same name.
     """
     heads: dict[str, dict[str, str]] = {}
-    for head, own in family.heads.items():
-        if own["output/kernel"] not in stored.names:
+    for head, names in family.heads.items():
+        if names["output/kernel"] not in stored.names:
             continue
         given = data.get("architectures")
         for name in given if isinstance(given, list) else []:
             if str(name).endswith(UNREAD):
                 raise ValueError(
-                    f"{str(stored.source)!r} has {own['output/kernel']!r} of a {name}, a head that is not read.\n"
+                    f"{str(stored.source)!r} has {names['output/kernel']!r} of a {name}, a head that is not read.\n"
                     f"  heads that are: {', '.join(x.name for key, x in family.classes.items() if key != 'backbone')}"
                 )
-        dense = any(name in stored.names for path, name in own.items() if path.startswith("dense/"))
-        heads[head] = {path: name for path, name in own.items() if dense or path.startswith("output/")}
+        dense = any(name in stored.names for path, name in names.items() if path.startswith("dense/"))
+        heads[head] = {path: name for path, name in names.items() if dense or path.startswith("output/")}
         for path, name in heads[head].items():
             if name not in stored.names:
                 raise ValueError(f"{str(stored.source)!r} has no tensor {name!r}, which {path!r} of its head needs.")
@@ -258,12 +258,12 @@ def in_bits(path: str, x: Any, method: str | None) -> Any:
 def _load_gguf(path: Path, source: str, held: Place) -> Loaded:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}.")
-    found = read_gguf(path)
-    config, stored = found.config, found.stored
+    gguf = read_gguf(path)
+    config, stored = gguf.config, gguf.stored
     stored.expect_layers(config.num_hidden_layers)
     names, model = gguf_names(config), LlamaModel(config)
     stored.expect_no_others([*names.values()])
-    special = Special(found.bos, () if found.eos is None else (found.eos,), found.pad)
+    special = Special(gguf.bos, () if gguf.eos is None else (gguf.eos,), gguf.pad)
     return Loaded(
         family="llama",
         kind="decoder",
@@ -272,9 +272,9 @@ def _load_gguf(path: Path, source: str, held: Place) -> Loaded:
         params=stored.params(names, shapes_of(model, "decoder"), held),
         heads={},
         labels=None,
-        tokenizer=_limited(found.tokenizer, special, config.vocab_size, source),
+        tokenizer=_limited(gguf.tokenizer, special, config.vocab_size, source),
         special=special,
-        chat_template=found.chat_template,
+        chat_template=gguf.chat_template,
         source=source,
         folder=None,
     )

@@ -155,14 +155,14 @@ def gpt2_names(
     names |= _both("norm", f"{prefix}ln_f")
     for ours, theirs in _layers(config.get("n_layer", 12), stacked, f"{prefix}h"):
         for module, name in _GPT2.items():
-            own = _both(f"{ours}/{module}", f"{theirs}.{name}", inputs_first=True)
+            module_names = _both(f"{ours}/{module}", f"{theirs}.{name}", inputs_first=True)
             if split and module == "attention/qkv":
-                own = {}
+                module_names = {}
                 for i, part in enumerate(("query", "key", "value")):
                     for leaf, end in (("kernel", "weight"), ("bias", "bias")):
                         text = f"{theirs}.{name}.{end}[{i * width}:{(i + 1) * width}]"
-                        own[f"{ours}/attention/{part}/{leaf}"] = TorchName(text, inputs_first=leaf == "kernel")
-            names |= own
+                        module_names[f"{ours}/attention/{part}/{leaf}"] = TorchName(text, inputs_first=leaf == "kernel")
+            names |= module_names
     return names if tied or not prefix else names | {"head/kernel": "lm_head.weight"}
 
 

@@ -71,9 +71,9 @@ def read_sentencepiece(file: Path) -> Pieces:
     charsmap = b""
     for number, value in parts[3].fields():
         if number == 2:
-            found = parts[3].part(value)
-            charsmap = found.data[found.start : found.end]
-            _check_charsmap(charsmap, found)
+            spec = parts[3].part(value)
+            charsmap = spec.data[spec.start : spec.end]
+            _check_charsmap(charsmap, spec)
         _expect(parts[3], number, value, NORMALISING)
     twice = len(pieces) - len({x.text for x in pieces})
     if twice or sum(x.kind == UNKNOWN for x in pieces) != 1:
@@ -146,11 +146,11 @@ def marian_tokenizer(folder: Path) -> Tokenizer:
                 f"{str(folder)!r} has no {name}; Marian's tokenizer is tokenizer.json, or source.spm and vocab.json."
             )
     ids = _ids(folder / "vocab.json")
-    found, charsmap = read_sentencepiece(folder / "source.spm")
+    pieces, charsmap = read_sentencepiece(folder / "source.spm")
     # SentencePiece prefers what a user defined to anything that is learnt.
-    best = max((x.score for x in found if x.kind == NORMAL), default=0.0)
-    scores = {x.text: x.score for x in found if x.kind == NORMAL}
-    scores |= {x.text: len(x.text.encode()) * best - 0.1 for x in found if x.kind == USER_DEFINED}
+    best = max((x.score for x in pieces if x.kind == NORMAL), default=0.0)
+    scores = {x.text: x.score for x in pieces if x.kind == NORMAL}
+    scores |= {x.text: len(x.text.encode()) * best - 0.1 for x in pieces if x.kind == USER_DEFINED}
     special = ["</s>", "<unk>", "<pad>"]
     if not scores.keys() & ids.keys():
         raise ValueError("'vocab.json' has none of the pieces of 'source.spm'; they belong to two models.")
@@ -166,16 +166,16 @@ def marian_tokenizer(folder: Path) -> Tokenizer:
 
 def _ids(file: Path) -> dict[str, int]:
     """The content of a vocab.json: token -> id."""
-    found = read_json(file)
-    if not isinstance(found, dict):
-        raise ValueError(f"{file.name!r} must hold an object of ids by piece, not {type(found).__name__}.")
-    if lacking := [x for x in ("</s>", "<unk>", "<pad>") if x not in found]:
+    ids = read_json(file)
+    if not isinstance(ids, dict):
+        raise ValueError(f"{file.name!r} must hold an object of ids by piece, not {type(ids).__name__}.")
+    if lacking := [x for x in ("</s>", "<unk>", "<pad>") if x not in ids]:
         raise ValueError(f"{file.name!r} has no piece {lacking[0]!r}.")
-    if not all(type(x) is int for x in found.values()) or sorted(found.values()) != list(range(len(found))):
-        raise ValueError(f"the ids in {file.name!r} are not 0 to {len(found) - 1}, each once.")
-    if odd := [x for x in found if not x or " " in x or not _is_text(x)]:
+    if not all(type(x) is int for x in ids.values()) or sorted(ids.values()) != list(range(len(ids))):
+        raise ValueError(f"the ids in {file.name!r} are not 0 to {len(ids) - 1}, each once.")
+    if odd := [x for x in ids if not x or " " in x or not _is_text(x)]:
         raise ValueError(f"{file.name!r} has a piece {odd[0][:60]!r}, which is empty, has a space, or is not text.")
-    return found
+    return ids
 
 
 def _is_text(x: str) -> bool:
@@ -234,8 +234,8 @@ def _check_charsmap(charsmap: bytes, message: _Message) -> None:
         nodes = nodes[~seen[nodes]]
         seen[nodes] = True
         steps = nodes[:, None] ^ np.arange(1, 256)
-        found = steps[(units[steps] & (1 << 31 | 255)) == np.arange(1, 256)]
-        after, ends = found ^ offsets[found], (units[found] >> 8) & 1 == 1
+        children = steps[(units[steps] & (1 << 31 | 255)) == np.arange(1, 256)]
+        after, ends = children ^ offsets[children], (units[children] >> 8) & 1 == 1
         if after.size and after.max() >= len(units):
             raise message.wrong(message.start, "a table of characters that leads out of itself")
         values = units[after[ends]] & (2**31 - 1)
@@ -295,11 +295,11 @@ class _Message:
 
     def _number(self, at: int) -> tuple[int, int]:
         """A number of 7 bits a byte, the last byte below 128; and where it ends."""
-        found = 0
+        number = 0
         for i in range(10):
             if at + i >= self.end:
                 raise self.wrong(at, "a number that is cut")
-            found |= (self.data[at + i] & 127) << 7 * i
+            number |= (self.data[at + i] & 127) << 7 * i
             if self.data[at + i] < 128:
-                return found, at + i + 1
+                return number, at + i + 1
         raise self.wrong(at, "a number of more than 10 bytes")

@@ -40,13 +40,13 @@ def read_sizes(
     for key, value in only.items():
         if data.get(key, value) != value:
             raise ValueError(f"config.json has {key} {data[key]!r}; this model computes only {value!r}.")
-    own = {field.name: names.get(field.name, field.name) for field in fields(config)}
-    given = {name: data[theirs] for name, theirs in own.items() if data.get(theirs) is not None}
+    keys = {field.name: names.get(field.name, field.name) for field in fields(config)}
+    given = {name: data[theirs] for name, theirs in keys.items() if data.get(theirs) is not None}
     sizes = {**absent, **given}
-    missing = [theirs for name, theirs in own.items() if name not in sizes]
+    missing = [theirs for name, theirs in keys.items() if name not in sizes]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}.")
-    return {name: sizes[name] for name in own}
+    return {name: sizes[name] for name in keys}
 
 
 def check_sizes(config: Any, may_be_zero: tuple[str, ...] = ()) -> None:

@@ -117,8 +117,8 @@ def transposed(path: str, name: str) -> bool:
 
 def sliced(name: str) -> tuple[str, int, int]:
     """A tensor's name, and which of its outputs NAME[start:end] stands for: (0, 0) for all."""
-    found = re.fullmatch(r"(.*)\[(\d+):(\d+)\]", name)
-    return (str(name), 0, 0) if found is None else (found[1], int(found[2]), int(found[3]))
+    match = re.fullmatch(r"(.*)\[(\d+):(\d+)\]", name)
+    return (str(name), 0, 0) if match is None else (match[1], int(match[2]), int(match[3]))
 
 
 def read_config(folder: Path) -> Any:
@@ -179,10 +179,10 @@ def chat_template(folder: Path) -> str | None:
     if file.is_file():
         return file.read_text(encoding="utf-8")
     data = read_json(config) if config.is_file() else {}
-    found = data.get("chat_template") if isinstance(data, dict) else None
-    if isinstance(found, list):
-        found = {x["name"]: x["template"] for x in found}.get("default")
-    return found
+    template = data.get("chat_template") if isinstance(data, dict) else None
+    if isinstance(template, list):
+        template = {x["name"]: x["template"] for x in template}.get("default")
+    return template
 
 
 def _open(file: Path) -> Any:

@@ -179,12 +179,12 @@ def read_parts(
         if part is None:
             part = whole.take_rows(getattr(places, name))
         else:
-            own = part.firsts
-            kept, same, torn = distinct(part["key"][own], None if stratum is None else part[stratum][own])
-            others += 0 if target is None else disagreeing(part["key"][own], part[target][own])
+            starts = part.firsts
+            kept, same, torn = distinct(part["key"][starts], None if stratum is None else part[stratum][starts])
+            others += 0 if target is None else disagreeing(part["key"][starts], part[target][starts])
             part, equal, contradictory = part.take_rows(kept), equal + same, contradictory + torn
-        own = part.firsts
-        new = ~np.any([np.isin(part[field][own], values) for field, values in seen.items()], axis=0)
+        starts = part.firsts
+        new = ~np.any([np.isin(part[field][starts], values) for field, values in seen.items()], axis=0)
         parts[name], elsewhere = part.take_rows(np.flatnonzero(new)), elsewhere + int((~new).sum())
         seen = {field: np.concatenate([values, parts[name][field]]) for field, values in seen.items()}
     left_out = {

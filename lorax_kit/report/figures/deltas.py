@@ -23,13 +23,13 @@ from lorax_kit.report.plots import (
 
 def singular_values(summary: Summary) -> Made:
     """Singular values of the deltas by index, for each rank of the best family."""
-    found = [(c.rank, list(mean_spectra(summary.run, c).values())) for c in summary.ladder]
-    found = [(rank, sites) for rank, sites in found if sites]
-    if not found:
+    spectra = [(c.rank, list(mean_spectra(summary.run, c).values())) for c in summary.ladder]
+    spectra = [(rank, sites) for rank, sites in spectra if sites]
+    if not spectra:
         return "Singular values: no spectra were recorded for the chosen conditions."
     figure = canvas(3.0)
     axes = figure.add_subplot()
-    for rank, sites in found:
+    for rank, sites in spectra:
         colour = rank_colour(rank, summary.ranks)
         for values in sites:
             axes.plot(range(1, len(values) + 1), values, lw=0.5, color=colour, alpha=0.3)
@@ -38,12 +38,12 @@ def singular_values(summary: Summary) -> Made:
         # Shorter lines in front: where ranks agree, the end of each stays visible.
         style = {"ms": 3.5, "lw": 1.6, "color": colour, "label": f"rank {rank}", "zorder": 3 + 1 / rank}
         axes.plot(range(1, shortest + 1), mean, "o-", **style)
-    scale = "log" if any((values > 0).any() for _, sites in found for values in sites) else "linear"
+    scale = "log" if any((values > 0).any() for _, sites in spectra for values in sites) else "linear"
     axes.set(xlabel="index of the singular value", ylabel=f"singular value of the delta ({scale} scale)")
     if scale == "log":
         log_values(axes)
-    numbered(axes, max(len(values) for _, sites in found for values in sites))
-    axes.legend(ncols=2 if len(found) > 5 else 1)
+    numbered(axes, max(len(values) for _, sites in spectra for values in sites))
+    axes.legend(ncols=2 if len(spectra) > 5 else 1)
     return figure, (
         f"Singular values of the trained deltas{whose(summary)}, scale included, largest first. Thin lines are "
         "single sites (mean over seeds), thick lines the mean over sites. A steep fall: a smaller rank would hold most "

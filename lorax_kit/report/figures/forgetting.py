@@ -26,12 +26,12 @@ def intruders_by_rank(summary: Summary) -> Made:
     records = summary.run.intruders
     if not records:
         return ""
-    found = {arm: _by_rank(summary, records, lambda record, arm=arm: record[arm]) for arm in ARMS}  # type: ignore[misc]
-    if not any(values for values in found["adapter"].values()):
+    counts = {arm: _by_rank(summary, records, lambda record, arm=arm: record[arm]) for arm in ARMS}  # type: ignore[misc]
+    if not any(values for values in counts["adapter"].values()):
         return "Intruders by rank: none were counted for the chosen conditions."
     figure = canvas(3.0)
     axes = figure.add_subplot()
-    for k, (arm, by_rank) in enumerate(found.items()):
+    for k, (arm, by_rank) in enumerate(counts.items()):
         _draw(axes, summary.ranks, by_rank, k, ARMS[arm], 0.16 * (k - 1))
     rank_axis(axes, summary.ranks)
     top, epsilon = max(record["top"] for record in records), records[0]["epsilon"]
@@ -84,12 +84,12 @@ def _by_rank(
     """Rank -> a value per seed of the chosen condition, the mean over its records."""
 
     def seeds(condition: Condition) -> list[float]:
-        found = []
+        means = []
         for trial in condition.done:
             own = [value(record) for record in records if record["trial"] == trial["trial"]]
             known = [x for x in own if x is not None]
-            found += [float(np.mean(known))] if known else []
-        return found
+            means += [float(np.mean(known))] if known else []
+        return means
 
     return {condition.rank: seeds(condition) for condition in summary.ladder}
 

@@ -81,7 +81,7 @@ def effective_ranks(summary: Summary) -> tuple[list[str], list[int], Array]:
 
     Records without "effective_rank" have it computed from their singular values.
     """
-    found: dict[tuple[str, int], list[float]] = {}
+    values: dict[tuple[str, int], list[float]] = {}
     for condition in summary.ladder:
         names = {trial["trial"] for trial in condition.done}
         for record in summary.run.spectra:
@@ -89,10 +89,10 @@ def effective_ranks(summary: Summary) -> tuple[list[str], list[int], Array]:
                 value = record.get("effective_rank")
                 if value is None:
                     value = float(effective_rank(jnp.asarray(record["singular_values"])))
-                found.setdefault((record["site"], condition.rank), []).append(value)
-    sites = list(dict.fromkeys(site for site, _ in found))
-    ranks = sorted({rank for _, rank in found})
-    means = [[np.mean(found.get((site, rank), [np.nan])) for rank in ranks] for site in sites]
+                values.setdefault((record["site"], condition.rank), []).append(value)
+    sites = list(dict.fromkeys(site for site, _ in values))
+    ranks = sorted({rank for _, rank in values})
+    means = [[np.mean(values.get((site, rank), [np.nan])) for rank in ranks] for site in sites]
     return sites, ranks, np.array(means, dtype=np.float64).reshape(len(sites), len(ranks))
 
 
@@ -103,16 +103,16 @@ def mean_overlaps(summary: Summary) -> dict[tuple[int, int], Array]:
     has is nan.
     """
     names = {trial["trial"] for condition in summary.ladder for trial in condition.done}
-    found: dict[tuple[int, int], list[Array]] = {}
+    overlaps: dict[tuple[int, int], list[Array]] = {}
     for record in summary.run.overlaps:
         if {record["trial_i"], record["trial_j"]} <= names:
             phi = np.array(record["phi"], dtype=np.float64)  # null becomes nan
             ranks = int(record["rank_i"]), int(record["rank_j"])
             if ranks[0] > ranks[1]:
                 ranks, phi = ranks[::-1], phi.T
-            found.setdefault(ranks, []).append(phi)
+            overlaps.setdefault(ranks, []).append(phi)
     means = {}
-    for ranks, grids in sorted(found.items()):
+    for ranks, grids in sorted(overlaps.items()):
         rows, columns = (min(grid.shape[axis] for grid in grids) for axis in (0, 1))
         stack = np.stack([grid[:rows, :columns] for grid in grids])
         count = np.isfinite(stack).sum(axis=0)

@@ -23,14 +23,14 @@ def method_rows(summary: Summary) -> list[dict[str, str]]:
         return []
     measure, rows = summary.measure, []
     for condition in compared.conditions:
-        found = next((c for c in compared.comparisons if c.condition == condition.key), None)
+        comparison = next((c for c in compared.comparisons if c.condition == condition.key), None)
         params, size = condition.first("params"), condition.first("adapter_bytes")
         seconds = condition.mean("train_seconds")
         difference = REFERENCE if condition is compared.reference else ""
-        if found is not None and found.pairs:
-            difference = measure.signed(found.difference)
-            if not math.isnan(found.low):
-                difference += f" [{measure.signed(found.low)}, {measure.signed(found.high)}]"
+        if comparison is not None and comparison.pairs:
+            difference = measure.signed(comparison.difference)
+            if not math.isnan(comparison.low):
+                difference += f" [{measure.signed(comparison.low)}, {measure.signed(comparison.high)}]"
         rows.append(
             {
                 "setting": str(condition.family),
@@ -41,7 +41,7 @@ def method_rows(summary: Summary) -> list[dict[str, str]]:
                 "metric": measure.interval(condition.interval(summary.metric), short=True),
                 "validation": measure.short(condition.mean(summary.choice)),
                 "difference": difference,
-                "p": "" if found is None else p_text(found.p_holm),
+                "p": "" if comparison is None else p_text(comparison.p_holm),
                 "params": "" if params is None else f"{params:,.0f}",
                 "size": "" if size is None else bytes_text(size),
                 "seconds": "" if math.isnan(seconds) else f"{seconds:.1f}",

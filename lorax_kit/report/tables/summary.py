@@ -81,15 +81,15 @@ def summary_table(run: RunFolder) -> str:
 
 
 def _row(summary: Summary, condition: Condition) -> dict[str, str]:
-    found, measure = summary.comparison(condition), summary.measure
+    comparison, measure = summary.comparison(condition), summary.measure
     params, size = condition.first("params"), condition.first("adapter_bytes")
     difference = p = ""
     if condition is summary.best:
         difference = CHOSEN
-    elif found is not None and found.pairs:
-        difference, p = measure.signed(found.difference), p_text(found.p_holm)
-        if not math.isnan(found.low):
-            difference += f" [{measure.signed(found.low)}, {measure.signed(found.high)}]"
+    elif comparison is not None and comparison.pairs:
+        difference, p = measure.signed(comparison.difference), p_text(comparison.p_holm)
+        if not math.isnan(comparison.low):
+            difference += f" [{measure.signed(comparison.low)}, {measure.signed(comparison.high)}]"
     return {
         "setting": "frozen encoder" if condition.rank == 0 else str(condition.family),
         "rank": "probe" if condition.rank == 0 else str(condition.rank),

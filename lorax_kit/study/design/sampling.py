@@ -86,13 +86,13 @@ class Sample:
         unit = _sobol(len(self.ranges), self.conditions, self.seed) if self.kind == "sobol" else None
         if unit is None:
             unit = np.random.default_rng(self.seed).random((self.conditions, len(self.ranges)))
-        found = {}
+        distinct = {}
         for row in unit:
             point = {
                 name: _at(name, given, float(u)) for (name, given), u in zip(self.ranges.items(), row, strict=True)
             }
-            found[repr(point)] = point
-        return tuple(found.values())
+            distinct[repr(point)] = point
+        return tuple(distinct.values())
 
     @classmethod
     def from_dict(cls, data: Any) -> Sample:

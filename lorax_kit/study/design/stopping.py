@@ -140,8 +140,8 @@ class MedianRule(Stopping):
     def chosen(self, histories: Mapping[Any, list[float]]) -> set[Any]:
         """Those whose best value so far reaches the median of all running averages."""
         middle = median(fmean(values) for values in histories.values())
-        found = {unit for unit, values in histories.items() if max(values) >= middle}
-        return found or set(histories)
+        passing = {unit for unit, values in histories.items() if max(values) >= middle}
+        return passing or set(histories)
 
 
 RULES: dict[str, type[Stopping]] = {rule.kind: rule for rule in (Halving, MedianRule)}

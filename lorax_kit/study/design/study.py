@@ -156,16 +156,16 @@ class Study:
         """Names of optimisers; functions are kept in `makers`."""
         several = isinstance(given, Sequence) and not isinstance(given, str)
         names = []
-        for one in given if several else [given]:
-            if callable(one):
-                name = f"{getattr(one, '__module__', '')}:{getattr(one, '__qualname__', type(one).__name__)}"
-                if self.makers.get(name, one) is not one:
+        for entry in given if several else [given]:
+            if callable(entry):
+                name = f"{getattr(entry, '__module__', '')}:{getattr(entry, '__qualname__', type(entry).__name__)}"
+                if self.makers.get(name, entry) is not entry:
                     raise StudyError(
                         f"two optimisers of the study are named {name!r}.\n  name functions apart: def, not lambda"
                     )
-                self.makers[name] = one  # type: ignore[index]
-                one = name
-            names.append(one)
+                self.makers[name] = entry  # type: ignore[index]
+                entry = name
+            names.append(entry)
         return tuple(names)
 
     def _named_grid(self, grid: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,9 +216,9 @@ class Study:
 
     def _grids(self) -> Iterator[tuple[dict[str, tuple], dict[str, Any]]]:
         """(the values of every axis, settings by method) of each grid."""
-        own: dict[str, tuple] = {name: getattr(self, name) for name in AXES if name != "targets"}
-        own |= {"targets": tuple(self.targets)}
-        own |= {f"hyper.{name}": tuple(x) for name, x in self.hyper.items()}  # type: ignore[arg-type]
+        defaults: dict[str, tuple] = {name: getattr(self, name) for name in AXES if name != "targets"}
+        defaults |= {"targets": tuple(self.targets)}
+        defaults |= {f"hyper.{name}": tuple(x) for name, x in self.hyper.items()}  # type: ignore[arg-type]
         for number, grid in enumerate(self.grids or ({},), 1):
             given = dict(grid)
             settings: dict[str, Any] = {**self.settings}
@@ -235,8 +235,8 @@ class Study:
             )
             if "optimizer" in given:
                 given["optimizer"] = self._named_optimizers(given["optimizer"])
-            found = {name: values_of(name, x) for name, x in given.items()}
-            yield own | found | {f"hyper.{name}": x for name, x in hyper.items()}, settings
+            axes = {name: values_of(name, x) for name, x in given.items()}
+            yield defaults | axes | {f"hyper.{name}": x for name, x in hyper.items()}, settings
 
     def setting(self, trial: Trial) -> Setting:
         """The setting of the sites of a trial."""
@@ -326,13 +326,16 @@ class Study:
 
 
 def _trial(values: Mapping[str, Any], settings: Mapping[str, Any]) -> Trial:
-    own = {name: x for name, x in values.items() if not name.startswith("hyper.")}
+    columns = {name: x for name, x in values.items() if not name.startswith("hyper.")}
     hyper = {name.removeprefix("hyper."): x for name, x in values.items() if name.startswith("hyper.")}
-    more: Mapping[str, Any] = settings.get(own["variant"], {})
-    own |= {name: float(own[name]) for name in ("lr", "dropout", "weight_decay", "lr_ratio")}
-    own |= {"alpha": float(own["rank"] if own["alpha"] is None else own["alpha"]), "start": start_of(own["start"])}
+    more: Mapping[str, Any] = settings.get(columns["variant"], {})
+    columns |= {name: float(columns[name]) for name in ("lr", "dropout", "weight_decay", "lr_ratio")}
+    columns |= {
+        "alpha": float(columns["rank"] if columns["alpha"] is None else columns["alpha"]),
+        "start": start_of(columns["start"]),
+    }
     return Trial(
-        **own,
+        **columns,
         hyper=tuple(sorted(hyper.items())),
         settings=tuple(sorted((name, json.dumps(plain(x))) for name, x in more.items())),
     )

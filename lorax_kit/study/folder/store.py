@@ -148,10 +148,10 @@ class RunStore:
         if not overwrite and previous is not None and previous.get("identity") != design:
             theirs = previous["identity"]
             ours = {k: v for k, v in design.items() if theirs.get(k) != v}
-            found = differences(leaves or {}, previous["leaves"]) if isinstance(previous.get("leaves"), dict) else {}
+            changed = differences(leaves or {}, previous["leaves"]) if isinstance(previous.get("leaves"), dict) else {}
             raise StudyError(
                 f"{str(self.path)!r} holds another study (it differs in {_differing(ours, theirs) or 'its keys'}).\n"
-                + (f"  {first_difference(found)}\n" if "base" in ours and found else "")
+                + (f"  {first_difference(changed)}\n" if "base" in ours and changed else "")
                 + "  choose another folder, or discard it: overwrite=True"
             )
         self._lock: IO[str] | None = None
@@ -191,10 +191,10 @@ class RunStore:
         if not file.exists():
             return None
         try:
-            found = read_json(file)
+            document = read_json(file)
         except ValueError as e:
             raise StudyError(f"{str(file)!r} is not JSON: {e}.\n  restore it, or discard the folder") from None
-        return found if isinstance(found, dict) else {}
+        return document if isinstance(document, dict) else {}
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Whole lines of a JSONL file: one cut off by an interruption does not count."""

@@ -200,9 +200,9 @@ class Engine:
             number, every = course.steps, self.study.eval_every
             due = every and number and (number % every == 0 or number == self.study.steps)
             if val and (due or number == until) and not course.validated(number):
-                found = self._evaluate((self._finish(running), scalars), count, own, val)
-                course.evaluations.append((number, found))
-                on_eval(number, found)
+                metrics = self._evaluate((self._finish(running), scalars), count, own, val)
+                course.evaluations.append((number, metrics))
+                on_eval(number, metrics)
 
         with course.paused():
             validate()

@@ -116,18 +116,18 @@ def stacks(
         own = _leaves(study, plan, trial) if trial.rank > 0 else next(iter(apart), None)
         apart.setdefault(own, []).append(trial)
     out = []
-    for some in apart.values():
-        whole = plan if len(apart) == 1 else union_plan(study, problem, some, params, batch)
-        ranks = [trial.rank for trial in some if trial.rank > 0]
+    for alike in apart.values():
+        whole = plan if len(apart) == 1 else union_plan(study, problem, alike, params, batch)
+        ranks = [trial.rank for trial in alike if trial.rank > 0]
         rows = "kept"
         if len(set(ranks)) > 1:
-            rows = rows_treatment(study, whole, [trial for trial in some if trial.rank > 0], form.recipe)
+            rows = rows_treatment(study, whole, [trial for trial in alike if trial.rank > 0], form.recipe)
         if rows != "mixed":
-            own_order = [trial for trial in trials if trial in some]
+            own_order = [trial for trial in trials if trial in alike]
             out.append(Stack(own_order, whole, form._replace(held=rows == "held")))
             continue
         by_rank: dict[int, list[Trial]] = {}
-        for trial in some:
+        for trial in alike:
             by_rank.setdefault(trial.rank or ranks[0], []).append(trial)
         out += [Stack(same, union_plan(study, problem, same, params, batch), form) for same in by_rank.values()]
     return out
@@ -137,11 +137,11 @@ def _leaves(study: Study, plan: Plan, trial: Trial) -> Any:
     """Which leaves a trial has at the sites of a plan, and the shapes of those that no zero rows extend."""
     setting = study.setting(trial)
     rows = METHODS[setting.kind].rows
-    found = []
+    by_site = []
     for site in plan.sites:
         leaves = leaf_shapes(replace(site, setting=setting))._asdict()
-        found.append(tuple(None if x is None else name in rows or (x.shape, x.dtype) for name, x in leaves.items()))
-    return tuple(found)
+        by_site.append(tuple(None if x is None else name in rows or (x.shape, x.dtype) for name, x in leaves.items()))
+    return tuple(by_site)
 
 
 def _rows_only(setting: Setting) -> bool:

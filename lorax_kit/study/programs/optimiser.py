@@ -62,24 +62,24 @@ def maker(study: Study, name: str) -> Callable[..., Any]:
     """
     if name in study.makers:
         return study.makers[name]
-    found: Any
+    made: Any
     if ":" in name:
         module, _, path = name.partition(":")
         try:
-            found = importlib.import_module(module)
+            made = importlib.import_module(module)
             for part in path.split("."):
-                found = getattr(found, part)
+                made = getattr(made, part)
         except (ImportError, AttributeError) as e:
             raise StudyError(f"optimizer {name!r} cannot be imported: {e}.") from None
-        if callable(found):
-            return found  # type: ignore[no-any-return]
-    found = getattr(optax, name, None) or getattr(optax.contrib, name, None)
-    if not callable(found) or "learning_rate" not in keywords_of(found):
+        if callable(made):
+            return made  # type: ignore[no-any-return]
+    made = getattr(optax, name, None) or getattr(optax.contrib, name, None)
+    if not callable(made) or "learning_rate" not in keywords_of(made):
         raise StudyError(
             f"optimizer {shown(name)} is no optimiser of optax or optax.contrib: nothing of that name takes a "
             "learning_rate.\n  give the name of one, 'module:function', or the function itself"
         )
-    return found  # type: ignore[no-any-return]
+    return made  # type: ignore[no-any-return]
 
 
 def keywords_of(fn: Callable[..., Any], skip: int = 0) -> set[str]:

@@ -173,7 +173,7 @@ def unpack(plan: Plan, factors: Any, index: int, *, diverged: bool = False) -> d
             continue
         site = sites.get(path)
         shapes = jax.tree.map(lambda x: x.shape, leaf_shapes(site)) if site else type(leaves)(*(None,) * len(leaves))
-        own = {}
+        trimmed = {}
         for name, x, shape in zip(leaves._fields, leaves, shapes, strict=True):
             if x is None:
                 continue
@@ -185,7 +185,7 @@ def unpack(plan: Plan, factors: Any, index: int, *, diverged: bool = False) -> d
                 raise StudyError(
                     f"rows of {name} at {path!r} above rank {rank} are no longer zero: the optimiser moves zero rows."
                 )
-            own[name] = np.asarray(x[inside])
+            trimmed[name] = np.asarray(x[inside])
         if site:
-            out[path] = leaves._replace(**own)
+            out[path] = leaves._replace(**trimmed)
     return out

@@ -107,7 +107,7 @@ def parted(progress: Progress, count: int) -> list[Progress]:
 
 def joined(slots: Sequence[Progress], size: int) -> Progress:
     """Trials that were trained equally far, as the progress of one pack; filled up with copies of the last."""
-    own = slots
+    unpadded = slots
     slots = [*slots, *[slots[-1]] * (size - len(slots))]
     return Progress(
         [np.concatenate(leaves) for leaves in zip(*(slot.running for slot in slots), strict=True)],
@@ -115,7 +115,7 @@ def joined(slots: Sequence[Progress], size: int) -> Progress:
         np.concatenate([slot.failed for slot in slots]),
         [
             (together[0][0], [found[0] for _, found in together])
-            for together in zip(*(slot.evaluations for slot in own), strict=True)
+            for together in zip(*(slot.evaluations for slot in unpadded), strict=True)
         ],
-        sum(slot.seconds for slot in own),
+        sum(slot.seconds for slot in unpadded),
     )

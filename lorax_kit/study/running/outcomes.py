@@ -89,8 +89,8 @@ class Outcomes:
           StudyError: a score out of range, a metric that cannot be computed.
         """
         base = restored(self.bases(group.form, group.plan))
-        found = [measure.check(base) for measure in self._tests(group.plan, group.form, base)]
-        return {f"{part}_{k}": x for part, one in zip(("val", "test"), found, strict=True) for k, x in one.items()}
+        metrics = [measure.check(base) for measure in self._tests(group.plan, group.form, base)]
+        return {f"{part}_{k}": x for part, one in zip(("val", "test"), metrics, strict=True) for k, x in one.items()}
 
     def keep(self, group: Group, trained: Trained, *, new: bool) -> None:
         """Write what the trials of a group came to; `new`: the group's own facts, too."""
@@ -238,10 +238,10 @@ class Outcomes:
             "adapter": f"adapters/{trial.name}",
         }
 
-    def _columns(self, part: str, found: Mapping[str, float] | None = None) -> dict[str, float | None]:
+    def _columns(self, part: str, metrics: Mapping[str, float] | None = None) -> dict[str, float | None]:
         """The columns of a part's metrics; empty where none were measured."""
         names = [metric.name for metric in self.problem.all_metrics]
-        return {f"{part}_{name}": None if found is None else found[name] for name in names}
+        return {f"{part}_{name}": None if metrics is None else metrics[name] for name in names}
 
     def _identity(self, form: Form, plan: Plan, base: Params) -> BaseIdentity:
         """Of a base, hashed once for all its adapters."""

@@ -56,18 +56,18 @@ class Race:
         jobs, places = [], []
         for i, group in enumerate(groups, 1):
             place = f"{rung}_{i}"
-            found = self.store.load_progress([trial.name for trial in group.trials], group.size, place)
-            if found is not None:
-                self._stand(group, found)
+            progress = self.store.load_progress([trial.name for trial in group.trials], group.size, place)
+            if progress is not None:
+                self._stand(group, progress)
                 continue
             label = f"to step {until}, group {i} of {len(groups)}, {len(group.trials)} trials"
             jobs.append(Job(group, label, until, self._standing(group) if rung else None))
             places.append(place)
-        for i, found in self.trainer.train(jobs):
+        for i, progress in self.trainer.train(jobs):
             group = jobs[i].group
-            self.store.save_progress([trial.name for trial in group.trials], found, places[i])
+            self.store.save_progress([trial.name for trial in group.trials], progress, places[i])
             self.store.drop_progress()
-            self._stand(group, found)
+            self._stand(group, progress)
 
     def _standing(self, group: Group) -> Progress:
         return joined([self.slots[trial.name] for trial in group.trials], group.size)

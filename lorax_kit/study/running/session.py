@@ -96,8 +96,8 @@ class Session:
     def run(self, jobs: Sequence[Job]) -> None:
         """Train groups to their end, or go on with them, and write what their trials came to."""
         for job in jobs:
-            found = self.under_way(job)
-            earlier = job.before if found is None else found
+            saved = self.under_way(job)
+            earlier = job.before if saved is None else saved
             trained, _ = self._train(job, earlier)
             self.outcomes.keep(job.group, trained, new=earlier is None or len(earlier.losses) < job.until)
             self.store.drop_progress()
@@ -105,8 +105,8 @@ class Session:
     def train(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Progress]]:
         """Train groups to their step: yields the number of each job that is done, and where its trials stand."""
         for i, job in enumerate(jobs):
-            found = self.under_way(job)
-            yield i, self._train(job, job.before if found is None else found)[1]
+            saved = self.under_way(job)
+            yield i, self._train(job, job.before if saved is None else saved)[1]
 
     def finish(self, jobs: Sequence[Job]) -> None:
         """Write what groups came to whose trials were trained to the end `before`, in other groups perhaps."""

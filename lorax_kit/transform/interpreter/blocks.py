@@ -119,13 +119,13 @@ def _lives(jaxpr: Any, parameters: set[Any]) -> tuple[dict[Any, int], dict[Any, 
 
 
 def _block(eqns: list[Any], dear: list[int], dies: dict[Any, int], first: int, end: int) -> Block:
-    own = eqns[first:end]
-    made = dict.fromkeys(v for eqn in own for v in eqn.outvars)  # in order: programs are the same each time
-    read = dict.fromkeys(v for eqn in own for v in eqn.invars if not isinstance(v, jex.Literal))
+    inside = eqns[first:end]
+    made = dict.fromkeys(v for eqn in inside for v in eqn.outvars)  # in order: programs are the same each time
+    read = dict.fromkeys(v for eqn in inside for v in eqn.invars if not isinstance(v, jex.Literal))
     costs = dear[first:end]
     return Block(
-        eqns=own,
-        kept=frozenset(id(eqn) for eqn, cost in zip(own, costs, strict=True) if cost == 1),
+        eqns=inside,
+        kept=frozenset(id(eqn) for eqn, cost in zip(inside, costs, strict=True) if cost == 1),
         reads=[v for v in read if v not in made],
         writes=[v for v in made if dies.get(v, -1) >= end],
         recomputed=1 in costs and 0 in costs and max(costs) < 2,

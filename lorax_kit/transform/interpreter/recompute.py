@@ -72,8 +72,8 @@ def _recomputed_bwd(
         values = [x if m is None else next(queue) for x, m in zip(leaves, moving, strict=True)]
         return fn(tape, *jax.tree.unflatten(tree, values))
 
-    (found_grads,) = jax.vjp(again, [x for x, m in zip(leaves, moving, strict=True) if m is not None])[1](g)
-    queue = iter(found_grads)
+    (flat_grads,) = jax.vjp(again, [x for x, m in zip(leaves, moving, strict=True) if m is not None])[1](g)
+    queue = iter(flat_grads)
     grads: tuple[Any, Any] = jax.tree.unflatten(tree, [None if m is None else next(queue) for m in moving])
     return grads
 

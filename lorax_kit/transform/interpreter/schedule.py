@@ -81,13 +81,13 @@ def schedule(
 
 def _parameters(eqns: Sequence[Any], parameters: Collection[Any]) -> set[Any]:
     """Variables that hold parameters, in any layout, and nothing else."""
-    found = set(parameters)
+    held = set(parameters)
     for eqn in eqns:
         known = RULES.get(eqn.primitive.name)
         read = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
-        if known is not None and not known.calls and read and all(v in found for v in read):
-            found.update(eqn.outvars)
-    return found
+        if known is not None and not known.calls and read and all(v in held for v in read):
+            held.update(eqn.outvars)
+    return held
 
 
 def _same_input(eqns: Sequence[Any], parameters: Collection[Any]) -> dict[int, list[Any]]:

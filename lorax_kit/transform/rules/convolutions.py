@@ -95,7 +95,7 @@ def _patches(x: Array, shape: tuple[int, ...], own: tuple[int, ...], params: dic
     """What each place of the output reads, (places x groups, inputs), the kernel's inputs in the order `own`."""
     numbers = params["dimension_numbers"]
     _, channel, *spatial = numbers.rhs_spec
-    found = lax.conv_general_dilated_patches(
+    patches = lax.conv_general_dilated_patches(
         x,
         tuple(shape[d] for d in spatial),
         params["window_strides"],
@@ -104,7 +104,7 @@ def _patches(x: Array, shape: tuple[int, ...], own: tuple[int, ...], params: dic
         params["rhs_dilation"],
         numbers,
     )
-    found = jnp.moveaxis(found, numbers.out_spec[1], -1)  # channels first, then places of the window
-    found = found.reshape(-1, *(shape[d] for d in (channel, *spatial)))
+    patches = jnp.moveaxis(patches, numbers.out_spec[1], -1)  # channels first, then places of the window
+    patches = patches.reshape(-1, *(shape[d] for d in (channel, *spatial)))
     order = [(channel, *spatial).index(d) for d in own]
-    return jnp.transpose(found, (0, *(1 + i for i in order))).reshape(found.shape[0], -1)
+    return jnp.transpose(patches, (0, *(1 + i for i in order))).reshape(patches.shape[0], -1)

@@ -105,10 +105,10 @@ def gather(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     dtype = ctx.update_dtype(weight.w)
 
     def rows(weight: Weight, indices: Array, look: Lookup) -> Array:
-        found = _looked_up(eqn, weight, indices, look)
-        y = found.base() + found.update(dtype).astype(found.w.dtype)
-        if found.gain is not None:
-            scaled = multiplied(y, found.gain)
+        picked = _looked_up(eqn, weight, indices, look)
+        y = picked.base() + picked.update(dtype).astype(picked.w.dtype)
+        if picked.gain is not None:
+            scaled = multiplied(y, picked.gain)
             y = jnp.where(_inside(weight, look), scaled, y) if _fills(eqn) else scaled
         return y if look.kept is None else jnp.expand_dims(y, look.kept)
 
@@ -197,10 +197,10 @@ def _entries(eqn: Any, weight: Weight, indices: Array, look: Lookup) -> Partial:
     def rows(table: Quantised, at: Array, _: Array) -> Array:
         at = at[..., 0]
         inside = (at >= 0) & (at < table.shape[0])
-        found = table.rows(at)
+        entries = table.rows(at)
         if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
-            found = jnp.where(inside[..., None], found, jnp.nan if fill is None else fill)
-        return found
+            entries = jnp.where(inside[..., None], entries, jnp.nan if fill is None else fill)
+        return entries
 
     plain = look.offset == (look.indices.ndim - 1,)
     return Partial(rows, table, look.indices) if plain else whole

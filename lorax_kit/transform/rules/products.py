@@ -265,17 +265,17 @@ def _einsum(ctx: Context, eqn: Any, weight: Weight, x: Array, at: Arrangement) -
         owned = sorted(weight.owned(f))
         return "Z" + "".join(of_w[d] for d in owned), f.reshape(-1, *_sizes(weight.shape, tuple(owned))).astype(dtype)
 
-    (one, first), (two, second) = named(first), named(second)
+    (dims_1, first), (dims_2, second) = named(first), named(second)
     ins = "".join(of_x[d] for d in range(x.ndim))
     mine, theirs = [of_w[d] for d in at.free], [of_x[d] for d in at.x_free]
     wanted = [*(of_w[d] for d in at.batch), *(mine + theirs if at.left else theirs + mine)]
-    kept = "".join(c for c in dict.fromkeys(ins + one) if c in wanted or c in two)
+    kept = "".join(c for c in dict.fromkeys(ins + dims_1) if c in wanted or c in dims_2)
     dropped = weight.dropped(x.astype(dtype))
     precision = eqn.params["precision"]
-    u = jnp.einsum(f"{ins},{one}->{kept}", dropped, first, precision=precision) * jnp.asarray(weight.scale, dtype)
+    u = jnp.einsum(f"{ins},{dims_1}->{kept}", dropped, first, precision=precision) * jnp.asarray(weight.scale, dtype)
     # A dimension that only the base varies with: the update is the same all along it.
-    held = "".join(c for c in wanted if c in kept or c in two)
-    update = jnp.einsum(f"{kept},{two}->{held}", u, second, precision=precision)
+    held = "".join(c for c in wanted if c in kept or c in dims_2)
+    update = jnp.einsum(f"{kept},{dims_2}->{held}", u, second, precision=precision)
     update = update.reshape([n if c in held else 1 for c, n in zip(wanted, out.shape, strict=True)])
     reason = "contracted along other axes than the plan's inputs or outputs"
     operand = 0 if at.left else 1
