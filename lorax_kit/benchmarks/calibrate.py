@@ -61,7 +61,7 @@ def time_forms(shape: tuple[int, int, int], rank: int, *, rounds: int, least_ms:
 
 def _chosen(row: Mapping[str, Any], costs: Costs, choice: str, regret: str) -> dict[str, Any]:
     """What costs choose for a row, and the time of that over the best, by these names."""
-    how = choose(Product(1, row["tokens"], row["inputs"], row["outputs"], row["rank"]), 1, costs)[0]
+    how = choose(Product(1, row["tokens"], row["inputs"], row["outputs"], row["rank"]), costs)[0]
     return {choice: how, regret: row[f"{how}_ms"] / min(row["factored_ms"], row["merged_ms"])}
 
 

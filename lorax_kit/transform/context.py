@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 from lorax_kit.arrays.dtypes import widest
 from lorax_kit.arrays.placement import varies
 from lorax_kit.core.site import Axes
-from lorax_kit.transform.cost import NONE, Costs, Product, choose, together
+from lorax_kit.transform.cost import NONE, Costs, Product, together
 from lorax_kit.transform.interpreter.tape import Tape
 from lorax_kit.transform.kernels import KERNELS, Operands, Outputs
 from lorax_kit.transform.weight import Weight
@@ -161,12 +161,6 @@ class Context:
     def update_dtype(self, *operands: Array | jax.ShapeDtypeStruct) -> Any:
         """What a low-rank update is computed in: the plan's dtype, or the one that holds all operands."""
         return jnp.dtype(self.compute_dtype or widest(*(x.dtype for x in operands)))
-
-    def select(self, product: Product) -> tuple[str, str]:
-        """The kernel for a product, and why."""
-        if self.kernel != "auto":
-            return self.kernel, "asked for by adapt(kernel=...)"
-        return choose(product, self.trials, self.costs)
 
     def kept(self, run: Callable[..., Any], *args: Any) -> Any:
         """`run(*args)`, whose result a block keeps."""

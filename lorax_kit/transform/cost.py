@@ -85,8 +85,54 @@ def measured_costs(backend: str) -> Costs:
     return MEASURED.get(backend, NONE)
 
 
-def choose(product: Product, trials: int, costs: Costs) -> tuple[str, str]:
-    """Pick "factored" or "merged", and say why.
+class Facts(NamedTuple):
+    """What decides how a product runs, besides its sizes.
+
+    Attributes:
+      asked: the kernel wanted, or "auto".
+      trials: how many stacked trials a surrounding vmap runs.
+      empty: whether the parameter is low-rank, with no base to multiply.
+      quantised: whether the base is restored where it is used.
+      dropout: whether the input of the low-rank path differs from that of the base.
+      rounds: the dtype in which a merged parameter would lose small updates; "" where it loses none.
+    """
+
+    asked: str = "auto"
+    trials: int = 1
+    empty: bool = False
+    quantised: bool = False
+    dropout: bool = False
+    rounds: str = ""
+
+
+def choose(product: Product, costs: Costs, facts: Facts = Facts()) -> tuple[str, str]:  # noqa: B008  # it is immutable
+    """Pick the kernel of a product, and say why.
+
+    Example:
+      >>> choose(Product(1, 512, 64, 64, 8), Costs())
+      ('merged', '512 tokens outweigh two passes over 64x64')
+      >>> choose(Product(1, 512, 64, 64, 8), Costs(), Facts(quantised=True))
+      ('factored', 'the base is quantised, and restored for one product at a time')
+    """
+    if facts.empty:
+        how = "plain" if facts.asked == "plain" else "factored"
+        return how, "two products: the parameter is low-rank"
+    how, why = (facts.asked, "asked for by adapt(kernel=...)")
+    if facts.asked == "auto":
+        how, why = _cheaper(product, facts.trials, costs)
+    if how != "merged":
+        return how, why
+    if facts.quantised:
+        return "factored", "the base is quantised, and restored for one product at a time"
+    if facts.dropout:
+        return "factored", "dropout acts on the input of the low-rank path only"
+    if facts.rounds:
+        return "factored", f"a sum in {facts.rounds} would round small updates away"
+    return how, why
+
+
+def _cheaper(product: Product, trials: int, costs: Costs) -> tuple[str, str]:
+    """Compare the two forms.
 
     With stacked trials merging would form one W per trial, where the factored form multiplies all trials by the one
     shared W in a single product.

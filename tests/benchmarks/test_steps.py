@@ -8,7 +8,7 @@ from lorax_kit.benchmarks import bench_forward, bench_grid, bench_methods, calib
 from lorax_kit.benchmarks.calibrate import calibration_table
 from lorax_kit.errors import PlanError, SpecError
 from lorax_kit.transform import Costs
-from lorax_kit.transform.cost import Product, choose
+from lorax_kit.transform.cost import Facts, Product, choose
 
 
 @pytest.mark.usefixtures("standard_promotion")
@@ -44,11 +44,11 @@ def test_calibration_is_a_file_that_adapt_reads(tmp_path):
 
 def test_the_choice_follows_the_costs():
     shape = Product(1, 1024, 384, 384, 8)
-    assert choose(shape, 1, Costs())[0] == "merged"  # 2 K N <= M (K + N)
-    assert choose(shape, 1, Costs(weight=(3.0, 0.0)))[0] == "factored"
-    assert choose(shape, 1, Costs(weight=(1.0, 0.5), activation=(1.0, 0.0)))[0] == "factored"
-    assert choose(shape, 8, Costs())[0] == "factored"
-    assert choose(shape._replace(tokens=64), 1, Costs())[0] == "factored"
+    assert choose(shape, Costs())[0] == "merged"  # 2 K N <= M (K + N)
+    assert choose(shape, Costs(weight=(3.0, 0.0)))[0] == "factored"
+    assert choose(shape, Costs(weight=(1.0, 0.5), activation=(1.0, 0.0)))[0] == "factored"
+    assert choose(shape, Costs(), Facts(trials=8))[0] == "factored"
+    assert choose(shape._replace(tokens=64), Costs())[0] == "factored"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 
 from lorax_kit.arrays.placement import alike
 from lorax_kit.transform.context import Context
-from lorax_kit.transform.cost import Product
+from lorax_kit.transform.cost import Facts, Product, choose
 from lorax_kit.transform.interpreter.bind import bind
 from lorax_kit.transform.interpreter.registry import joint, rule
 from lorax_kit.transform.kernels import Operand, Operands, lowrank_updates, plain_updates
@@ -201,17 +201,11 @@ def _matrices(
     x3 = _inputs_of(x, at)
     out_dtype, w_dtype = eqn.outvars[0].aval.dtype, weights[0].w.dtype
     dtype = ctx.update_dtype(x, weights[0].w)
-    how, why = ctx.select(products[0]._replace(outputs=sum(p.outputs for p in products)))
-    dropout = weights[0].key is not None
+    dropout, empty, quantised = weights[0].key is not None, weights[0].empty, weights[0].source is not None
     one_dtype = dtype == x.dtype == w_dtype == out_dtype
-    if weights[0].empty:
-        how, why = "plain" if how == "plain" else "factored", "two products: the parameter is low-rank"
-    elif how == "merged" and weights[0].source is not None:
-        how, why = "factored", "the base is quantised, and restored for one product at a time"
-    elif how == "merged" and dropout:
-        how, why = "factored", "dropout acts on the input of the low-rank path only"
-    elif how == "merged" and (not one_dtype or jnp.finfo(dtype).bits < 32):
-        how, why = "factored", f"a sum in {w_dtype} would round small updates away"
+    rounds = "" if one_dtype and jnp.finfo(dtype).bits >= 32 else str(w_dtype)
+    facts = Facts(ctx.kernel, ctx.trials, empty, quantised, dropout, rounds)
+    how, why = choose(products[0]._replace(outputs=sum(p.outputs for p in products)), ctx.costs, facts)
     if len(weights) > 1:
         why = f"{why}; in one product with {len(weights) - 1} more that read the same input"
     for weight, one, own, product in zip(weights, eqns, ats, products, strict=True):
@@ -219,7 +213,7 @@ def _matrices(
 
     precision = eqn.params["precision"]
     cast = tuple(Operand(o.w, *(_as(x, dtype) for x in o[1:])) for o in operands)
-    if one_dtype and not dropout and weights[0].source is None and not weights[0].empty:
+    if one_dtype and not (dropout or quantised or empty):
         ys: Sequence[Array] = ctx.product(how, *alike((x3, cast)), precision)
     else:
         dims = (((x3.ndim - 1,), (x3.ndim - 2,)), ((0,), (0,)) if at.batch else ((), ()))
