@@ -29,7 +29,7 @@ from lorax_kit.files.writing import writing
 from lorax_kit.measure import peak_memory, release_memory
 from lorax_kit.methods import LoRA
 from lorax_kit.problem import Problem, val_and_test, version
-from lorax_kit.problem.objective import STATE, draws, training_loss, with_state
+from lorax_kit.problem.objective import STATE, draws, loss_scale, training_loss, with_state
 from lorax_kit.problems.settings import Settings
 from lorax_kit.report.measure import Measure
 from lorax_kit.report.pages.training import Training, data_text, write_training_report
@@ -89,7 +89,7 @@ def train_adapter(
     adapted = _adapt(problem, setting, targets, example, seed)
     plan, base = adapted.plan, adapted.base
     tx = partition(optax.adamw(optax.linear_schedule(lr, 0.0, per_epoch * epochs)), plan, clip=1.0)
-    init, step = _steps(problem, plan, tx, "everything" if save_memory else True)
+    init, step = _steps(problem, adapted, tx, "everything" if save_memory else True)
     validate, test = val_and_test(problem, *version(base, adapted.factors, plan))
 
     def release() -> None:
@@ -259,10 +259,11 @@ def _metrics(problem: Problem, measured: dict[str, float]) -> dict[str, float]:
 
 
 def _steps(
-    problem: Problem, plan: Plan, tx: optax.GradientTransformation, recompute: bool | str
+    problem: Problem, adapted: Adapted, tx: optax.GradientTransformation, recompute: bool | str
 ) -> tuple[Callable[..., State], Any]:
     """`init` and the compiled step of a problem's training; the aux holds its metrics over the batch."""
-    init, plain = make_step(training_loss(problem, plan, measured=True, recompute=recompute), tx, jit=False)
+    loss = training_loss(problem, adapted.plan, measured=True, recompute=recompute)
+    init, plain = make_step(loss, tx, loss_scale=loss_scale(adapted.base, adapted.plan), jit=False)
 
     def step(state: State, base: Params, batch: Any) -> tuple[State, Info]:
         state, info = plain(state, base, batch)

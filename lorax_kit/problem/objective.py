@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.core.leaves import FactorTree, FullLeaf, penalty
-from lorax_kit.core.paths import Params
+from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.plan import Plan
 from lorax_kit.problem.check import named_state, outputs_and_state
 from lorax_kit.problem.evaluate import scored
@@ -22,6 +22,15 @@ from lorax_kit.training.step import Info, State
 from lorax_kit.transform.adapt import adapt
 
 STATE = "state"
+
+HALF_SCALE = 1024.0
+"""Times the loss of which gradients are taken over parameters in float16: smaller ones would be lost."""
+
+
+def loss_scale(base: Params, plan: Plan) -> float:
+    """`lk.make_step`'s for a base: 1024 where an adapted parameter is float16, otherwise 1."""
+    named = flatten(base)[0]
+    return HALF_SCALE if any(named[site.path].dtype == jnp.float16 for site in plan.sites) else 1.0
 
 
 def draws(problem: Problem, plan: Plan) -> bool:

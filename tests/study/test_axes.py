@@ -10,6 +10,7 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.problem.base import based
+from lorax_kit.problem.objective import loss_scale
 from lorax_kit.study.programs.optimiser import maker
 from tests import tiny
 
@@ -209,6 +210,24 @@ def test_each_condition_is_a_program_and_equals_its_solo_run(tmp_path, changes, 
     check_alone(one, problem, results, tolerance)
     (axis,) = [name for name in changes if name != "rank"]
     assert {row[axis] for row in results.rows} == set(changes[axis])
+
+
+def test_small_gradients_are_kept_whether_the_study_or_the_problem_asks_for_float16(tmp_path):
+    """Both take gradients of 1,024 times the loss."""
+
+    def half(key):
+        return jax.tree.map(lambda x: x.astype(jnp.float16), tiny.params(key))
+
+    def rounded(key):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), half(key))
+
+    asked = run(tmp_path / "a", study(dtype="float16", rank=2), tiny.problem(apply=relaxed, params=rounded))
+    held = run(tmp_path / "b", study(rank=2), tiny.problem(apply=relaxed, params=half))
+    losses = [[row["val_loss"] for row in results.rows] for results in (asked, held)]
+    np.testing.assert_array_equal(*losses)
+    params, spec = tiny.params(jax.random.key(0)), lk.Spec({"up/kernel": lk.LoRA(rank=1)})
+    assert loss_scale(params, lk.resolve(spec, params)) == 1
+    assert loss_scale(half(jax.random.key(0)), lk.resolve(spec, half(jax.random.key(0)))) == 1024
 
 
 def relaxed(p, batch):

@@ -21,16 +21,13 @@ from lorax_kit.core.paths import Params
 from lorax_kit.core.plan import Plan
 from lorax_kit.problem import Problem
 from lorax_kit.problem.evaluate import scored
-from lorax_kit.problem.objective import draws, training_loss, with_state
+from lorax_kit.problem.objective import draws, loss_scale, training_loss, with_state
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.programs.forms import DEFAULT, Form
 from lorax_kit.study.programs.optimiser import evaluated, transformation
 from lorax_kit.study.programs.packing import Scalars
 from lorax_kit.training.step import Info, State, make_step
 from lorax_kit.transform.adapt import adapt
-
-HALF_SCALE = 1024.0
-"""Times the loss of which trials on a base in float16 take gradients."""
 
 
 class Running(NamedTuple):
@@ -104,8 +101,8 @@ def programs(
         dropout = scalars.dropout if drops else None
         loss = anew(partial(training, scale=scalars.scale, dropout=dropout, scalars=own))
         tx = optimizer(study, plan, scalars.lr, form, scalars.more)
-        factor = HALF_SCALE if form.dtype == "float16" else 1.0
-        _, step = make_step(loss, tx, accumulate=form.accumulate, loss_scale=factor, jit=False)
+        scale = loss_scale(whole(base), plan)
+        _, step = make_step(loss, tx, accumulate=form.accumulate, loss_scale=scale, jit=False)
         state, info = step(running.state, base, batch)
         state = with_state(state, info)
         if form.held:
