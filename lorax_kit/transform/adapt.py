@@ -254,7 +254,7 @@ def compressed(fn: Callable[..., Any], *, kernel: str = "factored") -> Callable[
         weights = {path: lowrank_weight(path, leaf) for path, leaf in named.items() if isinstance(leaf, LowRank)}
         if not weights:
             return fn(params, *args, **kwargs)
-        ctx = Context(kernel=kernel)
+        ctx = Context(kernel=kernel, restores=False)
         out = run(ctx, fn, named, treedef, weights, args, kwargs)
         for use in ctx.uses.values():
             if use.how == "materialised":

@@ -83,7 +83,8 @@ class Context:
       compute_dtype: of the plan.
       costs: of the forms, for "auto".
       repeats, note: for the uses recorded next.
-      uses: the record.
+      within: ids of the calls around what runs now, outermost first.
+      uses: the record, by parameter, equation with the calls around it, and operand.
       narrow: broadcasts so far: variable -> (shape with ones where it was broadcast, the small array). `multiply` uses
         it to see along which axes a factor varies.
       said: variable -> axes of devices along which its value differs, where its type was told of more.
@@ -91,6 +92,7 @@ class Context:
       recompute: whether the backward pass forms elementwise results again instead of keeping them; "everything": those
         of products, too.
       tape: keeps results, within a block of which the rest is formed again.
+      restores: whether parameters may be materialised; compressed ones are not.
       tap: watches the inputs of parameters, or None.
       shards: what a tap needs to watch within `shard_map`; None: it does not.
     """
@@ -101,12 +103,14 @@ class Context:
     costs: Costs = NONE
     repeats: int = 1
     note: str = ""
-    uses: dict[tuple[str, int, int], Use] = field(default_factory=dict)
+    within: tuple[int, ...] = ()
+    uses: dict[tuple[str, tuple[int, ...], int], Use] = field(default_factory=dict)
     narrow: dict[Any, Any] = field(default_factory=dict)
     said: dict[Any, frozenset[str]] = field(default_factory=dict)
     explicit: bool = False
     recompute: bool | str = False
     tape: Tape | None = None
+    restores: bool = True
     tap: Tap | None = None
     shards: Shards | None = None
 
@@ -121,7 +125,10 @@ class Context:
         dims: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
         product: Product | None = None,
     ) -> None:
-        """Note a use of each of the weight's parts. A loop's body may be traced twice: the equation tells uses apart.
+        """Note a use of each of the weight's parts.
+
+        A loop's body may be traced twice, and a function's may be run by many calls: the equation and the calls around
+        it tell uses apart.
 
         Args:
           eqn: the equation, or a word for what is none.
@@ -138,7 +145,7 @@ class Context:
                 if len(weight.parts) > 1:
                     share = share._replace(rank=product.rank // len(weight.parts))
             table = part.as_table() if weight.probe and dims is None else None
-            self.uses[part.path, id(eqn), operand] = Use(
+            self.uses[part.path, (*self.within, id(eqn)), operand] = Use(
                 path=part.path,
                 primitive=name,
                 how="lookup" if table else how,

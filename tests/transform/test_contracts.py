@@ -9,7 +9,7 @@ import pytest
 
 import lorax_kit as lk
 from tests.cases import CASES
-from tests.draws import moved
+from tests.draws import draw, moved
 
 
 def prepare(name, variant="lora", kernel="auto"):
@@ -94,7 +94,7 @@ def test_dora_gradients_detach_the_norm():
     np.testing.assert_allclose(got.magnitude, (x @ v).sum(0) / norm, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n != "materialised"])
+@pytest.mark.parametrize("name", [n for n in CASES if n not in ("materialised", "custom_rules")])
 def test_only_the_unsupported_is_materialised(name):
     case, _, base, factors, adapted = prepare(name)
     assert lk.explain(adapted, base, factors, *case.inputs).materialised == ()
@@ -121,6 +121,75 @@ def test_a_straight_through_rule_keeps_its_derivative():
     grads = jax.grad(lambda f: jnp.sum(adapted(base, f, x)))(factors)
     assert float(jnp.abs(grads["w"].b).max()) > 0.1
     assert "custom_vjp" in lk.explain(adapted, base, factors, x).rows[0].reason
+
+
+def rounded_straight_through(x, w):
+    """The gradient passes through the rounding of the inputs."""
+    f = jax.custom_vjp(lambda x, w: jnp.round(x * 8) / 8 @ w)
+    f.defvjp(lambda x, w: (f(x, w), (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
+    return f(x, w)
+
+
+def clipped(x, w):
+    f = jax.custom_vjp(lambda x, w: x @ w)
+
+    def backward(residuals, g):
+        (x, w), g = residuals, jnp.clip(g, -0.1, 0.1)
+        return g @ w.T, x.T @ g
+
+    f.defvjp(lambda x, w: (x @ w, (x, w)), backward)
+    return f(x, w)
+
+
+def guarded(x, w):
+    """sqrt of a norm, whose derivative at 0 is taken to be 0."""
+
+    @jax.custom_jvp
+    def f(x, w):
+        return jnp.sqrt(jnp.sum((x @ w) ** 2, axis=-1))
+
+    @f.defjvp
+    def _(primals, tangents):
+        (x, w), (dx, dw) = primals, tangents
+        y, n = x @ w, f(x, w)
+        return n, jnp.where(n > 0, jnp.sum(y * (dx @ w + x @ dw), axis=-1) / jnp.where(n > 0, n, 1), 0)
+
+    return f(x, w)
+
+
+def run_twice(x, w):
+    """One inner function, which JAX traces once, is given a parameter and then what was made of it."""
+    product = jax.jit(lambda a, b: a @ b)
+    f = jax.custom_vjp(lambda x, w: jnp.round(product(w, w) * 4) / 4 + product(x[:4] @ w, x[:4] @ w))
+    f.defvjp(lambda x, w: (f(x, w), (x, w)), lambda r, g: (jnp.zeros_like(r[0]), g @ r[1].T + r[1].T @ g))
+    return f(x, w)
+
+
+@pytest.mark.parametrize("rule", [rounded_straight_through, clipped, guarded, run_twice])
+def test_a_function_keeps_its_own_derivative_rule(rule):
+    params = {"up": draw(0, 4, 4), "w": draw(1, 4, 4)}
+    x = jnp.concatenate([draw(2, 5, 4), jnp.zeros((1, 4))])
+    fn = lambda p, x: rule(jnp.tanh(x @ p["up"]), p["w"])  # noqa: E731
+    plan = lk.resolve(lk.Spec({"*": lk.LoRA(rank=2, inputs=(0,))}), params, fn, x)
+    base, factors = lk.split(params, plan, jax.random.key(0))
+    factors = moved(factors)
+    adapted = lk.adapt(fn, plan)
+    ours = jax.grad(lambda f: jnp.sum(jnp.sin(adapted(base, f, x))))(factors)
+    theirs = jax.grad(lambda f: jnp.sum(jnp.sin(fn(lk.merge(base, f, plan), x))))(factors)
+    chex.assert_trees_all_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(ours))
+    reasons = [row.reason for row in lk.explain(adapted, base, factors, x).rows if row.path == "w"]
+    assert any("keeps its own derivative rule" in reason for reason in reasons)
+
+
+def test_calls_of_one_function_are_uses_of_their_own():
+    """JAX traces an inner function once: its equations are the same at each call."""
+    product = jax.jit(lambda a, b: a @ b)
+    params, x = {"w": draw(0, 4, 4)}, draw(1, 5, 4)
+    fn = lambda p, x: product(jnp.tanh(product(x, p["w"])), p["w"])  # noqa: E731
+    plan = lk.resolve(lk.Spec({"w": lk.LoRA(rank=2)}), params, fn, x)
+    base, factors = lk.split(params, plan, jax.random.key(0))
+    assert [row.how for row in lk.explain(lk.adapt(fn, plan), base, factors, x).rows] == ["merged"] * 2
 
 
 def test_training_moves_every_factor_never_the_base_and_compiles_once(standard_promotion):

@@ -21,6 +21,7 @@ class UseCase(NamedTuple):
     inputs: tuple[Any, ...]
     primitive: str
     materialised: tuple[str, ...] = ()
+    own_rule: tuple[str, ...] = ()  # enter a function that keeps its derivative rule
     axes: tuple[int, ...] | None = None
     bits: int = 17  # of agreement: fp32 sums in another order
 
@@ -379,8 +380,8 @@ def reversed_product(x, w):
 
 
 reversed_product.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
-case("custom_jvp", W, lambda p, x: product(x, p["w"]), X, primitive="custom_jvp")
-case("custom_vjp", W, lambda p, x: reversed_product(x, p["w"]), X, primitive="custom_vjp")
+case("custom_jvp", W, lambda p, x: product(x, p["w"]), X, primitive="custom_jvp", own_rule=("w",))
+case("custom_vjp", W, lambda p, x: reversed_product(x, p["w"]), X, primitive="custom_vjp", own_rule=("w",))
 case("vmap inside", {"w": draw(0, 3, 6, 4)}, lambda p, x: jax.vmap(lambda w: x @ w)(p["w"]), X, primitive="vmap")
 
 

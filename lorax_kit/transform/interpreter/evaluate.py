@@ -31,7 +31,7 @@ from lorax_kit.transform.interpreter.bind import as_traced, bind
 from lorax_kit.transform.interpreter.blocks import Block, blocks, products
 from lorax_kit.transform.interpreter.recompute import recomputed
 from lorax_kit.transform.interpreter.registry import INLINED, MOVED, MOVES, REARRANGING, RULES, calls
-from lorax_kit.transform.interpreter.schedule import schedule
+from lorax_kit.transform.interpreter.schedule import Step, schedule
 from lorax_kit.transform.interpreter.tape import Tape
 from lorax_kit.transform.weight import Weight
 
@@ -75,7 +75,7 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: Collectio
     # Joined, matrices of which devices hold parts would move from one to another.
     join = not partitioned_axes() - {DATA, FSDP, TRIAL}
     for step in schedule(eqns, parameters, kept, join=join):
-        here = ctx if ctx.tape is None else replace(ctx, tape=ctx.tape.at(step.number))
+        here = _at(ctx, step)
         operands = [_operands(here, eqn, env) for eqn in step.eqns]
         outputs = _together(here, step.eqns, operands) if len(step.eqns) > 1 else None
         if outputs is None:
@@ -85,6 +85,13 @@ def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: Collectio
                     outputs.append(_kept(here, eqn, values) if step.kept else _use(here, eqn, values))
         for eqn, values in zip(step.eqns, outputs, strict=True):
             env.update(zip(eqn.outvars, values, strict=True))
+
+
+def _at(ctx: Context, step: Step) -> Context:
+    """The context of a step: the tape at its place, and itself among the calls, if it is one."""
+    if calls(step.eqns[0].primitive.name):
+        ctx = replace(ctx, within=(*ctx.within, id(step.eqns[0])))
+    return ctx if ctx.tape is None else replace(ctx, tape=ctx.tape.at(step.number))
 
 
 def _run_recomputed(ctx: Context, block: Block, env: dict[Any, Any], given: set[Any]) -> None:

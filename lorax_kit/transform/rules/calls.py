@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,8 @@ from lorax_kit.transform.interpreter.bind import bind, closed
 from lorax_kit.transform.interpreter.evaluate import evaluate, evaluate_arrays
 from lorax_kit.transform.interpreter.registry import rule
 from lorax_kit.transform.weight import Weight
+
+_FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 
 
 @rule("jit", "pjit", "closed_call", "core_call", calls=True)
@@ -37,20 +40,29 @@ def checkpoint(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
 
 @rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", calls=True)
 def custom_derivative(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
-    """A function with a derivative rule of its own.
+    """A function with a derivative rule of its own, which it keeps: the weight is materialised outside.
 
-    Where its body uses the weight only in products and lookups, the body runs factored under autodiff, and
-    the use says so. Otherwise (a straight-through quantiser, say) autodiff of the body could be wrong or
-    zero: the weight is materialised outside, and the function keeps its rule.
+    Autodiff of the body would be another derivative where the rule clips, rounds straight through or guards a zero,
+    and nothing tells those from a plain product. While a plan is being resolved the body says which axes are
+    contracted. Compressed parameters, which nothing restores, run in the body under autodiff, and the use says so; so
+    do all in this package's own kernels, whose rules are autodiff's in another order.
     """
     jaxpr, consts = closed(eqn.params["call_jaxpr"] if "call_jaxpr" in eqn.params else eqn.params["fun_jaxpr"])
     kind = eqn.primitive.name.removesuffix("_call")
-    trial = replace(ctx, uses={}, tape=None)
+    probed = all(x.probe for x in args if isinstance(x, Weight))
+    if ctx.restores and not probed and not _ours(jaxpr):
+        return f"enters a {kind}, which keeps its own derivative rule"
+    trial = replace(ctx, uses={}, tape=None, tap=None)
     outs = jax.eval_shape(lambda values: evaluate(trial, jaxpr, consts, values), args)
     if any(isinstance(x, Weight) for x in outs) or any(u.how == "materialised" for u in trial.uses.values()):
-        return f"enters a {kind} that does more than multiply it; the function keeps its own derivative rule"
+        return f"enters a {kind} that does more than multiply it"
     inside = replace(ctx, note=f"inside a {kind} whose derivative rule autodiff replaces")
     return evaluate(inside, jaxpr, consts, args)
+
+
+def _ours(jaxpr: Any) -> bool:
+    """Whether a function is one of this folder's kernels, or a block that they run in."""
+    return f" at {_FOLDER}" in str(getattr(jaxpr.debug_info, "func_src_info", ""))
 
 
 @rule("shard_map", calls=True)
