@@ -246,9 +246,9 @@ def read_document(path: str | Path) -> dict[str, Any]:
     except OSError as e:  # a name that is too long
         raise AdapterError(f"{shown(str(path))} is not an adapter: {e.strerror}.") from None
     if not there:
-        raise AdapterError(
-            f"{str(path)!r} is not an adapter: it has no 'spec' inside.\n  adapters are made by lk.save_adapter"
-        )
+        inside = sorted(x.name for x in (path / "adapters").iterdir()) if (path / "adapters").is_dir() else []
+        hint = f"of a study, choose one: {path / 'adapters' / inside[0]}" if inside else "lk.save_adapter makes them"
+        raise AdapterError(f"{str(path)!r} is not an adapter: it has no 'spec' inside.\n  {hint}")
     check_seal(path)
     try:
         document = read_json_item(path)

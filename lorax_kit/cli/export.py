@@ -140,7 +140,8 @@ def _whole(adapter: str, as_json: bool, options: dict[str, Any]) -> None:
     click.echo(table([row], shown))
     sizes = "; ".join(f"{name} ({', '.join(map(str, some))})" for name, some in row["sizes"].items())
     click.echo(f"inputs: {sizes}")
-    click.echo(f"adapter {row['adapter_bytes']:,} bytes, base {row['base_bytes']:,}, exported {row['params_bytes']:,}")
+    held = {"adapter": row["adapter_bytes"], "base": row["base_bytes"], "params before the export": row["params_bytes"]}
+    click.echo(", ".join(f"{name} {size:,} bytes" for name, size in held.items()))
     click.echo(f"{row['examples']:,} test examples; {', '.join(row['files'])} in {row['path']}")
 
 

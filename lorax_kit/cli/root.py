@@ -104,10 +104,10 @@ def refuse_given(options: dict[str, str], needed: str) -> None:
 
 
 def lines_of(file: str) -> list[str]:
-    """The lines of a UTF-8 text that hold something.
+    """The lines of a UTF-8 text.
 
     Raises:
-      DataError: bytes of another encoding.
+      DataError: bytes of another encoding, or a line that is empty.
       click.UsageError: no such line.
     """
     from lorax_kit.data.table import read_lines

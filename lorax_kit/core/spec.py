@@ -38,7 +38,10 @@ def setting_from(data: Mapping[str, Any], where: str) -> AnySetting:
     kind = data.get("kind", "lora")
     cls = setting_class(kind)
     if cls is None:
-        raise SpecError(f"{where} has kind {shown(kind)}; choose from {', '.join((*METHODS, Full.kind))}.")
+        raise SpecError(
+            f"{where} has kind {shown(kind)}; choose from {', '.join((*METHODS, Full.kind))}.\n"
+            "  for a method of your own, import the module that registers it before"
+        )
     data = {k: v for k, v in data.items() if k != "kind"}
     known = [f.name for f in fields(cls)]
     unknown = sorted(set(data) - {*known, *cls.older})

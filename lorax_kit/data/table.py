@@ -96,14 +96,21 @@ def _known(encoding: str) -> str:
 
 
 def read_lines(file: str | Path) -> Iterator[str]:
-    """Read the lines of a UTF-8 text that hold something.
+    """Read the lines of a UTF-8 text, each of which holds something; lines without anything may end it.
 
     Raises:
-      DataError: bytes of another encoding.
+      DataError: bytes of another encoding, or a line that is empty.
     """
+    empty = 0
     with open(file, encoding="utf-8-sig") as handle:
         try:
-            yield from (line.strip() for line in handle if line.strip())
+            for number, line in enumerate(handle, 1):
+                if not line.strip():
+                    empty = empty or number
+                elif empty:
+                    raise DataError(f"{str(file)!r}, line {empty} is empty.\n  each line is a text: take it out")
+                else:
+                    yield line.strip()
         except UnicodeError:
             hint = "write it in UTF-8: iconv -f {likely} -t utf-8"
             raise _wrong_encoding(Path(file), "utf-8", hint) from None
@@ -133,9 +140,11 @@ def _expect(path: Path, columns: Mapping[str, str], there: Sequence[str]) -> Non
         if (count := list(there).count(column)) != 1:
             what = f"no column {column!r}" if count == 0 else f"{count} columns {column!r}"
             says = "" if name == column else f" for {name}"
+            hint = f"say which it is: {name}=COLUMN"
+            if len(there) == 1 and (sign := next((sign for sign in ";\t|" if sign in str(there[0])), "")):
+                hint = f"its cells are set apart by {sign!r}: write them with commas, or as a .tsv with tabs"
             raise DataError(
-                f"{str(path)!r} has {what}{says}; its columns are {', '.join(map(str, there)) or 'none'}.\n"
-                f"  say which it is: {name}=COLUMN"
+                f"{str(path)!r} has {what}{says}; its columns are {', '.join(map(str, there)) or 'none'}.\n  {hint}"
             )
 
 

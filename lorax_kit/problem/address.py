@@ -6,7 +6,8 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,28 +49,43 @@ def problem_at(address: str, settings: Mapping[str, Any] | None = None, *, remem
     module, _, path = address.partition(":") if isinstance(address, str) else ("", "", "")
     if not module or not path:
         raise StudyError(f"problem address {shown(address)} must be 'module:object'.")
+    with _searched(remembered):
+        try:
+            target: Any = importlib.import_module(module)
+            for part in path.split("."):
+                target = getattr(target, part)
+        except Exception as e:  # whatever a module raises as it runs
+            hint = ""
+            if remembered:
+                hint = (
+                    "\n  for addresses that adapters name the working directory is not searched, since both may come "
+                    f"from anywhere: say that you trust it by --problem {address}"
+                )
+            raise StudyError(f"the problem at {address!r} cannot be imported: {type(e).__name__}: {e}.{hint}") from None
+        made = _made(target, address, settings, remembered)
+    own = {} if isinstance(target, Problem) else {"settings": dict(settings or {})}
+    return replace(made, address=address, facts={**made.facts, **own})
+
+
+@contextmanager
+def _searched(remembered: bool) -> Iterator[None]:
+    """Modules are looked for in the working directory, too, or, of a remembered address, nowhere near it."""
     before, here = list(sys.path), str(Path.cwd())
     said = here in [str(Path(p).absolute()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     sys.path[:] = [*before, here] if not remembered or said else [p for p in before if p not in ("", here)]
     try:
-        target: Any = importlib.import_module(module)
-        for part in path.split("."):
-            target = getattr(target, part)
-    except Exception as e:  # whatever a module raises as it runs
-        hint = ""
-        if remembered:
-            hint = (
-                "\n  for addresses that adapters name the working directory is not searched, since both may come from "
-                f"anywhere: say that you trust it by --problem {address}"
-            )
-        raise StudyError(f"the problem at {address!r} cannot be imported: {type(e).__name__}: {e}.{hint}") from None
+        yield
     finally:
         sys.path[:] = before
+
+
+def _made(target: Any, address: str, settings: Mapping[str, Any] | None, remembered: bool) -> Problem:
+    """The problem that an object of a module is, or builds."""
     if isinstance(target, Problem):
         if settings and not remembered:
             raise StudyError(f"{address!r} is a problem, which takes no settings; there are {', '.join(settings)}.")
-        made = target
-    elif callable(target) and getattr(target, MARK, False):
+        return target
+    if callable(target) and getattr(target, MARK, False):
         try:
             inspect.signature(target).bind(**(settings or {}))
         except TypeError as e:
@@ -77,9 +93,7 @@ def problem_at(address: str, settings: Mapping[str, Any] | None = None, *, remem
         made = target(**(settings or {}))
         if not isinstance(made, Problem):
             raise StudyError(f"{address!r} builds a {type(made).__name__}, and must build an lk.Problem.")
-    else:
-        raise StudyError(
-            f"{address!r} is neither an lk.Problem nor a function marked to build one.\n  mark it: @lk.problem_builder"
-        )
-    own = {} if isinstance(target, Problem) else {"settings": dict(settings or {})}
-    return replace(made, address=address, facts={**made.facts, **own})
+        return made
+    raise StudyError(
+        f"{address!r} is neither an lk.Problem nor a function marked to build one.\n  mark it: @lk.problem_builder"
+    )

@@ -160,6 +160,9 @@ def test_what_is_not_an_adapter_says_so(tmp_path):
         lk.load_adapter(tmp_path, base=PARAMS)
     with pytest.raises(lk.AdapterError, match="is not an adapter"):
         lk.load_adapter(tmp_path / "nothing", base=PARAMS)
+    (tmp_path / "run" / "adapters" / "r2").mkdir(parents=True)
+    with pytest.raises(lk.AdapterError, match=r"no 'spec' inside.\n  of a study, choose one: .*run/adapters/r2$"):
+        lk.load_adapter(tmp_path / "run", base=PARAMS)
 
 
 def test_fingerprint_depends_on_values_names_shapes_and_dtypes():

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from lorax_kit.data import read_rows
+from lorax_kit.data.table import read_lines
 from lorax_kit.errors import DataError
 
 
@@ -49,7 +50,8 @@ BAD = {
     ("a.csv", b"text,label\na,x,y\n"): "line 2 has 3 cells",
     ("a.csv", b"text,label\na,x\n,y\n"): "line 3: text is empty",
     ("a.csv", b"text,label\na,x\nb, \n"): "line 3: label is empty",
-    ("a.csv", b"text,class\na,x\n"): "no column 'label'; its columns are text, class",
+    ("a.csv", b"text,class\na,x\n"): "no column 'label'; its columns are text, class.\n  say which it is: label=COLUMN",
+    ("b.csv", b"text;label\na;x\n"): "its columns are text;label.\n  its cells are set apart by ';': write them with",
     ("a.csv", b"text,label,label\na,x,x\n"): "2 columns 'label'",
     ("a.csv", b"text,label\n"): "holds no rows",
     ("a.csv", b""): "has no header",
@@ -115,3 +117,9 @@ def test_rows_are_read_one_at_a_time(tmp_path):
     assert [next(rows).line for _ in range(3)] == [1, 2, 3]
     with pytest.raises(DataError, match="line 4"):
         next(rows)
+
+
+def test_an_empty_line_among_texts_is_an_error_for_answers_would_not_stand_beside_them(tmp_path):
+    assert list(read_lines(written(tmp_path, "a.txt", "one \n two\n\n \n"))) == ["one", "two"]
+    with pytest.raises(DataError, match=r"a.txt', line 2 is empty.\n  each line is a text: take it out"):
+        list(read_lines(written(tmp_path, "a.txt", "one\n\nthree\n")))

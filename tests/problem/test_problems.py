@@ -1,6 +1,7 @@
 """Problems beyond classification: regression, language models, dropout, BatchNorm, metrics of all outputs."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -268,3 +269,15 @@ def test_state_that_a_training_pass_does_not_give_is_named():
     fields = {f: getattr(problem, f) for f in problem.__dataclass_fields__}
     with pytest.raises(lk.StudyError, match="train_apply of problem 'points' does not give 'batch_stats/var'"):
         lk.Problem(**fields | {"train_apply": forgets})
+
+
+def test_a_problem_of_the_working_directory_may_import_its_neighbours_as_it_is_built(tmp_path, monkeypatch):
+    (tmp_path / "own_neighbour.py").write_text("from tests.tiny import problem\n")
+    (tmp_path / "own_builder.py").write_text(
+        "import lorax_kit as lk\n\n\n@lk.problem_builder\ndef build():\n"
+        "    from own_neighbour import problem\n\n    return problem()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    assert lk.problem_at("own_builder:build").address == "own_builder:build"
+    assert sys.path == before

@@ -129,6 +129,8 @@ def read_config(folder: Path) -> Any:
       ValueError: config.json is not JSON.
     """
     holds = "a model folder holds config.json, model.safetensors and tokenizer.json."
+    if (folder / "adapters").is_dir() and not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{str(folder)!r} is a study, no model: choose one of its adapters/.")
     for name in ("config.json", SINGLE):
         if not (folder / name).is_file() and not (name == SINGLE and (folder / INDEX).is_file()):
             torch = (

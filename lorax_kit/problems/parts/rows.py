@@ -197,7 +197,8 @@ def read_parts(
         if len(part) == 0:
             why = "; ".join(f"left out {count} {why}" for why, count in left_out.items() if count)
             why = f": {why}." if why else "."
-            raise DataError(f"{settings.data!r} has {len(firsts)} rows, of which none are left for {name}{why}")
+            hint = "\n  in a .txt file an empty line ends a text" if settings.data.endswith(".txt") else ""
+            raise DataError(f"{settings.data!r} has {len(firsts)} rows, of which none are left for {name}{why}{hint}")
     facts = {"rows": len(firsts), "left_out": {name: count for name, count in left_out.items() if count}}
     return Data(parts["train"], parts["val"], parts["test"], files, facts)
 
