@@ -27,6 +27,8 @@ class Command(click.Command):
         """Run the command."""
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # the reader of what we print has gone: click ends quietly
+            raise
         except (ValueError, OSError, OverflowError, RecursionError, ImportError) as e:
             # What this package raises on purpose: a ValueError, an OSError about a file, an ImportError about an extra.
             raise click.ClickException(in_options(str(e), self)) from e
