@@ -11,11 +11,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
-from typing import Any, NoReturn
+from types import FrameType
+from typing import Any
 
 import click
 
 INTERRUPTED = 130
+UNRAISABLE = re.compile(r"weakref(set)?\.py:|:_xla_gc_callback$|:__del__$")
+"""FILE:FUNCTION of callbacks in which Python prints an exception, and goes on."""
 SETTING = re.compile(r"(?<=[\s:])(?P<name>[a-z_]+)=(?P<value>'[^']*'|[^\s,;]+)|\bproblem (?P<said>[a-z_]+)(?= is )")
 """A setting in a message: NAME=VALUE as in Python, or "problem NAME is ..."."""
 
@@ -145,16 +148,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _terminated_as_interrupted() -> Iterator[None]:
     """Schedulers end a job by SIGTERM, terminals by SIGHUP: each leaves what Ctrl-C leaves.
 
-    Only a main thread may ask for signals. A signal that is ignored from the start (nohup) stays so.
+    Only a main thread may ask for signals. A signal that is ignored from the start (nohup) stays so. Where an exception
+    would be lost, in a callback of the garbage collector, say, the signal is sent again.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def interrupt(*_: Any) -> NoReturn:
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if UNRAISABLE.search(f"{frame.f_code.co_filename}:{frame.f_code.co_name}"):
+                threading.Timer(0.05, os.kill, (os.getpid(), signum)).start()
+                return
+            frame = frame.f_back
         raise KeyboardInterrupt
 
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for signum, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(signum, interrupt)

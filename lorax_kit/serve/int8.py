@@ -28,11 +28,14 @@ ACCURACY = 4
 """Of MatMulNBits: products of integers. Level 1, of floats, takes ten times as long."""
 
 
-def in_blocks(source: Path, file: Path, tables: Collection[tuple[tuple[int, ...], int]]) -> None:
+def in_blocks(
+    source: Path, file: Path, tables: Collection[tuple[tuple[int, ...], int]], *, products: bool = True
+) -> None:
     """Write a model whose matrices, and tables that are looked up, have 8 bits and a scale for each block of inputs.
 
     Args:
       tables: `mark` of the parameters: other constants that are looked up (angles by place) stay as they are.
+      products: whether matrices are; tables alone otherwise.
     """
     import onnx
     from onnx import helper, numpy_helper
@@ -72,7 +75,7 @@ def in_blocks(source: Path, file: Path, tables: Collection[tuple[tuple[int, ...]
             options = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK, "bits": 8}
             inputs = [flat[0], node.input[1], flat[1]]
             yield helper.make_node("GatherBlockQuantized", inputs, list(node.output), domain="com.microsoft", **options)
-        elif node.op_type == "MatMul" or (node.op_type == "Gemm" and _plain(settings)):
+        elif products and (node.op_type == "MatMul" or (node.op_type == "Gemm" and _plain(settings))):
             transposed = not settings.get("transB", 0)
             n, k = list(stored[matrix].dims)[:: -1 if transposed else 1]
             bias = list(node.input[2:])
@@ -133,11 +136,14 @@ def drop_unused(graph: Any) -> None:
     graph.initializer.extend(kept)
 
 
-def with_activations(source: Path, file: Path) -> None:
+def with_activations(source: Path, file: Path, tables: Collection[tuple[tuple[int, ...], int]] = ()) -> None:
     """Write a model whose matrices have 8 bits and a scale for each output, and whose activations are quantised, too.
 
-    Looked-up tables have one scale, or stay as they are where one would not do. Weights take 7 of the 8 bits: CPUs
-    without VNNI add two products of 8 bits in 16, which do not hold the largest (255 x 127 twice).
+    Looked-up tables have one scale, or a scale for each 64 entries where one would not do. Matrices take 7 of the 8
+    bits: CPUs without VNNI add two products of 8 bits in 16, which do not hold the largest (255 x 127 twice).
+
+    Args:
+      tables: as for `in_blocks`; others stay as they are.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -145,6 +151,8 @@ def with_activations(source: Path, file: Path) -> None:
     quantize_dynamic(
         source, file, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True, nodes_to_exclude=kept
     )
+    if kept and tables:
+        in_blocks(file, file, tables, products=False)
 
 
 def _spread_tables(file: Path) -> list[str]:

@@ -54,8 +54,8 @@ def save_onnx(
       file: to create; it appears whole or not at all.
       fn, params, inputs: as `lorax_kit.serve.program.program` takes them: sizes of the inputs may be symbolic.
       outputs: a name for each array that `fn` returns.
-      int8: matrices in 8 bits with a scale for each of their outputs, looked-up tables with one, but in fp32 those
-        whose entries differ too much for one; activations are quantised as they come.
+      int8: matrices in 8 bits with a scale for each of their outputs, looked-up tables with one, or with one for each
+        64 entries where those differ too much; activations are quantised as they come.
       blocks: of int8, a scale for each 64 inputs instead, and of tables, too: closer, as fast for one token at a time,
         and slower for batches.
       overwrite: replace an existing file; otherwise it is an error.
@@ -104,11 +104,10 @@ def save_onnx(
             onnx.save(model, raw)
             try:
                 _fold(raw, folded)
-                if int8 and blocks:
+                if int8:
                     floats = [x for x in flatten(params)[0].values() if getattr(x, "dtype", None) == np.float32]
-                    in_blocks(folded, new, {mark(x) for x in floats if x.ndim == 2})
-                elif int8:
-                    with_activations(folded, new)
+                    tables = {mark(x) for x in floats if x.ndim == 2}
+                    (in_blocks if blocks else with_activations)(folded, new, tables)
                 else:
                     new.write_bytes(folded.read_bytes())
                 load_onnx(new)
