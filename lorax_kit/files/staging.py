@@ -118,8 +118,13 @@ def staged(path: Path, overwrite: bool) -> Iterator[Path]:
         _put_back(folder)
         raise
     finally:
-        _remove(folder)
-        os.close(held)
+        try:
+            _remove(folder)
+        except BaseException:  # an interruption that comes now
+            _remove(folder)
+            raise
+        finally:
+            os.close(held)
 
 
 def _remove(folder: Path) -> None:
