@@ -41,7 +41,7 @@ MAY_IMPORT = {
     },
     "compress": {"core", "methods", "transform", "calibration", "training", "arrays"},
     "algebra": {"core", "methods", "transform", "arrays"},
-    "serve": {"json_text", "core", "transform", "checkpoint", "files"},
+    "serve": {"extras", "json_text", "core", "transform", "checkpoint", "files"},
     "models": {"extras", "json_text", "arrays", "assets", "core"},
     "data": {"assets", "json_text"},
     "tasks": set(),

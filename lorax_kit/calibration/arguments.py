@@ -20,7 +20,7 @@ from lorax_kit.errors import CompressError
 Count = Callable[[Any], Any] | str
 """batch -> how much each input counts, or the name of a batch's own."""
 
-Weight = Count | Mapping[str, Count]
+InputWeight = Count | Mapping[str, Count]
 """One for all sites, or one for each group of them, by a pattern."""
 
 
@@ -62,7 +62,9 @@ def groups_of(paths: Iterable[str], groups: Sequence[str]) -> dict[str, str]:
     return group_of
 
 
-def counts_by_group(weight: Weight | None, plan: Plan) -> tuple[dict[str, str], Callable[[Any], dict[str, np.ndarray]]]:
+def counts_by_group(
+    weight: InputWeight | None, plan: Plan
+) -> tuple[dict[str, str], Callable[[Any], dict[str, np.ndarray]]]:
     """(path -> its group, batch -> how much the inputs of each group's sites count); both empty for None.
 
     Raises:

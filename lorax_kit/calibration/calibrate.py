@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from lorax_kit.arrays.dtypes import wide
 from lorax_kit.calibration.arguments import (
-    Weight,
+    InputWeight,
     batches_of,
     check_function,
     counts_by_group,
@@ -81,7 +81,7 @@ def calibrate(
     batches: Iterable[Any],
     *,
     loss: Callable[[Any, Any], Array] | None = None,
-    weight: Weight | None = None,
+    weight: InputWeight | None = None,
     collect: Sequence[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Hints]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lorax_kit.calibration.arguments import Weight, batches_of, check_function, groups_of, shown
+from lorax_kit.calibration.arguments import InputWeight, batches_of, check_function, groups_of, shown
 from lorax_kit.calibration.calibrate import calibrate
 from lorax_kit.compress.replace import CompressPlan, check_plan, compress
 from lorax_kit.core.paths import Params
@@ -25,7 +25,7 @@ def compress_sequentially(
     groups: Sequence[str],
     *,
     loss: Callable[[Any, Any], Any] | None = None,
-    weight: Weight | None = None,
+    weight: InputWeight | None = None,
     progress: bool = True,
 ) -> Params:
     """`compress`, with moments of the inputs that the sites of a group will have, not of those of the dense model.

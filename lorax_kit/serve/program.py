@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
 
+from lorax_kit import extras
 from lorax_kit.core.paths import Params, flatten, is_array, unflatten
 from lorax_kit.errors import ExportError
 
@@ -118,5 +118,7 @@ def first_line(e: Exception) -> str:
 
 def need(modules: Sequence[str], extra: str) -> None:
     """Raise `ExportError` unless the modules of an extra are installed."""
-    if missing := [name for name in modules if find_spec(name) is None]:
-        raise ExportError(f"{missing[0]} is not installed.\n  install the extra: pip install 'lorax_kit[{extra}]'")
+    try:
+        extras.need(extra, *modules)
+    except ImportError as e:
+        raise ExportError(str(e)) from None

@@ -128,10 +128,10 @@ def test_what_does_not_write_is_refused(tmp_path):
 
 def test_litert_says_what_it_lacks(tmp_path, monkeypatch):
     (part,) = parts_of(load_model(copied("llama3", tmp_path / "x")), grows=False)
-    monkeypatch.setattr("lorax_kit.serve.program.find_spec", lambda name: None)
+    monkeypatch.setattr("lorax_kit.extras.find_spec", lambda name: None)
     with pytest.raises(ExportError, match=r"tensorflow is not installed.\n  install the extra: pip install"):
         save_litert(tmp_path / "m.tflite", part.fn, {}, part.inputs)
-    monkeypatch.setattr("lorax_kit.serve.program.find_spec", lambda name: name)
+    monkeypatch.setattr("lorax_kit.extras.find_spec", lambda name: name)
     with pytest.raises(ExportError, match="LiteRT needs sizes that are numbers"):
         save_litert(tmp_path / "m.tflite", part.fn, {}, part.inputs)
     assert not (tmp_path / "m.tflite").exists()

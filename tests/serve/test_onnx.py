@@ -23,7 +23,7 @@ INPUTS = jax.export.symbolic_args_specs({"x": X}, f"batch, {tiny.WIDTH}")
 
 def test_without_the_extra_the_error_names_it(tmp_path, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr("lorax_kit.serve.program.find_spec", lambda name: None if name == "jax2onnx" else found(name))
+    monkeypatch.setattr("lorax_kit.extras.find_spec", lambda name: None if name == "jax2onnx" else found(name))
     for call in (lambda: save_onnx(tmp_path / "m", points, PARAMS, INPUTS), lambda: load_onnx(tmp_path / "m")):
         with pytest.raises(ExportError, match=r"is not installed.\n  install the extra: pip install 'lorax_kit\[exp"):
             call()

@@ -151,8 +151,7 @@ def _kept(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
         return out
     if name in RULES and RULES[name].keeps and any(isinstance(x, Weight) for x in values):
         return _use(ctx, eqn, values)
-    out = ctx.kept(lambda *values: _use(ctx, eqn, list(values)), *values)
-    return out
+    return ctx.kept(lambda *values: _use(ctx, eqn, list(values)), *values)  # type: ignore[no-any-return]
 
 
 def _use(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
