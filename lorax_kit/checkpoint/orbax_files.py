@@ -1,4 +1,7 @@
-"""Arrays and a JSON document in one orbax checkpoint, by this process alone; and waiting for the other processes."""
+"""Arrays and a JSON document in one orbax checkpoint, by this process alone; and waiting for the other processes.
+
+Orbax is imported by the first call: that takes a fifth of a second, and most programs save late, or nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,15 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from lorax_kit.errors import AdapterError
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 LONGEST_WAIT = 7 * 24 * 3600
 """Seconds that a process waits for the others; one that died is noticed before, by its missing heartbeat."""
@@ -22,6 +27,8 @@ _numbers = itertools.count()
 
 def write_files(path: Path, arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> None:
     """Make a folder of both."""
+    import orbax.checkpoint as ocp
+
     with _quiet(), _waiting(path), _checkpointer() as checkpointer:
         items = ocp.args.Composite(factors=ocp.args.StandardSave(arrays), spec=ocp.args.JsonSave(document))
         checkpointer.save(path, items)
@@ -29,12 +36,16 @@ def write_files(path: Path, arrays: Mapping[str, np.ndarray], document: Mapping[
 
 def read_json_item(path: Path) -> Any:
     """The document of a folder."""
+    import orbax.checkpoint as ocp
+
     with _quiet(), _waiting(path), _checkpointer() as checkpointer:
         return checkpointer.restore(path, ocp.args.Composite(spec=ocp.args.JsonRestore()))["spec"]
 
 
 def read_arrays(path: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
     """The arrays of a folder, on this process's first device."""
+    import orbax.checkpoint as ocp
+
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for n, x in shapes.items()}
     with _quiet(), _waiting(path), _checkpointer() as checkpointer:
@@ -47,6 +58,8 @@ def wait_for_all() -> None:
 
     All processes must call it as often as each other.
     """
+    import orbax.checkpoint as ocp
+
     everyone = set(range(jax.process_count()))
     name = f"lorax_kit_{next(_numbers)}"
     ocp.multihost.sync_global_processes(name, processes=everyone, timeout=LONGEST_WAIT)
@@ -54,6 +67,8 @@ def wait_for_all() -> None:
 
 def _checkpointer() -> ocp.Checkpointer:
     """Of this process alone: orbax waits for every process of a program otherwise, and one writes an adapter."""
+    import orbax.checkpoint as ocp
+
     if jax.process_count() == 1:
         return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
     own = jax.process_index()
