@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 
 import lorax_kit as lk
-from lorax_kit.analysis.statistics import interval
+from lorax_kit.analysis.statistics.conditions import interval
 from lorax_kit.commands import sentiment_subject, text_subject
 from lorax_kit.commands.compress.comparison import METHODS, compare
 from lorax_kit.commands.compress.methods import Method, smaller, statistics_for

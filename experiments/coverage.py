@@ -12,7 +12,7 @@ Writes:    the table, to the terminal
 import numpy as np
 from scipy import stats
 
-from lorax_kit.analysis.statistics import limits
+from lorax_kit.analysis.statistics.conditions import limits
 
 SAMPLES, SIZES = 100_000, range(3, 21)
 rng = np.random.default_rng(0)

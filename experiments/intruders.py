@@ -50,7 +50,7 @@ import lorax_kit as lk
 from lorax_kit.analysis import adapter_intruders, count_intruders, scale_intruders
 from lorax_kit.assets import locate
 from lorax_kit.models import Tokenizer, load_bert
-from lorax_kit.models.bert import BertEncoder
+from lorax_kit.models.encoders.bert import BertEncoder
 from lorax_kit.problem import Evaluator
 from lorax_kit.report import read_run
 

@@ -48,11 +48,11 @@ from tables import against, spread, write
 from tqdm import tqdm
 
 import lorax_kit as lk
-from lorax_kit.analysis.statistics import paired_test
+from lorax_kit.analysis.statistics.conditions import paired_test
 from lorax_kit.assets import locate
 from lorax_kit.meta import Task, adapt_to, inner_rates, maml, meta_step
 from lorax_kit.models import BertEncoder, load_model
-from lorax_kit.models.bert import Layer
+from lorax_kit.models.encoders.bert import Layer
 
 OUT = Path("runs/meta_learning")
 WAYS, SHOTS, QUERY, LENGTH = 5, 5, 10, 16

@@ -37,7 +37,7 @@ from pathlib import Path
 import jax
 
 import lorax_kit as lk
-from lorax_kit.analysis.statistics import holm, interval, paired_test
+from lorax_kit.analysis.statistics.conditions import holm, interval, paired_test
 from lorax_kit.core.leaves import trained_only
 from lorax_kit.core.method import METHODS as METHOD_TABLE
 from lorax_kit.problems import Sentiment

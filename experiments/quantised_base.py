@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import lorax_kit as lk
 from lorax_kit.core.paths import flatten
-from lorax_kit.core.patterns import matches
+from lorax_kit.core.specs.patterns import matches
 from lorax_kit.problem import val_and_test
 from lorax_kit.problems import Sentiment
 

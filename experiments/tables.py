@@ -4,7 +4,7 @@ import csv
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from lorax_kit.analysis.statistics import interval
+from lorax_kit.analysis.statistics.conditions import interval
 
 
 def at_best_rate(rows: Iterable[dict], metric: str = "val_accuracy", better: Callable = max) -> list[dict]:

@@ -31,8 +31,8 @@ from tables import write
 import lorax_kit as lk
 from lorax_kit.assets import locate
 from lorax_kit.commands import train_adapter
-from lorax_kit.commands.generation import author_of
-from lorax_kit.commands.written import written
+from lorax_kit.commands.adapters.generation import author_of
+from lorax_kit.commands.adapters.written import written
 from lorax_kit.problems import Translate
 from lorax_kit.tasks import resampled_metrics
 

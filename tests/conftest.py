@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from importlib.metadata import version
 
 # Tiny programs: compiling them is what tests cost, so LLVM does not optimise them (0.7x of the processor time), and
@@ -22,6 +23,9 @@ import pytest
 
 from tests import slow
 
+# Under nohup or in the background both are ignored, and the processes that tests interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 gc.set_threshold(100_000, 20, 100)  # tracing makes objects by the million, few of them garbage
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import lorax_kit as lk
-from lorax_kit.analysis.statistics import interval
+from lorax_kit.analysis.statistics.conditions import interval
 
 
 class Batch(NamedTuple):

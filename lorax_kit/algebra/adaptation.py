@@ -17,8 +17,8 @@ from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.core.plan import Plan, plan_of_sites
-from lorax_kit.core.setting import LARGEST_FLOAT32, is_number, shown
 from lorax_kit.core.site import FullSite, Site
+from lorax_kit.core.specs.setting import LARGEST_FLOAT32, is_number, shown
 from lorax_kit.errors import AdapterError
 from lorax_kit.methods import Factors, LoRA
 

@@ -21,7 +21,7 @@ from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.core.site import FullSite
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.specs.spec import Spec
 from lorax_kit.errors import AdapterError
 from lorax_kit.transform import resolve
 

@@ -26,7 +26,7 @@ from lorax_kit.core.merge import beyond
 from lorax_kit.core.paths import Params
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.core.quantised import quantize as quantised
-from lorax_kit.core.setting import check_float_dtype
+from lorax_kit.core.specs.setting import check_float_dtype
 from lorax_kit.errors import AdapterError
 
 

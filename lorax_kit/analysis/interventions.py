@@ -28,7 +28,7 @@ from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import Plan
-from lorax_kit.core.setting import is_number
+from lorax_kit.core.specs.setting import is_number
 from lorax_kit.errors import PlanError
 
 ARMS = ("adapter", "intruders", "random", "shrunk")

@@ -4,13 +4,13 @@ Like `problems`, this folder joins models, tasks and the toolkit; nothing else i
 """
 
 from lorax_kit.benchmarks.calibrate import calibrate
-from lorax_kit.benchmarks.grid import GRID, bench_grid
 from lorax_kit.benchmarks.inference.decode import DECODE_COLUMNS, MIXED_DECODE_COLUMNS, bench_decode, bench_mixed_decode
 from lorax_kit.benchmarks.inference.forward import FORWARD_COLUMNS, bench_forward
 from lorax_kit.benchmarks.inference.mixed import MIXED_COLUMNS, bench_mixed
-from lorax_kit.benchmarks.methods import METHOD_COLUMNS, bench_methods
 from lorax_kit.benchmarks.scale import SCALE_COLUMNS, bench_scale
-from lorax_kit.benchmarks.step import COLUMNS, bench_step
+from lorax_kit.benchmarks.steps.grid import GRID, bench_grid
+from lorax_kit.benchmarks.steps.methods import METHOD_COLUMNS, bench_methods
+from lorax_kit.benchmarks.steps.step import COLUMNS, bench_step
 from lorax_kit.benchmarks.study import STUDY_COLUMNS, bench_study
 from lorax_kit.benchmarks.timing import table
 

@@ -13,8 +13,8 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.core.plan import Plan
-from lorax_kit.core.setting import Full
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.specs.setting import Full
+from lorax_kit.core.specs.spec import Spec
 from lorax_kit.data import Batch
 from lorax_kit.methods import LoRA
 from lorax_kit.models import BertClassifier, BertConfig

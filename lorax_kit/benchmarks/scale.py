@@ -19,12 +19,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from lorax_kit.core.merge import split
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.specs.spec import Spec
 from lorax_kit.errors import LoraxError
 from lorax_kit.measure import collective_bytes, facts
 from lorax_kit.methods import LoRA
-from lorax_kit.models.llama import LlamaModel
-from lorax_kit.models.llama_config import LlamaConfig
+from lorax_kit.models.decoders.llama import LlamaModel
+from lorax_kit.models.decoders.llama_config import LlamaConfig
 from lorax_kit.parallel import device_bytes, layout, sharded_step, training_mesh
 from lorax_kit.training import make_step, partition
 from lorax_kit.transform import adapt, resolve

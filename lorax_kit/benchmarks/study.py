@@ -12,7 +12,7 @@ import jax
 from tqdm import tqdm
 
 from lorax_kit.benchmarks.case import TARGETS, Case, make_case
-from lorax_kit.benchmarks.step import RATE, stepping
+from lorax_kit.benchmarks.steps.step import RATE, stepping
 from lorax_kit.benchmarks.timing import alternate
 from lorax_kit.benchmarks.torch_peer import torch_steps
 from lorax_kit.core.merge import split

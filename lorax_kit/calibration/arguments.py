@@ -13,8 +13,8 @@ from jax import Array
 
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.paths import Params, flatten, is_array
-from lorax_kit.core.patterns import expand_braces, matches
 from lorax_kit.core.plan import Plan
+from lorax_kit.core.specs.patterns import expand_braces, matches
 from lorax_kit.errors import CompressError
 
 Count = Callable[[Any], Any] | str

@@ -34,8 +34,8 @@ from lorax_kit.core.merge import check_params
 from lorax_kit.core.method import leaf_shapes, method_of
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.plan import Plan, make_plan
-from lorax_kit.core.setting import is_int, shown
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.specs.setting import is_int, shown
+from lorax_kit.core.specs.spec import Spec
 from lorax_kit.errors import AdapterError, LoraxError
 from lorax_kit.files.staging import clear_stale, place, refuse_existing, staged
 from lorax_kit.json_text import read_json

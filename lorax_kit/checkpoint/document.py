@@ -12,9 +12,9 @@ import numpy as np
 from lorax_kit.checkpoint.seal import damaged
 from lorax_kit.core.paths import Params, paths
 from lorax_kit.core.plan import match
-from lorax_kit.core.setting import Setting, is_int, shown
 from lorax_kit.core.site import USES, Axes
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.specs.setting import Setting, is_int, shown
+from lorax_kit.core.specs.spec import Spec
 from lorax_kit.errors import AdapterError
 from lorax_kit.json_text import parse_json
 

@@ -15,12 +15,9 @@ from lorax_kit.cli import (  # each registers its commands
     adapters,
     bench,
     compression,
-    exchange,
     export,
-    generate,
-    predict,
     studies,
 )
 from lorax_kit.cli.root import cli, main
 
-__all__ = ["adapters", "bench", "cli", "compression", "exchange", "export", "generate", "main", "predict", "studies"]
+__all__ = ["adapters", "bench", "cli", "compression", "export", "main", "studies"]

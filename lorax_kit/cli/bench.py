@@ -83,7 +83,7 @@ def bench() -> None:
 def step(as_json: bool, grid: bool, no_peer: bool, out: str | None, costs: str | None, **options: Any) -> None:
     """One training step: full fine-tuning, naive LoRA, ours, and PEFT on torch where the interop extra is installed."""
     from lorax_kit.benchmarks import COLUMNS, bench_grid, bench_step, table
-    from lorax_kit.benchmarks.grid import write_rows
+    from lorax_kit.benchmarks.steps.grid import write_rows
     from lorax_kit.transform import Costs
 
     shared: dict[str, Any] = {"peer": not no_peer, "costs": None if costs is None else Costs.read(costs)}

@@ -1,11 +1,11 @@
 """What the commands of `lorax-kit` do, as functions: train, evaluate, predict, compress, export, exchange, ..."""
 
+from lorax_kit.commands.adapters.evaluation import evaluate_adapter, evaluate_base, evaluate_small
+from lorax_kit.commands.adapters.training import train_adapter
 from lorax_kit.commands.analysis import analyse_run
 from lorax_kit.commands.compress.compression import compress_subject, save_small
 from lorax_kit.commands.compress.subjects import Subject, adapter_subject, sentiment_subject, subject_of, text_subject
-from lorax_kit.commands.evaluation import evaluate_adapter, evaluate_base, evaluate_small
 from lorax_kit.commands.inspection import inspect_model
-from lorax_kit.commands.training import train_adapter
 
 __all__ = [
     "Subject",

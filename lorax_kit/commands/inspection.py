@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lorax_kit.core.merge import split
 from lorax_kit.core.paths import Params, paths
 from lorax_kit.core.quantised import quantize
-from lorax_kit.core.spec import AnySetting, Spec
+from lorax_kit.core.specs.spec import AnySetting, Spec
 from lorax_kit.errors import PlanError, StudyError
 from lorax_kit.models import Loaded, classify, fresh_head, load_model
 from lorax_kit.problems.packaged.sentiment import HEAD

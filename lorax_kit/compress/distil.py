@@ -16,10 +16,10 @@ from lorax_kit.calibration.arguments import batches_of, check_function, scalar_o
 from lorax_kit.compress.arguments import check_count, check_number, check_positive
 from lorax_kit.core.merge import merge, split
 from lorax_kit.core.paths import Params, arrays_only, flatten, is_array, unflatten
-from lorax_kit.core.patterns import literal
 from lorax_kit.core.plan import Plan
-from lorax_kit.core.setting import Full
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.specs.patterns import literal
+from lorax_kit.core.specs.setting import Full
+from lorax_kit.core.specs.spec import Spec
 from lorax_kit.errors import CompressError
 from lorax_kit.training import make_step, partition
 from lorax_kit.transform import adapt, resolve

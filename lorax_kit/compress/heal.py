@@ -24,11 +24,11 @@ from lorax_kit.compress.arguments import check_count, check_key, check_positive,
 from lorax_kit.compress.distil import trained
 from lorax_kit.compress.replace import low_rank
 from lorax_kit.core.paths import Params, flatten, paths, unflatten
-from lorax_kit.core.patterns import literal
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.quantised import Quantised
-from lorax_kit.core.setting import Full
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.specs.patterns import literal
+from lorax_kit.core.specs.setting import Full
+from lorax_kit.core.specs.spec import Spec
 from lorax_kit.errors import CompressError
 from lorax_kit.methods import LoRA
 from lorax_kit.transform import compressed

@@ -6,9 +6,9 @@ from lorax_kit.core.method import Hints, Method, Update, register
 from lorax_kit.core.paths import Params, paths
 from lorax_kit.core.plan import Plan, match
 from lorax_kit.core.quantised import quantize
-from lorax_kit.core.setting import Full, RankSetting, ScaledSetting, Setting
 from lorax_kit.core.site import Site
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.specs.setting import Full, RankSetting, ScaledSetting, Setting
+from lorax_kit.core.specs.spec import Spec
 from lorax_kit.errors import AdapterError, LoraxError, PlanError, SpecError, StudyError
 
 __all__ = [

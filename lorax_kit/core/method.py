@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.core.setting import Setting, is_int, plain, shown
 from lorax_kit.core.site import Site
+from lorax_kit.core.specs.setting import Setting, is_int, plain, shown
 from lorax_kit.errors import LoraxError, PlanError, SpecError
 from lorax_kit.peft_form import PeftForm
 

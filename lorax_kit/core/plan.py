@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from lorax_kit.core.method import leaf_shapes, max_rank
 from lorax_kit.core.paths import Params, closest, paths
-from lorax_kit.core.patterns import expand_braces, literal, matches
-from lorax_kit.core.setting import Full, Setting
 from lorax_kit.core.site import Axes, FullSite, Site
-from lorax_kit.core.spec import AnySetting, Spec
+from lorax_kit.core.specs.patterns import expand_braces, literal, matches
+from lorax_kit.core.specs.setting import Full, Setting
+from lorax_kit.core.specs.spec import AnySetting, Spec
 from lorax_kit.errors import LoraxError, PlanError
 
 

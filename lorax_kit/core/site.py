@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from lorax_kit.core.setting import Setting
+from lorax_kit.core.specs.setting import Setting
 
 USES = ("product", "lookup", "tied", "other")
 """What a function may do with a site: `Site.use`."""

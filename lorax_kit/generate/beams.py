@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.core.setting import is_int, is_number, shown
+from lorax_kit.core.specs.setting import is_int, is_number, shown
 from lorax_kit.errors import LoraxError
 from lorax_kit.generate.write import Writer, Written, _multiple
 

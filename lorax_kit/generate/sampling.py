@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.core.setting import is_int, is_number, shown
+from lorax_kit.core.specs.setting import is_int, is_number, shown
 from lorax_kit.errors import LoraxError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.core.paths import is_array
-from lorax_kit.core.setting import is_int, shown
+from lorax_kit.core.specs.setting import is_int, shown
 from lorax_kit.errors import LoraxError
 from lorax_kit.generate.decoder import Decoder
 from lorax_kit.generate.pieces import Pieces

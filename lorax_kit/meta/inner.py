@@ -12,7 +12,7 @@ from jax import Array
 from lorax_kit.core.leaves import FactorTree, check_factors
 from lorax_kit.core.paths import Params, is_array
 from lorax_kit.core.plan import Plan
-from lorax_kit.core.setting import is_int, is_number, plain, shown
+from lorax_kit.core.specs.setting import is_int, is_number, plain, shown
 from lorax_kit.errors import LoraxError
 from lorax_kit.training import labels
 from lorax_kit.training.objective import gradients, losses, means

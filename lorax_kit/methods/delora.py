@@ -21,8 +21,8 @@ from jax import Array
 
 from lorax_kit.arrays.dtypes import wide
 from lorax_kit.core.method import Hints, Method, Update
-from lorax_kit.core.setting import RankSetting, is_float32, need, plain, shown
 from lorax_kit.core.site import Site
+from lorax_kit.core.specs.setting import RankSetting, is_float32, need, plain, shown
 from lorax_kit.methods.lora import first_factors
 from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
 from lorax_kit.starts import start_of

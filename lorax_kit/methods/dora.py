@@ -15,8 +15,8 @@ from jax import Array
 
 from lorax_kit.arrays.dtypes import wide
 from lorax_kit.core.method import Hints, Method, Update
-from lorax_kit.core.setting import ScaledSetting
 from lorax_kit.core.site import Site
+from lorax_kit.core.specs.setting import ScaledSetting
 from lorax_kit.methods.lora import factors_of, first_factors, rows_of
 from lorax_kit.methods.peft_lora import form
 from lorax_kit.starts import start_of

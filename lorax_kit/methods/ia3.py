@@ -17,8 +17,8 @@ from jax import Array
 
 from lorax_kit.arrays.dtypes import wide
 from lorax_kit.core.method import Hints, Method, Update
-from lorax_kit.core.setting import Setting, need, shown
 from lorax_kit.core.site import Site
+from lorax_kit.core.specs.setting import Setting, need, shown
 from lorax_kit.errors import AdapterError
 from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
 

@@ -20,8 +20,8 @@ from jax import Array
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.lowrank import identity_rows
 from lorax_kit.core.method import Hints, Method, Update
-from lorax_kit.core.setting import ScaledSetting
 from lorax_kit.core.site import Site
+from lorax_kit.core.specs.setting import ScaledSetting
 from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
 from lorax_kit.starts.draws import draw_rows
 

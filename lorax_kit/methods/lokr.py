@@ -23,8 +23,8 @@ from jax import Array
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.lowrank import identity_rows
 from lorax_kit.core.method import Hints, Method, Update
-from lorax_kit.core.setting import ScaledSetting, is_int, need, plain
 from lorax_kit.core.site import Site
+from lorax_kit.core.specs.setting import ScaledSetting, is_int, need, plain
 from lorax_kit.errors import AdapterError
 from lorax_kit.methods.loha import alpha_of, dense_product, is_tucker, tucker
 from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule

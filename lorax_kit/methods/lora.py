@@ -23,8 +23,8 @@ from jax import Array
 
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.method import METHODS, Hints, Method, Update
-from lorax_kit.core.setting import ScaledSetting, need, shown
 from lorax_kit.core.site import Site
+from lorax_kit.core.specs.setting import ScaledSetting, need, shown
 from lorax_kit.errors import SpecError
 from lorax_kit.methods.peft_lora import form
 from lorax_kit.starts import STARTS, start_of

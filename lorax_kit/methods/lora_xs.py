@@ -19,8 +19,8 @@ from jax import Array
 
 from lorax_kit.arrays.svd import leading
 from lorax_kit.core.method import Hints, Method, Update
-from lorax_kit.core.setting import ScaledSetting
 from lorax_kit.core.site import Site
+from lorax_kit.core.specs.setting import ScaledSetting
 from lorax_kit.starts.matrices import by_matrix
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.core.method import Hints, Method, Update
-from lorax_kit.core.setting import RankSetting, is_int, need
 from lorax_kit.core.site import Site
+from lorax_kit.core.specs.setting import RankSetting, is_int, need
 from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
 
 

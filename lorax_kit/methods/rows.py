@@ -15,8 +15,8 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.core.method import Hints, Method, Update
-from lorax_kit.core.setting import Setting, is_int, need, plain, shown
 from lorax_kit.core.site import Site
+from lorax_kit.core.specs.setting import Setting, is_int, need, plain, shown
 from lorax_kit.errors import PlanError
 from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
 

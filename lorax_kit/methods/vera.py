@@ -22,8 +22,8 @@ from jax import Array
 
 from lorax_kit.core.leaves import site_key
 from lorax_kit.core.method import Hints, Method, Update
-from lorax_kit.core.setting import RankSetting, is_float32, need, plain, shown
 from lorax_kit.core.site import Site
+from lorax_kit.core.specs.setting import RankSetting, is_float32, need, plain, shown
 from lorax_kit.errors import AdapterError
 from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
 

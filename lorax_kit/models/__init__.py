@@ -5,23 +5,23 @@ from lorax_kit.extras import need
 need("models", "flax")
 
 from lorax_kit.assets import MissingPackageError, locate
-from lorax_kit.models.bert import BertClassifier, BertConfig, BertEncoder
-from lorax_kit.models.distilbert import DistilbertConfig, DistilbertEncoder
+from lorax_kit.models.decoders.gpt2 import Gpt2Config, Gpt2Model
+from lorax_kit.models.decoders.llama import LlamaModel
+from lorax_kit.models.decoders.llama_config import LlamaConfig
 from lorax_kit.models.encoder_decoder.marian import MarianConfig, MarianModel
 from lorax_kit.models.encoder_decoder.t5 import T5Config, T5Model
-from lorax_kit.models.gpt2 import Gpt2Config, Gpt2Model
+from lorax_kit.models.encoders.bert import BertClassifier, BertConfig, BertEncoder
+from lorax_kit.models.encoders.distilbert import DistilbertConfig, DistilbertEncoder
+from lorax_kit.models.encoders.roberta import RobertaConfig, RobertaEncoder
 from lorax_kit.models.heads import answer, classify, fresh_head, word_logits
-from lorax_kit.models.llama import LlamaModel
-from lorax_kit.models.llama_config import LlamaConfig
 from lorax_kit.models.lstm import LstmClassifier, LstmConfig
-from lorax_kit.models.roberta import RobertaConfig, RobertaEncoder
-from lorax_kit.models.stored.chat import laid_out
 from lorax_kit.models.stored.decoder import PretrainedLlama, llama_names, load_llama
 from lorax_kit.models.stored.encoder import Pretrained, classifier_names, classifier_params, load_bert, torch_names
 from lorax_kit.models.stored.load import Loaded, Special, load_model
 from lorax_kit.models.stored.names import decoder_names, encoder_names, gpt2_names, marian_names, t5_names
 from lorax_kit.models.stored.save import save_model
-from lorax_kit.models.tokenizer import Tokenizer
+from lorax_kit.models.text.chat import laid_out
+from lorax_kit.models.text.tokenizer import Tokenizer
 
 __all__ = [
     "BertClassifier",

@@ -12,9 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lorax_kit.arrays.placement import FSDP, TENSOR
 from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.paths import flatten, is_array, unflatten
-from lorax_kit.core.patterns import expand_braces, matches
 from lorax_kit.core.plan import matched
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.core.specs.patterns import expand_braces, matches
 from lorax_kit.errors import LoraxError
 from lorax_kit.processes import spread
 

@@ -13,7 +13,7 @@ from jax.tree_util import keystr
 
 from lorax_kit.arrays.placement import DATA, FSDP, TENSOR, TRIAL
 from lorax_kit.core.paths import is_array
-from lorax_kit.core.setting import is_int
+from lorax_kit.core.specs.setting import is_int
 from lorax_kit.errors import LoraxError
 from lorax_kit.processes import spread
 

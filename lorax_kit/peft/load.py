@@ -12,14 +12,14 @@ from lorax_kit.arrays.dtypes import wide
 from lorax_kit.checkpoint.adapter import Adapter
 from lorax_kit.core.leaves import FullLeaf, check_factors
 from lorax_kit.core.paths import Params, flatten, is_array
-from lorax_kit.core.patterns import literal
 from lorax_kit.core.plan import Plan, make_plan
-from lorax_kit.core.setting import Full, check_float_dtype
 from lorax_kit.core.site import Axes
-from lorax_kit.core.spec import AnySetting, Spec
+from lorax_kit.core.specs.patterns import literal
+from lorax_kit.core.specs.setting import Full, check_float_dtype
+from lorax_kit.core.specs.spec import AnySetting, Spec
 from lorax_kit.errors import AdapterError, LoraxError
-from lorax_kit.peft.config import Config
-from lorax_kit.peft.files import config_notes, read_weights, sort_out
+from lorax_kit.peft.folder.config import Config
+from lorax_kit.peft.folder.files import config_notes, read_weights, sort_out
 from lorax_kit.peft.modules import Reader
 from lorax_kit.peft.names import Names
 from lorax_kit.peft.sites import leaves_of, setting_of

@@ -13,8 +13,16 @@ from lorax_kit.core.paths import closest
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.site import Axes
 from lorax_kit.errors import AdapterError, LoraxError
-from lorax_kit.peft.config import Config, ends, moves_ties, short, targeted, targeted_parameters, unmatched_parameters
-from lorax_kit.peft.files import CONFIG, WEIGHTS, Sorted
+from lorax_kit.peft.folder.config import (
+    Config,
+    ends,
+    moves_ties,
+    short,
+    targeted,
+    targeted_parameters,
+    unmatched_parameters,
+)
+from lorax_kit.peft.folder.files import CONFIG, WEIGHTS, Sorted
 from lorax_kit.peft.layout import Way, matrix_of, ways
 from lorax_kit.peft.names import Names, Place
 from lorax_kit.peft.sites import Pieces

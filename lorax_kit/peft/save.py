@@ -13,11 +13,11 @@ from lorax_kit.checkpoint.tensors import write_tensors
 from lorax_kit.core.leaves import FactorTree, check_factors
 from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.core.plan import Plan
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.specs.spec import Spec
 from lorax_kit.errors import AdapterError
 from lorax_kit.files.staging import refuse_existing, staged
-from lorax_kit.peft.config import check_task, targets_for, with_pattern
-from lorax_kit.peft.files import CONFIG, PREFIX, ROOT, WEIGHTS, config_digest, write_json
+from lorax_kit.peft.folder.config import check_task, targets_for, with_pattern
+from lorax_kit.peft.folder.files import CONFIG, PREFIX, ROOT, WEIGHTS, config_digest, write_json
 from lorax_kit.peft.names import Names
 from lorax_kit.peft.whole import kept
 from lorax_kit.peft.write import Written, written

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.core.method import Method, leaf_shapes
-from lorax_kit.core.setting import Setting
 from lorax_kit.core.site import Site
+from lorax_kit.core.specs.setting import Setting
 from lorax_kit.errors import AdapterError, PlanError, SpecError
 from lorax_kit.peft.layout import Way, to_site
 from lorax_kit.peft_form import FromPeft, PeftForm

@@ -16,8 +16,8 @@ from lorax_kit.core.paths import closest
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import AdapterError
-from lorax_kit.peft.config import Config, check_kept, kept_whole, moves_ties
-from lorax_kit.peft.files import CONFIG, WEIGHTS
+from lorax_kit.peft.folder.config import Config, check_kept, kept_whole, moves_ties
+from lorax_kit.peft.folder.files import CONFIG, WEIGHTS
 from lorax_kit.peft.layout import from_torch, in_torch
 from lorax_kit.peft.modules import Reader
 from lorax_kit.peft.names import Names, Place

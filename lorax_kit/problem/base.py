@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from lorax_kit.core.paths import Packed, Params, flatten, is_array, unflatten
-from lorax_kit.core.patterns import literal
 from lorax_kit.core.quantised import Quantised, quantize
+from lorax_kit.core.specs.patterns import literal
 
 
 def cast(params: Params, dtype: str | None) -> Params:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lorax_kit.core.paths import Params, arrays_only, flatten, is_array, is_state
 from lorax_kit.core.plan import matched
-from lorax_kit.core.setting import shown
+from lorax_kit.core.specs.setting import shown
 from lorax_kit.errors import LoraxError, StudyError
 from lorax_kit.problem.evaluate import score_of
 from lorax_kit.problem.metric import Metric, standard

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lorax_kit.core.paths import is_array
-from lorax_kit.core.setting import shown
+from lorax_kit.core.specs.setting import shown
 from lorax_kit.errors import StudyError
 
 BETTER = ("higher", "lower")

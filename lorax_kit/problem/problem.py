@@ -11,7 +11,7 @@ from jax import Array
 
 from lorax_kit.core.method import Hints
 from lorax_kit.core.paths import Params
-from lorax_kit.core.setting import Full, shown
+from lorax_kit.core.specs.setting import Full, shown
 from lorax_kit.errors import StudyError
 from lorax_kit.problem.check import check_problem
 from lorax_kit.problem.metric import ACCURACY, Metric, with_loss

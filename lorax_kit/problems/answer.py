@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.core.setting import is_int, shown
+from lorax_kit.core.specs.setting import is_int, shown
 from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import DataError, StudyError
 from lorax_kit.models.heads import answer, fresh_head
-from lorax_kit.models.tokenizer import Window
+from lorax_kit.models.text.tokenizer import Window
 from lorax_kit.problem import Problem
 from lorax_kit.problem.metric import share_metric
 from lorax_kit.problems.classify import text_of

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lorax_kit.core.setting import shown
+from lorax_kit.core.specs.setting import shown
 from lorax_kit.data import Examples, Row, key_of
 from lorax_kit.errors import DataError, StudyError
 from lorax_kit.models import Loaded, laid_out

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.core.setting import is_int, shown
+from lorax_kit.core.specs.setting import is_int, shown
 from lorax_kit.data import Examples, Row, evaluation_batches, key_of, training_stream
 from lorax_kit.errors import DataError, StudyError
 from lorax_kit.models import Loaded, Tokenizer

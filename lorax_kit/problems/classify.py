@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_kit.core.setting import shown
+from lorax_kit.core.specs.setting import shown
 from lorax_kit.data import Examples, Ragged, Row, key_of, padded
 from lorax_kit.errors import DataError, StudyError
 from lorax_kit.models import Loaded

@@ -10,7 +10,7 @@ import jax
 
 from lorax_kit.checkpoint.adapter import read_document
 from lorax_kit.core.paths import Params
-from lorax_kit.core.setting import shown
+from lorax_kit.core.specs.setting import shown
 from lorax_kit.errors import AdapterError, StudyError
 from lorax_kit.problem import Problem, problem_at
 from lorax_kit.problem.base import based

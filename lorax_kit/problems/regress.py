@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_kit.core.setting import is_number, shown
+from lorax_kit.core.specs.setting import is_number, shown
 from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import DataError, StudyError
 from lorax_kit.problem import Metric, Problem

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.core.setting import shown
+from lorax_kit.core.specs.setting import shown
 from lorax_kit.data import Examples, Row, key_of, padded
 from lorax_kit.errors import StudyError
 from lorax_kit.models import Loaded

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
-from lorax_kit.analysis.statistics import seeds_needed, smallest_p
-from lorax_kit.core.setting import is_number
+from lorax_kit.analysis.statistics.conditions import seeds_needed, smallest_p
+from lorax_kit.core.specs.setting import is_number
 from lorax_kit.report.claims import examples_error, not_inferior_text, power_text, smaller_ranks
 from lorax_kit.report.conditions import Condition, Summary, at_edge_of_grid, rates_tried
 from lorax_kit.report.tables.text import bytes_text, p_text, plural

@@ -6,7 +6,7 @@ import math
 import shlex
 from typing import NamedTuple
 
-from lorax_kit.analysis.statistics import (
+from lorax_kit.analysis.statistics.conditions import (
     Comparison,
     Interval,
     NonInferior,

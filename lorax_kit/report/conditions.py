@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lorax_kit.analysis.statistics import Comparison, Interval, compare, interval
+from lorax_kit.analysis.statistics.conditions import Comparison, Interval, compare, interval
 from lorax_kit.report.measure import Measure
 from lorax_kit.report.run_folder import Record, RunFolder
 from lorax_kit.report.settings import rest_of, varying

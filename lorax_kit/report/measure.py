@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorax_kit.analysis.statistics import Comparison, Interval
+from lorax_kit.analysis.statistics.conditions import Comparison, Interval
 
 
 @dataclass(frozen=True)

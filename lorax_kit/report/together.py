@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorax_kit.analysis.statistics import Comparison, Interval, compare, holm, unpaired
+from lorax_kit.analysis.statistics.conditions import Comparison, Interval, compare, holm, unpaired
 from lorax_kit.report.conditions import Condition, Summary, paired_rows, summarise
 from lorax_kit.report.measure import Measure, measures
 from lorax_kit.report.run_folder import RunFolder, RunFolderError, read_run

@@ -11,7 +11,7 @@ import numpy as np
 
 from lorax_kit.core.method import max_rank
 from lorax_kit.core.plan import Plan, plan_of_sites
-from lorax_kit.core.setting import is_int, is_number, shown
+from lorax_kit.core.specs.setting import is_int, is_number, shown
 from lorax_kit.errors import PlanError, SpecError
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from jax import Array
 
 from lorax_kit.core.method import Hints
-from lorax_kit.core.setting import shown
 from lorax_kit.core.site import Site
+from lorax_kit.core.specs.setting import shown
 from lorax_kit.errors import SpecError
 
 

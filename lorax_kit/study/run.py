@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from lorax_kit.checkpoint.fingerprint import digests, fingerprint, whole_fingerprint
 from lorax_kit.core.paths import Params
-from lorax_kit.core.setting import is_number
+from lorax_kit.core.specs.setting import is_number
 from lorax_kit.errors import StudyError
 from lorax_kit.problem import Problem
 from lorax_kit.processes import several

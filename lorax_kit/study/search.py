@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorax_kit.core.setting import is_int, shown
+from lorax_kit.core.specs.setting import is_int, shown
 from lorax_kit.errors import StudyError
 from lorax_kit.problem import Problem
 from lorax_kit.study.design.sampling import WHOLE, Sample

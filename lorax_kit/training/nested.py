@@ -18,8 +18,8 @@ from jax import Array
 from lorax_kit.core.leaves import FactorTree, keep_rows
 from lorax_kit.core.method import leaf_shapes, method_of
 from lorax_kit.core.plan import Plan, plan_of_sites
-from lorax_kit.core.setting import is_int, shown
 from lorax_kit.core.site import Site
+from lorax_kit.core.specs.setting import is_int, shown
 from lorax_kit.errors import PlanError, SpecError
 
 

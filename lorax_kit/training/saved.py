@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.checkpoint.agreed import told
-from lorax_kit.core.setting import shown
+from lorax_kit.core.specs.setting import shown
 from lorax_kit.errors import LoraxError
 from lorax_kit.files.staging import staged
 from lorax_kit.json_text import first_difference, parse_json, sealed_json

@@ -13,7 +13,7 @@ from jax import Array
 from lorax_kit.arrays.placement import varying
 from lorax_kit.core.leaves import FactorTree, check_key
 from lorax_kit.core.paths import Params
-from lorax_kit.core.setting import is_int, is_number, plain, shown
+from lorax_kit.core.specs.setting import is_int, is_number, plain, shown
 from lorax_kit.errors import LoraxError
 from lorax_kit.training.objective import Run, gradients, in_parts, losses, means
 from lorax_kit.training.optimisers.extra import check_transformation, extra_arguments, started, updated

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 
 from lorax_kit.core.method import method_of
 from lorax_kit.core.paths import Params, flatten, is_array, paths
-from lorax_kit.core.patterns import literal
 from lorax_kit.core.plan import Plan, make_plan, match, matched
-from lorax_kit.core.setting import Full, Setting
 from lorax_kit.core.site import Axes
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.specs.patterns import literal
+from lorax_kit.core.specs.setting import Full, Setting
+from lorax_kit.core.specs.spec import Spec
 from lorax_kit.errors import PlanError
 from lorax_kit.transform.context import Context, Use
 from lorax_kit.transform.trace import run

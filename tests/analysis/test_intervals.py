@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from lorax_kit.analysis.statistics import interval, limits, over_examples, seeds_to_tell, sign_flips, unpaired
+from lorax_kit.analysis.statistics.conditions import (
+    interval,
+    limits,
+    over_examples,
+    seeds_to_tell,
+    sign_flips,
+    unpaired,
+)
 
 SAMPLES = 20_000
 ERROR = 0.004  # two standard errors of a share of 0.93 among them

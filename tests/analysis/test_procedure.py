@@ -7,7 +7,7 @@ variance, which both have in common. No rank and no rate is truly better than an
 import numpy as np
 import pytest
 
-from lorax_kit.analysis.statistics import compare, limits, non_inferior, sign_flips
+from lorax_kit.analysis.statistics.conditions import compare, limits, non_inferior, sign_flips
 
 RANKS, RATES = (1, 2, 4, 8), 3
 STUDIES = 4000

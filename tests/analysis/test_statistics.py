@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from lorax_kit.analysis.statistics import (
+from lorax_kit.analysis.statistics.conditions import (
     compare,
     holm,
     interval,

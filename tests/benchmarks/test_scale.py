@@ -5,7 +5,7 @@ import pytest
 
 from lorax_kit.benchmarks import SCALE_COLUMNS, bench_scale, scale
 from lorax_kit.errors import LoraxError
-from lorax_kit.models.llama_config import LlamaConfig
+from lorax_kit.models.decoders.llama_config import LlamaConfig
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 TINY = LlamaConfig(

@@ -14,9 +14,9 @@ import lorax_kit as lk
 from lorax_kit.assets import MissingPackageError
 from lorax_kit.cli import main
 from lorax_kit.commands import train_adapter
+from lorax_kit.commands.adapters.generation import author_of, generate
 from lorax_kit.commands.export.measured import samples_of
 from lorax_kit.commands.export.written import export_writer, writes
-from lorax_kit.commands.generation import author_of, generate
 from lorax_kit.errors import ExportError
 from lorax_kit.models import Tokenizer, load_model
 from lorax_kit.problems import Chat

@@ -9,9 +9,9 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.cli import main
 from lorax_kit.commands import train_adapter
-from lorax_kit.commands.evaluation import evaluate_adapter, evaluate_base
-from lorax_kit.commands.generation import author_of, generate
-from lorax_kit.commands.memory import bytes_of
+from lorax_kit.commands.adapters.evaluation import evaluate_adapter, evaluate_base
+from lorax_kit.commands.adapters.generation import author_of, generate
+from lorax_kit.commands.adapters.memory import bytes_of
 from lorax_kit.core.paths import flatten
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.measure import held_memory, peak_memory, release_memory

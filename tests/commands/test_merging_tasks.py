@@ -10,7 +10,7 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.cli import main
 from lorax_kit.commands import train_adapter
-from lorax_kit.commands.merging import merge_trained
+from lorax_kit.commands.adapters.merging import merge_trained
 from lorax_kit.models import load_model
 from lorax_kit.problem.base import restored
 from lorax_kit.problems import Answer, Classify, Language

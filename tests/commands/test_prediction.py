@@ -11,7 +11,7 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.cli import main
 from lorax_kit.commands import evaluate_adapter, train_adapter
-from lorax_kit.commands.prediction import predict
+from lorax_kit.commands.adapters.prediction import predict
 from lorax_kit.problems import Answer, Chat, Choose, Classify, Regress
 from lorax_kit.tasks import exact_match, word_f1
 from tests.problems.folders import write_model

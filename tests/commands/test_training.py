@@ -6,7 +6,7 @@ import jax
 import pytest
 
 import lorax_kit as lk
-import lorax_kit.commands.training as module
+import lorax_kit.commands.adapters.training as module
 from lorax_kit.commands import evaluate_adapter, train_adapter
 from lorax_kit.report.pages.training import data_text
 from tests import tiny

@@ -8,8 +8,8 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.cli import main
 from lorax_kit.commands import evaluate_base, train_adapter
-from lorax_kit.commands.generation import author_of, generate
-from lorax_kit.commands.written import asked_of
+from lorax_kit.commands.adapters.generation import author_of, generate
+from lorax_kit.commands.adapters.written import asked_of
 from lorax_kit.problems import Language, Translate
 from lorax_kit.tasks import Pairs, Told, resampled_metrics, text_metrics
 from tests.problems.folders import write_model

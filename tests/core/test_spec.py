@@ -8,7 +8,7 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.core import match
-from lorax_kit.core.patterns import _matches_stepwise, compile_pattern, expand_braces, matches
+from lorax_kit.core.specs.patterns import _matches_stepwise, compile_pattern, expand_braces, matches
 
 PARAMS = {
     "encoder": {

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 import lorax_kit as lk
 from lorax_kit.core.method import METHODS
 from lorax_kit.core.paths import flatten
-from lorax_kit.core.patterns import expand_braces, literal, matches
 from lorax_kit.core.plan import match
-from lorax_kit.core.spec import setting_from
+from lorax_kit.core.specs.patterns import expand_braces, literal, matches
+from lorax_kit.core.specs.spec import setting_from
 from lorax_kit.json_text import parse_json, sealed_json
 from tests import tiny
 from tests.fuzz.inputs import NUMBERS, WORDS, changed, json_text, leaves, mutated, values

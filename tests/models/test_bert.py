@@ -9,7 +9,7 @@ from scipy.special import erf
 
 from lorax_kit.core.paths import flatten
 from lorax_kit.models import BertClassifier, BertConfig, BertEncoder, load_bert, locate, torch_names
-from lorax_kit.models.bert import gelu
+from lorax_kit.models.encoders.bert import gelu
 from tests.draws import draw
 from tests.models.bert_numpy import forward
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorax_kit.models.stored.chat import laid_out
+from lorax_kit.models.text.chat import laid_out
 
 TEMPLATE = """{{ bos_token }}{% for m in messages %}
 {% if m.role not in ['user', 'assistant'] %}

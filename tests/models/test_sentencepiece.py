@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lorax_kit.models import Tokenizer, load_model, save_model
-from lorax_kit.models.stored.sentencepiece import marian_tokenizer, read_sentencepiece, t5_tokenizer
+from lorax_kit.models.text.sentencepiece import marian_tokenizer, read_sentencepiece, t5_tokenizer
 from tests.models.test_families import copied
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from lorax_kit.models.stored.sentencepiece import marian_tokenizer, t5_tokenizer
+from lorax_kit.models.text.sentencepiece import marian_tokenizer, t5_tokenizer
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 spm = pytest.importorskip("sentencepiece")

@@ -8,8 +8,8 @@ from jax import export
 from jax.sharding import PartitionSpec as P
 
 import lorax_kit as lk
-from lorax_kit.models.llama import LlamaModel
-from lorax_kit.models.llama_config import LlamaConfig
+from lorax_kit.models.decoders.llama import LlamaModel
+from lorax_kit.models.decoders.llama_config import LlamaConfig
 from lorax_kit.study.programs.engine import Engine
 from lorax_kit.study.programs.forms import kinds, union_plan
 from lorax_kit.study.programs.packing import pack

@@ -12,7 +12,7 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.cli import main
 from lorax_kit.commands import train_adapter
-from lorax_kit.commands.generation import author_of, generate
+from lorax_kit.commands.adapters.generation import author_of, generate
 from lorax_kit.generate import Sampling
 from lorax_kit.models import load_model
 from lorax_kit.problem import Evaluator

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lorax_kit.analysis.statistics import limits, over_examples, seeds_to_tell
+from lorax_kit.analysis.statistics.conditions import limits, over_examples, seeds_to_tell
 from lorax_kit.report import read_run
 from lorax_kit.report.answer import answer
 from lorax_kit.report.claims import (

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from lorax_kit.analysis.statistics import Comparison, Interval
+from lorax_kit.analysis.statistics.conditions import Comparison, Interval
 from lorax_kit.report import read_run, summary_table, write_report
 from lorax_kit.report.conditions import summarise
 from lorax_kit.report.measure import Measure

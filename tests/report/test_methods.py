@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lorax_kit.analysis.statistics import holm, interval, paired_test
+from lorax_kit.analysis.statistics.conditions import holm, interval, paired_test
 from lorax_kit.report import figures as drawn
 from lorax_kit.report import read_run, write_report
 from lorax_kit.report.claims import methods_compared

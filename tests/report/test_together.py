@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from lorax_kit.analysis.statistics import holm, interval, paired_test, unpaired
+from lorax_kit.analysis.statistics.conditions import holm, interval, paired_test, unpaired
 from lorax_kit.report import RunFolderError, write_side_by_side
 from lorax_kit.report.tables.together import together_rows, together_table
 from lorax_kit.report.together import read_together

@@ -11,7 +11,7 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.compress import compress, compressed, plan_ranks
 from lorax_kit.models import LstmClassifier, LstmConfig
-from lorax_kit.models.bert import BertClassifier, BertConfig
+from lorax_kit.models.encoders.bert import BertClassifier, BertConfig
 from lorax_kit.serve import ExportError, load_onnx, save_onnx
 from tests import tiny
 from tests.serve.test_stablehlo import CASES, calling_back, points

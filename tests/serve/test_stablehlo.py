@@ -11,7 +11,7 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.compress import CompressPlan, compress, compressed
-from lorax_kit.models.bert import BertClassifier, BertConfig
+from lorax_kit.models.encoders.bert import BertClassifier, BertConfig
 from lorax_kit.serve import ExportError, load_stablehlo, save_stablehlo
 from tests import tiny
 

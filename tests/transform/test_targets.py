@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lorax_kit as lk
-from lorax_kit.core.patterns import expand_braces
+from lorax_kit.core.specs.patterns import expand_braces
 from tests.cases import CASES
 from tests.draws import draw, moved
 

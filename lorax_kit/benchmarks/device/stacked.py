@@ -12,7 +12,7 @@ import jax
 from lorax_kit.benchmarks.case import TARGETS, Case, make_case
 from lorax_kit.benchmarks.device.machine import held_bytes
 from lorax_kit.benchmarks.device.steps import Program, Shape, Timing, compiled_programs
-from lorax_kit.benchmarks.step import RATE, stepping
+from lorax_kit.benchmarks.steps.step import RATE, stepping
 from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.core.plan import Plan
 from lorax_kit.problem import Problem

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from lorax_kit.arrays.after import at_once
 from lorax_kit.benchmarks.case import Case, make_case
 from lorax_kit.benchmarks.device.machine import held_bytes, precision
-from lorax_kit.benchmarks.step import RATE, Contender, contenders, peaks, stepping
+from lorax_kit.benchmarks.steps.step import RATE, Contender, contenders, peaks, stepping
 from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.benchmarks.torch_peer import lacking, peak_bytes, torch_steps
 from lorax_kit.core.merge import split

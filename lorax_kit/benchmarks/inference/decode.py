@@ -17,7 +17,7 @@ from lorax_kit.algebra import Adaptation, rows_of, stack
 from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.benchmarks.torch_peer import lacking, thread_counts, torch_writer
 from lorax_kit.core.merge import split
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.specs.spec import Spec
 from lorax_kit.generate import Decoder, Writer, adapted, decoder_of, per_row_decoder
 from lorax_kit.methods import LoRA
 from lorax_kit.models import Loaded, load_model

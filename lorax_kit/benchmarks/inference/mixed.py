@@ -15,7 +15,7 @@ from lorax_kit.benchmarks.case import TARGETS, make_case
 from lorax_kit.benchmarks.timing import alternate, calling, ratio
 from lorax_kit.benchmarks.torch_peer import torch_mixed
 from lorax_kit.core.merge import merge
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.specs.spec import Spec
 from lorax_kit.methods import Factors, LoRA
 from lorax_kit.transform import adapt, resolve
 

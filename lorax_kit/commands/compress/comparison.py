@@ -17,7 +17,7 @@ from lorax_kit.commands.compress.methods import TUNED, Method, statistics_for
 from lorax_kit.commands.compress.subjects import Subject
 from lorax_kit.compress import ALLOCATIONS
 from lorax_kit.compress.arguments import check_count, check_word
-from lorax_kit.core.setting import shown
+from lorax_kit.core.specs.setting import shown
 from lorax_kit.errors import CompressError
 from lorax_kit.files.lines import append, cut_to_lines
 from lorax_kit.files.staging import clear_stale, refuse_existing, replace_file, sole_writer

@@ -25,10 +25,10 @@ from lorax_kit.compress import (
 from lorax_kit.compress.arguments import check_share
 from lorax_kit.compress.replace import low_rank
 from lorax_kit.core.paths import Params, flatten
-from lorax_kit.core.patterns import matches
 from lorax_kit.core.plan import matched
 from lorax_kit.core.quantised import METHODS as QUANTISATIONS
 from lorax_kit.core.quantised import quantize
+from lorax_kit.core.specs.patterns import matches
 from lorax_kit.errors import CompressError
 
 STUDENT = "student"

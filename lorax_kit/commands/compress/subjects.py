@@ -16,9 +16,9 @@ from jax import Array
 from lorax_kit.checkpoint.adapter import load_adapter, read_document
 from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params
-from lorax_kit.core.patterns import literal
 from lorax_kit.core.plan import Plan
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.specs.patterns import literal
+from lorax_kit.core.specs.spec import Spec
 from lorax_kit.data import Plays
 from lorax_kit.errors import CompressError
 from lorax_kit.methods import LoRA

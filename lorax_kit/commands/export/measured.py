@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.benchmarks.timing import alternate, ratio
-from lorax_kit.commands.generation import Author
+from lorax_kit.commands.adapters.generation import Author
 from lorax_kit.errors import ExportError
 from lorax_kit.generate.exported import Runner
 from lorax_kit.tasks import Pairs

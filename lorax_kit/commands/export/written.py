@@ -11,12 +11,12 @@ import numpy as np
 
 from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
 from lorax_kit.checkpoint.tensors import write_tensors
+from lorax_kit.commands.adapters.generation import Author, Origin, origin_of
 from lorax_kit.commands.compress.compression import IN_TURN, load_small
 from lorax_kit.commands.compress.methods import Method, total_bytes
 from lorax_kit.commands.compress.subjects import subject_of
 from lorax_kit.commands.export.called import compressed_by, refuse_quantised
 from lorax_kit.commands.export.measured import SENTENCES, Sample, measured, samples_of
-from lorax_kit.commands.generation import Author, Origin, origin_of
 from lorax_kit.compress.arguments import check_share
 from lorax_kit.core.merge import merge
 from lorax_kit.core.method import update_of

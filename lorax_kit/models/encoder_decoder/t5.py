@@ -18,8 +18,8 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.models.cache import Cache, Past, advanced, causal, crossed, empty_cache, opened, past_of, places_of
+from lorax_kit.models.decoders.llama import RMSNorm
 from lorax_kit.models.layers import attention, gelu_tanh, in_fp32, tied_logits
-from lorax_kit.models.llama import RMSNorm
 from lorax_kit.models.stored.sizes import check_sizes, read_sizes
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""LLaMA and its relatives in Flax NNX: the params, their names and the numbers of `lorax_kit.models.llama`.
+"""LLaMA and its relatives in Flax NNX: the params, their names and the numbers of `lorax_kit.models.decoders.llama`.
 
 Shapes: B batch, T tokens, S slots, D hidden, H query heads, N key and value heads, K size of a head, V vocabulary.
 """
@@ -15,9 +15,9 @@ from jax import Array, lax
 
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.models.cache import Cache, Past, causal, empty_cache, opened, past_of, rows_at
+from lorax_kit.models.decoders.llama import angles, rotate
+from lorax_kit.models.decoders.llama_config import LlamaConfig
 from lorax_kit.models.layers import attention, gelu_tanh, in_fp32, tied_logits
-from lorax_kit.models.llama import angles, rotate
-from lorax_kit.models.llama_config import LlamaConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorax_kit.models.llama_config import FAMILIES, LlamaConfig
+from lorax_kit.models.decoders.llama_config import FAMILIES, LlamaConfig
 from lorax_kit.models.stored.load import load_model
 from lorax_kit.models.stored.names import decoder_names
-from lorax_kit.models.tokenizer import Tokenizer
+from lorax_kit.models.text.tokenizer import Tokenizer
 
 
 class PretrainedLlama(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jax import Array
 
 from lorax_kit.assets import locate
-from lorax_kit.models.bert import BertConfig
+from lorax_kit.models.encoders.bert import BertConfig
 from lorax_kit.models.heads import fresh_head
 from lorax_kit.models.stored.load import MINILM, read_backbone
 from lorax_kit.models.stored.names import encoder_names

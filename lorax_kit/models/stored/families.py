@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 
 from lorax_kit.core.paths import TorchName
-from lorax_kit.models.bert import BertConfig, BertEncoder
-from lorax_kit.models.distilbert import DistilbertConfig, DistilbertEncoder
+from lorax_kit.models.decoders.gpt2 import Gpt2Config, Gpt2Model
+from lorax_kit.models.decoders.llama import LlamaModel
+from lorax_kit.models.decoders.llama_config import FAMILIES as LLAMAS
+from lorax_kit.models.decoders.llama_config import LlamaConfig
 from lorax_kit.models.encoder_decoder.marian import MarianConfig, MarianModel
 from lorax_kit.models.encoder_decoder.t5 import T5Config, T5Model
-from lorax_kit.models.gpt2 import Gpt2Config, Gpt2Model
-from lorax_kit.models.llama import LlamaModel
-from lorax_kit.models.llama_config import FAMILIES as LLAMAS
-from lorax_kit.models.llama_config import LlamaConfig
-from lorax_kit.models.roberta import RobertaConfig, RobertaEncoder
+from lorax_kit.models.encoders.bert import BertConfig, BertEncoder
+from lorax_kit.models.encoders.distilbert import DistilbertConfig, DistilbertEncoder
+from lorax_kit.models.encoders.roberta import RobertaConfig, RobertaEncoder
 from lorax_kit.models.stored.names import ROBERTAS, decoder_names, encoder_names, gpt2_names, marian_names, t5_names
 from lorax_kit.models.stored.weights import Stored
 

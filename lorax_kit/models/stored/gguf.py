@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorax_kit.models.llama_config import LlamaConfig
+from lorax_kit.models.decoders.llama_config import LlamaConfig
 from lorax_kit.models.stored.weights import Stored
-from lorax_kit.models.tokenizer import Tokenizer
+from lorax_kit.models.text.tokenizer import Tokenizer
 
 SIZES = {
     "hidden_size": "embedding_length",

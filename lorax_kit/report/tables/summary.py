@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from lorax_kit.analysis.statistics import seeds_needed
+from lorax_kit.analysis.statistics.conditions import seeds_needed
 from lorax_kit.report.claims import more_seeds, seeds_of, tests_of
 from lorax_kit.report.conditions import STOPPED, Condition, Summary, at_every_rate, summarise
 from lorax_kit.report.run_folder import RunFolder

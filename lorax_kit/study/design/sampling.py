@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lorax_kit.core.setting import is_int, is_number, plain, shown
+from lorax_kit.core.specs.setting import is_int, is_number, plain, shown
 from lorax_kit.errors import StudyError
 from lorax_kit.study.design.trial import AXES, FLOAT32_MAX
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from statistics import fmean, median
 from typing import Any, ClassVar
 
-from lorax_kit.core.setting import is_int, is_number, shown
+from lorax_kit.core.specs.setting import is_int, is_number, shown
 from lorax_kit.errors import StudyError
 from lorax_kit.study.design.trial import AXES, Trial
 

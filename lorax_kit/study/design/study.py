@@ -9,8 +9,8 @@ from itertools import product
 from typing import Any
 
 from lorax_kit.core.method import METHODS
-from lorax_kit.core.setting import Full, Setting, is_int, is_number, plain, shown
-from lorax_kit.core.spec import Spec, setting_from
+from lorax_kit.core.specs.setting import Full, Setting, is_int, is_number, plain, shown
+from lorax_kit.core.specs.spec import Spec, setting_from
 from lorax_kit.errors import SpecError, StudyError
 from lorax_kit.starts import start_of
 from lorax_kit.study.design.sampling import Sample

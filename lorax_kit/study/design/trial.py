@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lorax_kit.core.quantised import METHODS as QUANTISERS
-from lorax_kit.core.setting import is_int, is_number, plain, shown
+from lorax_kit.core.specs.setting import is_int, is_number, plain, shown
 from lorax_kit.errors import StudyError
 
 PROBE = "probe"

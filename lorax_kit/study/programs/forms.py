@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from lorax_kit.core.method import METHODS, frozen_leaves, leaf_shapes
 from lorax_kit.core.paths import Params
 from lorax_kit.core.plan import Plan, match
-from lorax_kit.core.setting import Full, Setting
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.specs.setting import Full, Setting
+from lorax_kit.core.specs.spec import Spec
 from lorax_kit.errors import StudyError
 from lorax_kit.problem import Problem
 from lorax_kit.study.design.study import Study

@@ -22,7 +22,7 @@ from jax import Array
 
 from lorax_kit.core.method import METHODS, leaf_shapes
 from lorax_kit.core.plan import Plan
-from lorax_kit.core.setting import shown
+from lorax_kit.core.specs.setting import shown
 from lorax_kit.errors import LoraxError, StudyError
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.design.trial import Trial

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 from tqdm import tqdm
 
-from lorax_kit.core.setting import is_int, shown
+from lorax_kit.core.specs.setting import is_int, shown
 from lorax_kit.errors import StudyError
 from lorax_kit.problem import Problem
 from lorax_kit.study.design.study import Study

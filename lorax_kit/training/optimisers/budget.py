@@ -24,8 +24,8 @@ from jax import Array
 from lorax_kit.arrays.dtypes import wide
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.plan import Plan
-from lorax_kit.core.setting import is_int, is_number
 from lorax_kit.core.site import Site
+from lorax_kit.core.specs.setting import is_int, is_number
 from lorax_kit.errors import PlanError
 
 KIND, TRIPLET = "adalora", ("a", "e", "b")

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import optax
 
-from lorax_kit.core.setting import shown
+from lorax_kit.core.specs.setting import shown
 from lorax_kit.errors import LoraxError
 
 Measure = Callable[..., Any]

@@ -8,7 +8,7 @@ from jax import Array
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.method import method_of, trained_leaves
 from lorax_kit.core.plan import Plan
-from lorax_kit.core.setting import is_number
+from lorax_kit.core.specs.setting import is_number
 from lorax_kit.errors import PlanError
 
 

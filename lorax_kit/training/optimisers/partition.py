@@ -15,7 +15,7 @@ import optax
 from lorax_kit.core.leaves import FactorTree
 from lorax_kit.core.method import frozen_leaves, trained_leaves
 from lorax_kit.core.plan import Plan
-from lorax_kit.core.setting import is_number, plain
+from lorax_kit.core.specs.setting import is_number, plain
 from lorax_kit.errors import PlanError
 from lorax_kit.training.optimisers.extra import accepting, check_transformation, completing
 from lorax_kit.training.optimisers.gains import from_start

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
+from lorax_kit.cli.adapters.settings import FLAGS, setting_of, setting_options
 from lorax_kit.cli.problems import described, files_of, problem_options, problem_settings
 from lorax_kit.cli.root import cli, echo, refuse_given
-from lorax_kit.cli.settings import FLAGS, setting_of, setting_options
 
 
 @cli.command()
@@ -51,7 +51,7 @@ def train(
     setting = setting_of(variant, rank, alpha, more)
     described = problem_settings(options)
     from lorax_kit.commands import train_adapter
-    from lorax_kit.commands.memory import bytes_of
+    from lorax_kit.commands.adapters.memory import bytes_of
     from lorax_kit.problems import problem_from
 
     most = None if max_memory is None else bytes_of(max_memory)
@@ -136,7 +136,7 @@ def inspect(
     """
     from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
     from lorax_kit.commands import inspect_model
-    from lorax_kit.core.spec import Spec
+    from lorax_kit.core.specs.spec import Spec
     from lorax_kit.problems.packaged.sentiment import adapter_folder
 
     if spec not in (None, "all-linear") and not Path(str(spec)).is_file():

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorax_kit.benchmarks.step import COLUMNS, bench_step
+from lorax_kit.benchmarks.steps.step import COLUMNS, bench_step
 
 # (width, layers, batch_size, length, rank, targets): the sizes that the README reports, then each knob alone.
 GRID: tuple[tuple[int, int, int, int, int, str], ...] = (

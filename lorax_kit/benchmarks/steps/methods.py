@@ -11,12 +11,12 @@ import optax
 from tqdm import tqdm
 
 from lorax_kit.benchmarks.case import TARGETS, make_case
-from lorax_kit.benchmarks.step import RATE, Contender, stepping
+from lorax_kit.benchmarks.steps.step import RATE, Contender, stepping
 from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.core.leaves import trained_only
 from lorax_kit.core.merge import split
-from lorax_kit.core.setting import Full, Setting
-from lorax_kit.core.spec import Spec
+from lorax_kit.core.specs.setting import Full, Setting
+from lorax_kit.core.specs.spec import Spec
 from lorax_kit.errors import SpecError
 from lorax_kit.measure import facts
 from lorax_kit.methods import HRA, IA3, AdaLoRA, DeLoRA, DoRA, LoHa, LoKr, LoRA, LoRAXS, MiSS, VeRA

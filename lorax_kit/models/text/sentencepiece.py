@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorax_kit.models.stored.weights import read_json
-from lorax_kit.models.tokenizer import Tokenizer
+from lorax_kit.models.text.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 MODELS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}

@@ -31,8 +31,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lorax_kit.analysis.intervals import Interval, SeedsToTell, interval, limits, over_examples, seeds_to_tell, unpaired
-from lorax_kit.analysis.paired import holm, paired_test, seeds_needed, sign_flips, smallest_p
+from lorax_kit.analysis.statistics.intervals import (
+    Interval,
+    SeedsToTell,
+    interval,
+    limits,
+    over_examples,
+    seeds_to_tell,
+    unpaired,
+)
+from lorax_kit.analysis.statistics.paired import holm, paired_test, seeds_needed, sign_flips, smallest_p
 
 if TYPE_CHECKING:
     from jaxtyping import Float

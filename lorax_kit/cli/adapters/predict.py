@@ -48,7 +48,7 @@ def predict(
     """
     if data is None:
         refuse_given({"columns": "--column", "encoding": "--encoding"}, "--data")
-    from lorax_kit.commands.prediction import predict as answered
+    from lorax_kit.commands.adapters.prediction import predict as answered
 
     asked = [*texts, *(lines_of(file) if file is not None else ())]
     predicted = answered(adapter, asked, data=data, columns=dict(pairs_of("--column", columns)), encoding=encoding)

@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from lorax_kit.checkpoint.adapter import adapter_bytes, read_document, save_adapter
 from lorax_kit.checkpoint.fingerprint import fingerprint
-from lorax_kit.commands.memory import within
+from lorax_kit.commands.adapters.memory import within
 from lorax_kit.core.leaves import trained_only
 from lorax_kit.core.merge import split
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.plan import Plan
-from lorax_kit.core.setting import is_int
-from lorax_kit.core.spec import AnySetting, Spec
+from lorax_kit.core.specs.setting import is_int
+from lorax_kit.core.specs.spec import AnySetting, Spec
 from lorax_kit.errors import AdapterError, StudyError
 from lorax_kit.files.staging import clear_stale, sole_writer
 from lorax_kit.files.writing import writing
@@ -68,7 +68,7 @@ def train_adapter(
       targets: patterns, or "all-linear" alone; none: the problem's own, and "all-linear" where it has none.
       steps_per_epoch: None: the problem's fact of that name.
       save_memory: form everything again in the backward pass, as `lk.adapt(recompute="everything")` does.
-      max_memory: bytes that training may take; see `lorax_kit.commands.memory.within`. None: any number.
+      max_memory: bytes that training may take; see `lorax_kit.commands.adapters.memory.within`. None: any number.
 
     Returns:
       {"adapter", "report" (a page, see `write_training_report`), "data" (rows, parts, what was left out or cut),

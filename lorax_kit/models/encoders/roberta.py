@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.models.bert import COMPUTED, BertConfig, Layer
+from lorax_kit.models.encoders.bert import COMPUTED, BertConfig, Layer
 from lorax_kit.models.stored.names import ROBERTAS
 from lorax_kit.models.stored.sizes import check_sizes, expect_whole_heads, read_sizes
 

@@ -47,8 +47,8 @@ def generate(
     asked = [*prompts, *(lines_of(file) if file is not None else ())]
     if not asked:
         raise click.UsageError("give --prompt, or --prompts with a file of them.")
-    from lorax_kit.commands.generation import author_of, streamed
-    from lorax_kit.commands.generation import generate as written
+    from lorax_kit.commands.adapters.generation import author_of, streamed
+    from lorax_kit.commands.adapters.generation import generate as written
     from lorax_kit.generate import Sampling
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

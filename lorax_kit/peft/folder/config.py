@@ -16,7 +16,7 @@ from typing import Any
 from lorax_kit.core.method import METHODS, Method
 from lorax_kit.core.paths import closest
 from lorax_kit.errors import AdapterError
-from lorax_kit.peft.files import CONFIG, read_json
+from lorax_kit.peft.folder.files import CONFIG, read_json
 from lorax_kit.peft_form import PeftForm
 
 # These say where an adapter came from or how to run it, never what it computes.

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 from lorax_kit.checkpoint.adapter import load_adapter
+from lorax_kit.commands.adapters.generation import Author, author_of
+from lorax_kit.commands.adapters.written import written
 from lorax_kit.commands.compress.compression import load_small, subject_of_small
-from lorax_kit.commands.generation import Author, author_of
-from lorax_kit.commands.written import written
 from lorax_kit.core.paths import Params
 from lorax_kit.core.plan import Plan
 from lorax_kit.errors import LoraxError
@@ -57,7 +57,7 @@ def evaluate_adapter(
     Args:
       address: of the problem, in place of the one that the adapter remembers.
       texts: a JSON Lines file to create: the model writes after each prompt of the test set, and what it writes is
-        measured against what was wanted; see `lorax_kit.commands.written.written`.
+        measured against what was wanted; see `lorax_kit.commands.adapters.written.written`.
       files: of the rows, where they are not where they were; see `lorax_kit.problems.load.problem_of`.
 
     Raises:

@@ -18,8 +18,8 @@ import numpy as np
 from jax import Array, lax
 
 from lorax_kit.models.cache import Cache, Past, causal, empty_cache, opened, past_of, rows_at, rows_for, slots_of
+from lorax_kit.models.decoders.llama_config import LlamaConfig
 from lorax_kit.models.layers import attention, gelu_tanh, in_fp32, tied_logits
-from lorax_kit.models.llama_config import LlamaConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

@@ -18,7 +18,7 @@ from lorax_kit import models
 from lorax_kit.algebra import MergeLoss, merge_loss
 from lorax_kit.checkpoint.adapter import load_adapter, read_document
 from lorax_kit.checkpoint.tensors import write_tensors
-from lorax_kit.commands.exchange import Model, load_model, read_adapter, read_from
+from lorax_kit.commands.adapters.exchange import Model, load_model, read_adapter, read_from
 from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.errors import AdapterError

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lorax_kit.core.setting import shown
+from lorax_kit.core.specs.setting import shown
 from lorax_kit.errors import LoraxError
 from lorax_kit.measure import facts, held_memory, peak_memory, release_memory
 from lorax_kit.problem.evaluate import form_of_batch

@@ -33,7 +33,7 @@ def setting_options(command: Any) -> Any:
 
 def setting_of(variant: str, rank: int, alpha: float, more: tuple[str, ...]) -> Any:
     """The setting. A method without a rank or an alpha does without the default, and refuses a given one."""
-    from lorax_kit.core.spec import setting_class, setting_from
+    from lorax_kit.core.specs.spec import setting_class, setting_from
 
     cls = setting_class(variant)
     known = {f.name for f in fields(cls)} if cls is not None else set()

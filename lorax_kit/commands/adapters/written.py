@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from lorax_kit.commands.generation import Author
+from lorax_kit.commands.adapters.generation import Author
 from lorax_kit.errors import LoraxError
 from lorax_kit.tasks import Pairs, Told, text_metrics
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lorax_kit.analysis.intervals import sample
+from lorax_kit.analysis.statistics.intervals import sample
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -28,7 +28,7 @@ FORMAT = click.Choice(["orbax", "peft"])
 @JSON
 def convert(as_json: bool, **options: Any) -> None:
     """Convert an adapter between orbax (ours) and PEFT, or from any method to plain LoRA."""
-    from lorax_kit.commands.exchange import convert_adapter
+    from lorax_kit.commands.adapters.exchange import convert_adapter
 
     converted = convert_adapter(**options)
     if as_json:
@@ -61,7 +61,7 @@ def convert(as_json: bool, **options: Any) -> None:
 @JSON
 def combine(adapters: tuple[str, ...], weights: tuple[float, ...], as_json: bool, **options: Any) -> None:
     """Combine ADAPTERS of one base, of either format, into one LoRA: computed on their updates."""
-    from lorax_kit.commands.exchange import combine_adapters
+    from lorax_kit.commands.adapters.exchange import combine_adapters
 
     combined = combine_adapters(adapters, weights=weights or None, **options)
     if as_json:
@@ -92,7 +92,7 @@ def combine(adapters: tuple[str, ...], weights: tuple[float, ...], as_json: bool
 @JSON
 def merge(adapter: str, base: str | None, without_head: bool, as_json: bool, **options: Any) -> None:
     """Fold ADAPTER, of either format, into its model, and write a Hugging Face folder."""
-    from lorax_kit.commands.merging import merge_adapter, merge_trained
+    from lorax_kit.commands.adapters.merging import merge_adapter, merge_trained
 
     if base is not None and without_head:
         raise click.UsageError("--without-head is for the model that the adapter remembers: it goes without --base.")

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lorax_kit.core.method import METHODS
-from lorax_kit.core.patterns import check_pattern
-from lorax_kit.core.setting import Full, Setting, check_float_dtype, need, shown
+from lorax_kit.core.specs.patterns import check_pattern
+from lorax_kit.core.specs.setting import Full, Setting, check_float_dtype, need, shown
 from lorax_kit.errors import SpecError
 from lorax_kit.json_text import parse_json, sealed_json
 

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from lorax_kit.models.bert import BertConfig, Layer
+from lorax_kit.models.encoders.bert import BertConfig, Layer
 from lorax_kit.models.stored.sizes import read_sizes
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""What seeds can tell: intervals, paired tests, and conditions compared."""

@@ -1,0 +1,1 @@
+"""Training steps side by side: one, many sizes, every method."""

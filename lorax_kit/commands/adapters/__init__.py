@@ -1,0 +1,1 @@
+"""What is done with one adapter: trained, measured, asked, exchanged, merged."""

@@ -1,0 +1,1 @@
+"""What a user writes: patterns, and the setting of a method for each."""

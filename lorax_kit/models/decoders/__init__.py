@@ -1,0 +1,1 @@
+"""Decoders: GPT-2 and the LLaMA family."""

@@ -1,0 +1,1 @@
+"""Texts and tokens: tokenizers, SentencePiece, chat templates."""
