@@ -9,7 +9,7 @@ import pytest
 
 from lorax_kit import extras
 from lorax_kit.cli import main
-from lorax_kit.doctor import examine, machine, self_test, versions
+from lorax_kit.doctor import examine, machine, self_test, settings, versions
 from lorax_kit.doctor.text import as_text
 
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
@@ -169,3 +169,26 @@ def test_every_requirement_can_be_compared():
         clauses = versions._CLAUSE.findall(needed.supported)
         assert ",".join("".join(clause) for clause in clauses) == needed.supported
     assert set(versions.EXTRAS) == set(PROJECT["optional-dependencies"])
+
+
+def test_small_pages_are_noted_where_large_ones_can_be_asked_for(tmp_path, monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    asked, never = tmp_path / "asked", tmp_path / "never"
+    asked.write_text("always [madvise] never\n")
+    never.write_text("always madvise [never]\n")
+    (noted,) = settings.memory_pages("cpu", pages=asked, libc="glibc 2.36")
+    assert noted.mend.startswith("export GLIBC_TUNABLES=glibc.malloc.hugetlb=1,")
+    assert not noted.fatal
+    for backend, pages, libc in (
+        ("gpu", asked, "glibc 2.36"),
+        ("cpu", never, "glibc 2.36"),
+        ("cpu", tmp_path / "none", "glibc 2.36"),
+        ("cpu", asked, "glibc 2.31"),
+        ("cpu", asked, " "),
+    ):
+        assert settings.memory_pages(backend, pages=pages, libc=libc) == []
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
+    (noted,) = settings.memory_pages("cpu", pages=asked, libc="glibc 2.36")
+    assert "glibc.malloc.tcache_count=0:glibc.malloc.hugetlb=1," in noted.mend
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    assert settings.memory_pages("cpu", pages=asked, libc="glibc 2.36") == []
