@@ -297,15 +297,14 @@ def report(run_folders: tuple[str, ...], out: str | None, margin: float | None, 
 
 def _trained(folder: Path, as_json: bool) -> None:
     """Name the page that `train` wrote when it ended."""
-    from lorax_kit.json_text import parse_json
+    from lorax_kit.files.lines import read_lines
     from lorax_kit.problems.packaged.sentiment import adapter_folder
 
     adapter, page = adapter_folder(folder), folder / "report.html"
     if not page.exists():
         raise click.UsageError(f"{str(folder)!r} holds a training without its page: `train` writes it when it ends.")
     if as_json:
-        rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        echo({"rows": [parse_json(row) for row in rows], "adapter": str(adapter), "report": str(page)})
+        echo({"rows": read_lines(folder / "metrics.jsonl"), "adapter": str(adapter), "report": str(page)})
         return
     click.echo(f"{folder} holds one training, not a study; adapter: {adapter}; report: {page}")
 

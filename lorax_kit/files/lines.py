@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 from lorax_kit.errors import AdapterError, LoraxError
 from lorax_kit.files.writing import writing
@@ -41,6 +42,21 @@ def whole_lines(content: bytes) -> list[bytes]:
     except ValueError:  # half an object is none
         return lines
     raise ValueError(f"line {len(lines) + 1} ends with {rest[-1:]!r}, not with its end of line")
+
+
+def read_lines(file: Path) -> list[Any]:
+    """The objects of a file of JSON lines; half a line at its end, which a kill leaves, does not count.
+
+    Raises:
+      LoraxError: a line that is no JSON, or is not as it was written.
+    """
+    rows: list[Any] = []
+    try:
+        for line in whole_lines(file.read_bytes()):
+            rows.append(parse_json(line))
+    except ValueError as e:
+        raise LoraxError(f"{str(file)!r}, line {len(rows) + 1}: {e}.\n  mend or delete that line") from None
+    return rows
 
 
 def cut_to_lines(file: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import sys
 import time
@@ -22,6 +21,7 @@ from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.errors import LoraxError
 from lorax_kit.files.lines import append
 from lorax_kit.files.staging import replace_file
+from lorax_kit.json_text import sealed_json
 from lorax_kit.processes import gathered, is_shared, is_writer, spread
 from lorax_kit.training.compiled import watched
 from lorax_kit.training.objective import is_key
@@ -133,7 +133,7 @@ def fit(
       monitor: a metric of the history, which says which epoch is best; of those in which it is equal, the one of the
         lowest "val_loss", then the earliest.
       better: "lower" or "higher": when `monitor` is better. Only "loss" and "val_loss" need none: they are losses.
-      log: append one JSON object per epoch to this file.
+      log: append one JSON object per epoch to this file, sealed by its last key (see `lorax_kit.json_text`).
       progress: draw a bar per epoch.
       around: how many epochs of a longer training came before these and come after them; their numbers count on.
       saved: keep the training under way in this file, after every epoch and each half minute; where it is there, go on
@@ -196,7 +196,7 @@ def fit(
             now.choose(monitor, sign, patience)
         now.keep(_Running())
         if log is not None:
-            append(Path(log), json.dumps(row) + "\n")
+            append(Path(log), sealed_json(row) + "\n")
     state, best = now.state, now.best
     if best is not None:
         state = state._replace(factors=jax.tree.map(_placed, best[1], state.factors))
@@ -290,6 +290,6 @@ def _complete(log: Path, history: Sequence[Mapping[str, float]]) -> None:
     """End a log with the rows of `history`: a kill may have cut the last line, or come before it was written."""
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
-    rows = [json.dumps(row) + "\n" for row in history]
+    rows = [sealed_json(dict(row)) + "\n" for row in history]
     missing = [row for row in rows if row not in whole]
     replace_file(log, "".join([*whole, *missing]).encode())

@@ -12,6 +12,7 @@ from lorax_kit.cli import main
 from lorax_kit.commands import compress_subject, save_small, subject_of
 from lorax_kit.commands.compress.comparison import compare
 from lorax_kit.commands.compress.compression import load_small
+from lorax_kit.files.lines import read_lines
 from lorax_kit.report import read_run
 from lorax_kit.report.compression import read_rows
 from lorax_kit.serve import load_stablehlo, load_tensors, save_stablehlo, save_tensors
@@ -65,6 +66,7 @@ def everything(folder: Path) -> dict[str, Path]:
     save_small(folder / "small", subject, row, small)
     compare(subject, paths["comparison"], methods=("int8", "svd"), keeps=(0.6,), heal=(), **QUIET)
     saved.save_training(folder / "training.npz", saved.Saved(FACTORS, [{"loss": 0.5}]), {"lr": 0.1})
+    paths["log"] = folder / "trained" / "metrics.jsonl"
     return paths | {name: folder / name for name in ("trained", "small", "training.npz")}
 
 
@@ -111,6 +113,7 @@ READ = {
     "program": lambda path: comparable(load_stablehlo(path)(jnp.asarray(tiny.points(0, 4).x))),
     "run": read_folder,
     "comparison": lambda path: read_rows(path),
+    "log": lambda path: (read_lines(path),),
     "training.npz": read_training,
     "small": lambda path: read_small(path, path.parent / "trained"),
 }

@@ -1,6 +1,5 @@
 """The fit loop: epochs, validation, early stop, a log a program can read, and failures that say where."""
 
-import json
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import optax
 import pytest
 
 import lorax_kit as lk
+from lorax_kit.files.lines import read_lines
 from tests import tiny
 
 
@@ -36,8 +36,12 @@ def test_history_log_and_bar_agree(tmp_path, capsys):
     step, state, base = setup()
     seen = iter([{"loss": 0.9, "accuracy": 0.5}, {"loss": 0.8, "accuracy": 0.6}])
     fitted = lk.fit(step, state, base, epochs(2), evaluate=lambda _: next(seen), log=tmp_path / "log.jsonl")
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = read_lines(tmp_path / "log.jsonl")
     assert lines == fitted.history
+    damaged = (tmp_path / "log.jsonl").read_text().replace("0.8", "0.9")
+    (tmp_path / "log.jsonl").write_text(damaged)
+    with pytest.raises(lk.LoraxError, match=r"log.jsonl', line 2: .*\n  mend or delete that line"):
+        read_lines(tmp_path / "log.jsonl")
     assert [row["steps"] for row in lines] == [4, 8]
     assert [row["val_accuracy"] for row in lines] == [0.5, 0.6]
     out = capsys.readouterr()
