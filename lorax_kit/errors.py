@@ -31,3 +31,7 @@ class ExportError(LoraxError):
 
 class DataError(LoraxError):
     """A file of rows that cannot be read, a row that breaks its task's form, or rows too few to split."""
+
+
+class ProcessLostError(LoraxError):
+    """Another process of the program ended, or cannot be reached: no step of theirs together can be finished."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -9,10 +12,33 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from lorax_kit.errors import ProcessLostError
+
+LOST = re.compile(r"gloo|nccl|rccl|coordination|heartbeat|connection (closed|reset)|socket closed", re.IGNORECASE)
+"""In the errors of XLA's programs and of JAX's coordination where another process is gone."""
+
 
 def several() -> bool:
     """Whether the program runs in several processes."""
     return jax.process_count() > 1
+
+
+@contextmanager
+def lost_process_told() -> Iterator[None]:
+    """Say in words where a program of several processes fails because one of them is gone.
+
+    Raises:
+      ProcessLostError: in place of what the runtime raised.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        if not (several() and LOST.search(str(e))):
+            raise
+        raise ProcessLostError(
+            f"another process of this program ended, or cannot be reached: {str(e).splitlines()[0]}\n"
+            "  start all of them again: they go on from what was kept"
+        ) from e
 
 
 def is_writer() -> bool:

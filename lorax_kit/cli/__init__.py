@@ -1,7 +1,7 @@
 """The command line: `lorax-kit train|study|report|evaluate|predict|generate|compress|export|inspect|merge|...`.
 
 Facts go to standard output (JSON with --json), progress and errors to standard error. Bad input exits with 2 and one
-clear message, an interruption with 130, a reader that closes what it reads with 1.
+clear message, an interruption with 130, a reader that closes what it reads with 1, another process lost with 75.
 """
 
 from lorax_kit.extras import need

@@ -12,11 +12,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
+from lorax_kit.errors import ProcessLostError
+
 INTERRUPTED = 130
+LOST = 75
+"""Another process of the program is gone: EX_TEMPFAIL, so that a scheduler may start all of them again."""
 UNRAISABLE = re.compile(r"weakref(set)?\.py:|:_xla_gc_callback$|:__del__$")
 """FILE:FUNCTION of callbacks in which Python prints an exception, and goes on."""
 SETTING = re.compile(r"(?<=[\s:])(?P<name>[a-z_]+)=(?P<value>'[^']*'|[^\s,;]+)|\bproblem (?P<said>[a-z_]+)(?= is )")
@@ -30,7 +34,7 @@ class Command(click.Command):
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # the reader of what we print has gone: click ends quietly
+        except (BrokenPipeError, ProcessLostError):  # the reader of what we print has gone: click ends quietly
             raise
         except (ValueError, OSError, OverflowError, RecursionError, ImportError) as e:
             # What this package raises on purpose: a ValueError, an OSError about a file, an ImportError about an extra.
@@ -129,14 +133,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with _terminated_as_interrupted():
             cli.main(args=None if argv is None else list(argv), prog_name="lorax-kit", standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        with suppress(OSError):  # a terminal that was closed hears nothing
-            click.echo("lorax-kit: interrupted", err=True)
-        if argv is None:  # a process of our own: XLA's threads may still compute, and crash if Python is taken down
-            for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError, AttributeError):  # None where it was closed from the start
-                    stream.flush()
-            os._exit(INTERRUPTED)
-        sys.exit(INTERRUPTED)
+        _end("interrupted", INTERRUPTED, at_once=argv is None)
+    except ProcessLostError as e:  # JAX would wait for the lost one while Python is taken down
+        _end(_in_one_line(str(e)), LOST, at_once=argv is None)
     except click.exceptions.NoArgsIsHelpError as e:
         click.echo(e.format_message(), err=True)
         sys.exit(2)
@@ -174,7 +173,22 @@ def _terminated_as_interrupted() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+def _end(message: str, code: int, *, at_once: bool) -> NoReturn:
+    """End this process; at once where it is our own: XLA's threads may still compute, and crash with Python."""
+    with suppress(OSError):  # a terminal that was closed hears nothing
+        click.echo(f"lorax-kit: {message}", err=True)
+    if at_once:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, AttributeError):  # None where it was closed from the start
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _in_one_line(message: str) -> str:
+    return " | ".join(line.strip() for line in message.strip().splitlines() if line.strip())
+
+
 def _fail(message: str) -> None:
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    click.echo("lorax-kit: " + " | ".join(lines), err=True)
+    click.echo(f"lorax-kit: {_in_one_line(message)}", err=True)
     sys.exit(2)

@@ -17,7 +17,7 @@ from lorax_kit.core.paths import Params
 from lorax_kit.core.specs.setting import is_number
 from lorax_kit.errors import StudyError
 from lorax_kit.problem import Problem
-from lorax_kit.processes import several
+from lorax_kit.processes import lost_process_told, several
 from lorax_kit.study.design.stopping import Stopping
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.design.trial import Trial
@@ -86,6 +86,7 @@ class Results(NamedTuple):
         return frame(self.rows)
 
 
+@lost_process_told()
 def run(
     study: Study,
     problem: Problem,

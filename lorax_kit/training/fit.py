@@ -22,7 +22,7 @@ from lorax_kit.errors import LoraxError
 from lorax_kit.files.lines import append
 from lorax_kit.files.staging import replace_file
 from lorax_kit.json_text import sealed_json
-from lorax_kit.processes import gathered, is_shared, is_writer, spread
+from lorax_kit.processes import gathered, is_shared, is_writer, lost_process_told, spread
 from lorax_kit.training.compiled import watched
 from lorax_kit.training.objective import is_key
 from lorax_kit.training.saved import Saved, load_training, save_training
@@ -103,6 +103,7 @@ def _scalars(aux: Any) -> dict[str, Any]:
     return {name: x for name, x in named.items() if is_array(x) and x.ndim == 0 and not is_key(x)}
 
 
+@lost_process_told()
 def fit(
     step: Step,
     state: State,
