@@ -29,21 +29,22 @@ agreed less with the original (90 instead of 94 %). Of one classifier (82.1 %): 
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 import lorax_kit as lk
 from lorax_kit.analysis.statistics.conditions import interval
-from lorax_kit.commands import sentiment_subject, text_subject
-from lorax_kit.commands.compress.comparison import METHODS, compare
-from lorax_kit.commands.compress.methods import Method, smaller, statistics_for
+from lorax_kit.commands import Healing, Recipe, sentiment_subject, text_subject
+from lorax_kit.commands.compress.comparison import Comparison, compare
+from lorax_kit.commands.compress.methods import smaller, statistics_for
 from lorax_kit.problems import Sentiment
 from lorax_kit.report.compression import comparison_table, write_comparison
 
 OUT = Path("runs/compression")
 SEEDS = range(5)
-HEALING = {"batches": 64, "steps": 300, "rank": None, "lr": 5e-5, "share": 1.0}
+HEALING = Healing(steps=300, rank=None, lr=5e-5, share=1.0)
 
 
 def minilm() -> None:
@@ -58,17 +59,19 @@ def minilm() -> None:
         probe_lr=(),
     )
     found = lk.run(study, Sentiment(length=None).build(), out=OUT / "classifiers")
-    losses, options = [], {"methods": ("whitened",), "keeps": (0.5,), "rounds": 0, **HEALING}
+    losses = []
     for trial in found.rows:
         subject = sentiment_subject(OUT / "classifiers" / trial["adapter"], length=48)
-        (row,) = compare(subject, OUT / "minilm" / f"seed {trial['seed']}", seeds=(trial["seed"],), **options)
+        healing = replace(HEALING, seed=trial["seed"])
+        half = Comparison(methods=("whitened",), batches=64, healing=healing)
+        row, *_ = compare(subject, OUT / "minilm" / f"seed {trial['seed']}", half, rounds=0)
         losses.append(row["metric_healed"] - row["metric_before"])
         before, after, healed = (row[f"metric_{when}"] for when in ("before", "after", "healed"))
         print(f"seed {trial['seed']}: {before:.3f} -> {after:.3f} -> {healed:.3f}")
     low = interval(100 * np.array(losses))
     print(f"healed minus original: {low.mean:+.2f} points [{low.low:+.2f}, {low.high:+.2f}]")
     subject = sentiment_subject(OUT / "classifiers" / found.rows[0]["adapter"], length=48)
-    compare(subject, OUT / "minilm", methods=METHODS, keeps=(0.5, 0.3), **HEALING)
+    compare(subject, OUT / "minilm", Comparison(keeps=(0.5, 0.3), batches=64, healing=HEALING))
     show("minilm")
 
 
@@ -76,21 +79,23 @@ def smollm2() -> None:
     """SmolLM2-135M with 20 % and 40 % of its linear parameters removed; perplexity of plays that were held out."""
     subject = text_subject("smollm2")
     methods = ("svd", "fisher", "asvd", "whitened", "whitened+residual-nf4", "wanda", "nf4")
-    options = {"heal": ("whitened",), "batches": 64, "steps": 150, "rounds": 3}
-    compare(subject, OUT / "smollm2", methods=methods, keeps=(0.8, 0.6), **options)
+    healing = Healing(steps=150)
+    comparison = Comparison(methods=methods, keeps=(0.8, 0.6), heal=("whitened",), batches=64, healing=healing)
+    compare(subject, OUT / "smollm2", comparison, rounds=3)
     show("smollm2")
 
 
 def asvd() -> None:
     """SmolLM2 with 20 % of every matrix removed, inputs weighed by their mean size to other powers than ASVD's 1/2."""
     subject = text_subject("smollm2", held_out=16)
-    stats = statistics_for(subject, [Method.parse("fisher")], 64)
+    stats = statistics_for(subject, [Recipe(method="fisher").way], 64)
     assert stats is not None
     first = {path: m._replace(absolute=m.absolute**2) for path, m in stats.items()}  # whose root is the mean size
     squares = {path: m._replace(absolute=m.squares / m.tokens) for path, m in stats.items()}
     ways = {"svd": stats, "asvd": stats, "asvd, first power": first, "asvd, root mean square": squares}
     for name, own in (ways | {"fisher": stats, "whitened": stats}).items():
-        small = smaller(subject, Method.parse(name.split(",")[0]), 0.8, own, allocation="uniform", progress=False)
+        recipe = Recipe(method=name.split(",")[0], keep=0.8, allocation="uniform")
+        small = smaller(subject, recipe, own, progress=False)
         print(f"{name}: perplexity {subject.quality(*small).value(subject.metric.name):.4g}", flush=True)
 
 

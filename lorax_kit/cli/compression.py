@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,6 @@ def compress(
     compare: bool,
     seeds: int,
     out: str | None,
-    sequential: bool,
-    rank: int,
-    seed: int,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -106,40 +104,43 @@ def compress(
     settings = described(subject, options, "MODEL, an adapter or a pretrained model", moved=True)
     address, files = options.pop("problem", None), files_of(options)
     from lorax_kit.benchmarks import table
-    from lorax_kit.commands import compress_subject, save_small, subject_of
-    from lorax_kit.commands.compress.methods import Method
+    from lorax_kit.commands import Healing, Recipe, compress_subject, save_small, subject_of
+    from lorax_kit.commands.compress.recipe import Method
     from lorax_kit.core.quantised import METHODS as QUANTISATIONS
     from lorax_kit.files.staging import refuse_existing
 
-    options["rank"] = rank or None
     if not options["steps"]:
         refuse_given({name: f"--{name}" for name in ("lr", "rank", "share", "seed", "seeds")}, "--heal")
+    healing = Healing(
+        rank=options["rank"] or None, **{name: options[name] for name in ("steps", "lr", "share", "seed")}
+    )
+    calibration = {name: options[name] for name in ("allocation", "batches")}
+    load = partial(subject_of, subject, targets=targets, address=address, settings=settings, files=files)
     if compare:
         if out is None:
             raise click.UsageError("--compare writes a report: give --out, its folder.")
-        if sequential:
+        if options["sequential"]:
             raise click.UsageError("--compare has no --sequential: give it to one method.")
-        _compare(
-            subject_of(subject, targets=targets, address=address, settings=settings, files=files),
-            methods,
-            keeps,
-            range(seed, seed + seeds),
-            out,
-            as_json,
-            options,
-        )
+        from lorax_kit.commands.compress.comparison import Comparison
+
+        grid: dict[str, Any] = {"keeps": keeps, "seeds": seeds, **calibration}
+        if methods:
+            grid |= {"methods": methods, "heal": [name for name in methods if Method.parse(name).healed]}
+        comparison = Comparison(healing=healing, **grid)
+        _compare(load(), comparison, options["rounds"], out, as_json)
         return
     if len(methods) > 1 or len(keeps) > 1 or seeds > 1:
         raise click.UsageError("several methods, shares or seeds go with --compare.")
     if out is not None:
         refuse_existing(Path(out), None, None)
     method = methods[0] if methods else "whitened"
-    if Method.parse(method).kind != "low-rank":
+    recipe = Recipe(method=method, keep=keeps[0], sequential=options["sequential"], **calibration)
+    if recipe.way.kind != "low-rank":
         refuse_given({"allocation": "--allocation"}, "low-rank methods")
     if method in QUANTISATIONS:
         refuse_given({"keeps": "--keep"}, f"methods that leave something out: {method} keeps all")
-    chosen = subject_of(subject, targets=targets, address=address, settings=settings, files=files)
-    row, small = compress_subject(chosen, method=method, keep=keeps[0], sequential=sequential, seed=seed, **options)
+    chosen = load()
+    row, small = compress_subject(chosen, recipe, healing, rounds=options["rounds"])
     if out is not None:
         save_small(out, chosen, row, small)
     if as_json:
@@ -152,27 +153,14 @@ def compress(
         click.echo(table([row], (*shown, "metric_before", "metric_after", "metric_healed", "agreement_after")))
 
 
-def _compare(
-    subject: Any,
-    methods: tuple[str, ...],
-    keeps: tuple[float, ...],
-    seeds: range,
-    out: str,
-    as_json: bool,
-    options: dict[str, Any],
-) -> None:
-    from lorax_kit.commands.compress.comparison import METHODS, RowFailed, compare
-    from lorax_kit.commands.compress.methods import Method
+def _compare(subject: Any, comparison: Any, rounds: int, out: str, as_json: bool) -> None:
+    from lorax_kit.commands.compress.comparison import RowFailed, compare
     from lorax_kit.report.compression import comparison_table, write_comparison
     from lorax_kit.report.run_folder import RunFolderError
 
-    chosen = methods or METHODS
-    able = [name for name in chosen if Method.parse(name).healed]
-    # Of the default methods two are healed: the best, and the student, which is nothing without.
-    heal = (able if methods else [name for name in able if name in ("whitened", "student")]) if options["steps"] else []
     command = shlex.join(["lorax-kit", *sys.argv[1:]])
     try:
-        rows = compare(subject, out, methods=chosen, keeps=keeps, seeds=seeds, heal=heal, command=command, **options)
+        rows = compare(subject, out, comparison, rounds=rounds, command=command)
     except (KeyboardInterrupt, RowFailed) as e:
         with suppress(RunFolderError):  # no row yet
             click.echo(f"the finished rows are in {write_comparison(out)}", err=True)

@@ -113,11 +113,29 @@ def export(adapter: str | None, model: str | None, onto: str | None, as_json: bo
         refuse_given({"platforms": "--platform"}, "--format stablehlo")
     if options["form"] != "litert":
         refuse_given({"slots": "--slots"}, "--format litert")
+    if options["method"] is not None and options["compressed"] is not None:
+        raise click.UsageError("a model that is compressed already takes no method: give one of the two.")
     if model is not None or (options["problem"] is None and options["form"] != "safetensors" and writes(str(adapter))):
         _writer(str(model or adapter), as_json, options)
     else:
         refuse_given({"adapters": "--adapters", "texts": "--texts"}, "models that write")
         _whole(str(adapter), as_json, options)
+
+
+def _export(options: dict[str, Any]) -> Any:
+    """How the model is written, as `Export`."""
+    from lorax_kit.commands.export.options import Export
+
+    return Export(**{name: options[name] for name in ("form", "int8", "platforms", "rounds", "overwrite")})
+
+
+def _by(options: dict[str, Any]) -> Any:
+    """What makes the model smaller first: a `Recipe`, a folder of `lorax-kit compress`, or None."""
+    from lorax_kit.commands import Recipe
+
+    if options["method"] is None:
+        return options["compressed"]
+    return Recipe(**{name: options[name] for name in ("method", "keep", "batches")})
 
 
 def _whole(adapter: str, as_json: bool, options: dict[str, Any]) -> None:
@@ -129,9 +147,15 @@ def _whole(adapter: str, as_json: bool, options: dict[str, Any]) -> None:
     method = options["method"]
     if method in QUANTISATIONS:
         refuse_given({"keep": "--keep"}, f"methods that leave something out: {method} keeps all")
-    files = files_of(options)
-    kept = {name: x for name, x in options.items() if name not in ("adapters", "texts", "slots")}
-    row = export_adapter(adapter, **kept, files=files)
+    row = export_adapter(
+        adapter,
+        options["out"],
+        _export(options),
+        by=_by(options),
+        problem=options["problem"],
+        files=files_of(options),
+        targets=options["targets"],
+    )
     if as_json:
         echo(row)
         return
@@ -151,20 +175,18 @@ def _writer(source: str, as_json: bool, options: dict[str, Any]) -> None:
     from lorax_kit.commands.export.written import export_writer, smaller_writer
 
     refuse_given({"problem": "--problem"}, "models that are called once a batch")
-    params, files = None, files_of(options)
-    if options["method"] is not None or options["compressed"] is not None:
-        names = ("method", "compressed", "keep", "targets", "batches")
-        params = smaller_writer(source, **{name: options[name] for name in names}, files=files)
-    lines = [] if options["texts"] is None else lines_of(options["texts"])
-    kept = ("form", "int8", "platforms", "slots", "rounds", "overwrite")
+    params, files, export, by = None, files_of(options), _export(options), _by(options)
+    if by is not None:
+        params = smaller_writer(source, by, targets=options["targets"], files=files)
     row = export_writer(
         source,
         options["out"],
+        export,
         separate=options["adapters"] == "separate",
+        slots=options["slots"],
         params=params,
-        texts=lines,
+        texts=[] if options["texts"] is None else lines_of(options["texts"]),
         files=files,
-        **{name: options[name] for name in kept},
     )
     if as_json:
         echo(row)

@@ -4,10 +4,13 @@ from lorax_kit.commands.adapters.evaluation import evaluate_adapter, evaluate_ba
 from lorax_kit.commands.adapters.training import train_adapter
 from lorax_kit.commands.analysis import analyse_run
 from lorax_kit.commands.compress.compression import compress_subject, save_small
+from lorax_kit.commands.compress.recipe import Healing, Recipe
 from lorax_kit.commands.compress.subjects import Subject, adapter_subject, sentiment_subject, subject_of, text_subject
 from lorax_kit.commands.inspection import inspect_model
 
 __all__ = [
+    "Healing",
+    "Recipe",
     "Subject",
     "adapter_subject",
     "analyse_run",

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from lorax_kit.cli import main
-from lorax_kit.commands import compress_subject, subject_of
-from lorax_kit.commands.compress.methods import Method, statistics_for
+from lorax_kit.commands import Recipe, compress_subject, subject_of
+from lorax_kit.commands.compress.methods import statistics_for
+from lorax_kit.commands.compress.recipe import Method
 from lorax_kit.compress import CompressError
 from lorax_kit.core.paths import flatten
 from tests.problems.folders import tokenizer
@@ -85,4 +86,4 @@ def test_a_student_of_an_encoder_decoder_keeps_layers_of_both(tmp_path, data):
     assert not any("/layer_1/" in path for path in flatten(params)[0])
     assert np.isfinite(subject.quality(apply, params).loss)
     with pytest.raises(CompressError, match="2:4 needs a multiple of 4"):
-        compress_subject(subject, method="magnitude-2:4", keep=0.5, rounds=0, progress=False)
+        compress_subject(subject, Recipe(method="magnitude-2:4"), rounds=0, progress=False)

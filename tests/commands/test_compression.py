@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from lorax_kit.commands import compress_subject, subject_of, text_subject
-from lorax_kit.commands.compress.comparison import compare
+from lorax_kit.commands import Healing, Recipe, compress_subject, subject_of, text_subject
+from lorax_kit.commands.compress.comparison import Comparison, compare
 from lorax_kit.commands.compress.compression import load_small, save_small
-from lorax_kit.commands.compress.methods import Method, finished, smaller, statistics_for, stored_bytes
+from lorax_kit.commands.compress.methods import finished, smaller, statistics_for, stored_bytes
+from lorax_kit.commands.compress.recipe import Method
 from lorax_kit.compress import CompressError, LowRank
 from lorax_kit.compress.replace import low_rank
 from lorax_kit.core.paths import flatten, unflatten
@@ -26,7 +27,16 @@ from lorax_kit.report.run_folder import RunFolderError
 from tests.models import llama_files
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-QUIET = {"rounds": 0, "batches": 2, "progress": False}
+QUIET = {"rounds": 0, "progress": False}
+
+
+def recipe(method, keep=0.5, **options):
+    return Recipe(method=method, keep=keep, batches=2, **options)
+
+
+def compared(subject, out, *methods, rounds=0, **options):
+    comparison = Comparison(methods=methods, batches=2, **options)
+    return compare(subject, out, comparison, rounds=rounds, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +70,7 @@ def test_quality_equals_numpy(subject):
 
 def test_a_row_has_what_the_contract_names(subject, stats):
     before = jax.tree.map(np.array, subject.params)
-    row, small = compress_subject(subject, method="whitened", keep=0.5, steps=6, rank=None, stats=stats, **QUIET)
+    row, small = compress_subject(subject, recipe("whitened"), Healing(steps=6, rank=None), stats=stats, **QUIET)
     jax.tree.map(np.testing.assert_array_equal, before, subject.params)
     assert set(COLUMNS) == set(row)
     assert row["bytes_ratio"] <= 0.5 < row["model_ratio"] < 1
@@ -72,9 +82,8 @@ def test_a_row_has_what_the_contract_names(subject, stats):
 
 
 def test_in_turn_keeps_the_ranks(subject, stats):
-    way = Method.parse("whitened")
-    at_once = smaller(subject, way, 0.4, stats)
-    in_turn = smaller(subject, way, 0.4, stats, in_turn=2, progress=False)
+    at_once = smaller(subject, recipe("whitened", 0.4), stats)
+    in_turn = smaller(subject, recipe("whitened", 0.4, sequential=True), stats, progress=False)
     assert jax.tree.map(jnp.shape, in_turn.params) == jax.tree.map(jnp.shape, at_once.params)
     assert subject.quality(*in_turn).loss < 2 * subject.quality(*at_once).loss
 
@@ -85,7 +94,7 @@ def test_a_quantised_residual_brings_the_model_nearer_than_its_bits_alone(subjec
 
     def error(name):
         way = Method.parse(name)
-        small = finished(subject, way, smaller(subject, way, 0.5, stats))
+        small = finished(subject, way, smaller(subject, recipe(name), stats))
         found = flatten(small.params, whole=(LowRank, Quantised))[0]
         restored = {s.path: found[s.path] for s in subject.sites.sites}
         total = sum(
@@ -99,16 +108,15 @@ def test_a_quantised_residual_brings_the_model_nearer_than_its_bits_alone(subjec
 
 
 def test_what_keeps_all_is_left_as_it_is(subject, stats):
-    way = Method.parse("whitened+residual-int8")
-    small = smaller(subject, way, 1.0, stats)
+    small = smaller(subject, recipe("whitened+residual-int8", 1.0), stats)
     named = flatten(small.params, whole=(Quantised,))[0]
     assert all(isinstance(named[site.path], Quantised) for site in subject.sites.sites)
 
 
 def test_one_layer_goes_in_turn_alone(subject):
     one = replace(subject, targets=("layer_1/**/kernel",))
-    way = Method.parse("svd")
-    small = smaller(one, way, 0.5, None, in_turn=1, progress=False)
+    in_turn = Recipe(method="whitened", sequential=True, batches=1)
+    small = smaller(one, in_turn, statistics_for(one, [in_turn.way], 1, progress=False), progress=False)
     assert all(path.startswith("layer_1/") for path in low_rank(small.params))
 
 
@@ -117,7 +125,7 @@ def test_a_student_keeps_the_outer_layers(subject):
     assert fewer_layers(params, 3) == {"norm": "n", "layer_0": 0, "layer_1": 2, "layer_2": 5}
     with pytest.raises(CompressError, match="7 layers; the model has 6"):
         fewer_layers(params, 7)
-    row, small = compress_subject(subject, method="student", keep=0.5, steps=4, lr=1e-2, **QUIET)
+    row, small = compress_subject(subject, recipe("student"), Healing(steps=4, lr=1e-2), **QUIET)
     assert row["bytes_ratio"] == 0.5
     assert set(small.params) == {"embeddings", "head", "layer_0", "norm"}
     assert row["metric_healed"] < row["metric_after"]
@@ -130,7 +138,7 @@ def test_bytes_count_what_is_stored(subject, stats):
         "magnitude-2:4": 4 * dense // 2 + dense // 8,
     }.items():
         way = Method.parse(name)
-        found = stored_bytes(subject, way, smaller(subject, way, 0.5, stats).params)
+        found = stored_bytes(subject, way, smaller(subject, recipe(name), stats).params)
         assert found == pytest.approx(expected, rel=2e-3)
 
 
@@ -144,6 +152,8 @@ def test_bad_input(subject, stats, tmp_path):
         ({"method": "nf4", "sequential": True}, "does not go layer by layer"),
         ({"method": "svd", "sequential": True}, "does not go layer by layer"),
         ({"method": "student", "keep": 1.5}, "keep is 1.5"),
+        ({"method": "svd", "allocation": "foo"}, "allocation 'foo' is unknown"),
+        ({"method": "svd", "batches": 0}, "batches is 0"),
         ({"method": "svd", "steps": 4, "lr": -1}, "lr is -1"),
         ({"method": "svd", "steps": 4, "share": 1.5}, "share is 1.5"),
         ({"method": "svd", "steps": 1}, "healing takes 2 steps at least"),
@@ -151,16 +161,18 @@ def test_bad_input(subject, stats, tmp_path):
         ({"method": "svd", "seed": 1.5}, "seed is 1.5"),
         ({"method": "svd", "rounds": -1}, "rounds is -1"),
     ):
+        healing = {name: options.pop(name) for name in asdict(Healing()) if name in options}
+        rounds = options.pop("rounds", 0)
         with pytest.raises(CompressError, match=message):
-            compress_subject(subject, **{"keep": 0.5, "stats": stats, **QUIET, **options})
+            compress_subject(subject, Recipe(**options), Healing(**healing), rounds=rounds, stats=stats, progress=False)
     with pytest.raises(CompressError, match="neither an adapter nor a decoder"):
         subject_of(tmp_path)
 
 
 def test_a_comparison_goes_on_and_draws_its_page(subject, tmp_path):
-    options = {"steps": 2, "keeps": (0.5,), "heal": ("whitened",), "rank": None, "seeds": (0, 1), **QUIET, "rounds": 1}
-    out = tmp_path / "compare"
-    rows = compare(subject, out, methods=("svd", "whitened", "nf4"), **options)
+    healing, out = Healing(steps=2, rank=None), tmp_path / "compare"
+    options = {"heal": ("whitened",), "healing": healing, "seeds": 2, "rounds": 1}
+    rows = compared(subject, out, "svd", "whitened", "nf4", **options)
     tuned = [("original_tuned", 0), ("original_tuned", 1)]
     whole = [("svd", 0), ("whitened", 0), ("whitened", 1), ("nf4", 0), *tuned]
     assert [(r["method"], r["seed"]) for r in rows] == whole
@@ -168,7 +180,7 @@ def test_a_comparison_goes_on_and_draws_its_page(subject, tmp_path):
     assert all(r["metric_healed"] < r["metric_before"] for r in rows[4:])
     with (out / "rows.jsonl").open("a") as file:
         file.write('{"method": "cut')
-    again = compare(subject, out, methods=("svd", "whitened", "nf4", "magnitude"), **options)
+    again = compared(subject, out, "svd", "whitened", "nf4", "magnitude", **options)
     assert again[:6] == rows
     assert again[6]["method"] == "magnitude"
     assert len((out / "rows.jsonl").read_text().splitlines()) == 7
@@ -180,42 +192,43 @@ def test_a_comparison_goes_on_and_draws_its_page(subject, tmp_path):
     assert (out / "plots" / "pareto.png").stat().st_size > 10_000
     assert len(comparison_table(out).splitlines()) == 6
     assert "original_tuned" in comparison_table(out)
-    with pytest.raises(CompressError, match="holds a comparison with steps 2, not 3"):
-        compare(subject, out, methods=("whitened",), **{**options, "steps": 3})
-    for setting, message in (({"lr": 2e-3}, "with lr 0.001, not 0.002"), ({"rank": 8}, "with rank None, not 8")):
+    for setting, message in (
+        ({"steps": 3}, "holds a comparison with steps 2, not 3"),
+        ({"lr": 2e-3}, "with lr 0.001, not 0.002"),
+        ({"rank": 8}, "with rank None, not 8"),
+    ):
         with pytest.raises(CompressError, match=message):
-            compare(subject, out, methods=("whitened",), **{**options, **setting})
+            compared(subject, out, "whitened", **options | {"healing": replace(healing, **setting)})
     with pytest.raises(RunFolderError, match="holds no comparison"):
         write_comparison(tmp_path)
 
 
 def test_a_comparison_belongs_to_its_weights(subject, tmp_path):
     out = tmp_path / "compare"
-    compare(subject, out, methods=("int8", "int8"), **QUIET)
+    compared(subject, out, "int8", "int8")
     assert len((out / "rows.jsonl").read_text().splitlines()) == 1
     other = replace(subject, params=jax.tree.map(lambda x: 1.5 * x, subject.params))
     with pytest.raises(CompressError, match="holds a comparison with params"):
-        compare(other, out, methods=("int8",), **QUIET)
+        compared(other, out, "int8")
     rows = out / "rows.jsonl"
     rows.write_text(rows.read_text()[:-1])  # a kill between a row and its end of line
-    compare(subject, out, methods=("int8", "nf4"), **QUIET)
+    compared(subject, out, "int8", "nf4")
     assert [json.loads(line)["method"] for line in rows.read_text().splitlines()] == ["int8", "nf4"]
 
 
 def test_a_comparison_has_one_writer(subject, tmp_path):
     out = tmp_path / "compare"
-    compare(subject, out, methods=("int8",), **QUIET)
+    compared(subject, out, "int8")
     with sole_writer(out), pytest.raises(CompressError, match="another process is writing to"):
-        compare(subject, out, methods=("nf4",), **QUIET)
-    assert len(compare(subject, out, methods=("int8", "nf4"), **QUIET)) == 2
+        compared(subject, out, "nf4")
+    assert len(compared(subject, out, "int8", "nf4")) == 2
 
 
 @pytest.mark.parametrize("rank", [2, None])
 @pytest.mark.parametrize("method", ["magnitude", "wanda-2:4"])
 def test_a_pruned_model_is_healed_and_its_zeros_stay(subject, stats, method, rank):
-    pruned = smaller(subject, Method.parse(method), 0.5, stats).params
-    options = {"method": method, "keep": 0.5, "steps": 6, "lr": 5e-3, "rank": rank, "stats": stats, **QUIET}
-    row, healed = compress_subject(subject, **options)
+    pruned, options = smaller(subject, recipe(method), stats).params, {"stats": stats, **QUIET}
+    row, healed = compress_subject(subject, recipe(method), Healing(steps=6, lr=5e-3, rank=rank), **options)
     assert row["metric_healed"] < row["metric_after"]
     before, after = (flatten(params)[0] for params in (pruned, healed.params))
     for site in subject.sites.sites:
@@ -226,13 +239,13 @@ def test_a_pruned_model_is_healed_and_its_zeros_stay(subject, stats, method, ran
         assert not np.array_equal(after[site.path], before[site.path])
     untouched = set(before) - {site.path for site in subject.sites.sites}
     assert all(np.array_equal(before[path], after[path]) for path in untouched)
-    whole = compress_subject(subject, **options | {"steps": 0})[0]
+    whole = compress_subject(subject, recipe(method), **options)[0]
     assert (row["params"], row["bytes"], row["flops_ratio"]) == (whole["params"], whole["bytes"], whole["flops_ratio"])
 
 
 def test_the_original_is_tuned_by_adamw_on_the_batches_that_heal(subject):
-    options = {"keep": 0.5, "steps": 4, "rank": None, "share": 0.0, "seed": 3, **QUIET}
-    row, _ = compress_subject(subject, method="original_tuned", **options)
+    healing = Healing(steps=4, rank=None, share=0.0, seed=3)
+    row, _ = compress_subject(subject, recipe("original_tuned"), healing, **QUIET)
     named, treedef = flatten(subject.params)
     own = {site.path: named[site.path] for site in subject.sites.sites}
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.warmup_cosine_decay_schedule(1e-3, 1e-3, 1, 4)))
@@ -251,7 +264,7 @@ def test_the_original_is_tuned_by_adamw_on_the_batches_that_heal(subject):
 
 @pytest.mark.parametrize("method", ["whitened+int8", "magnitude", "student"])
 def test_what_was_kept_is_read_again(subject, stats, method, tmp_path):
-    row, small = compress_subject(subject, method=method, keep=0.5, stats=stats, **QUIET)
+    row, small = compress_subject(subject, recipe(method), stats=stats, **QUIET)
     save_small(tmp_path / "small", subject, row, small)
     again, loaded = load_small(tmp_path / "small", subject)
     assert again == row | {name: again[name] for name in ("original", "leaves", "of", "targets")}
@@ -273,26 +286,32 @@ def test_what_was_kept_is_read_again(subject, stats, method, tmp_path):
 @pytest.mark.parametrize("text", ['{"method": "svd"}', None, "\xff"])
 def test_rows_that_are_damaged_are_named(subject, text, tmp_path):
     out = tmp_path / "compare"
-    compare(subject, out, methods=("int8",), **QUIET)
+    compared(subject, out, "int8")
     row = json.loads((out / "rows.jsonl").read_text()) | {"keep": [1]}
     (out / "rows.jsonl").write_text((text or json.dumps(row)) + "\n", encoding="latin-1")
     with pytest.raises(CompressError, match="compare' cannot be gone on with"):
-        compare(subject, out, methods=("int8",), **QUIET)
+        compared(subject, out, "int8")
+
+
+def test_a_recipe_and_its_healing_are_json():
+    for one in (recipe("whitened", 0.3, sequential=True), Healing(steps=3, rank=None, seed=2)):
+        assert type(one)(**json.loads(json.dumps(asdict(one)))) == one
+    assert recipe("nf4", 0.3) == recipe("nf4", 1.0)  # which leaves nothing out
 
 
 def test_a_comparison_that_fails_leaves_no_folder(subject, tmp_path):
     for options, message in (
         ({"keeps": (0,)}, "keep is 0"),
         ({"allocation": "foo"}, "allocation 'foo' is unknown"),
-        ({"temperature": 3}, "'temperature' is no setting"),
-        ({"seeds": ()}, "must each hold something"),
-        ({"steps": 4}, "steps is 4, and none of the methods is healed"),
-        ({"methods": ("int8", "svd"), "heal": ("svd",), "steps": 4, "lr": float("nan")}, "lr is nan"),
+        ({"methods": ()}, "must each hold something"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"healing": Healing(steps=4)}, "steps is 4, and none of the methods is healed"),
         ({"keeps": (1e-4,)}, "svd, 0.0001 kept: keep=0.0001 is impossible"),
-        ({"methods": ("nf4",), "heal": ("nf4",), "steps": 4}, "nothing low-rank to heal"),
+        ({"methods": ("nf4",), "heal": ("nf4",), "healing": Healing(steps=4)}, "nothing low-rank to heal"),
+        ({"methods": ("original_tuned",)}, "say how many"),
     ):
         with pytest.raises(CompressError, match=message):
-            compare(subject, tmp_path / "out", **{"methods": ("svd",), **QUIET, **options})
+            compared(subject, tmp_path / "out", *options.pop("methods", ("svd",)), **options)
     assert not (tmp_path / "out").exists()
 
 

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from lorax_kit.cli import main
 from lorax_kit.commands import train_adapter
 from lorax_kit.commands.compress.subjects import sentiment_subject
 from lorax_kit.commands.export.called import export_adapter
+from lorax_kit.commands.export.options import Export
 from lorax_kit.data import load_reviews
 from lorax_kit.models import Tokenizer, load_bert
 from lorax_kit.problems import Sentiment
@@ -111,15 +113,16 @@ def test_bad_calls_exit_2_and_write_nothing(adapter, tmp_path, capsys):
 
 
 def test_a_failure_while_measuring_leaves_the_earlier_export(adapter, tmp_path, monkeypatch):
-    export_adapter(adapter, tmp_path / "x", form="safetensors", rounds=0, progress=False)
+    alone = Export(form="safetensors", rounds=0)
+    export_adapter(adapter, tmp_path / "x", alone, progress=False)
     (tmp_path / "x" / "mine").mkdir()
     with pytest.raises(lk.LoraxError, match="holds 'mine', too"):
-        export_adapter(adapter, tmp_path / "x", form="safetensors", overwrite=True, progress=False)
+        export_adapter(adapter, tmp_path / "x", replace(alone, overwrite=True), progress=False)
     (tmp_path / "x" / "mine").rmdir()
     before = {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir()}
     monkeypatch.setattr("lorax_kit.commands.export.called._measured", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export_adapter(adapter, tmp_path / "x", form="safetensors", overwrite=True, progress=False)
+        export_adapter(adapter, tmp_path / "x", replace(alone, overwrite=True), progress=False)
     assert {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
     monkeypatch.setattr("lorax_kit.commands.export.called._measured", lambda *_: signal.raise_signal(signal.SIGTERM))

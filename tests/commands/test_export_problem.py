@@ -13,6 +13,7 @@ import lorax_kit as lk
 from lorax_kit.cli import main
 from lorax_kit.commands import Subject
 from lorax_kit.commands.export.called import export_adapter
+from lorax_kit.commands.export.options import Export
 from lorax_kit.errors import ExportError
 from lorax_kit.serve import load_stablehlo, load_tensors
 from lorax_kit.serve.inputs import inputs_of
@@ -80,7 +81,7 @@ def test_several_outputs_and_fixed_sizes_are_told(tmp_path, capsys):
 
 @pytest.mark.interop
 def test_a_users_own_model_runs_in_the_runtime(adapter, tmp_path):
-    row = export_adapter(adapter, tmp_path / "onnx", form="onnx", rounds=0, progress=False)
+    row = export_adapter(adapter, tmp_path / "onnx", Export(form="onnx", rounds=0), progress=False)
     assert row["max_difference"] <= 1e-5
     assert row["accuracy"] == row["accuracy_jax"]
 
@@ -91,7 +92,7 @@ def measured(tmp_path, **changes):
     subject = Subject(problem=problem, params=problem.params(jax.random.key(0)), targets=("up/kernel",))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lorax_kit.commands.export.called.subject_of", lambda *_, **__: subject)
-        return export_adapter(adapter, tmp_path / "out", form="stablehlo", rounds=0, progress=False)
+        return export_adapter(adapter, tmp_path / "out", Export(form="stablehlo", rounds=0), progress=False)
 
 
 def test_a_batch_of_another_structure_is_refused(tmp_path):

@@ -16,6 +16,7 @@ from lorax_kit.cli import main
 from lorax_kit.commands import train_adapter
 from lorax_kit.commands.adapters.generation import author_of, generate
 from lorax_kit.commands.export.measured import samples_of
+from lorax_kit.commands.export.options import Export
 from lorax_kit.commands.export.written import export_writer, writes
 from lorax_kit.errors import ExportError
 from lorax_kit.models import Tokenizer, load_model
@@ -151,7 +152,8 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 def test_text_out_with_numpy_and_the_runtime_alone(tmp_path, texts):
     (tmp_path / "m").mkdir()
     write_folder(tmp_path / "m", eos_token_id=1)
-    export_writer(tmp_path / "m", tmp_path / "x", form="onnx", texts=["the 12 the", "he the t"], new=2, rounds=0)
+    as_onnx, told = Export(form="onnx", rounds=0), ["the 12 the", "he the t"]
+    export_writer(tmp_path / "m", tmp_path / "x", as_onnx, texts=told, new=2)
     author = author_of(tmp_path / "m")
     prompts = ["the the 12", "<|im_start|>he"]
     expected = generate(author, prompts, max_new_tokens=6)["texts"]
@@ -183,7 +185,7 @@ def _dora(adapters, decoder, tmp_path):  # noqa: F811
                    length=16)  # fmt: skip
     train_adapter(problem, lk.DoRA(rank=2), out=tmp_path / "dora", lr=3e-2, seed=0, epochs=1, steps_per_epoch=1,
                   progress=False)  # fmt: skip
-    export_writer(tmp_path / "dora", tmp_path / "y", form="onnx", separate=True, rounds=0)
+    export_writer(tmp_path / "dora", tmp_path / "y", Export(form="onnx", rounds=0), separate=True)
 
 
 @pytest.mark.interop

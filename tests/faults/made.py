@@ -9,8 +9,8 @@ import numpy as np
 
 import lorax_kit as lk
 from lorax_kit.cli import main
-from lorax_kit.commands import compress_subject, save_small, subject_of
-from lorax_kit.commands.compress.comparison import compare
+from lorax_kit.commands import Recipe, compress_subject, save_small, subject_of
+from lorax_kit.commands.compress.comparison import Comparison, compare
 from lorax_kit.commands.compress.compression import load_small
 from lorax_kit.files.lines import read_lines
 from lorax_kit.report import read_run
@@ -28,7 +28,8 @@ FACTORS = jax.tree.map(lambda x: x + 0.25, _FRESH)
 OTHERS = jax.tree.map(lambda x: x - 0.5, _FRESH)
 NAMES = {"up/kernel": "up.weight", "down/kernel": "down.weight", "head/bias": "head.bias"}
 STUDY = tiny.study(rank=[1, 2], probe_lr=(), steps=8, eval_every=4)
-QUIET = {"rounds": 0, "batches": 2, "progress": False}
+QUIET = {"rounds": 0, "progress": False}
+COMPARISON = Comparison(methods=("int8", "svd"), keeps=(0.6,), batches=2)
 TRAIN = [
     *("train", "--problem", "tests.tiny:built", "--target", "{up,down}/kernel", "--rank", "2", "--lr", "0.01"),
     *("--epochs", "2", "--steps-per-epoch", "6", "--json", "--out"),
@@ -62,9 +63,9 @@ def everything(folder: Path) -> dict[str, Path]:
     lk.run(STUDY, tiny.problem(), out=paths["run"], progress=False)
     main([*TRAIN, str(folder / "trained")])
     subject = subject_of(folder / "trained")
-    row, small = compress_subject(subject, method="svd", keep=0.6, **QUIET)
+    row, small = compress_subject(subject, Recipe(method="svd", keep=0.6), **QUIET)
     save_small(folder / "small", subject, row, small)
-    compare(subject, paths["comparison"], methods=("int8", "svd"), keeps=(0.6,), heal=(), **QUIET)
+    compare(subject, paths["comparison"], COMPARISON, **QUIET)
     saved.save_training(folder / "training.npz", saved.Saved(FACTORS, [{"loss": 0.5}]), {"lr": 0.1})
     paths["log"] = folder / "trained" / "metrics.jsonl"
     return paths | {name: folder / name for name in ("trained", "small", "training.npz")}

@@ -33,7 +33,7 @@ def study(folder):
 
 
 def comparison(folder, trained):
-    compare(subject_of(trained), folder / "c", methods=("int8", "svd"), keeps=(0.6,), heal=(), **made.QUIET)
+    compare(subject_of(trained), folder / "c", made.COMPARISON, **made.QUIET)
 
 
 def again(call, done):

@@ -8,7 +8,7 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.cli import main
-from lorax_kit.commands import compress_subject, subject_of
+from lorax_kit.commands import Recipe, compress_subject, subject_of
 from lorax_kit.compress import CompressError
 from lorax_kit.training import fit
 from tests import tiny
@@ -127,5 +127,6 @@ def test_odd_parameters_are_not_compressed(things, method, value, injected):
     injected("NaN or infinity in parameters")
     subject = subject_of(things["trained"])
     params = subject.params | {"up": {"kernel": subject.params["up"]["kernel"].at[0, 0].set(value)}}
+    recipe = Recipe(method=method, keep=0.6, batches=2)
     with pytest.raises(CompressError, match="not finite"):
-        compress_subject(replace(subject, params=params), method=method, keep=0.6, **made.QUIET)
+        compress_subject(replace(subject, params=params), recipe, **made.QUIET)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from inspect import signature
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,11 +12,11 @@ import jax
 from tqdm import tqdm
 
 from lorax_kit.checkpoint.fingerprint import fingerprint
-from lorax_kit.commands.compress.compression import check_settings, compress_subject
-from lorax_kit.commands.compress.methods import TUNED, Method, statistics_for
+from lorax_kit.commands.compress.compression import compress_subject
+from lorax_kit.commands.compress.methods import statistics_for
+from lorax_kit.commands.compress.recipe import TUNED, Healing, Method, Recipe
 from lorax_kit.commands.compress.subjects import Subject
-from lorax_kit.compress import ALLOCATIONS
-from lorax_kit.compress.arguments import check_count, check_word
+from lorax_kit.compress.arguments import check_count
 from lorax_kit.core.specs.setting import shown
 from lorax_kit.errors import CompressError
 from lorax_kit.files.lines import append, cut_to_lines
@@ -31,126 +31,122 @@ METHODS = (
     *("svd", "fisher", "asvd", "whitened", "whitened+int8", "whitened+residual-nf4"),
     *("magnitude", "wanda", "wanda-2:4", "int8", "int4", "nf4", "student"),
 )
-WITHOUT_SHARE = ("int8", "int4", "nf4", "magnitude-2:4", "wanda-2:4", TUNED)
-"""Methods whose share of the parameters is not a choice."""
-SETTINGS = {name: signature(compress_subject).parameters[name].default
-            for name in ("lr", "rank", "share", "allocation", "rounds")}  # fmt: skip
-"""Of `compress_subject`, with their defaults: a folder's rows all have the same."""
 
 
 class RowFailed(CompressError):
     """A method could not make its row; those before it are in the folder."""
 
 
-def compare(
-    subject: Subject,
-    out: str | Path,
-    *,
-    methods: Sequence[str] = METHODS,
-    keeps: Sequence[float] = (0.5,),
-    seeds: Sequence[int] = (0,),
-    heal: Sequence[str] = ("whitened", "student"),
-    batches: int = 16,
-    steps: int = 0,
-    progress: bool = True,
-    command: str = "",
-    **settings: Any,
-) -> list[dict[str, Any]]:
-    """A row for each method, share and (where it is healed) seed; `lorax_kit.report.write_comparison` draws them.
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is compared: every method at every share, those that are healed with every seed.
 
     Where something is healed, "original_tuned" stands beside it: the original, trained by the same loss, optimiser and
     rate on the same batches in the same order. Set beside an original that was never tuned, healing would be credited
     with what any training on these data gives.
 
     Args:
-      out: folder of `rows.jsonl` and `comparison.json`; a row that is there is not measured again.
-      keeps: shares of the parameters; 2:4 pruning and quantisation have one of their own.
-      seeds: of healing.
-      heal: which methods are healed, if there are `steps`.
-      batches: of calibration.
-      settings: more of `compress_subject`'s: lr, rank, share, allocation, rounds.
+      methods: as `Recipe` has them.
+      keeps: shares of the parameters; 2:4 pruning and what leaves nothing out have one of their own.
+      allocation, batches: of every recipe.
+      heal: which methods are healed; of the default ones the best, and the student, which is nothing without.
+      healing: of those, if it has steps; its seed is the first.
+      seeds: how many seeds each is healed with.
 
     Raises:
-      CompressError: an unknown method, a folder of other settings.
+      CompressError: nothing to compare, steps of healing and none to heal, what `Recipe` and `Healing` refuse.
+    """
+
+    methods: Sequence[str] = METHODS
+    keeps: Sequence[float] = (0.5,)
+    allocation: str = "loss"
+    batches: int = 16
+    heal: Sequence[str] = ("whitened", "student")
+    healing: Healing = field(default_factory=Healing)
+    seeds: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("seeds", self.seeds)
+        if not (self.methods and self.keeps):
+            raise CompressError("methods and keeps must each hold something.")
+        for name in self.heal:
+            Method.parse(name)
+        if self.healing.steps and not set(self.heal) & set(self.methods):
+            raise CompressError(
+                f"steps is {self.healing.steps}, and none of the methods is healed.\n"
+                "  leave it out, or name one in heal"
+            )
+        for recipe, healing in self.rows():
+            healing.check(recipe)
+
+    def rows(self) -> list[tuple[Recipe, Healing]]:
+        """Each row once, in the order in which they are measured."""
+        healed = (*self.heal, TUNED) if self.healing.steps else ()
+        rows: dict[tuple[Recipe, Healing], None] = {}
+        for method in (*self.methods, *healed[-1:]):
+            steps, seeds = (self.healing.steps, self.seeds) if method in healed else (0, 1)
+            for keep in (0.5,) if "2:4" in method else self.keeps:
+                recipe = Recipe(method=method, keep=keep, allocation=self.allocation, batches=self.batches)
+                for i in range(seeds):
+                    rows[recipe, replace(self.healing, steps=steps, seed=self.healing.seed + i)] = None
+        return list(rows)
+
+
+def compare(
+    subject: Subject,
+    out: str | Path,
+    comparison: Comparison,
+    *,
+    rounds: int = 15,
+    progress: bool = True,
+    command: str = "",
+) -> list[dict[str, Any]]:
+    """A row for each method, share and (where it is healed) seed; `lorax_kit.report.write_comparison` draws them.
+
+    Args:
+      out: folder of `rows.jsonl` and `comparison.json`; a row that is there is not measured again.
+      rounds: as `compress_subject` has them.
+      command: what the folder says it was made by.
+
+    Raises:
+      CompressError: a folder of other settings.
       RowFailed: what a method raises.
     """
-    settings = _complete(settings)
-    allocation = settings["allocation"]
-    check_count("batches", batches)
-    if not (methods and keeps and seeds):
-        raise CompressError("methods, keeps and seeds must each hold something.")
-    ways, heal = _ways(methods, heal, check_count("steps", steps, 0))
+    settings = asdict(comparison.healing)
+    del settings["seed"]
     about = {
         "subject": subject.name,
         "params": fingerprint(subject.params),
         "targets": list(subject.targets),
-        "batches": batches,
-        "steps": steps,
+        "batches": comparison.batches,
         **settings,
+        "allocation": comparison.allocation,
+        "rounds": check_count("rounds", rounds, 0),
     }
-    wanted = dict.fromkeys(
-        (way, keep, seed, way.name in heal)
-        for way in ways
-        for keep in ((0.5 if "2:4" in way.name else 1.0,) if way.name in WITHOUT_SHARE else keeps)
-        for seed in (seeds if way.name in heal else seeds[:1])
-    )
-    checked = {name: value for name, value in settings.items() if name != "allocation"}
-    for way, keep, seed, healed in wanted:
-        check_settings(way, keep=keep, seed=seed, steps=steps if healed else 0, **checked)
     with closing(_Folder(Path(out), about, command)) as folder:
         done = {(row["method"], row["keep"], row["seed"], row["metric_healed"] is not None) for row in folder.rows}
-        todo = [one for one in wanted if (one[0].name, *one[1:]) not in done]
-        left = [way for way, _, _, _ in todo]
-        stats = statistics_for(subject, left, batches, allocation=allocation, progress=progress)
+        todo = [
+            (recipe, healing)
+            for recipe, healing in comparison.rows()
+            if (recipe.method, recipe.keep, healing.seed, healing.steps > 0) not in done
+        ]
+        left = [recipe.way for recipe, _ in todo]
+        stats = statistics_for(subject, left, comparison.batches, allocation=comparison.allocation, progress=progress)
         original = subject.quality(subject.apply, subject.params) if todo else None
         count = len(folder.rows) + len(todo)
         bar = tqdm(
             todo, desc="methods", unit="row", total=count, initial=len(folder.rows), disable=None if progress else True
         )
-        for way, keep, seed, healed in bar:
-            bar.set_postfix_str(f"{way.name} {keep:g}, seed {seed}")
+        for recipe, healing in bar:
+            bar.set_postfix_str(f"{recipe.method} {recipe.keep:g}, seed {healing.seed}")
             try:
                 row, _ = compress_subject(
-                    subject, method=way.name, keep=keep, steps=steps if healed else 0, seed=seed, batches=batches,
-                    stats=stats, original=original, progress=progress, **settings,
-                )  # fmt: skip
+                    subject, recipe, healing, rounds=rounds, stats=stats, original=original, progress=progress
+                )
             except CompressError as e:
-                raise RowFailed(f"{way.name}, {keep:g} kept: {e}") from e
+                raise RowFailed(f"{recipe.method}, {recipe.keep:g} kept: {e}") from e
             folder.add(row)
         return folder.rows
-
-
-def _complete(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of `compress_subject`, with the defaults of those that are not given.
-
-    Raises:
-      CompressError: an unknown setting, or allocation.
-    """
-    if unknown := sorted(set(settings) - set(SETTINGS)):
-        raise CompressError(f"{unknown[0]!r} is no setting of a comparison; known: {', '.join(sorted(SETTINGS))}.")
-    settings = SETTINGS | settings
-    check_word("allocation", settings["allocation"], ALLOCATIONS)
-    return settings
-
-
-def _ways(methods: Sequence[str], heal: Sequence[str], steps: int) -> tuple[list[Method], Sequence[str]]:
-    """The methods to compare, and the names of those that are healed; the original that is tuned among both.
-
-    Raises:
-      CompressError: an unknown method; steps of healing, and none to heal.
-    """
-    ways = [Method.parse(name) for name in methods]
-    for name in heal:
-        Method.parse(name)
-    if not steps:
-        return ways, ()
-    if not set(heal) & {way.name for way in ways}:
-        raise CompressError(
-            f"steps is {steps}, and none of the methods is healed.\n  leave it out, or name one in heal"
-        )
-    if TUNED not in methods:
-        ways.append(Method.parse(TUNED))
-    return ways, (*heal, TUNED)
 
 
 class _Folder:

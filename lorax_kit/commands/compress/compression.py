@@ -17,7 +17,6 @@ from tqdm import tqdm
 from lorax_kit.benchmarks.timing import alternate, calling, ratio
 from lorax_kit.checkpoint.fingerprint import differences, digests, fingerprint, first_difference
 from lorax_kit.commands.compress.methods import (
-    Method,
     Small,
     finished,
     smaller,
@@ -26,9 +25,10 @@ from lorax_kit.commands.compress.methods import (
     students_layers,
     total_bytes,
 )
+from lorax_kit.commands.compress.recipe import Healing, Method, Recipe
 from lorax_kit.commands.compress.subjects import Apply, Quality, Subject, subject_of
 from lorax_kit.compress import Moments, compressed, distil, distillation, heal, tune
-from lorax_kit.compress.arguments import check_count, check_number, check_positive, check_share
+from lorax_kit.compress.arguments import check_count, check_share
 from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.quantised import Quantised
@@ -46,18 +46,10 @@ IN_TURN = ", in turn"
 
 def compress_subject(
     subject: Subject,
+    recipe: Recipe,
+    healing: Healing | None = None,
     *,
-    method: str,
-    keep: float,
-    batches: int = 16,
-    steps: int = 0,
-    lr: float = 1e-3,
-    rank: int | None = 8,
-    share: float = 0.5,
-    allocation: str = "loss",
-    sequential: bool = False,
     rounds: int = 15,
-    seed: int = 0,
     stats: Mapping[str, Moments] | None = None,
     original: Quality | None = None,
     progress: bool = True,
@@ -65,16 +57,8 @@ def compress_subject(
     """Compress, measure, heal, measure: one row, and the model it ends with.
 
     Args:
-      method: of `lorax_kit.commands.compress.methods.ALL_METHODS`.
-      keep: share of the targets' parameters (of each one's entries when pruning, of the layers for a student;
-        quantising keeps all).
-      batches: of calibration.
-      steps, lr, rank, share: of healing; no steps, no healing. Low-rank models are healed before their factors are
-        quantised, pruned ones with their zeros as they are, and students are trained, in full: at a tenth of `lr`, or
-        where `rank` is None at `lr` itself. "original_tuned" makes nothing smaller, and trains the targets likewise.
-      sequential: compress layer after layer, each calibrated anew.
+      healing: None, or no steps: no healing.
       rounds: alternating rounds of latency, dense against compressed; 0 leaves latency out.
-      seed: of healing: its order of the data, and its updates.
       stats, original: of earlier calls with the same subject.
 
     Returns:
@@ -84,31 +68,27 @@ def compress_subject(
       agreement_healed` (None where nothing was healed).
 
     Raises:
-      CompressError: an unknown method, healing of what cannot be healed, what the method itself raises.
+      CompressError: healing of what cannot be healed, what the method itself raises.
     """
-    way = Method.parse(method)
-    check_settings(way, keep=keep, steps=steps, lr=lr, rank=rank, share=share, rounds=rounds, seed=seed)
-    if sequential and not (way.kind == "low-rank" and way.calibrated):
-        raise CompressError(f"{method!r} does not go layer by layer: only fisher, asvd and whitened read data anew.")
+    way, healing = recipe.way, healing or Healing()
+    healing.check(recipe)
+    check_count("rounds", rounds, 0)
     if stats is None:
-        stats = statistics_for(subject, [way], batches, allocation=allocation, progress=progress)
-    in_turn = batches if sequential else 0
+        stats = statistics_for(subject, [way], recipe.batches, allocation=recipe.allocation, progress=progress)
 
     def say(phase: str) -> None:
         if progress:
-            tqdm.write(f"{method}, {keep:g} kept: {phase}", file=sys.stderr)
+            tqdm.write(f"{way.name}, {recipe.keep:g} kept: {phase}", file=sys.stderr)
 
     say("making it smaller")
-    small = smaller(subject, way, keep, stats, allocation=allocation, in_turn=in_turn, progress=progress)
+    small = smaller(subject, recipe, stats, progress=progress)
     say("measuring")
     original = original or subject.quality(subject.apply, subject.params)
     final, healed = finished(subject, way, small), None
     after = subject.quality(*final, original)
-    if steps:
+    if healing.steps:
         say("healing")
-        small = healed_model(
-            subject, way, small, steps=steps, lr=lr, rank=rank, share=share, seed=seed, progress=progress
-        )
+        small = healed_model(subject, way, small, healing, progress=progress)
         final = finished(subject, way, small)
         healed = subject.quality(*final, original)
     if rounds:
@@ -119,9 +99,9 @@ def compress_subject(
     rest = total_bytes(final.params) - stored if way.kind == "student" else whole - dense
     row = {
         "subject": subject.name,
-        "method": method + IN_TURN * sequential,
-        "keep": 1.0 if way.kind in ("quantised", "tuned") else keep,
-        "seed": seed,
+        "method": way.name + IN_TURN * recipe.sequential,
+        "keep": recipe.keep,
+        "seed": healing.seed,
         "params": _count(final.params),
         "bytes": stored,
         "bytes_ratio": stored / dense,
@@ -136,32 +116,6 @@ def compress_subject(
         "agreement_healed": None if healed is None else healed.agreement,
     }
     return row, final
-
-
-def check_settings(
-    method: Method, *, keep: float, steps: int, lr: float, rank: int | None, share: float, rounds: int, seed: int
-) -> None:
-    """Raise `CompressError` for what would be refused after hours, or never: before any work."""
-    check_share("keep", keep)
-    check_count("seed", seed, 0)
-    check_count("rounds", rounds, 0)
-    if not check_count("steps", steps, 0):
-        if method.kind == "tuned":
-            raise CompressError(f"{method.name!r} is the original after some steps: say how many.")
-        return
-    if not method.healed:
-        raise CompressError(
-            f"{method.name!r} leaves nothing low-rank to heal.\n  heal svd, fisher, asvd, whitened, magnitude or wanda"
-        )
-    if method.kind == "low-rank" and rank is not None and steps < 2:
-        raise CompressError("healing takes 2 steps at least: one for each side of the products.")
-    if method.kind in ("low-rank", "pruned") and keep == 1:
-        raise CompressError(f"keep is 1: nothing becomes {method.kind}, and nothing can be healed.")
-    check_positive("lr", lr)
-    if rank is not None:
-        check_count("rank", rank)
-    if check_number("share", share, 0.0) > 1:
-        raise CompressError(f"share is {share!r}; it must lie in [0, 1].")
 
 
 def save_small(out: str | Path, subject: Subject, row: dict[str, Any], small: Small) -> None:
@@ -250,18 +204,7 @@ def _layout(params: Params) -> dict[str, tuple[int, ...]]:
     return {p: tuple(x.shape) for p, x in flatten(params, whole=(LowRank, Quantised))[0].items()}
 
 
-def healed_model(
-    subject: Subject,
-    method: Method,
-    small: Small,
-    *,
-    steps: int,
-    lr: float = 1e-3,
-    rank: int | None = 8,
-    share: float = 0.5,
-    seed: int = 0,
-    progress: bool = True,
-) -> Small:
+def healed_model(subject: Subject, method: Method, small: Small, healing: Healing, *, progress: bool = True) -> Small:
     """A smaller model, trained a little to do what the original does.
 
     The original's logits are computed beside each batch, so that its params are no constants of the step.
@@ -269,15 +212,16 @@ def healed_model(
     teacher, places = jax.jit(subject.apply), subject.problem.places
 
     def pairs() -> Iterator[tuple[Any, Array]]:
-        for batch in subject.train(seed):
+        for batch in subject.train(healing.seed):
             yield batch, teacher(subject.params, batch)
 
     loss = distillation(
         lambda pair: pair[1],
         lambda logits, pair: subject.loss(logits, pair[0]),
         weight=None if places is None else lambda pair: places(pair[0]),
-        share=share,
+        share=healing.share,
     )
+    steps, lr, rank = healing.steps, healing.lr, healing.rank
     if method.kind == "student":
         apply = small.apply
         params = distil(
@@ -289,14 +233,14 @@ def healed_model(
     def dense(params: Params, pair: Any) -> Any:
         return subject.apply(params, pair[0])
 
-    key = jax.random.key(seed)
+    key = jax.random.key(healing.seed)
     if method.kind in ("pruned", "tuned"):
         params = tune(
             dense, small.params, subject.sites, loss, pairs(), key, steps=steps, lr=lr, rank=rank,
             keep_zeros=method.kind == "pruned", progress=progress,
         )  # fmt: skip
-        return Small(small.apply, params)
-    params = heal(dense, small.params, loss, pairs(), key, steps=steps, lr=lr, rank=rank, progress=progress)
+    else:
+        params = heal(dense, small.params, loss, pairs(), key, steps=steps, lr=lr, rank=rank, progress=progress)
     return Small(small.apply, params)
 
 

@@ -1,4 +1,4 @@
-"""The ways of making a model smaller by name, from one word to a function, its params and their bytes."""
+"""What each way of making a model smaller does: its statistics, its params and function, their bytes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lorax_kit.commands.compress.recipe import Method, Recipe
 from lorax_kit.commands.compress.subjects import Apply, Subject
 from lorax_kit.compress import (
-    METHODS,
-    PRUNINGS,
     Moments,
     calibrate,
     compress,
@@ -22,84 +21,12 @@ from lorax_kit.compress import (
     prune,
     with_residuals,
 )
-from lorax_kit.compress.arguments import check_share
 from lorax_kit.compress.replace import low_rank
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.plan import matched
-from lorax_kit.core.quantised import METHODS as QUANTISATIONS
 from lorax_kit.core.quantised import quantize
 from lorax_kit.core.specs.patterns import matches
 from lorax_kit.errors import CompressError
-
-STUDENT = "student"
-TUNED = "original_tuned"
-"""The original, as large as it is, trained as long as a smaller one is healed: what healing is to be compared with."""
-ALL_METHODS = (
-    *METHODS,
-    *(f"{m}+{q}" for m in METHODS for q in QUANTISATIONS),
-    *(f"{m}+residual-{q}" for m in METHODS for q in QUANTISATIONS),
-    *(*PRUNINGS, "magnitude-2:4", "wanda-2:4"),
-    *QUANTISATIONS,
-    STUDENT,
-    TUNED,
-)
-
-
-class Method(NamedTuple):
-    """A method's parts.
-
-    Attributes:
-      name: as given.
-      kind: "low-rank", "pruned", "quantised", "student" or "tuned".
-      base: the decomposition or pruning.
-      bits: how factors, or with `residual` what they leave, are quantised; "" for not at all.
-      residual: whether what the factors leave is kept.
-      pattern: of pruning.
-    """
-
-    name: str
-    kind: str
-    base: str
-    bits: str = ""
-    residual: bool = False
-    pattern: str = "unstructured"
-
-    @classmethod
-    def parse(cls, name: str) -> Method:
-        """From one of ALL_METHODS.
-
-        Raises:
-          CompressError: it is none.
-        """
-        if name not in ALL_METHODS:
-            known = ", ".join((*METHODS, *PRUNINGS, "magnitude-2:4", "wanda-2:4", *QUANTISATIONS, STUDENT, TUNED))
-            raise CompressError(
-                f"method {name!r} is unknown; choose from {known}; or add +int8, +int4, +nf4, +residual-int8, "
-                f"+residual-int4 or +residual-nf4 to {', '.join(METHODS)}."
-            )
-        if name in (STUDENT, TUNED):
-            return cls(name, "student" if name == STUDENT else "tuned", name)
-        if name in QUANTISATIONS:
-            return cls(name, "quantised", name, name)
-        base, _, extra = name.partition("+")
-        if base in METHODS:
-            return cls(name, "low-rank", base, extra.removeprefix("residual-"), extra.startswith("residual-"))
-        base, _, pattern = name.partition("-")
-        return cls(name, "pruned", base, pattern=pattern or "unstructured")
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether it reads calibration data."""
-        return self.base in (*METHODS, "wanda") and self.base != "svd"
-
-    def wants_gradients(self, allocation: str) -> bool:
-        """Whether it reads gradients of the loss, too."""
-        return self.base == "fisher" or (self.base == "whitened" and allocation == "loss")
-
-    @property
-    def healed(self) -> bool:
-        """Whether training can follow."""
-        return self.kind != "quantised"
 
 
 class Small(NamedTuple):
@@ -129,45 +56,33 @@ def statistics_for(
     )
 
 
-def smaller(
-    subject: Subject,
-    method: Method,
-    keep: float,
-    stats: Mapping[str, Moments] | None,
-    *,
-    allocation: str = "loss",
-    in_turn: int = 0,
-    progress: bool = True,
-) -> Small:
+def smaller(subject: Subject, recipe: Recipe, stats: Mapping[str, Moments] | None, *, progress: bool = True) -> Small:
     """The model made smaller, before it is healed and its factors are quantised (`finished`).
 
     Args:
-      keep: share of the targets' parameters (of each one's entries when pruning, of the layers for a student;
-        quantising keeps all).
       stats: for methods that are calibrated.
-      allocation: of ranks.
-      in_turn: compress layer after layer, each calibrated anew on so many batches; 0 for all at once.
 
     Raises:
       CompressError: what `plan_ranks`, `compress` and `prune` raise.
     """
-    sites = subject.sites
+    method, sites = recipe.way, subject.sites
     if method.kind == "student":
-        check_share("keep", keep)
         for layer in subject.problem.layers:
             if not any(matches(layer, site.path) for site in sites.sites):
                 raise CompressError(
                     f"a student has fewer layers, and no target is in {layer!r}: leave the targets out."
                 )
-        return Small(*subject.student(students_layers(subject, keep)))
+        return Small(*subject.student(students_layers(subject, recipe.keep)))
     if method.kind in ("quantised", "tuned"):
         return Small(subject.apply, subject.params)
     if method.kind == "pruned":
-        pruned = prune(subject.params, sites, keep=keep, method=method.base, stats=stats, pattern=method.pattern)
+        pruned = prune(subject.params, sites, keep=recipe.keep, method=method.base, stats=stats, pattern=method.pattern)
         return Small(subject.apply, pruned)
-    plan = plan_ranks(subject.params, sites, keep=keep, method=method.base, stats=stats, allocation=allocation)
-    if in_turn:
-        batches = list(itertools.islice(subject.train(0), in_turn))
+    plan = plan_ranks(
+        subject.params, sites, keep=recipe.keep, method=method.base, stats=stats, allocation=recipe.allocation
+    )
+    if recipe.sequential:
+        batches = list(itertools.islice(subject.train(0), recipe.batches))
         loss = subject.loss if method.base == "fisher" else None
         groups = [layer for layer in subject.problem.layers if any(matches(layer, site.path) for site in sites.sites)]
         small = compress_sequentially(

@@ -13,13 +13,12 @@ import numpy as np
 
 from lorax_kit.benchmarks.timing import alternate, ratio
 from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
-from lorax_kit.commands.compress.compression import load_small
-from lorax_kit.commands.compress.methods import Method, Small, finished, smaller, statistics_for, total_bytes
+from lorax_kit.commands.compress.methods import Small, total_bytes
+from lorax_kit.commands.compress.recipe import Recipe
 from lorax_kit.commands.compress.subjects import Subject, subject_of
-from lorax_kit.compress.arguments import check_share
+from lorax_kit.commands.export.options import Export, refuse_quantised, shrunk
 from lorax_kit.core.lowrank import LowRank
 from lorax_kit.core.paths import Params, flatten
-from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import ExportError
 from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.json_text import read_json, sealed_json
@@ -41,19 +40,12 @@ Run = Callable[[Any], list[np.ndarray]]
 def export_adapter(
     adapter: str | Path,
     out: str | Path,
+    export: Export,
     *,
-    form: str,
+    by: Recipe | str | Path | None = None,
     problem: str | None = None,
     files: Mapping[str, str] | None = None,
-    method: str | None = None,
-    keep: float = 0.5,
     targets: Sequence[str] = (),
-    batches: int = 16,
-    compressed: str | Path | None = None,
-    int8: bool = False,
-    platforms: Sequence[str] = ("cpu",),
-    rounds: int = 15,
-    overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Write the model of an adapter, merged or compressed first, and measure it on its problem's test set.
@@ -64,16 +56,12 @@ def export_adapter(
     Args:
       adapter: a folder of `lorax-kit train` or of a study.
       out: the folder to create.
-      form: "safetensors", "stablehlo" or "onnx".
+      export: as "safetensors", "stablehlo" or "onnx".
+      by: compress first, by a recipe; or a folder of `lorax-kit compress ADAPTER --out`, healed or not, in place of the
+        merged model. None: the adapter is merged.
       problem: address of the problem, in place of the one that the adapter remembers.
       files: of its rows, where they lie now; see `lorax_kit.problems.load.problem_of`.
-      method, keep, targets, batches: compress first, as `compress_subject` takes them; without a method the adapter
-        is merged.
-      compressed: instead, a folder of `lorax-kit compress ADAPTER --out`, healed or not.
-      int8: quantise the ONNX model, with its activations; a compressed one in blocks, which is closer.
-      platforms: that StableHLO is lowered for.
-      rounds: alternating rounds of latency, JAX against the exported model; 0 leaves latency out.
-      overwrite: replace an earlier export; otherwise it is an error.
+      targets: patterns of the parameters that a recipe compresses.
 
     Returns:
       `format, method, keep, healed, int8, path, files` (name -> bytes), `file, bytes` (of the model), `sizes` (input ->
@@ -83,18 +71,16 @@ def export_adapter(
       first input), `latency_jax_ms, latency_ms, latency_ratio`.
 
     Raises:
-      ExportError: an unknown format, int8 of another format, what the writers of `lorax_kit.serve` raise.
+      ExportError: an unknown format, what the writers of `lorax_kit.serve` raise.
       AdapterError: no adapter; `out` exists.
       CompressError: what compression raises.
     """
-    path = Path(out).absolute()
-    if compressed is not None and method is not None:
-        raise ExportError("a model that is compressed already takes no method: give one of the two.")
-    _check(path, form, int8, platforms, overwrite)
+    path, form = Path(out).absolute(), export.form
+    _check(path, export)
     adapter = adapter_folder(adapter)
     subject = subject_of(adapter, targets=targets, address=problem, files=files)
-    model, made = _model(subject, compressed, method, keep, batches, progress=progress)
-    if int8:
+    model, made = shrunk(subject, by, progress=progress)
+    if export.int8:
         refuse_quantised(model.params)
     about, texts = _texts(adapter, subject.problem.facts, model.params)
     inputs = inputs_of(model.apply, model.params, subject.test[0])
@@ -107,14 +93,14 @@ def export_adapter(
         "sizes": inputs.sizes(),
         **about,
     }
-    with staged(path, overwrite) as new:
+    with staged(path, export.overwrite) as new:
         new.mkdir()
-        run = _write(new / FILES[form], form, model, inputs, int8, platforms)
-        measured = _measured(subject, model, inputs, run, rounds)
+        run = _write(new / FILES[form], export, model, inputs)
+        measured = _measured(subject, model, inputs, run, export.rounds)
         row = {
             "format": form,
             **made,
-            "int8": int8,
+            "int8": export.int8,
             "file": FILES[form],
             "sizes": inputs.sizes(),
             "bytes": (new / FILES[form]).stat().st_size,
@@ -130,12 +116,11 @@ def export_adapter(
     return {**row, "path": str(path), "files": sizes}
 
 
-def _check(path: Path, form: str, int8: bool, platforms: Sequence[str], overwrite: bool) -> None:
+def _check(path: Path, export: Export) -> None:
     """Raise for a format that cannot be written, or measured here, and for a folder that is not to be replaced."""
+    form, platforms = export.form, export.platforms
     if form not in FILES:
         raise ExportError(f"format {form!r} is unknown; choose from {', '.join(FILES)}.")
-    if int8 and form != "onnx":
-        raise ExportError(f"int8 is a form of onnx, not of {form}.\n  compress first by method int8")
     if form == "onnx":
         check_installed()
     here = {"gpu": {"cuda", "rocm"}}.get(jax.default_backend(), {jax.default_backend()})
@@ -144,53 +129,24 @@ def _check(path: Path, form: str, int8: bool, platforms: Sequence[str], overwrit
             f"this machine runs {' or '.join(sorted(here))}, and the platforms are {', '.join(platforms)}: "
             "what is written could not be measured here.\n  add this machine's platform to them"
         )
-    refuse_existing(path, overwrite, DOCUMENT, "export")
+    refuse_existing(path, export.overwrite, DOCUMENT, "export")
     ours = {*FILES.values(), VOCABULARY, DOCUMENT}
     if path.is_dir() and (other := sorted(p.name for p in path.iterdir() if p.name not in ours or p.is_dir())):
         raise ExportError(f"{str(path)!r} holds {other[0]!r}, too, which is no part of an export: it is not replaced.")
 
 
-def _model(
-    subject: Subject, compressed: str | Path | None, method: str | None, keep: float, batches: int, *, progress: bool
-) -> tuple[Small, dict[str, Any]]:
-    """(what is exported, how it was made: method, keep and whether it was healed)."""
-    if compressed is not None:
-        kept, model = load_small(compressed, subject)
-        return model, {
-            "method": kept["method"], "keep": kept["keep"], "healed": kept["metric_healed"] is not None,
-        }  # fmt: skip
-    if method is None:
-        return Small(subject.apply, subject.params), {"method": None, "keep": None, "healed": False}
-    way = Method.parse(method)
-    keep = 1.0 if way.kind == "quantised" else check_share("keep", keep)
-    model = compressed_by(subject, way, keep, batches, progress=progress)
-    return model, {"method": method, "keep": keep, "healed": False}
-
-
-def refuse_quantised(params: Params) -> None:
-    """Raise for params that int8 is asked of and that have few bits already."""
-    if any(isinstance(x, Quantised) for x in flatten(params)[0].values()):
-        raise ExportError("int8 quantises float params, and these are quantised already.\n  leave int8 out")
-
-
-def compressed_by(subject: Subject, method: Method, keep: float, batches: int, *, progress: bool) -> Small:
-    """The model made smaller by a method."""
-    stats = statistics_for(subject, [method], batches, progress=progress)
-    return finished(subject, method, smaller(subject, method, keep, stats, progress=progress))
-
-
-def _write(file: Path, form: str, model: Small, inputs: Inputs, int8: bool, platforms: Sequence[str]) -> Run:
+def _write(file: Path, export: Export, model: Small, inputs: Inputs) -> Run:
     """Write one format; what is on disk then, as a function."""
-    if form == "safetensors":
+    if export.form == "safetensors":
         save_tensors(file, model.params)
         loaded, apply = load_tensors(file), jax.jit(model.apply)
         return lambda batch: jax.device_get(jax.tree.leaves(apply(loaded, batch)))
-    if form == "stablehlo":
-        save_stablehlo(file, inputs.fn, model.params, inputs.shapes, platforms=platforms)
+    if export.form == "stablehlo":
+        save_stablehlo(file, inputs.fn, model.params, inputs.shapes, platforms=export.platforms)
         exported = load_stablehlo(file)
         return lambda batch: jax.device_get(exported(*inputs.of(batch)))
     held = flatten(model.params, whole=(LowRank,))[0].values()
-    options = {"int8": int8, "blocks": int8 and any(isinstance(x, LowRank) for x in held)}
+    options = {"int8": export.int8, "blocks": export.int8 and any(isinstance(x, LowRank) for x in held)}
     save_onnx(file, inputs.fn, model.params, inputs.shapes, outputs=_outputs(model, inputs), **options)
     session = load_onnx(file)
     return lambda batch: session(*inputs.of(batch))

@@ -12,12 +12,11 @@ import numpy as np
 from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
 from lorax_kit.checkpoint.tensors import write_tensors
 from lorax_kit.commands.adapters.generation import Author, Origin, origin_of
-from lorax_kit.commands.compress.compression import IN_TURN, load_small
-from lorax_kit.commands.compress.methods import Method, total_bytes
+from lorax_kit.commands.compress.methods import total_bytes
+from lorax_kit.commands.compress.recipe import STUDENT, Recipe
 from lorax_kit.commands.compress.subjects import subject_of
-from lorax_kit.commands.export.called import compressed_by, refuse_quantised
 from lorax_kit.commands.export.measured import SENTENCES, Sample, measured, samples_of
-from lorax_kit.compress.arguments import check_share
+from lorax_kit.commands.export.options import Export, refuse_quantised, shrunk
 from lorax_kit.core.merge import merge
 from lorax_kit.core.method import update_of
 from lorax_kit.core.paths import Params, flatten
@@ -26,7 +25,7 @@ from lorax_kit.errors import ExportError
 from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.generate import Writer, decoder_of
 from lorax_kit.generate.exported import WEIGHTS, adapter_arrays, described, load_parts, one_at_a_time, save_parts
-from lorax_kit.generate.programs import parts_of, with_factors
+from lorax_kit.generate.programs import Part, parts_of, with_factors
 from lorax_kit.json_text import read_json, sealed_json
 from lorax_kit.problem.base import cast
 from lorax_kit.problems import problem_of
@@ -54,18 +53,14 @@ def writes(adapter: str | Path) -> bool:
 def export_writer(
     source: str | Path,
     out: str | Path,
+    export: Export,
     *,
-    form: str,
-    int8: bool = False,
     separate: bool = False,
+    slots: int = 256,
     params: Params = None,
     texts: Sequence[str] = (),
     files: Mapping[str, str] | None = None,
-    platforms: Sequence[str] = ("cpu",),
-    slots: int = 256,
     new: int = 16,
-    rounds: int = 15,
-    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a model that writes as programs, its tokenizer and how prompts are laid out, and measure what was written.
 
@@ -73,18 +68,14 @@ def export_writer(
       source: an adapter of a language, chat or translation task, or what `load_model` takes.
       out: folder to create: decoder.onnx, .stablehlo or .tflite (of an encoder-decoder encoder.* and weights.bin, too),
         tokenizer.json, export.json, and with `separate` adapters/NAME.safetensors.
-      form: "onnx", "stablehlo", or "litert", whose program reads one token of one text.
-      int8: of ONNX, weights in 8 bits, a scale for each 64 inputs.
+      export: as "onnx", "stablehlo" or "litert".
       separate: the programs hold the base alone, and an adapter's factors are inputs: one base serves many adapters.
         False: the adapter is merged.
+      slots: of LiteRT, tokens of the longest text.
       params: other params of the same model, compressed ones among them, in place of the merged; None: those.
       texts: to measure on; default: the test rows of an adapter's problem, else twenty sentences.
       files: of an adapter's rows, where they lie now; see `lorax_kit.problems.load.problem_of`.
-      platforms: that StableHLO is lowered for.
-      slots: of LiteRT, tokens of the longest text.
       new: tokens to write after each prompt while measuring.
-      rounds: alternating rounds of latency, JAX against the exported decoder; 0 leaves latency out.
-      overwrite: replace an earlier export; otherwise it is an error.
 
     Returns:
       `format, int8, separate, path, files` (name -> bytes), `bytes` (of programs and weights), `sizes` (of the
@@ -92,23 +83,17 @@ def export_writer(
       perplexity_jax, perplexity, perplexity_ratio, max_difference, latency_jax_ms, latency_ms, latency_ratio`.
 
     Raises:
-      ExportError: an unknown format, int8 of StableHLO, `separate` without an adapter or with one that is no sum of
-        products, what the writers raise.
+      ExportError: an unknown format, `separate` without an adapter or with one that is no sum of products, what the
+        writers raise.
       AdapterError, LoraxError: as `origin_of`; `out` exists.
     """
-    path = Path(out).absolute()
-    _check(path, form, int8, separate, overwrite)
+    path, form = Path(out).absolute(), export.form
+    _check(path, export, separate)
     origin = origin_of(source)
-    _check_origin(origin, params, int8=int8, separate=separate)
+    _check_origin(origin, params, int8=export.int8, separate=separate)
     whole = cast(params if params is not None else _merged(origin), "float32")
-    parts, factors = parts_of(origin.loaded, grows=form == "onnx"), {}
-    stored = whole
-    if separate:
-        assert origin.adapter is not None
-        stored = _restored(cast(origin.base, "float32"))
-        factors = products_of(origin)
-        parts = [with_factors(part, stored, origin.adapter.plan.sites) for part in parts]
-    arrays = adapter_arrays(parts, factors) if separate else {}
+    parts = parts_of(origin.loaded, grows=form == "onnx")
+    stored, parts, arrays = _apart(origin, parts) if separate else (whole, parts, {})
     name = Path(source).resolve().name
     author = Author(
         origin.loaded, Writer(decoder_of(origin.loaded), origin.loaded.tokenizer), whole, asking=origin.asking
@@ -118,9 +103,9 @@ def export_writer(
         longest = min(slots, longest or slots)
         parts = one_at_a_time(parts, longest)
     samples = _samples(origin, source, author, texts, longest, files)
-    with staged(path, overwrite) as folder:
+    with staged(path, export.overwrite) as folder:
         folder.mkdir()
-        files = save_parts(folder, parts, stored, form, int8=int8, platforms=platforms)
+        files = save_parts(folder, parts, stored, form, int8=export.int8, platforms=export.platforms)
         size = sum(file.stat().st_size for file in folder.iterdir())
         origin.loaded.tokenizer.save(folder / TOKENIZER)
         if separate:
@@ -129,7 +114,7 @@ def export_writer(
         runner = load_parts(folder, parts, files, origin.loaded, arrays)
         row = {
             "format": form,
-            "int8": int8,
+            "int8": export.int8,
             "separate": separate,
             "bytes": size,
             "sizes": {
@@ -137,7 +122,7 @@ def export_writer(
             },
             "adapter_bytes": None if origin.adapter is None else adapter_bytes(adapter_folder(source)),
             "params_bytes": total_bytes(stored),
-            **measured(author, runner, samples, longest=longest, new=new, rounds=rounds),
+            **measured(author, runner, samples, longest=longest, new=new, rounds=export.rounds),
         }
         document = {
             "lorax_kit": __version__,
@@ -145,27 +130,23 @@ def export_writer(
             "writes": origin.loaded.kind,
             "parts": described(parts, files),
         }
-        document |= _about(author, longest) | {
-            "adapters": [name] if separate else [],
-            "measured": row,
-        }
+        document |= _about(author, longest) | {"adapters": [name] if separate else [], "measured": row}
         (folder / DOCUMENT).write_text(sealed_json(document, indent=2) + "\n", encoding="utf-8")
         sizes = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
     return {**row, "path": str(path), "files": sizes}
 
 
-def _check(path: Path, form: str, int8: bool, separate: bool, overwrite: bool) -> None:
+def _check(path: Path, export: Export, separate: bool) -> None:
     """Raise for a format that cannot be written, and for a folder that is not to be replaced."""
+    form = export.form
     if form not in FORMATS:
         raise ExportError(f"format {form!r} is none of a model that writes; choose from {', '.join(FORMATS)}.")
-    if int8 and form != "onnx":
-        raise ExportError(f"int8 is a form of onnx, not of {form}.")
     if separate and form == "litert":
         raise ExportError("LiteRT has one size of everything: an adapter of any rank goes with onnx or stablehlo.")
     for name, check in (("onnx", onnx.check_installed), ("litert", litert.check_installed)):
         if form == name:
             check()
-    refuse_existing(path, overwrite, DOCUMENT, "export")
+    refuse_existing(path, export.overwrite, DOCUMENT, "export")
     _refuse_others(path)
 
 
@@ -181,31 +162,19 @@ def _check_origin(origin: Origin, params: Params, *, int8: bool, separate: bool)
 
 def smaller_writer(
     source: str | Path,
+    by: Recipe | str | Path,
     *,
-    method: str | None,
-    compressed: str | Path | None = None,
-    keep: float = 0.5,
     targets: Sequence[str] = (),
-    batches: int = 16,
     files: Mapping[str, str] | None = None,
 ) -> Params:
-    """The params of a model that writes, made smaller by a method, or by `lorax-kit compress --out` before.
+    """The params of a model that writes, made smaller by a recipe, or by `lorax-kit compress --out` before.
 
     Raises:
-      ExportError: both ways at once; a method that makes another model (a student).
+      ExportError: a method that makes another model (a student).
       CompressError: what compression raises.
     """
-    if method is not None and compressed is not None:
-        raise ExportError("a model that is compressed already takes no method: give one of the two.")
-    subject = subject_of(source, targets=targets, files=files)
-    if compressed is not None:
-        kept, model = load_small(compressed, subject)
-        way = Method.parse(kept["method"].removesuffix(IN_TURN))
-    else:
-        way = Method.parse(str(method))
-        share = 1.0 if way.kind == "quantised" else check_share("keep", keep)
-        model = compressed_by(subject, way, share, batches, progress=True)
-    if way.kind == "student":
+    model, made = shrunk(subject_of(source, targets=targets, files=files), by)
+    if made["method"] == STUDENT:
         raise ExportError("a student is another model than its teacher: it is not exported to write.")
     return model.params
 
@@ -256,6 +225,15 @@ def add_adapter(source: str | Path, onto: str | Path, *, name: str | None = None
     with staged(file, overwrite) as new:
         write_tensors(new, arrays, {})
     return file
+
+
+def _apart(origin: Origin, parts: Sequence[Part]) -> tuple[Params, list[Part], dict[str, np.ndarray]]:
+    """(params of the base alone, programs of which an adapter's factors are inputs, those of the origin's adapter)."""
+    factors = products_of(origin)
+    assert origin.adapter is not None
+    base = _restored(cast(origin.base, "float32"))
+    parts = [with_factors(part, base, origin.adapter.plan.sites) for part in parts]
+    return base, parts, adapter_arrays(parts, factors)
 
 
 def products_of(origin: Origin) -> dict[str, tuple[np.ndarray, np.ndarray]]:
