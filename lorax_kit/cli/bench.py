@@ -104,11 +104,12 @@ def step(as_json: bool, grid: bool, no_peer: bool, out: str | None, costs: str |
 @click.option("--keep", type=float, default=0.5, show_default=True, help="Share of the linear parameters to keep.")
 @click.option("--rounds", type=click.IntRange(1), default=15, show_default=True, help="Alternating rounds.")
 @click.option("--json", "as_json", is_flag=True, help="Print the row as JSON.")
-def forward(as_json: bool, **options: Any) -> None:
+def forward(as_json: bool, keep: float, rounds: int, **sizes: Any) -> None:
     """A forward pass with compressed parameters against the dense one."""
     from lorax_kit.benchmarks import FORWARD_COLUMNS, bench_forward, table
+    from lorax_kit.benchmarks.case import make_case
 
-    row = bench_forward(**options)
+    row = bench_forward(make_case(**sizes, rank=1, targets="all-linear"), keep=keep, rounds=rounds)
     if as_json:
         echo(row)
     else:

@@ -6,6 +6,7 @@ import pytest
 
 from lorax_kit.benchmarks import bench_forward, bench_grid, bench_methods, calibrate
 from lorax_kit.benchmarks.calibrate import calibration_table
+from lorax_kit.benchmarks.case import make_case
 from lorax_kit.errors import PlanError, SpecError
 from lorax_kit.transform import Costs
 from lorax_kit.transform.cost import Facts, Product, choose
@@ -26,7 +27,9 @@ def test_a_grid_leaves_its_table_and_plots(tmp_path):
 
 
 def test_a_compressed_forward_pass_has_fewer_flops():
-    row = bench_forward(width=64, layers=1, batch_size=2, length=16, keep=0.5, rounds=2, progress=False)
+    case = make_case(width=64, layers=1, batch_size=2, length=16, rank=1, targets="all-linear")
+    row = bench_forward(case, keep=0.5, rounds=2, progress=False)
+    assert (row["width"], row["layers"], row["batch_size"], row["length"], row["tokens"]) == (64, 1, 2, 16, 32)
     assert 0.4 < row["keep"] <= 0.5
     assert row["flops_ratio"] < 0.8
     assert row["spread"][0] <= row["latency_ratio"] <= row["spread"][1]

@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any
 
 from lorax_kit.benchmarks.calibrate import fitted, time_forms
+from lorax_kit.benchmarks.case import make_case
 from lorax_kit.benchmarks.device.machine import environment
 from lorax_kit.benchmarks.device.run import Row
 from lorax_kit.benchmarks.device.stacked import Stacks
@@ -132,5 +133,6 @@ def _forms(sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 
 def _forward(shape: Shape, timing: Timing) -> Iterator[dict[str, Any]]:
-    measured = bench_forward(**shape._asdict(), keep=0.5, decomposed=False, progress=False, **timing._asdict())
+    case = make_case(**shape._asdict(), rank=1, targets="all-linear")
+    measured = bench_forward(case, keep=0.5, decomposed=False, progress=False, **timing._asdict())
     yield shape.facts() | measured

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from lorax_kit.benchmarks.case import Case, make_case
+from lorax_kit.benchmarks.case import Case
 from lorax_kit.benchmarks.timing import alternate, calling, ratio
 from lorax_kit.compress import CompressPlan, LowRank, compress, compressed, plan_ranks
 from lorax_kit.core.paths import flatten, unflatten
@@ -21,27 +21,15 @@ FORWARD_COLUMNS = (
 
 
 def bench_forward(
-    *,
-    width: int,
-    layers: int,
-    batch_size: int,
-    length: int,
-    keep: float,
-    rounds: int,
-    head: int = 32,
-    dtype: str = "float32",
-    decomposed: bool = True,
-    least_ms: float = 0.0,
-    progress: bool = True,
+    case: Case, *, keep: float, rounds: int, least_ms: float = 0.0, decomposed: bool = True, progress: bool = True
 ) -> dict[str, Any]:
-    """One row: a BERT classifier on random weights and tokens, every linear parameter of its layers at one share.
+    """One row: a case with every parameter that it adapts at one share.
 
     `latency_ratio` is the median over the rounds of compressed against dense in the same round; `spread` its quartiles.
     Without `decomposed` the factors are drawn, at the ranks of that share: time does not depend on what they hold, and
     decompositions of large parameters on the host take minutes.
     """
-    sizes = {"width": width, "layers": layers, "batch_size": batch_size, "length": length}
-    case = make_case(**sizes, rank=1, targets="all-linear", head=head, dtype=dtype)
+    width, (batch_size, length) = case.config.hidden_size, case.batch.ids.shape
     if decomposed:
         plan = plan_ranks(case.params, case.plan, keep=keep, method="svd", allocation="uniform")
         params = compress(case.params, plan)
@@ -59,7 +47,10 @@ def bench_forward(
     times = alternate(runs, bar, least_ms=least_ms)
     latency = ratio(times, "small", "dense")
     return {
-        **sizes,
+        "width": width,
+        "layers": case.config.num_hidden_layers,
+        "batch_size": batch_size,
+        "length": length,
         "tokens": batch_size * length,
         "keep": plan.kept,
         "rounds": rounds,

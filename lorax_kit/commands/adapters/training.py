@@ -27,7 +27,6 @@ from lorax_kit.errors import AdapterError, StudyError
 from lorax_kit.files.staging import clear_stale, sole_writer
 from lorax_kit.files.writing import writing
 from lorax_kit.measure import peak_memory, release_memory
-from lorax_kit.methods import LoRA
 from lorax_kit.problem import Problem, val_and_test, version
 from lorax_kit.problem.objective import STATE, draws, loss_scale, training_loss, with_state
 from lorax_kit.problems.settings import Settings
@@ -41,12 +40,9 @@ DATA_FACTS = ("rows", "train", "val", "test", "left_out", "length", "cut")
 
 def train_adapter(
     problem: Problem | Settings,
-    setting: AnySetting | None = None,
+    setting: AnySetting,
     *,
     out: Path,
-    rank: int = 8,
-    alpha: float = 16.0,
-    variant: str = "lora",
     lr: float,
     seed: int,
     targets: Sequence[str] = (),
@@ -64,7 +60,7 @@ def train_adapter(
 
     Args:
       problem: what to train on.
-      setting: of the method; None: `LoRA(rank=, alpha=, variant=)`.
+      setting: of the method.
       targets: patterns, or "all-linear" alone; none: the problem's own, and "all-linear" where it has none.
       steps_per_epoch: None: the problem's fact of that name.
       save_memory: form everything again in the backward pass, as `lk.adapt(recompute="everything")` does.
@@ -81,7 +77,6 @@ def train_adapter(
       AdapterError: `out` holds an adapter.
       LoraxError: `out` holds an interrupted training of other settings; more memory than `max_memory`.
     """
-    setting = LoRA(rank=rank, alpha=alpha, variant=variant) if setting is None else setting
     _check(out, lr)
     problem = problem if isinstance(problem, Problem) else problem.build()
     per_epoch = _steps_per_epoch(problem, steps_per_epoch)
