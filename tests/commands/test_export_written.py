@@ -31,7 +31,7 @@ SCRIPT = Path(__file__).parents[2] / "experiments" / "run_onnx.py"
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     file = tmp_path_factory.mktemp("texts") / "texts.txt"
-    file.write_text(f"{TEXT}\n\n{' '.join(reversed(TEXT.split()))}\n")
+    file.write_text(f"{TEXT}\n{' '.join(reversed(TEXT.split()))}\n")
     return file
 
 

@@ -150,7 +150,7 @@ def test_choices_are_those_that_evaluate_counts(tmp_path, models):
     assert np.mean(right) == pytest.approx(measured["test_accuracy"], abs=1e-6)
     assert all(list(x["probabilities"]) == x["choices"] for x in found)
     with pytest.raises(lk.AdapterError, match=r"is of 'choose': it writes nothing.\n  its answers: lorax-kit predict"):
-        lk.commands.generation.author_of(out)
+        lk.commands.adapters.generation.author_of(out)
 
 
 def test_what_gives_no_answer_is_refused_with_the_next_step(tmp_path, models, capsys):

@@ -1,4 +1,4 @@
-"""How a model is exported, and the smaller model that is: what both kinds of export share."""
+"""How a model is exported, and what makes it smaller first: what both kinds of export share."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def shrunk(subject: Subject, by: Recipe | str | Path | None, *, progress: bool =
       by: a recipe; a folder of `lorax-kit compress --out`, healed or not; None: the model as it is.
 
     Raises:
-      CompressError: what compression raises; a folder that holds no smaller one of this model.
+      CompressError: what compression raises; a folder whose model was made of another one.
     """
     if by is None:
         return Small(subject.apply, subject.params), {"method": None, "keep": None, "healed": False}
