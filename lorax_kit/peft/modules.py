@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -25,21 +25,8 @@ from lorax_kit.peft.folder.config import (
 from lorax_kit.peft.folder.files import CONFIG, WEIGHTS, Sorted
 from lorax_kit.peft.layout import Way, matrix_of, ways
 from lorax_kit.peft.names import Names, Place
-from lorax_kit.peft.sites import Pieces
+from lorax_kit.peft.sites import Found, Pieces, Tensors
 from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
-
-Tensors = Mapping[str, np.ndarray]
-
-
-class Found(NamedTuple):
-    """One matrix with tensors of its own: where it is, how it is read, and what it is in torch."""
-
-    place: Place
-    way: Way
-    module: TorchModule
-    method: Method
-    tensors: Tensors
-    last: bool
 
 
 class Reader:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,21 @@ from lorax_kit.core.site import Site
 from lorax_kit.core.specs.setting import Setting
 from lorax_kit.errors import AdapterError, PlanError, SpecError
 from lorax_kit.peft.layout import Way, to_site
-from lorax_kit.peft_form import FromPeft, PeftForm
+from lorax_kit.peft.names import Place
+from lorax_kit.peft_form import FromPeft, PeftForm, TorchModule
+
+Tensors = Mapping[str, np.ndarray]
+
+
+class Found(NamedTuple):
+    """One matrix with tensors of its own: where it is, how it is read, and what it is in torch."""
+
+    place: Place
+    way: Way
+    module: TorchModule
+    method: Method
+    tensors: Tensors
+    last: bool
 
 
 @dataclass
