@@ -18,18 +18,16 @@ from jax import Array
 from lorax_kit.algebra.adaptation import planned
 from lorax_kit.algebra.stack import Stacked
 from lorax_kit.core.leaves import FullLeaf
-from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.method import Update
 from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.core.plan import Plan
-from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import AdapterError, PlanError
+from lorax_kit.transform.base import base_of
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import measured_costs
-from lorax_kit.transform.source import Source
 from lorax_kit.transform.trace import run
-from lorax_kit.transform.weight import Weight, frozen_weight, make_weight
+from lorax_kit.transform.weight import Weight, frozen_weights, make_weight
 
 
 @dataclass(frozen=True)
@@ -91,18 +89,14 @@ class PerRow:
             params[leaf.path] = own(factors[leaf.path].value).astype(named[leaf.path].dtype)
         weights: dict[str, Weight] = {}
         for site in self.plan.sites:
-            source = Source(named[site.path]) if isinstance(named[site.path], Quantised) else None
             a, b, *gains = factors[site.path]
             # Rows of all adapters, one after the other, are those of one weight until a product takes its own: what
             # is copied lives for that product only, where copies for all sites at the start would fill the memory.
             rows = (a, b) if index is None else (x.reshape(-1, *x.shape[2:]) for x in (a, b))
-            weight = make_weight(
-                site, dense(named[site.path]), source, Update(*rows, *jax.tree.map(own, gains)), scale, None
-            )
+            update = Update(*rows, *jax.tree.map(own, gains))
+            weight = make_weight(site, base_of(named[site.path]), update, scale, None)
             weights[site.path] = weight if index is None else replace(weight, adapter=index, adapters=count)
-        for path, leaf in params.items():
-            if isinstance(leaf, Quantised) and path not in weights:
-                weights[path] = frozen_weight(path, leaf)
+        weights |= frozen_weights(params, weights)
         ctx = Context(
             kernel="factored",
             trials=count,

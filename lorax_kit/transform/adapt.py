@@ -23,12 +23,12 @@ from lorax_kit.core.plan import Plan
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.core.site import Site
 from lorax_kit.errors import PlanError
+from lorax_kit.transform.base import Dense, base_of
 from lorax_kit.transform.context import NO_INPUT, Context
 from lorax_kit.transform.cost import Costs, measured_costs
 from lorax_kit.transform.kernels import KERNELS
-from lorax_kit.transform.source import Source
 from lorax_kit.transform.trace import run
-from lorax_kit.transform.weight import Weight, frozen_weight, lowrank_weight, make_weight
+from lorax_kit.transform.weight import Weight, frozen_weights, lowrank_weight, make_weight
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,7 @@ class Adapted:
             leaves[site.path], own = alike((leaves[site.path], factors[site.path]))
             weights[site.path] = _placed_weight(site, leaves[site.path], own, (self.scale, self.dropout), key)
         sites = set(weights)
-        for path, leaf in leaves.items():
-            if isinstance(leaf, Quantised) and path not in sites:
-                weights[path] = frozen_weight(path, leaf)
+        weights |= frozen_weights(leaves, sites)
         if not weights:
             return self.fn(unflatten(leaves, treedef), *args, **kwargs), Context()
         recompute = self.recompute if self.kernel != "plain" else False  # forward mode has no use for it
@@ -116,8 +114,8 @@ def _placed_weight(site: Site, base: Any, leaves: Any, given: tuple[Any, Any], k
 
     def placed(weight: Weight) -> Weight:
         place = everywhere((base, leaves))
-        rest: Weight = place(replace(weight, w=None))  # type: ignore[arg-type]  # None: no leaf
-        return replace(rest, w=place(weight.w) if isinstance(base, Quantised) else base)
+        rest: Weight = place(replace(weight, base=None))  # type: ignore[arg-type]  # None: no leaf
+        return replace(rest, base=place(weight.base) if isinstance(base, Quantised) else Dense(base))
 
     weight: Weight = partitioned(partial(_weight, site), placed, base, leaves, given, key)
     return weight
@@ -129,9 +127,7 @@ def _weight(site: Site, base: Any, leaves: Any, given: tuple[Any, Any], key: Arr
     scale, rate = (own if x is None else x for own, x in ((site.scale, scale), (site.dropout, rate)))
     update = update_of(site, w, leaves, scale)
     dropout_key = site_key(key, site.path) if key is not None and drops else None
-    if isinstance(base, Quantised):  # restored where it is used: outside jit all sites at once would be held
-        return make_weight(site, jax.ShapeDtypeStruct(w.shape, w.dtype), Source(base), update, scale, dropout_key, rate)
-    return make_weight(site, w, None, update, scale, dropout_key, rate)
+    return make_weight(site, base_of(base), update, scale, dropout_key, rate)
 
 
 @contextmanager
@@ -271,7 +267,7 @@ def compressed(fn: Callable[..., Any], *, kernel: str = "factored") -> Callable[
     def run_whole(params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         named, treedef = flatten(params)
         # Factors and residuals may be quantised: to the products they are arrays like any other.
-        weights = {path: frozen_weight(path, leaf) for path, leaf in named.items() if isinstance(leaf, Quantised)}
+        weights = frozen_weights(named)
         if not weights:
             return products(params, *args, **kwargs)
         return run(Context(kernel=kernel), products, named, treedef, weights, args, kwargs)

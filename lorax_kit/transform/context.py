@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
 
-import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import Array
@@ -16,10 +15,12 @@ from jax.tree_util import Partial
 from lorax_kit.arrays.dtypes import widest
 from lorax_kit.arrays.placement import varies
 from lorax_kit.core.site import Axes
+from lorax_kit.transform.base import Base
 from lorax_kit.transform.cost import NONE, Costs, Product, together
+from lorax_kit.transform.interpreter.bind import bind
 from lorax_kit.transform.interpreter.tape import Tape
 from lorax_kit.transform.kernels import KERNELS, Operands, Outputs
-from lorax_kit.transform.weight import Weight
+from lorax_kit.transform.weight import Parameter, Probe, Weight
 
 UNDROPPED = frozenset(("lookup", "materialised"))
 """Uses that multiply no input, so dropout cannot act on them."""
@@ -51,8 +52,8 @@ class Use:
     note: str = ""
 
 
-Tap = Callable[[Weight, tuple[tuple[int, ...], ...], Array, Partial, frozenset[str]], Array]
-"""(weight, (contracted, free, stacked dimensions), value, inputs, axes of devices along which it differs) -> value.
+Tap = Callable[[Probe, tuple[tuple[int, ...], ...], Array, Partial, frozenset[str]], Array]
+"""(probe, (contracted, free, stacked dimensions), value, inputs, axes of devices along which it differs) -> value.
 
 What watches the inputs of parameters while a plan is being resolved. `inputs(value)` are those of one use: floats
 (*S, M, K), the contracted dimensions in the order of the parameter's axes, or the rows looked up, integers (M,).
@@ -116,7 +117,7 @@ class Context:
 
     def record(
         self,
-        weight: Weight,
+        weight: Parameter,
         eqn: Any,
         operand: int,
         *,
@@ -137,14 +138,14 @@ class Context:
         """
         name = eqn if isinstance(eqn, str) else eqn.primitive.name
         total = sum(prod(part.shape) for part in weight.parts)
-        undropped = NO_INPUT if weight.key is not None and how in UNDROPPED else ""
+        undropped = NO_INPUT if isinstance(weight, Weight) and weight.key is not None and how in UNDROPPED else ""
         for part in weight.parts:
             share = None
             if product is not None:
                 share = product._replace(outputs=product.outputs * prod(part.shape) // total)
                 if len(weight.parts) > 1:
                     share = share._replace(rank=product.rank // len(weight.parts))
-            table = part.as_table() if weight.probe and dims is None else None
+            table = part.as_table() if dims is None else None
             self.uses[part.path, (*self.within, id(eqn)), operand] = Use(
                 path=part.path,
                 primitive=name,
@@ -156,16 +157,34 @@ class Context:
                 note="; ".join(filter(None, (undropped, self.note))),
             )
 
-    def tapped(self, eqn: Any, weight: Weight, dims: tuple[tuple[int, ...], ...], x: Array, inputs: Partial) -> Array:
-        """The value of an equation's other operand, shown to `tap`."""
-        assert self.tap is not None
+    def probed(
+        self, eqn: Any, args: list[Any], operand: int, dims: tuple[tuple[int, ...], ...], inputs: Partial | None
+    ) -> list[Any]:
+        """The outputs of a product with a probe, which is recorded.
+
+        Args:
+          operand: the place of the probe among `args`; the first of the two, or the second.
+          dims: of the probe: contracted, free and stacked.
+          inputs: the other operand -> what `tap` is shown; None: nothing is shown.
+        """
+        probe, values = args[operand], list(args)
+        self.record(probe, eqn, operand, how="factored", dims=(dims[0], dims[1]))
+        values[operand] = probe.base.array()
+        if inputs is not None:
+            values[1 - operand] = self.tapped(eqn, probe, dims, args[1 - operand], inputs)
+        return bind(eqn, values)
+
+    def tapped(self, eqn: Any, probe: Probe, dims: tuple[tuple[int, ...], ...], x: Array, inputs: Partial) -> Array:
+        """A value, shown to `tap` if there is one."""
+        if self.tap is None:
+            return x
         differs = varies(x)
         for v in eqn.invars:  # what met a sharded parameter was said to differ along its axes, too, and does not
             if not isinstance(v, jex.Literal) and v in self.said:
                 differs &= self.said[v]
-        return self.tap(weight, dims, x, inputs, differs)
+        return self.tap(probe, dims, x, inputs, differs)
 
-    def update_dtype(self, *operands: Array | jax.ShapeDtypeStruct) -> Any:
+    def update_dtype(self, *operands: Array | Base) -> Any:
         """What a low-rank update is computed in: the plan's dtype, or the one that holds all operands."""
         return jnp.dtype(self.compute_dtype or widest(*(x.dtype for x in operands)))
 

@@ -23,9 +23,10 @@ from lorax_kit.core.specs.patterns import literal
 from lorax_kit.core.specs.setting import Full, Setting
 from lorax_kit.core.specs.spec import Spec
 from lorax_kit.errors import PlanError
+from lorax_kit.transform.base import Dense
 from lorax_kit.transform.context import Context, Use
 from lorax_kit.transform.trace import run
-from lorax_kit.transform.weight import Weight, whole
+from lorax_kit.transform.weight import Probe, whole
 
 
 def resolve(spec: Spec, params: Params, fn: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Plan:
@@ -125,9 +126,7 @@ def uses_of(
         values = [dynamic.get(i, x) for i, x in enumerate(inputs)]
         arguments, keywords = jax.tree_util.tree_unflatten(tree, values)
         leaves = {**named, **arrays}
-        probes = {
-            p: Weight(parts=(whole(p, leaves[p].shape),), w=leaves[p], trained_in_full=p in full) for p in targets
-        }
+        probes = {p: Probe(parts=(whole(p, leaves[p].shape),), base=Dense(leaves[p]), full=p in full) for p in targets}
         run(ctx, fn, leaves, treedef, probes, arguments, keywords)
 
     jax.eval_shape(traced, abstract, dynamic)

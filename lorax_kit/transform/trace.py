@@ -24,9 +24,10 @@ from lorax_kit.core.quantised import Quantised
 from lorax_kit.core.site import Site
 from lorax_kit.errors import PlanError
 from lorax_kit.transform import rules
+from lorax_kit.transform.base import Dense
 from lorax_kit.transform.context import Context, Shards
 from lorax_kit.transform.interpreter.evaluate import evaluate, materialise
-from lorax_kit.transform.weight import Part, Weight, whole
+from lorax_kit.transform.weight import Part, Probe, whole
 
 NOT_TRACEABLE = (
     jax.errors.ConcretizationTypeError,
@@ -87,7 +88,8 @@ def run(
     values = [replaced.get(p, x) for p, x in zip(traced_names, params, strict=True)]
     if explicit_mesh((values, arrays)) is not None:
         # What is formed again would have to be told where it lies: activations are kept instead.
-        ctx = replace(ctx, explicit=True, recompute=False)
+        probed = any(isinstance(x, Probe) for x in values)  # they run as they were traced
+        ctx = replace(ctx, explicit=not probed, recompute=False)
     out = evaluate(ctx, closed.jaxpr, closed.consts, [*values, *arrays])
     out = materialise(ctx, "output", out, "returned as an array")
     return jax.tree_util.tree_unflatten(out_tree[-1], out)
@@ -148,7 +150,7 @@ def watch(
     sites = {site.path: site for site in plan.sites}
 
     def tap(
-        weight: Weight,
+        weight: Probe,
         dims: tuple[tuple[int, ...], ...],
         x: Array,
         arrange: Callable[[Array], Array],
@@ -170,13 +172,13 @@ def watch(
 
     def watched(params: Params, *args: Any, **kwargs: Any) -> Any:
         named, treedef = flatten(params)
-        probes = {p: Weight(parts=(whole(p, site.shape),), w=dense(named[p])) for p, site in sites.items()}
+        probes = {p: Probe(parts=(whole(p, site.shape),), base=Dense(dense(named[p]))) for p, site in sites.items()}
         return run(Context(tap=tap, shards=shards), fn, named, treedef, probes, args, kwargs)
 
     return watched
 
 
-def _not_of_the_site(site: Site, part: Part, weight: Weight, dims: tuple[tuple[int, ...], ...], in_shards: bool) -> str:
+def _not_of_the_site(site: Site, part: Part, weight: Probe, dims: tuple[tuple[int, ...], ...], in_shards: bool) -> str:
     """Why the inputs of a use are not those of the site; "" where they are."""
     contract, free, stack = dims
     axes = part.axes(contract, free)

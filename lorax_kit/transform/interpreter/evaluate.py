@@ -26,6 +26,7 @@ from lorax_kit.arrays.placement import (
     replicated,
     varies,
 )
+from lorax_kit.transform.base import Dense
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.interpreter.bind import as_traced, bind
 from lorax_kit.transform.interpreter.blocks import Block, blocks, products
@@ -33,7 +34,7 @@ from lorax_kit.transform.interpreter.recompute import recomputed
 from lorax_kit.transform.interpreter.registry import INLINED, MOVED, MOVES, REARRANGING, RULES, calls
 from lorax_kit.transform.interpreter.schedule import Step, schedule
 from lorax_kit.transform.interpreter.tape import Tape
-from lorax_kit.transform.weight import Weight
+from lorax_kit.transform.weight import Parameter, Probe, Weight
 
 
 def evaluate(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -44,7 +45,7 @@ def evaluate(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any
         _run(ctx, jaxpr.eqns, env, () if ctx.tape is None else products(jaxpr.eqns))
     else:
         given = set(env)
-        parameters = {v for v, x in env.items() if isinstance(x, Weight)}
+        parameters = {v for v, x in env.items() if isinstance(x, Parameter)}
         for block in blocks(jaxpr, parameters, ctx.recompute == "everything"):
             if block.recomputed:
                 _run_recomputed(ctx, block, env, given)
@@ -62,16 +63,17 @@ def materialise(ctx: Context, eqn: Any, args: Sequence[Any], reason: str) -> lis
     """Replace every weight among `args` by its sum, and record why."""
     out = []
     for i, x in enumerate(args):
-        if isinstance(x, Weight):
-            ctx.record(x, eqn, i, how="full" if x.trained_in_full else "materialised", reason=reason)
-            x = partitioned(Weight.materialise, like(x.w), x)
+        if isinstance(x, Parameter):
+            how = "full" if isinstance(x, Probe) and x.full else "materialised"
+            ctx.record(x, eqn, i, how=how, reason=reason)
+            x = partitioned(type(x).materialise, like(jax.tree.leaves(x.base)[0]), x)
         out.append(x)
     return out
 
 
 def _run(ctx: Context, eqns: Sequence[Any], env: dict[Any, Any], kept: Collection[int] = ()) -> None:
     """Run equations over `env`, those of `kept` by the tape."""
-    parameters = {v for v, x in env.items() if isinstance(x, Weight)}
+    parameters = {v for v, x in env.items() if isinstance(x, Parameter)}
     # Joined, matrices of which devices hold parts would move from one to another.
     join = not partitioned_axes() - {DATA, FSDP, TRIAL}
     for step in schedule(eqns, parameters, kept, join=join):
@@ -96,7 +98,7 @@ def _at(ctx: Context, step: Step) -> Context:
 
 def _run_recomputed(ctx: Context, block: Block, env: dict[Any, Any], given: set[Any]) -> None:
     """Evaluate a block of which the backward pass keeps products and inputs only; its results go into `env`."""
-    is_made = [v not in given and not isinstance(env[v], Weight) for v in block.reads]
+    is_made = [v not in given and not isinstance(env[v], Parameter) for v in block.reads]
     narrow = {v: ctx.narrow[v][0] for v in block.reads if v in ctx.narrow}
 
     trees: list[Any] = []  # of the results: a weight among them holds other functions each time
@@ -126,9 +128,9 @@ def _operands(ctx: Context, eqn: Any, env: dict[Any, Any]) -> list[Any]:
     if calls(eqn.primitive.name):  # what enters them is not used yet
         return values
     for i, x in enumerate(values):
-        if isinstance(x, Weight) and x.trained_in_full:
+        if isinstance(x, Probe) and x.full:
             ctx.record(x, eqn, i, how="full")
-            values[i] = x.base()
+            values[i] = x.base.array()
     return _masked(ctx, eqn, values)
 
 
@@ -136,7 +138,7 @@ def _masked(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
     """Operands, of which weights with dropout draw other masks on devices that hold other inputs."""
     if not any(isinstance(x, Weight) and x.key is not None for x in values):
         return values
-    inputs = [(v, x) for v, x in zip(eqn.invars, values, strict=True) if not isinstance(x, Weight)]
+    inputs = [(v, x) for v, x in zip(eqn.invars, values, strict=True) if not isinstance(x, Parameter)]
     differs = [varies(x) if isinstance(v, jex.Literal) else ctx.said.get(v, varies(x)) for v, x in inputs]
     axes = frozenset().union(*differs)
     return [x.folded(axes) if isinstance(x, Weight) else x for x in values]
@@ -149,7 +151,7 @@ def _kept(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
         out = RULES[name].run(ctx, eqn, values)
         assert not isinstance(out, str)
         return out
-    if name in RULES and RULES[name].keeps and any(isinstance(x, Weight) for x in values):
+    if name in RULES and RULES[name].keeps and any(isinstance(x, Parameter) for x in values):
         return _use(ctx, eqn, values)
     return ctx.kept(lambda *values: _use(ctx, eqn, list(values)), *values)  # type: ignore[no-any-return]
 
@@ -157,11 +159,10 @@ def _kept(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
 def _use(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
     """The outputs of an equation: by its rule where an operand is a weight, and otherwise as it was traced."""
     name = eqn.primitive.name
-    weights = [x for x in values if isinstance(x, Weight)]
-    if not weights:
+    if not any(isinstance(x, Parameter) for x in values):
         _note(ctx, eqn, values)
         return bind(eqn, values)
-    if ctx.explicit and not calls(name) and name not in MOVED and not weights[0].probe:
+    if ctx.explicit and not calls(name) and name not in MOVED:
         return _partitioned(ctx, [eqn], lambda ctx, values: _use(ctx, eqn, values), values)
     if name not in MOVES:
         values = [x.chosen(*values) if isinstance(x, Weight) else x for x in values]
@@ -169,7 +170,7 @@ def _use(ctx: Context, eqn: Any, values: list[Any]) -> list[Any]:
     if isinstance(out, str):
         return bind(eqn, materialise(ctx, eqn, values, out))
     if ctx.tap is not None and name not in REARRANGING and not calls(name):
-        return [_altered(x, name) if isinstance(x, Weight) else x for x in out]
+        return [_altered(x, name) if isinstance(x, Parameter) else x for x in out]
     return out
 
 
@@ -177,8 +178,8 @@ def _together(ctx: Context, eqns: Sequence[Any], operands: list[list[Any]]) -> l
     """The outputs of equations that share an input, where each other operand is a weight; None: each runs alone."""
     joint = RULES[eqns[0].primitive.name].joint
     assert joint is not None
-    inputs = {id(x) for values in operands for x in values if not isinstance(x, Weight)}
-    if len(inputs) > 1 or not all(sum(isinstance(x, Weight) for x in values) == 1 for values in operands):
+    inputs = {id(x) for values in operands for x in values if not isinstance(x, Parameter)}
+    if len(inputs) > 1 or not all(sum(isinstance(x, Parameter) for x in values) == 1 for values in operands):
         return None
     with as_traced(eqns[0]):
         if ctx.explicit:
@@ -196,7 +197,7 @@ def _note(ctx: Context, eqn: Any, values: list[Any]) -> None:
         ctx.said[eqn.outvars[0]] = varies(values[0])
 
 
-def _altered(weight: Weight, name: str) -> Weight:
+def _altered(weight: Parameter, name: str) -> Parameter:
     return replace(weight, parts=tuple(part._replace(altered=name) for part in weight.parts))
 
 
@@ -221,11 +222,12 @@ def _partitioned(ctx: Context, eqns: Sequence[Any], use: Callable[[Context, Any]
     def place(x: Any, v: Any) -> Any:
         where = v.aval.sharding
         where = replicated(mesh) if where.mesh.empty else where
-        if not isinstance(x, Weight):
+        if not isinstance(x, Parameter):
             return reshard(x, where)
-        rest = replace(x, w=None)  # type: ignore[arg-type]  # None: no leaf
+        rest = replace(x, base=None)  # type: ignore[arg-type]  # None: no leaf
         rest = jax.tree.map(lambda leaf: reshard(leaf, replicated(mesh)), rest)
-        return replace(rest, w=reshard(x.w, where))
+        where = where if isinstance(x.base, Dense) else replicated(mesh)
+        return replace(rest, base=jax.tree.map(lambda leaf: reshard(leaf, where), x.base))
 
     def placed(out: Any) -> Any:
         variables = [v for eqn in eqns for v in eqn.outvars]

@@ -11,11 +11,12 @@ from jax.sharding import PartitionSpec
 from jax.tree_util import Partial
 
 from lorax_kit.arrays.placement import varies, varying
+from lorax_kit.transform.base import combined
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.interpreter.bind import bind, closed
 from lorax_kit.transform.interpreter.evaluate import evaluate, evaluate_arrays
 from lorax_kit.transform.interpreter.registry import rule
-from lorax_kit.transform.weight import Weight
+from lorax_kit.transform.weight import Parameter, Probe, Weight
 
 _FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 
@@ -49,12 +50,12 @@ def custom_derivative(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | st
     """
     jaxpr, consts = closed(eqn.params["call_jaxpr"] if "call_jaxpr" in eqn.params else eqn.params["fun_jaxpr"])
     kind = eqn.primitive.name.removesuffix("_call")
-    probed = all(x.probe for x in args if isinstance(x, Weight))
+    probed = any(isinstance(x, Probe) for x in args)
     if ctx.restores and not probed and not _ours(jaxpr):
         return f"enters a {kind}, which keeps its own derivative rule"
     trial = replace(ctx, uses={}, tape=None, tap=None)
     outs = jax.eval_shape(lambda values: evaluate(trial, jaxpr, consts, values), args)
-    if any(isinstance(x, Weight) for x in outs) or any(u.how == "materialised" for u in trial.uses.values()):
+    if any(isinstance(x, Parameter) for x in outs) or any(u.how == "materialised" for u in trial.uses.values()):
         return f"enters a {kind} that does more than multiply it"
     inside = replace(ctx, note=f"inside a {kind} whose derivative rule autodiff replaces")
     return evaluate(inside, jaxpr, consts, args)
@@ -72,28 +73,22 @@ def shard_map(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     jaxpr, consts = closed(p["jaxpr"])
 
     def spec_of(x: Any, spec: PartitionSpec) -> Any:
-        if not isinstance(x, Weight):
+        if not isinstance(x, Parameter):
             return spec
-        names = (*spec, *(None,) * (x.w.ndim - len(spec)))
+        names = (*spec, *(None,) * (x.ndim - len(spec)))
 
         def cut(factor: Any, lead: int) -> Any:
-            if factor is None:
-                return None
             owned = x.owned(factor, lead)
             return PartitionSpec(*(None,) * lead, *(n if d in owned else None for d, n in enumerate(names)))
 
-        whole: Any = None if x.scale is None else PartitionSpec()
-        key: Any = None if x.key is None else PartitionSpec()
-        rate: Any = None if x.rate is None else PartitionSpec()
-        layer: Any = None if x.layer is None else PartitionSpec()
-        w: Any = spec
-        a, b, gain = cut(x.a, 1), cut(x.b, 1), cut(x.gain, 0)
-        return replace(x, w=w, a=a, b=b, gain=gain, scale=whole, key=key, rate=rate, layer=layer)
+        whole: Any = jax.tree.map(lambda _: PartitionSpec(), x)
+        cuts = {name: cut(factor, lead) for name, (factor, lead) in x.arrays().items()}
+        return replace(whole, base=replace(whole.base, w=spec), **cuts)
 
     # Where types do not tell along which axes data vary, those count that split an array: devices draw other masks.
     split: set[str] = set()
     for x, spec in zip(args, p["in_specs"], strict=True):
-        if not isinstance(x, Weight) and not p["check_vma"]:
+        if not isinstance(x, Parameter) and not p["check_vma"]:
             split.update(name for names in spec for name in ((names,) if isinstance(names, str) else names or ()))
 
     def body(*values: Any) -> tuple[tuple[Any, ...], Any]:
@@ -103,7 +98,7 @@ def shard_map(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
         out = tuple(evaluate_arrays(replace(ctx, recompute=False), jaxpr, consts, values))
         return out, () if ctx.shards is None else ctx.shards.end()
 
-    args = [replace(x, w=x.base(), source=None) if isinstance(x, Weight) else x for x in args]
+    args = [replace(x, base=combined(x.base.array(), [x.base])) if isinstance(x, Parameter) else x for x in args]
     mapped = jax.shard_map(
         body,
         mesh=p["mesh"],
@@ -122,5 +117,5 @@ def shard_map(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
 def pvary(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     """Inside shard_map: a parameter that all devices share meets data that they do not."""
     (weight,) = args
-    axes = varies(bind(eqn, [weight.base()])[0])  # the factors may have been told before
+    axes = varies(bind(eqn, [weight.base.array()])[0])  # the factors may have been told before
     return [weight.mapped(Partial(lambda w: bind(eqn, [w])[0]), lambda x, lead: varying(x, axes), lambda dims: dims)]

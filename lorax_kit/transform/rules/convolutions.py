@@ -14,7 +14,7 @@ from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import Product
 from lorax_kit.transform.interpreter.bind import bind
 from lorax_kit.transform.interpreter.registry import rule
-from lorax_kit.transform.weight import Weight, multiplied
+from lorax_kit.transform.weight import Parameter, Probe, Weight, multiplied
 
 
 @rule("conv_general_dilated")
@@ -27,16 +27,14 @@ def conv_general_dilated(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] |
     x, weight = args
     p = eqn.params
     numbers, groups = p["dimension_numbers"], p["feature_group_count"]
-    if not isinstance(weight, Weight) or isinstance(x, Weight):
+    if not isinstance(weight, Parameter) or isinstance(x, Parameter):
         return "the input of a convolution"
     out, *ins = numbers.rhs_spec
-    if weight.probe:
-        ctx.record(weight, eqn, 1, how="factored", dims=(tuple(ins), (out,)))
-        if ctx.tap is not None and p["batch_group_count"] == 1:
-            own = tuple(sorted(ins, key=lambda d: weight.parts[0].dims[d]))
-            patches = Partial(partial(_patches, shape=weight.shape, own=own, params=dict(p)))
-            x = ctx.tapped(eqn, weight, (own, (out,), ()), x, patches)
-        return bind(eqn, [x, weight.w])
+    if isinstance(weight, Probe):
+        own = tuple(sorted(ins, key=lambda d: weight.parts[0].dims[d]))
+        patches = Partial(partial(_patches, shape=weight.shape, own=own, params=dict(p)))
+        return ctx.probed(eqn, args, 1, (own, (out,), ()), patches if p["batch_group_count"] == 1 else None)
+    assert isinstance(weight, Weight)
     if p["batch_group_count"] != 1:
         return "a convolution with batch groups"
     sides = weight.sides(ins, (out,))
@@ -46,7 +44,7 @@ def conv_general_dilated(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] |
     gain = weight.gain
     if gain is not None and weight.owned(gain, 0) - {out}:
         return "magnitudes vary along the inputs of a convolution"
-    dtype = ctx.update_dtype(x, weight.w)
+    dtype = ctx.update_dtype(x, weight.base)
     rank, outputs = down.shape[0], weight.shape[out]
     kernel = _repeated(jnp.moveaxis(jnp.squeeze(down, 1 + out), 0, out).astype(dtype), groups, out)
     u = lax.conv_general_dilated(
@@ -67,7 +65,7 @@ def conv_general_dilated(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] |
         "...gr,rgo->...go", u, up.reshape(rank, groups, outputs // groups).astype(dtype), precision=p["precision"]
     )
     update = jnp.moveaxis(update.reshape(*update.shape[:-2], outputs), -1, channel)
-    y = weight.used(Partial(lambda w, x: bind(eqn, [x, w])[0]), x, ctx.kernel)
+    y = weight.base.dot(Partial(lambda w, x: bind(eqn, [x, w])[0]), x, ctx.kernel)
     places = prod(y.shape) // outputs
     product = Product(1, places, prod(weight.shape) // outputs, outputs, rank)
     ctx.record(weight, eqn, 1, how="factored", reason=f"a convolution to {rank} channels, then 1x1", product=product)

@@ -10,9 +10,10 @@ from jax import Array
 from jax.tree_util import Partial
 
 from lorax_kit.arrays.dtypes import wide, widest
+from lorax_kit.transform.base import Dense, combined
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.interpreter.registry import rule
-from lorax_kit.transform.weight import Weight
+from lorax_kit.transform.weight import Parameter, Probe, Weight
 
 
 @rule("concatenate")
@@ -28,7 +29,7 @@ def stack(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     d = eqn.params["axis"]
 
     def spread(x: Any) -> Any:
-        if not isinstance(x, Weight):
+        if not isinstance(x, Parameter):
             return jnp.expand_dims(x, d)
         return x.mapped(
             Partial(lambda w: jnp.expand_dims(w, d)),
@@ -43,23 +44,24 @@ def stack(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
 @rule("add", "add_any", "sub")
 def add(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     """The sum of two parameters is one whose ranks add up."""
-    if not all(isinstance(x, Weight) for x in args):
+    if not all(isinstance(x, Parameter) for x in args):
         return "added to an array"
     one, two = args
     sign = -1 if eqn.primitive.name == "sub" else 1
-    w, parts = one.base() + sign * two.base(), one.parts + two.parts
-    if one.probe:
-        return [Weight(parts=parts, w=w)]
+    w, parts = one.base.array() + sign * two.base.array(), one.parts + two.parts
+    base = combined(w, (one.base, two.base))
+    if isinstance(one, Probe):
+        return [Probe(parts=parts, base=base)]
     if _unlike(args) or one.gain is not None or two.gain is not None or one.shape != two.shape:
         return "added to a parameter whose inputs and outputs lie otherwise, or that has magnitudes or dropout"
     (a1, b1), (a2, b2) = _scaled(one), _scaled(two)
     a, b = (_concatenate(pair, 0) for pair in ((a1, a2 if sign > 0 else -a2), (b1, b2)))
-    return [Weight(parts=parts, w=w, a=a, b=b, scale=jnp.ones((), jnp.float32), empty=one.empty and two.empty)]
+    return [Weight(parts=parts, base=base, a=a, b=b, scale=jnp.ones((), jnp.float32))]
 
 
 def _unlike(weights: Sequence[Weight]) -> bool:
     """Whether ranks cannot be put one below the other: other dimensions vary, or dropout masks differ."""
-    layouts = {tuple(f.shape[1:] for f in x.factors()) for x in weights}
+    layouts = {(x.a.shape[1:], x.b.shape[1:]) for x in weights}
     return len(layouts) > 1 or any(x.key is not None for x in weights)
 
 
@@ -67,26 +69,27 @@ def _kind(weight: Weight, d: int) -> str:
     """Which factors vary along a dimension: "a", "b", "both", "none", or "any" where its size is 1."""
     if weight.shape[d] == 1:
         return "any"
-    a, b = (d in weight.owned(f) for f in weight.factors())
+    a, b = (d in weight.owned(f) for f in (weight.a, weight.b))
     return "both" if a and b else "a" if a else "b" if b else "none"
 
 
-def join(args: Sequence[Any], d: int) -> Weight | str:
+def join(args: Sequence[Any], d: int) -> Parameter | str:
     """Weights, and arrays (which have no update), concatenated along dimension `d`; or why that is not possible.
 
     Where both factors vary along `d` (stacked layers or experts) both are concatenated. Where one does, the ranks
     add up: its entries lie block by block along `d`, and the other factor's rows one below the other.
     """
+    bases = [x.base if isinstance(x, Parameter) else Dense(x) for x in args]
+    base = combined(jnp.concatenate([x.array() for x in bases], d), bases)
+    parts = tuple(p for x in args if isinstance(x, Parameter) for p in x.parts)
     weights = [x for x in args if isinstance(x, Weight)]
-    w = jnp.concatenate([x.base() if isinstance(x, Weight) else x for x in args], d)
-    parts = tuple(p for x in weights for p in x.parts)
-    if all(x.probe for x in weights):
-        return Weight(parts=parts, w=w)
+    if not weights:
+        return Probe(parts=parts, base=base)
     if any(x.key is not None for x in weights):
         return "joined with others, while each has a dropout of its own"
     kinds = {_kind(x, d) for x in weights} - {"any"}
     if not kinds:  # new axes of size 1: a stack, or columns
-        kinds = {"both"} if w.ndim > 2 else {"b" if weights[0].owned(weights[0].factors()[0]) else "a"}
+        kinds = {"both"} if len(base.shape) > 2 else {"b" if weights[0].owned(weights[0].a) else "a"}
     if len(kinds) > 1 or kinds == {"none"}:
         return "joined along an axis that is an input of one and an output of another"
     pairs = _stacked(args, d) if kinds == {"both"} else _blocks(args, d, 0 if kinds == {"a"} else 1)
@@ -94,19 +97,16 @@ def join(args: Sequence[Any], d: int) -> Weight | str:
         return pairs
     return Weight(
         parts=parts,
-        w=w,
+        base=base,
         a=pairs[0],
         b=pairs[1],
         gain=_gains(args, d),
         scale=jnp.ones((), jnp.float32),
-        empty=all(isinstance(x, Weight) and x.empty for x in args),
     )
 
 
 def _scaled(weight: Weight) -> tuple[Array, Array]:
-    a, b = weight.factors()
-    assert weight.scale is not None
-    return a.astype(wide(a.dtype)) * weight.scale, b
+    return weight.a.astype(wide(weight.a.dtype)) * weight.scale, weight.b
 
 
 def _concatenate(arrays: Sequence[Array], axis: int) -> Array:
@@ -117,7 +117,7 @@ def _concatenate(arrays: Sequence[Array], axis: int) -> Array:
 
 def _stacked(args: Sequence[Any], d: int) -> tuple[Array, Array]:
     """Both factors concatenated along `d`; lower ranks are filled up with zero rows, arrays are all zero."""
-    rank = max(x.factors()[0].shape[0] for x in args if isinstance(x, Weight))
+    rank = max(x.a.shape[0] for x in args if isinstance(x, Weight))
     pairs = [_scaled(x) if isinstance(x, Weight) else (jnp.zeros((1, *(1,) * jnp.ndim(x))),) * 2 for x in args]
     out = []
     for side in (0, 1):
@@ -157,6 +157,6 @@ def _gains(args: Sequence[Any], d: int) -> Array | None:
     if not any(isinstance(x, Weight) and x.gain is not None for x in args):
         return None
     sizes = [x.shape[d] for x in args]
-    ndim = max(x.w.ndim for x in args if isinstance(x, Weight))
+    ndim = max(x.ndim for x in args if isinstance(x, Weight))
     gains = [x.gain if isinstance(x, Weight) and x.gain is not None else jnp.ones((1,) * ndim) for x in args]
     return _concatenated(gains, sizes, d)

@@ -14,10 +14,11 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jax.tree_util import Partial
 
+from lorax_kit.transform.base import Dense, Empty, Restored, combined
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.interpreter.bind import bind
 from lorax_kit.transform.interpreter.registry import rule
-from lorax_kit.transform.weight import Weight, with_base
+from lorax_kit.transform.weight import Parameter, Probe, Weight, with_base
 
 
 def _base(eqn: Any, args: Sequence[Any]) -> Partial:
@@ -57,11 +58,9 @@ def reshape(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     if eqn.params.get("dimensions") is not None:
         return "reshaped in another order than the array's own"
     runs = list(segments(weight.shape, new))
-    arrays = [] if weight.probe else [(x, 1) for x in weight.factors()]
-    arrays += [] if weight.gain is None else [(weight.gain, 0)]
-    varied = frozenset().union(*(weight.owned(x, lead) for x, lead in arrays))
-    for x, lead in arrays:
-        owned = weight.owned(x, lead)
+    each = [weight.owned(x, lead) for x, lead in weight.arrays().values()]
+    varied = frozenset().union(*each)
+    for owned in each:
         for mine, _ in runs:
             wide = {d for d in mine if weight.shape[d] > 1} & varied
             if wide & owned and wide - owned:
@@ -91,7 +90,7 @@ def reshape(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
 @rule("squeeze")
 def squeeze(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     """Dimensions of size 1 dropped."""
-    gone = {d % args[0].w.ndim for d in eqn.params["dimensions"]}
+    gone = {d % args[0].ndim for d in eqn.params["dimensions"]}
 
     def change(x: Array, lead: int) -> Array:
         return jnp.squeeze(x, tuple(lead + d for d in gone))
@@ -118,7 +117,7 @@ def broadcast_in_dim(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
 Cut = Callable[[Array, Callable[[int], bool], int], Array]
 
 
-def _cut(weight: Weight, base: Partial, cut: Cut) -> Weight:
+def _cut(weight: Parameter, base: Partial, cut: Cut) -> Parameter:
     """A weight whose entries were chosen along each dimension; `cut(x, varies, lead)` does it to a factor."""
 
     def change(x: Array, lead: int) -> Array:
@@ -132,7 +131,7 @@ def _cut(weight: Weight, base: Partial, cut: Cut) -> Weight:
 def slice_(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     """A static slice."""
     p = eqn.params
-    strides = p["strides"] or (1,) * args[0].w.ndim
+    strides = p["strides"] or (1,) * args[0].ndim
 
     def cut(x: Array, varies: Callable[[int], bool], lead: int) -> Array:
         spans = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
@@ -146,7 +145,7 @@ def slice_(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
 def dynamic_slice(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     """A slice whose start is computed: one layer of a stack, say."""
     weight, starts = args[0], args[1:]
-    if not isinstance(weight, Weight) or any(isinstance(x, Weight) for x in starts):
+    if not isinstance(weight, Parameter) or any(isinstance(x, Parameter) for x in starts):
         return "used as indices"
     sizes = eqn.params["slice_sizes"]
 
@@ -209,18 +208,19 @@ def rev(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
 def pad(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     """Entries added around or between: the update there is zero, whatever the base is given."""
     weight, config = args[0], eqn.params["padding_config"]
-    if not isinstance(weight, Weight):
+    if not isinstance(weight, Parameter):
         return "used as the value of padding"
     padded = {d for d, (low, high, inner) in enumerate(config) if low or high or inner}
     zero = isinstance(eqn.invars[1], jex.Literal) and float(eqn.invars[1].val) == 0
-    weight = replace(weight, empty=weight.empty and zero)  # what is known only when it runs may not be zero
+    if isinstance(weight.base, Empty) and not zero:  # what is known only when it runs may not be zero
+        weight = replace(weight, base=Dense(weight.base.w))
     base = _padded(args[1], config)
-    if weight.probe:
+    if isinstance(weight, Probe):
         return [weight.rebased(base)]
-    a, b = weight.factors()
+    assert isinstance(weight, Weight)
     if weight.gain is not None or any(weight.shape[d] == 1 for d in padded):
         return "padded under magnitudes, or along an axis of size 1"
-    if not padded <= weight.owned(a) | weight.owned(b):
+    if not padded <= weight.owned(weight.a) | weight.owned(weight.b):
         return "padded along an axis it was broadcast to"
 
     def cut(x: Array, varies: Callable[[int], bool], lead: int) -> Array:
@@ -246,15 +246,17 @@ def _padded(value: Any, config: Any) -> Partial:
 def moved(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     """To another place of the same mesh, or to another kind of its axes; factors then lie on all devices."""
     (weight,) = args
-    w = bind(eqn, [weight.w])[0]
-    rest = jax.tree.map(lambda x: jax.sharding.reshard(x, PartitionSpec()), replace(weight, w=None, source=None))
-    return [replace(rest, w=w)]
+    base = weight.base.changed(Partial(lambda w: bind(eqn, [w])[0]))
+    rest = jax.tree.map(lambda x: jax.sharding.reshard(x, PartitionSpec()), replace(weight, base=None))
+    return [replace(rest, base=base)]
 
 
 @rule("copy", "copy_p", "sharding_constraint", "optimization_barrier")
 def passed_on(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     """Operations that change nothing about the values."""
-    if any(isinstance(x, Weight) and isinstance(x.w, jax.ShapeDtypeStruct) for x in args):
+    bases = [x.base if isinstance(x, Parameter) else Dense(x) for x in args]
+    if any(isinstance(x, Restored) for x in bases):
         return args
-    out = bind(eqn, [x.w if isinstance(x, Weight) else x for x in args])
-    return [replace(x, w=y) if isinstance(x, Weight) else y for x, y in zip(args, out, strict=True)]
+    out = bind(eqn, [x.array() for x in bases])
+    pairs = zip(args, out, strict=True)
+    return [replace(x, base=combined(y, [x.base])) if isinstance(x, Parameter) else y for x, y in pairs]

@@ -8,15 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 
 from lorax_kit.errors import PlanError
+from lorax_kit.transform.base import Base
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.interpreter.bind import closed
 from lorax_kit.transform.interpreter.evaluate import evaluate, evaluate_arrays, materialise
 from lorax_kit.transform.interpreter.registry import rule
-from lorax_kit.transform.source import Source
-from lorax_kit.transform.weight import Weight
+from lorax_kit.transform.weight import Parameter, Probe, Weight
 
 
 def _carried(args: Sequence[Any], jaxpr: Any, first: int, loop: str) -> list[bool]:
@@ -33,13 +33,13 @@ def _carried(args: Sequence[Any], jaxpr: Any, first: int, loop: str) -> list[boo
     held = []
     for i, x in enumerate(args):
         same = jaxpr.outvars[i] is jaxpr.invars[first + i]
-        if isinstance(x, Weight) and not same:
+        if isinstance(x, Parameter) and not same:
             paths = ", ".join(repr(part.path) for part in x.parts)
             raise PlanError(
                 f"{paths} is carried through a {loop} that changes it, which no fixed low-rank update follows.\n"
                 "  pass the parameter to the loop as a constant, or exclude it"
             )
-        held.append(isinstance(x, Weight))
+        held.append(isinstance(x, Parameter))
     return held
 
 
@@ -54,47 +54,30 @@ def _whole(carry: Sequence[Any], held: list[bool], moving: Any) -> list[Any]:
     return [x if h else next(queue) for h, x in zip(held, carry, strict=True)]
 
 
-def _per_step(weight: Weight) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A weight scanned over its leading dimension: (arrays with that dimension first, arrays without it)."""
+def _cut(weight: Parameter) -> tuple[tuple[dict[str, Any], Base | None], dict[str, Any]]:
+    """A weight scanned over its leading dimension: ((arrays and base with that dimension first), what has none)."""
     n = weight.shape[0]
-    source = weight.source
+    base, fixed_base = weight.base.layers()
     scanned: dict[str, Any] = {}
-    fixed: dict[str, Any] = {"scale": weight.scale, "rate": weight.rate, "source": None}
-    arrays: dict[str, tuple[Array | None, int]] = {
-        "a": (weight.a, 1),
-        "b": (weight.b, 1),
-        "gain": (weight.gain, 0),
-    }
-    if weight.empty:
-        fixed["w"] = weight.base()[0]  # an array of zeros for all layers would take their memory
-    elif source is not None and not source.steps and source.quantised.ndim > 2:
-        scanned["source"] = source
-        del fixed["source"]
-        fixed["w"] = jax.ShapeDtypeStruct(weight.shape[1:], weight.w.dtype)
-    else:
-        arrays["w"] = (weight.base(), 0)
-    for name, (x, lead) in arrays.items():
-        if x is None:
-            fixed[name] = None
-        elif x.shape[lead] == n:
+    fixed: dict[str, Any] = {} if fixed_base is None else {"base": fixed_base}
+    for name, (x, lead) in weight.arrays().items():
+        if x.shape[lead] == n:
             scanned[name] = jnp.moveaxis(x, lead, 0)
         else:
             fixed[name] = jnp.squeeze(x, lead)
-    if weight.key is not None:
+    if isinstance(weight, Weight) and weight.key is not None:
         scanned["key"] = jax.random.split(weight.key, n)
-    if weight.probe:
+    if isinstance(weight, Probe):
         steps = jnp.arange(n)
         scanned["layer"] = steps if weight.layer is None else weight.layer * n + steps
-    return scanned, fixed
+    return (scanned, base), fixed
 
 
-def _one_step(weight: Weight, arrays: dict[str, Any]) -> Weight:
+def _one_step(weight: Parameter, now: tuple[dict[str, Any], Base | None], fixed: dict[str, Any]) -> Parameter:
     """Inside the scan: one layer's weight, its leading dimension consumed."""
+    arrays, base = now
     parts = tuple(part._replace(dims=part.dims[1:]) for part in weight.parts)
-    source = arrays["source"]
-    if source is not None:
-        arrays["source"] = Source(replace(source.quantised, shape=source.quantised.shape[1:]))
-    return replace(weight, parts=parts, **arrays)
+    return replace(weight, parts=parts, **{"base": base, **fixed, **arrays})
 
 
 @rule("scan", calls=True)
@@ -105,11 +88,11 @@ def scan(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
     consts, carry, xs = args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
     held = _carried(carry, jaxpr, n_consts, "scan")
     inside = replace(ctx, repeats=ctx.repeats * eqn.params["length"])
-    pieces: list[tuple[Any, dict[str, Any]]] = [_per_step(x) if isinstance(x, Weight) else (x, {}) for x in xs]
+    pieces: list[tuple[Any, dict[str, Any]]] = [_cut(x) if isinstance(x, Parameter) else (x, {}) for x in xs]
 
     def body(moving: list[Any], slices: list[Any]) -> tuple[Any, Any]:
         layer = [
-            _one_step(x, {**fixed, **now}) if isinstance(x, Weight) else now
+            _one_step(x, now, fixed) if isinstance(x, Parameter) else now
             for x, (_, fixed), now in zip(xs, pieces, slices, strict=True)
         ]
         out = evaluate(inside, jaxpr, jaxpr_consts, [*consts, *_whole(carry, held, moving), *layer])
@@ -118,7 +101,7 @@ def scan(ctx: Context, eqn: Any, args: list[Any]) -> list[Any]:
         return materialise(inside, "output", carried, reason), materialise(inside, "output", out[n_carry:], reason)
 
     options = {k: eqn.params[k] for k in ("reverse", "unroll", "_split_transpose") if k in eqn.params}
-    scanned = [arrays for arrays, _ in pieces]
+    scanned = [cut for cut, _ in pieces]
     moved, ys = lax.scan(body, _moving(carry, held), scanned, length=eqn.params["length"], **options)
     return [*_whole(carry, held, moved), *ys]
 

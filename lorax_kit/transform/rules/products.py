@@ -12,12 +12,13 @@ from jax import Array, lax
 from jax.tree_util import Partial
 
 from lorax_kit.arrays.placement import alike
+from lorax_kit.transform.base import Dense, Empty, Restored
 from lorax_kit.transform.context import Context
 from lorax_kit.transform.cost import Facts, Product, choose
 from lorax_kit.transform.interpreter.bind import bind
 from lorax_kit.transform.interpreter.registry import joint, rule
 from lorax_kit.transform.kernels import Operand, Operands, lowrank_updates, plain_updates
-from lorax_kit.transform.weight import Weight, multiplied
+from lorax_kit.transform.weight import Parameter, Probe, Weight, multiplied
 
 Dims = tuple[int, ...]
 
@@ -40,14 +41,14 @@ class Arrangement(NamedTuple):
     left: bool
 
 
-def _arranged(eqn: Any, args: Sequence[Any]) -> tuple[Weight, Array, Arrangement]:
-    left = isinstance(args[0], Weight)
+def _arranged(eqn: Any, args: Sequence[Any]) -> tuple[Any, Array, Arrangement]:
+    left = isinstance(args[0], Parameter)
     side = 0 if left else 1
     weight, x = args[side], args[1 - side]
     contracting, batch = eqn.params["dimension_numbers"]
     contract, x_contract = contracting[side], contracting[1 - side]
     own, other = batch[side], batch[1 - side]
-    free = tuple(d for d in range(weight.w.ndim) if d not in (*contract, *own))
+    free = tuple(d for d in range(weight.ndim) if d not in (*contract, *own))
     x_free = tuple(d for d in range(x.ndim) if d not in (*x_contract, *other))
     return weight, x, Arrangement(contract, own, free, x_contract, other, x_free, left)
 
@@ -55,18 +56,15 @@ def _arranged(eqn: Any, args: Sequence[Any]) -> tuple[Weight, Array, Arrangement
 @rule("dot_general", keeps=True)
 def dot_general(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     """x W' with any dimension numbers, W' on either side."""
-    if all(isinstance(v, Weight) for v in args):
+    if all(isinstance(v, Parameter) for v in args):
         return "multiplied with another adapted parameter"
     weight, x, at = _arranged(eqn, args)
-    if weight.probe:
+    if isinstance(weight, Probe):
         if not at.contract or not at.free:
             return "an outer or inner product leaves no input or no output axes"
-        ctx.record(weight, eqn, 0 if at.left else 1, how="factored", dims=(at.contract, at.free))
-        if ctx.tap is not None:
-            own = _in_own_order(weight, at)
-            inputs = Partial(partial(_inputs_of, at=own))
-            x = ctx.tapped(eqn, weight, (own.contract, own.free, own.batch), x, inputs)
-        return bind(eqn, [weight.w, x] if at.left else [x, weight.w])
+        own = _in_own_order(weight, at)
+        dims = (own.contract, own.free, own.batch)
+        return ctx.probed(eqn, args, 0 if at.left else 1, dims, Partial(partial(_inputs_of, at=own)))
     scaled = _scaled(weight, at)
     if scaled == "both":
         return "magnitudes vary along inputs and outputs"
@@ -86,13 +84,13 @@ def dot_generals(ctx: Context, eqns: list[Any], args: list[list[Any]]) -> list[A
     """Products of one x with several weights (q, k and v) at once; None where each should run alone."""
     arranged = [_arranged(eqn, pair) for eqn, pair in zip(eqns, args, strict=True)]
     weights, x, ats = [w for w, _, _ in arranged], arranged[0][1], [at for _, _, at in arranged]
-    if any(w.probe or w.key is not None or _scaled(w, at) in ("inputs", "both") for w, _, at in arranged):
+    if any(isinstance(w, Probe) or w.key is not None or w.adapter is not None for w in weights):
         return None
-    if any(w.adapter is not None for w in weights):
+    if any(_scaled(w, at) in ("inputs", "both") for w, _, at in arranged):
         return None
     operands = [_operand(w, at) for w, at in zip(weights, ats, strict=True)]
     products = [_product(w, x, at) for w, at in zip(weights, ats, strict=True)]
-    alone = len({(w.w.dtype, w.empty, w.source is None) for w in weights}) > 1
+    alone = len({(w.base.dtype, type(w.base)) for w in weights}) > 1
     if alone or any(o is None for o in operands) or not ctx.together(products):
         return None
     ys = _matrices(ctx, eqns, weights, [o for o in operands if o is not None], x, ats)
@@ -130,7 +128,7 @@ def _sizes(shape: tuple[int, ...], dims: Dims) -> Dims:
 
 def _product(weight: Weight, x: Array, at: Arrangement) -> Product:
     k, n, s = (prod(_sizes(weight.shape, dims)) for dims in (at.contract, at.free, at.batch))
-    return Product(s, prod(_sizes(x.shape, at.x_free)), k, n, weight.factors()[0].shape[0])
+    return Product(s, prod(_sizes(x.shape, at.x_free)), k, n, weight.a.shape[0])
 
 
 def _operand(weight: Weight, at: Arrangement) -> Operand | None:
@@ -148,14 +146,9 @@ def _operand(weight: Weight, at: Arrangement) -> Operand | None:
         order = (0, *(1 + d for d in (*at.batch, *mine, *others)))
         return lax.reshape(_transposed(f, order), (f.shape[0], *lead, prod(_sizes(weight.shape, mine))))
 
-    assert weight.scale is not None
-    return Operand(
-        # No kernel reads the base of a quantised parameter: `Weight.used` does.
-        _matrix_of(weight.base(), weight.shape, at) if weight.source is None else jnp.zeros((0,), weight.w.dtype),
-        matrix(down, at.contract, at.free),
-        matrix(up, at.free, at.contract),
-        weight.scale,
-    )
+    base = weight.base  # no kernel reads one that is restored: `Restored.dot` does
+    w = jnp.zeros((0,), base.dtype) if isinstance(base, Restored) else _matrix_of(base.w, weight.shape, at)
+    return Operand(w, matrix(down, at.contract, at.free), matrix(up, at.free, at.contract), weight.scale)
 
 
 def _matrix_of(w: Array, shape: Dims, at: Arrangement) -> Array:
@@ -164,7 +157,7 @@ def _matrix_of(w: Array, shape: Dims, at: Arrangement) -> Array:
     return lax.reshape(w, (s, k, n) if at.batch else (k, n))
 
 
-def _in_own_order(weight: Weight, at: Arrangement) -> Arrangement:
+def _in_own_order(weight: Probe, at: Arrangement) -> Arrangement:
     """The same arrangement, with contracted and batched dimensions in the order of the parameter's axes."""
 
     def ordered(dims: Dims, others: Dims) -> tuple[Dims, Dims]:
@@ -199,12 +192,12 @@ def _matrices(
     eqn, at = eqns[0], ats[0]
     products = [_product(weight, x, one) for weight, one in zip(weights, ats, strict=True)]
     x3 = _inputs_of(x, at)
-    out_dtype, w_dtype = eqn.outvars[0].aval.dtype, weights[0].w.dtype
-    dtype = ctx.update_dtype(x, weights[0].w)
-    dropout, empty, quantised = weights[0].key is not None, weights[0].empty, weights[0].source is not None
+    out_dtype, w_dtype = eqn.outvars[0].aval.dtype, weights[0].base.dtype
+    dtype = ctx.update_dtype(x, weights[0].base)
+    base, dropout = weights[0].base, weights[0].key is not None
     one_dtype = dtype == x.dtype == w_dtype == out_dtype
     rounds = "" if one_dtype and jnp.finfo(dtype).bits >= 32 else str(w_dtype)
-    facts = Facts(ctx.kernel, ctx.trials, empty, quantised, dropout, rounds)
+    facts = Facts(ctx.kernel, ctx.trials, isinstance(base, Empty), isinstance(base, Restored), dropout, rounds)
     how, why = choose(products[0]._replace(outputs=sum(p.outputs for p in products)), ctx.costs, facts)
     if len(weights) > 1:
         why = f"{why}; in one product with {len(weights) - 1} more that read the same input"
@@ -213,12 +206,12 @@ def _matrices(
 
     precision = eqn.params["precision"]
     cast = tuple(Operand(o.w, *(_as(x, dtype) for x in o[1:])) for o in operands)
-    if one_dtype and not (dropout or quantised or empty):
+    if one_dtype and not dropout and type(base) is Dense:
         ys: Sequence[Array] = ctx.product(how, *alike((x3, cast)), precision)
     else:
         dims = (((x3.ndim - 1,), (x3.ndim - 2,)), ((0,), (0,)) if at.batch else ((), ()))
 
-        def base(w: Array, x: Array, shape: Dims, own: Arrangement) -> Array:
+        def with_base(w: Array, x: Array, shape: Dims, own: Arrangement) -> Array:
             w = _matrix_of(w, shape, own)
             return lax.dot_general(x, w, dims, precision=precision, preferred_element_type=out_dtype)
 
@@ -227,7 +220,8 @@ def _matrices(
             dropped = weights[0].dropped(x3.astype(dtype))
             updates = (plain_updates if how == "plain" else lowrank_updates)(*alike((dropped, bare)), precision)
             return [
-                weight.used(Partial(partial(base, shape=weight.shape, own=own)), x3, how) + update.astype(out_dtype)
+                weight.base.dot(Partial(partial(with_base, shape=weight.shape, own=own)), x3, how)
+                + update.astype(out_dtype)
                 for weight, own, update in zip(weights, ats, updates, strict=True)
             ]
 
@@ -248,12 +242,12 @@ def _in_order(y: Array, weight: Weight, x: Array, at: Arrangement) -> Array:
 def _einsum(ctx: Context, eqn: Any, weight: Weight, x: Array, at: Arrangement) -> Array:
     """Factors in any position: x with the one that is contracted more, then with the other."""
     letters = iter("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXY")
-    of_w = {d: next(letters) for d in range(weight.w.ndim)}
+    of_w = {d: next(letters) for d in range(weight.ndim)}
     of_x = {d: next(letters) for d in at.x_free}
     of_x |= dict(zip((*at.x_contract, *at.x_batch), (of_w[d] for d in (*at.contract, *at.batch)), strict=True))
     out = eqn.outvars[0].aval
-    dtype = ctx.update_dtype(x, weight.w)
-    first, second = sorted(weight.factors(), key=lambda f: -len(weight.owned(f) & set(at.contract)))
+    dtype = ctx.update_dtype(x, weight.base)
+    first, second = sorted((weight.a, weight.b), key=lambda f: -len(weight.owned(f) & set(at.contract)))
 
     def named(f: Array) -> tuple[str, Array]:
         owned = sorted(weight.owned(f))
@@ -274,7 +268,7 @@ def _einsum(ctx: Context, eqn: Any, weight: Weight, x: Array, at: Arrangement) -
     reason = "contracted along other axes than the plan's inputs or outputs"
     operand = 0 if at.left else 1
     ctx.record(weight, eqn, operand, how="factored", reason=reason, product=_product(weight, x, at))
-    base = weight.used(Partial(lambda w, x: bind(eqn, [w, x] if at.left else [x, w])[0]), x, ctx.kernel)
+    base = weight.base.dot(Partial(lambda w, x: bind(eqn, [w, x] if at.left else [x, w])[0]), x, ctx.kernel)
     return base + update.astype(out.dtype)
 
 
@@ -282,22 +276,22 @@ def _einsum(ctx: Context, eqn: Any, weight: Weight, x: Array, at: Arrangement) -
 def ragged_dot(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     """Rows of x in groups, each times the matrix of its own expert."""
     x, weight, sizes = args[:3]
-    if isinstance(x, Weight) or not isinstance(weight, Weight) or isinstance(sizes, Weight):
+    if isinstance(x, Parameter) or not isinstance(weight, Parameter) or isinstance(sizes, Parameter):
         return "the rows or the sizes of a ragged product"
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     usual = (((1,), (1,)), ((), ()))
     dims = tuple(tuple(tuple(d) for d in pair) for pair in numbers.dot_dimension_numbers)
     if dims != usual or list(numbers.lhs_ragged_dimensions) != [0] or list(numbers.rhs_group_dimensions) != [0]:
         return "a ragged product in another layout than (m, k), (g, k, n)"
-    if weight.probe:
-        ctx.record(weight, eqn, 1, how="factored", dims=((1,), (2,)))
-        return bind(eqn, [x, weight.w, *args[2:]])
+    if isinstance(weight, Probe):
+        return ctx.probed(eqn, args, 1, ((1,), (2,), (0,)), None)
+    assert isinstance(weight, Weight)
     sides = weight.sides((1,), (2,), stack=(0,))
     if sides is None:
         return "the plan's inputs and outputs are not those of the ragged product"
     if weight.gain is not None:
         return "magnitudes of experts in a ragged product"
-    dtype = ctx.update_dtype(x, weight.w)
+    dtype = ctx.update_dtype(x, weight.base)
     down, up = sides[0][..., 0], sides[1][:, :, 0]
     product = Product(1, x.shape[0], weight.shape[1], weight.shape[2], down.shape[0])
     ctx.record(weight, eqn, 1, how="factored", reason="by expert", product=product)
@@ -307,5 +301,5 @@ def ragged_dot(ctx: Context, eqn: Any, args: list[Any]) -> list[Any] | str:
     up = jnp.transpose(up, (1, 0, 2)).astype(dtype)
     update = lax.ragged_dot(u * jnp.asarray(weight.scale, dtype), up, sizes, precision=precision)
     product_of = Partial(lambda *values: bind(eqn, [values[-1], values[-2], *values[:-2]])[0], *args[2:])
-    y = weight.used(product_of, x, ctx.kernel)
+    y = weight.base.dot(product_of, x, ctx.kernel)
     return [y + update.astype(y.dtype)]

@@ -1,0 +1,57 @@
+"""The three kinds of base do the same, each its own way."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.tree_util import Partial
+
+import lorax_kit as lk
+from lorax_kit.transform.base import Dense, Empty, Restored, base_of, combined
+from tests.draws import draw
+
+
+def bases(*shape):
+    w = draw(0, *shape)
+    return [Dense(w), Empty(jnp.zeros(shape)), base_of(lk.quantize({"w": w}, ["w"], "int8", block=2)["w"])]
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_a_changed_base_is_multiplied_as_the_changed_array(kind):
+    base = bases(4, 6)[kind]
+    x, turned = draw(1, 3, 6), base.changed(Partial(lambda s, w: s * w.T, jnp.float32(3)))
+    want = x @ (3 * np.asarray(base.array())).T
+    for kernel in ("auto", "plain"):
+        y, dx = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(turned.dot(Partial(lambda w, x: x @ w), x, kernel))))(x)  # noqa: B023
+        np.testing.assert_allclose(y, np.sin(want).sum(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(dx, np.cos(want) @ (3 * np.asarray(base.array())), rtol=1e-5, atol=1e-5)
+    assert (turned.shape, turned.dtype) == ((6, 4), jnp.float32)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("fill", [None, 2.0])
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_entries_looked_up_are_those_of_the_array(kind, fill, axis):
+    base, at = bases(5, 6)[kind], jnp.asarray([4, 0, 9])
+    mode = "clip" if fill is None else "fill"
+    take = Partial(lambda w: jnp.take(w, at, axis=axis, mode=mode, fill_value=fill))
+    picked = base.entries(take, axis, at if axis == 0 else None, fill)
+    np.testing.assert_array_equal(picked.array(), take(base.array()))
+    assert isinstance(picked, Empty) == (kind == 1)
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_a_scan_over_layers_sees_each_layer(kind):
+    base = bases(3, 4, 6)[kind]
+    cut, given = base.layers()
+    _, seen = lax.scan(lambda c, now: (c, (given if now is None else now).array()), 0, cut, length=3)
+    np.testing.assert_allclose(seen, base.array(), rtol=1e-6)
+
+
+def test_only_a_sum_of_empty_bases_is_empty():
+    dense, empty, restored = bases(2, 2)
+    assert isinstance(restored, Restored)
+    w = jnp.zeros((2, 2))
+    assert type(combined(w, [empty, empty])) is Empty
+    assert type(combined(w, [empty, dense])) is type(combined(w, [restored])) is Dense
