@@ -9,7 +9,7 @@ from jax.tree_util import Partial
 
 import lorax_kit as lk
 from lorax_kit.transform.base import Dense, Empty, Restored, base_of, combined
-from tests.draws import draw
+from tests.draws import draw, moved
 
 
 def bases(*shape):
@@ -55,3 +55,18 @@ def test_only_a_sum_of_empty_bases_is_empty():
     w = jnp.zeros((2, 2))
     assert type(combined(w, [empty, empty])) is Empty
     assert type(combined(w, [empty, dense])) is type(combined(w, [restored])) is Dense
+
+
+def test_a_quantised_parameter_that_a_recomputed_block_makes_has_its_gradient():
+    """Tiled between two products: what the block keeps is a weight, whose functions differ each time it is made."""
+    params, x = {"w": draw(0, 3, 4), "u": draw(1, 4, 4)}, draw(2, 5, 6)
+    fn = lambda p, x: jnp.tanh(jnp.tanh(x) @ jnp.tile(p["w"], (2, 1))) @ p["u"]  # noqa: E731
+    plan = lk.resolve(lk.Spec({"*": lk.LoRA(rank=1)}), params, fn, x)
+    base, factors = lk.split(params, plan, jax.random.key(0))
+    base = lk.quantize(base, ["w"], "int8", block=2)
+    ours, theirs = (
+        jax.grad(lambda f: jnp.sum(adapted(base, f, x)))(moved(factors))  # noqa: B023
+        for adapted in (lk.adapt(fn, plan), lk.adapt(fn, plan, recompute=False))
+    )
+    for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)

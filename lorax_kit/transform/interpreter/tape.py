@@ -123,7 +123,8 @@ def _known_fwd(run: Run, out: Any, args: Any) -> tuple[Any, Any]:
 
 
 def _known_bwd(run: Run, args: Any, g: Any) -> tuple[None, Any]:
-    return None, tuple(jax.vjp(run, *args)[1](g))
+    # By leaves: a quantised weight among the results holds other functions each time it is made.
+    return None, tuple(jax.vjp(lambda *args: jax.tree.leaves(run(*args)), *args)[1](jax.tree.leaves(g)))
 
 
 _known.defvjp(_known_fwd, _known_bwd)
