@@ -40,7 +40,7 @@ from lorax_kit.commands import Healing, Recipe, sentiment_subject, text_subject
 from lorax_kit.commands.compress.comparison import Comparison, compare
 from lorax_kit.commands.compress.methods import smaller, statistics_for
 from lorax_kit.problems import Sentiment
-from lorax_kit.report.compression import comparison_table, write_comparison
+from lorax_kit.report.pages.compression import comparison_table, write_comparison
 
 OUT = Path("runs/compression")
 SEEDS = range(5)

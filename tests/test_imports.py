@@ -53,7 +53,7 @@ JOINS = {"generate", "__init__", "__main__", "cli", "benchmarks", "commands", "d
 ONE_FILE = {
     "click": {file.relative_to(ROOT).with_suffix("").as_posix() for file in (ROOT / "cli").rglob("[a-z]*.py")},
     "jinja2": {"report/pages/html", "models/text/chat"},
-    "matplotlib": {"report/figures/canvas"},
+    "matplotlib": {"report/plots"},
     "optuna": {"study/search"},
     "ray": {"study/running/cluster"},
     "tensorboard": {"study/trackers"},
@@ -174,7 +174,7 @@ def test_a_study_needs_no_extra(tmp_path):
     ("module", "extra"),
     [
         ("lorax_kit.models", "models"),
-        ("lorax_kit.report.figures.canvas", "report"),
+        ("lorax_kit.report.plots", "report"),
         ("lorax_kit.report.pages.html", "report"),
         ("lorax_kit.cli", "cli"),
     ],

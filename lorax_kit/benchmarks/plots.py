@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorax_kit.report.figures.canvas import (
+from lorax_kit.report.plots import (
     MARKERS,
     OKABE_ITO,
     QUIET,

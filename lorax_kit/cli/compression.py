@@ -155,7 +155,7 @@ def compress(
 
 def _compare(subject: Any, comparison: Any, rounds: int, out: str, as_json: bool) -> None:
     from lorax_kit.commands.compress.comparison import RowFailed, compare
-    from lorax_kit.report.compression import comparison_table, write_comparison
+    from lorax_kit.report.pages.compression import comparison_table, write_comparison
     from lorax_kit.report.run_folder import RunFolderError
 
     command = shlex.join(["lorax-kit", *sys.argv[1:]])

@@ -257,8 +257,8 @@ def report(run_folders: tuple[str, ...], out: str | None, margin: float | None, 
     """
     from lorax_kit.report import read_run, summary_table, write_report, write_side_by_side
     from lorax_kit.report.claims import not_inferior_text
-    from lorax_kit.report.compression import comparison_table, read_rows, write_comparison
     from lorax_kit.report.conditions import summarise
+    from lorax_kit.report.pages.compression import comparison_table, read_rows, write_comparison
     from lorax_kit.report.tables.together import together_rows, together_table
     from lorax_kit.report.together import read_together
 

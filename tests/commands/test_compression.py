@@ -22,7 +22,7 @@ from lorax_kit.core.quantised import Quantised
 from lorax_kit.data import Plays
 from lorax_kit.files.staging import sole_writer
 from lorax_kit.problems.parts.layers import fewer_layers
-from lorax_kit.report.compression import COLUMNS, comparison_table, front, lines_of, write_comparison
+from lorax_kit.report.pages.compression import COLUMNS, comparison_table, front, lines_of, write_comparison
 from lorax_kit.report.run_folder import RunFolderError
 from tests.models import llama_files
 

@@ -14,7 +14,7 @@ from lorax_kit.commands.compress.comparison import Comparison, compare
 from lorax_kit.commands.compress.compression import load_small
 from lorax_kit.files.lines import read_lines
 from lorax_kit.report import read_run
-from lorax_kit.report.compression import read_rows
+from lorax_kit.report.pages.compression import read_rows
 from lorax_kit.serve import load_stablehlo, load_tensors, save_stablehlo, save_tensors
 from lorax_kit.study.folder.store import RunStore
 from lorax_kit.training import saved

@@ -10,7 +10,7 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.commands import subject_of
 from lorax_kit.commands.compress.comparison import compare
-from lorax_kit.report.compression import read_rows
+from lorax_kit.report.pages.compression import read_rows
 from tests import tiny
 from tests.faults import made
 from tests.faults.processes import Process, command

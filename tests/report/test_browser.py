@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lorax_kit.report import write_side_by_side
-from lorax_kit.report.parameters import write_parameters
+from lorax_kit.report.pages.parameters import write_parameters
 from tests.report import fake_run
 from tests.report.browser import CHROMIUM, Browser
 

@@ -2,7 +2,7 @@
 
 import re
 
-from lorax_kit.report.parameters import tree, write_parameters
+from lorax_kit.report.pages.parameters import tree, write_parameters
 
 FOUND = {
     "model": "a <b>model</b>",

@@ -1,6 +1,5 @@
 """The fit loop: epochs, validation, early stop, a log a program can read, and failures that say where."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

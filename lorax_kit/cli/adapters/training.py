@@ -159,7 +159,7 @@ def inspect(
         what = setting_of(**setting) if spec == "all-linear" else Spec.from_json(Path(spec).read_bytes())
     data, shown = inspect_model(model, what, batch_size, tokens, quantise)
     if html is not None:
-        from lorax_kit.report.parameters import write_parameters
+        from lorax_kit.report.pages.parameters import write_parameters
 
         write_parameters(html, data)
     if as_json:

@@ -23,7 +23,7 @@ from lorax_kit.files.lines import append, cut_to_lines
 from lorax_kit.files.staging import clear_stale, refuse_existing, replace_file, sole_writer
 from lorax_kit.files.writing import writing
 from lorax_kit.json_text import first_difference, read_json, sealed_json
-from lorax_kit.report.compression import read_rows
+from lorax_kit.report.pages.compression import read_rows
 from lorax_kit.report.run_folder import RunFolderError
 from lorax_kit.version import __version__
 

@@ -8,12 +8,12 @@ from functools import partial
 
 from lorax_kit.report.conditions import Summary
 from lorax_kit.report.figures.by_rank import cost_by_rank, metric_by_rank, rate_by_rank
-from lorax_kit.report.figures.canvas import Plot, render
 from lorax_kit.report.figures.deltas import effective_rank_by_site, overlap_by_rank, singular_values
 from lorax_kit.report.figures.forgetting import forgetting_by_rank, intruders_by_rank
 from lorax_kit.report.figures.methods import methods
 from lorax_kit.report.figures.pareto import quality_by_cost
 from lorax_kit.report.figures.training import loss_curves
+from lorax_kit.report.plots import Plot, render
 
 STALE = ("metric_by_parameters",)
 """Figures of earlier versions, whose files are removed."""

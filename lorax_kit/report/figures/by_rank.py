@@ -7,7 +7,9 @@ import math
 import numpy as np
 
 from lorax_kit.report.conditions import Summary
-from lorax_kit.report.figures.canvas import (
+from lorax_kit.report.figures.marks import Made, choice, draw_interval, draw_probe, methods_used
+from lorax_kit.report.figures.series import rate_map
+from lorax_kit.report.plots import (
     Axes,
     canvas,
     colour_bar,
@@ -19,8 +21,6 @@ from lorax_kit.report.figures.canvas import (
     rank_axis,
     write_cells,
 )
-from lorax_kit.report.figures.marks import Made, choice, draw_interval, draw_probe, methods_used
-from lorax_kit.report.figures.series import rate_map
 from lorax_kit.report.tables.text import bytes_text, count_text
 
 

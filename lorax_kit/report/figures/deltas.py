@@ -7,7 +7,9 @@ import math
 import numpy as np
 
 from lorax_kit.report.conditions import Summary
-from lorax_kit.report.figures.canvas import (
+from lorax_kit.report.figures.marks import Made, whose
+from lorax_kit.report.figures.series import effective_ranks, mean_overlaps, mean_spectra, short_names
+from lorax_kit.report.plots import (
     canvas,
     colour_bar,
     heat_map,
@@ -17,8 +19,6 @@ from lorax_kit.report.figures.canvas import (
     rank_colour,
     write_cells,
 )
-from lorax_kit.report.figures.marks import Made, whose
-from lorax_kit.report.figures.series import effective_ranks, mean_overlaps, mean_spectra, short_names
 
 
 def singular_values(summary: Summary) -> Made:

@@ -9,9 +9,9 @@ import numpy as np
 
 from lorax_kit.analysis.statistics.conditions import interval
 from lorax_kit.report.conditions import Condition, Summary
-from lorax_kit.report.figures.canvas import Axes, canvas, family_style, legend_below, rank_axis
 from lorax_kit.report.figures.marks import Made, whose
 from lorax_kit.report.measure import Measure
+from lorax_kit.report.plots import Axes, canvas, family_style, legend_below, rank_axis
 from lorax_kit.report.run_folder import Record
 
 ARMS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lorax_kit.report.conditions import Condition, Summary
-from lorax_kit.report.figures.canvas import QUIET, Axes, Figure
+from lorax_kit.report.plots import QUIET, Axes, Figure
 
 Made = tuple[Figure, str] | str
 """A figure and its caption, or a sentence that says why there is nothing to draw."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lorax_kit.report.claims import methods_compared
 from lorax_kit.report.conditions import Summary
-from lorax_kit.report.figures.canvas import QUIET, canvas, family_style
 from lorax_kit.report.figures.marks import Made, methods_used
+from lorax_kit.report.plots import QUIET, canvas, family_style
 
 
 def methods(summary: Summary) -> Made:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lorax_kit.report.conditions import Condition, Summary
-from lorax_kit.report.figures.canvas import INK, QUIET, Axes, canvas, family_style, legend_below, log_axis, value_axis
 from lorax_kit.report.figures.marks import Made, choice, draw_interval, draw_probe, methods_used
+from lorax_kit.report.plots import INK, QUIET, Axes, canvas, family_style, legend_below, log_axis, value_axis
 from lorax_kit.report.run_folder import RunFolder
 from lorax_kit.report.tables.text import bytes_text, count_text
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from lorax_kit.report.figures.canvas import (
+from lorax_kit.report.figures.marks import Made, draw_interval, draw_probe
+from lorax_kit.report.figures.pareto import cost_of, pareto_front
+from lorax_kit.report.plots import (
     INK,
     QUIET,
     Plot,
@@ -16,8 +18,6 @@ from lorax_kit.report.figures.canvas import (
     rank_axis,
     render,
 )
-from lorax_kit.report.figures.marks import Made, draw_interval, draw_probe
-from lorax_kit.report.figures.pareto import cost_of, pareto_front
 from lorax_kit.report.tables.text import count_text
 from lorax_kit.report.together import Together
 

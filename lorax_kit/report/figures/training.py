@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from lorax_kit.report.conditions import Summary
-from lorax_kit.report.figures.canvas import Axes, canvas, legend_below, rank_colour, whole_numbers
 from lorax_kit.report.figures.marks import Made, choice, whose
 from lorax_kit.report.figures.series import BINS, binned_curves
+from lorax_kit.report.plots import Axes, canvas, legend_below, rank_colour, whole_numbers
 
 
 def loss_curves(summary: Summary) -> Made:

@@ -12,7 +12,7 @@ need("report", "jinja2")
 
 import jinja2
 
-from lorax_kit.report.figures.canvas import Plot
+from lorax_kit.report.plots import Plot
 
 
 def render(template: str, **context: Any) -> str:

@@ -13,8 +13,8 @@ from lorax_kit.report.answer import answer, cautions
 from lorax_kit.report.claims import examples_error, more_seeds
 from lorax_kit.report.conditions import Summary, summarise
 from lorax_kit.report.figures import FIGURES, STALE, draw
-from lorax_kit.report.figures.canvas import KINDS, Plot
 from lorax_kit.report.pages.html import inline_svg, render
+from lorax_kit.report.plots import KINDS, Plot
 from lorax_kit.report.run_folder import RunFolder, read_run
 from lorax_kit.report.tables.latex import write_tables
 from lorax_kit.report.tables.methods import REFERENCE, method_rows

@@ -10,10 +10,10 @@ from typing import Any
 
 from lorax_kit.analysis.statistics.intervals import over_examples
 from lorax_kit.files.staging import replace_file
-from lorax_kit.report.figures.canvas import Figure, canvas, family_style, legend_below, numbered
-from lorax_kit.report.figures.canvas import render as drawn
 from lorax_kit.report.measure import Measure
 from lorax_kit.report.pages.html import inline_svg, render
+from lorax_kit.report.plots import Figure, canvas, family_style, legend_below, numbered
+from lorax_kit.report.plots import render as drawn
 from lorax_kit.report.tables.text import bytes_text, plural
 
 MUCH_CUT = 0.1

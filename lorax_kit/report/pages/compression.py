@@ -15,7 +15,9 @@ from lorax_kit.analysis.statistics.conditions import Interval, interval
 from lorax_kit.files.lines import whole_lines
 from lorax_kit.files.staging import replace_file
 from lorax_kit.json_text import parse_json, read_json
-from lorax_kit.report.figures.canvas import (
+from lorax_kit.report.figures.pareto import pareto_front
+from lorax_kit.report.pages.html import inline_svg, render
+from lorax_kit.report.plots import (
     FAINT,
     INK,
     MARKERS,
@@ -27,9 +29,7 @@ from lorax_kit.report.figures.canvas import (
     legend_below,
     log_values,
 )
-from lorax_kit.report.figures.canvas import render as render_plot
-from lorax_kit.report.figures.pareto import pareto_front
-from lorax_kit.report.pages.html import inline_svg, render
+from lorax_kit.report.plots import render as render_plot
 from lorax_kit.report.run_folder import RunFolderError
 from lorax_kit.report.tables.text import bytes_text
 
