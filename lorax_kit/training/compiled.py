@@ -75,7 +75,7 @@ def watched(step: Step) -> Step:
                 f"the step was compiled again at its call {calls}, in {sum(seconds):.1f} s, for other arguments:\n"
                 f"  {'; '.join(changed[:NAMED])}{more}\n"
                 "  each form is compiled once: fill or leave out batches of another size, keep dtypes and devices",
-                stacklevel=4,  # the caller of `fit`
+                stacklevel=5,  # the caller of `fit`, whose decorator is a frame, too
             )
         return out
 

@@ -1,7 +1,6 @@
 """A training that is interrupted goes on to the same bits, does no epoch twice, and refuses another training's file."""
 
 import importlib
-import json
 
 import jax
 import numpy as np
@@ -9,6 +8,7 @@ import optax
 import pytest
 
 import lorax_kit as lk
+from lorax_kit.json_text import parse_json
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -91,7 +91,7 @@ def test_going_on_equals_no_interruption(stop, left, whole, tmp_path, monkeypatc
         np.testing.assert_array_equal(x, y)
 
     def rows(text):
-        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()]
+        return [{k: v for k, v in parse_json(line).items() if k != "seconds"} for line in text.splitlines()]
 
     assert rows((tmp_path / "log.jsonl").read_text()) == rows(log)
     assert [row["epoch"] for row in again.history] == [1, 2, 3]
