@@ -10,7 +10,6 @@ import hashlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from lorax_kit.checkpoint.fingerprint import (
     statistics,
     whole_fingerprint,
 )
-from lorax_kit.checkpoint.orbax_files import read_arrays, read_json_item, write_files
+from lorax_kit.checkpoint.orbax_files import read_arrays, read_json_item, ready, write_files
 from lorax_kit.checkpoint.seal import SEAL, check_seal, damaged, seal, sealed_files
 from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors
 from lorax_kit.core.merge import check_params
@@ -146,7 +145,7 @@ def save_adapter(
         "leaves": identity.leaves,
         "arrays": {n: {"shape": x.shape, "dtype": str(x.dtype)} for n, x in stored.items()},
         "same": same,
-        "versions": {"lorax_kit": __version__, **{name: version(name) for name in ("jax", "orbax-checkpoint")}},
+        "versions": {"lorax_kit": __version__, **ready()},
         "meta": meta,
     }
 

@@ -1,6 +1,6 @@
 """Arrays and a JSON document in one orbax checkpoint, by this process alone; and waiting for the other processes.
 
-Orbax is imported by the first call: that takes a fifth of a second, and most programs save late, or nothing.
+Orbax is imported by the first call, or by `ready`: that takes a fifth of a second, and many programs save nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import itertools
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,17 @@ if TYPE_CHECKING:
 LONGEST_WAIT = 7 * 24 * 3600
 """Seconds that a process waits for the others; one that died is noticed before, by its missing heartbeat."""
 _numbers = itertools.count()
+
+
+@cache
+def ready() -> dict[str, str]:
+    """Import what writes an adapter; its versions, by name.
+
+    A long training calls it when it begins: at its end the environment may have changed, or be out of reach.
+    """
+    import orbax.checkpoint  # noqa: F401
+
+    return {name: version(name) for name in ("jax", "orbax-checkpoint")}
 
 
 def write_files(path: Path, arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> None:

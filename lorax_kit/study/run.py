@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from lorax_kit.checkpoint.fingerprint import digests, fingerprint, whole_fingerprint
+from lorax_kit.checkpoint.orbax_files import ready
 from lorax_kit.core.paths import Params
 from lorax_kit.core.specs.setting import is_number
 from lorax_kit.errors import StudyError
@@ -156,6 +157,7 @@ def run(
         plain_form = groups[0].form.dtype is None and groups[0].form.quantise is None
         measured = session.outcomes.check(groups[0])
         baseline = check_baseline(baseline, measured) if plain_form else baseline
+    ready()
     # Before the folder: a cluster that is none leaves none.
     trainer = session if team is None or not groups else Cluster(session, team)
     try:

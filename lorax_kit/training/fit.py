@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lorax_kit.checkpoint.agreed import is_due
+from lorax_kit.checkpoint.orbax_files import ready
 from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.errors import LoraxError
 from lorax_kit.files.lines import append
@@ -154,6 +155,7 @@ def fit(
     A loss that is not finite ends training with the best state so far (else the last finite one); `stopped`
     names the step.
     """
+    ready()
     if not epochs:
         raise LoraxError("there are no epochs to train.")
     if patience is not None and evaluate is None and monitor.startswith("val_"):

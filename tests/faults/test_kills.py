@@ -1,6 +1,5 @@
 """Kills before random operations on files: what was there stays, the same call goes on or begins anew."""
 
-import json
 import random
 import shutil
 
@@ -10,6 +9,7 @@ import pytest
 import lorax_kit as lk
 from lorax_kit.commands import subject_of
 from lorax_kit.commands.compress.comparison import compare
+from lorax_kit.files.lines import read_lines
 from lorax_kit.report.pages.compression import read_rows
 from tests import tiny
 from tests.faults import made
@@ -78,7 +78,7 @@ def bytes_of(file):
 
 
 def trained_as(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_lines(folder / "metrics.jsonl")
     problem = tiny.problem()
     found = lk.load_adapter(folder / "adapter", base=problem.params(jax.random.fold_in(jax.random.key(0), 0)))
     return made.comparable(found.factors), [lasting(row) for row in rows]
