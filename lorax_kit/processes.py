@@ -14,8 +14,13 @@ from jax.sharding import Sharding
 
 from lorax_kit.errors import ProcessLostError
 
-LOST = re.compile(r"gloo|nccl|rccl|coordination|heartbeat|connection (closed|reset)|socket closed", re.IGNORECASE)
-"""In the errors of XLA's programs and of JAX's coordination where another process is gone."""
+LOST = re.compile(
+    r"gloo .*(connection|read error|write error|timed out)|ncclRemoteError|coordination service|heartbeat",
+    re.IGNORECASE,
+)
+"""In a line of the errors of XLA's programs and of JAX's coordination where another process is gone."""
+OTHERS = ("RESOURCE_EXHAUSTED", "CpuCallback", "out of memory")
+"""In errors that a process has alone, whatever else they tell."""
 
 
 def several() -> bool:
@@ -33,10 +38,12 @@ def lost_process_told() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as e:
-        if not (several() and LOST.search(str(e))):
+        told = str(e)
+        lost = next((line for line in told.splitlines() if LOST.search(line)), None)
+        if lost is None or not several() or any(word in told for word in OTHERS):
             raise
         raise ProcessLostError(
-            f"another process of this program ended, or cannot be reached: {str(e).splitlines()[0]}\n"
+            f"another process of this program ended, or cannot be reached: {lost.strip()}\n"
             "  start all of them again: they go on from what was kept"
         ) from e
 

@@ -184,11 +184,16 @@ def test_small_pages_are_noted_where_large_ones_can_be_asked_for(tmp_path, monke
         ("cpu", never, "glibc 2.36"),
         ("cpu", tmp_path / "none", "glibc 2.36"),
         ("cpu", asked, "glibc 2.31"),
+        ("cpu", tmp_path, "glibc 2.36"),
         ("cpu", asked, " "),
+        ("cpu", asked, "glibc"),
+        ("cpu", asked, "glibc 2."),
     ):
         assert settings.memory_pages(backend, pages=pages, libc=libc) == []
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
     (noted,) = settings.memory_pages("cpu", pages=asked, libc="glibc 2.36")
     assert "glibc.malloc.tcache_count=0:glibc.malloc.hugetlb=1," in noted.mend
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    assert settings.memory_pages("cpu", pages=asked, libc="glibc 2.36") == []
+    assert settings.memory_pages("cpu", pages=asked, libc="glibc 2.36-0ubuntu") != []
+    for chosen in (0, 1, 2):
+        monkeypatch.setenv("GLIBC_TUNABLES", f"glibc.malloc.hugetlb={chosen}")
+        assert settings.memory_pages("cpu", pages=asked, libc="glibc 2.36") == []

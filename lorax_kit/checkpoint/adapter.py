@@ -238,6 +238,24 @@ def read_document(path: str | Path) -> dict[str, Any]:
       AdapterError: no adapter there, or its JSON is damaged.
     """
     path = place(path)
+    document = _document(path)
+    try:
+        document["spec"] = Spec.from_dict(document["spec"])
+    except LoraxError:
+        raise
+    except Exception as e:
+        raise damaged(path, _first_line(e)) from e
+    return document
+
+
+def read_meta(path: str | Path) -> dict[str, Any]:
+    """What an adapter remembers of its training; raises as `read_document`, but methods may be registered later."""
+    meta: dict[str, Any] = _document(place(path))["meta"]
+    return meta
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """The JSON of an adapter, its spec as it is written."""
     try:
         if not path.exists():
             clear_stale(path.parent)  # a save that was killed may have moved it away
@@ -256,12 +274,11 @@ def read_document(path: str | Path) -> dict[str, Any]:
         if isinstance(document, dict) and is_int(document.get("format")) and document["format"] not in READ:
             raise AdapterError(f"{str(path)!r} has format {document['format']}; this version reads 1 to {FORMAT}.")
         check_document(path, document)
-        document["spec"] = Spec.from_dict(document["spec"])
     except LoraxError:
         raise
     except Exception as e:
         raise damaged(path, _first_line(e)) from e
-    return document
+    return document  # type: ignore[no-any-return]
 
 
 def _first_line(e: Exception) -> str:

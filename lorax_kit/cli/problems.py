@@ -13,6 +13,33 @@ from lorax_kit.cli.root import refuse_given
 
 TASKS = ("classify", "regress", "lm", "chat", "qa", "translate", "choose")
 
+
+def problem_option(text: str) -> Any:
+    """--problem MODULE:OBJECT. Its module is imported at once: it may register the method that --variant names."""
+
+    def imported(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+        if value is not None and ":" in value:
+            import_registering(value)
+        return value
+
+    return click.option("--problem", metavar="MODULE:OBJECT", default=None, callback=imported, help=text)
+
+
+def import_registering(address: str) -> None:
+    """Import the module of a problem's address before anything names what it may register.
+
+    Raises:
+      click.UsageError: it cannot be imported.
+    """
+    from lorax_kit.errors import StudyError
+    from lorax_kit.problem.address import import_module_of
+
+    try:
+        import_module_of(address)
+    except StudyError as e:
+        raise click.UsageError(str(e)) from None
+
+
 FILE_OPTIONS = (
     click.option(
         "--data",
@@ -64,7 +91,7 @@ OPTIONS = (
         help="Keep the kernels of the model's layers in so many bits, as they are loaded.",
     ),
     click.option("--source", default=None, help="Of film reviews: rotten_tomatoes (the default), imdb or all."),
-    click.option("--problem", metavar="MODULE:OBJECT", default=None, help="A problem of your own in Python."),
+    problem_option("A problem of your own in Python."),
 )
 FILES = ("data", "val_data", "test_data")
 OF_FILES = ("data", "val_data", "test_data", "text", "label", "columns", "further", "quantise")

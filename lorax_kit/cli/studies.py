@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from lorax_kit.cli.problems import import_registering, problem_option
 from lorax_kit.cli.root import cli, echo, refuse_given
 
 
@@ -113,6 +114,9 @@ def study(
     if out is None and not dry_run:
         raise click.UsageError("Missing option '--out'.")
     read = _config(config)
+    address = read["problem"].get("address") if isinstance(read.get("problem"), dict) else None
+    if isinstance(address, str) and ":" in address:
+        import_registering(address)
     design = Study.from_dict(read.get("study"))
     if seeds is not None:
         if any("seed" in grid for grid in design.grids):
@@ -317,7 +321,7 @@ def _trained(folder: Path, as_json: bool) -> None:
     default=None,
     help="Another problem of the same base, to measure forgetting: MODULE:OBJECT, plays, or sentiment.",
 )
-@click.option("--problem", metavar="MODULE:OBJECT", default=None, help="The study's; default: what its adapters name.")
+@problem_option("The study's; default: what its adapters name.")
 @click.option("--seeds", type=click.IntRange(1), default=2, show_default=True, help="How many of each rank.")
 @click.option("--no-intruders", is_flag=True, help="Leave out intruder dimensions, which take an SVD of every matrix.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ SURPRISES = (
     ("jax_numpy_rank_promotion", "raise", "allow", "operations that broadcast arrays of two ranks raise"),
 )
 """Name, the value that surprises, JAX's default, and what it does."""
+HUGE = "glibc.malloc.hugetlb"
 SHOWN = (*(name for name, *_ in SURPRISES), "jax_default_matmul_precision", "jax_compilation_cache_dir")
 
 
@@ -58,13 +60,16 @@ def memory_pages(
     one at a time, of 2 MiB where glibc asks for them, which it does from 2.35 on where it is told to.
     """
     libc = " ".join(platform.libc_ver()) if libc is None else libc
-    name, _, version = libc.partition(" ")
-    known = name == "glibc" and tuple(int(n) for n in version.split(".")[:2]) >= (2, 35)
-    if backend != "cpu" or not known or not pages.is_file() or "[madvise]" not in pages.read_text(encoding="ascii"):
-        return []
+    version = re.match(r"glibc (\d+)\.(\d+)", libc)
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if "glibc.malloc.hugetlb=1" in tunables.split(":"):
+    if backend != "cpu" or version is None or (int(version[1]), int(version[2])) < (2, 35) or HUGE in tunables:
+        return []
+    try:
+        asked_for = b"[madvise]" in pages.read_bytes()
+    except OSError:
+        return []
+    if not asked_for:
         return []
     what = "large temporaries are allocated in pages of 4 KiB: steps on this processor take 1.05 to 1.15x as long"
-    value = ":".join(filter(None, (tunables, "glibc.malloc.hugetlb=1")))
+    value = ":".join(filter(None, (tunables, f"{HUGE}=1")))
     return [Problem(what, f"export GLIBC_TUNABLES={value}, where memory is not short")]

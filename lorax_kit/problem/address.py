@@ -33,6 +33,19 @@ def problem_builder(function: Builder) -> Builder:
     return function
 
 
+def import_module_of(address: str) -> None:
+    """Import the module of an address "module:object", as `problem_at` does: it may register methods.
+
+    Raises:
+      StudyError: it cannot be imported.
+    """
+    with _searched(False):
+        try:
+            importlib.import_module(address.partition(":")[0])
+        except Exception as e:  # whatever a module raises as it runs
+            raise StudyError(f"the problem at {address!r} cannot be imported: {type(e).__name__}: {e}.") from None
+
+
 def problem_at(address: str, settings: Mapping[str, Any] | None = None, *, remembered: bool = False) -> Problem:
     """The problem at an address; its facts and its adapters remember both.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lorax_kit.checkpoint.adapter import read_document
+from lorax_kit.checkpoint.adapter import read_meta
 from lorax_kit.core.paths import Params
 from lorax_kit.core.specs.setting import shown
 from lorax_kit.errors import AdapterError, StudyError
@@ -92,7 +92,7 @@ def problem_of(adapter: str | Path, address: str | None = None, files: Mapping[s
       StudyError: an address that leads nowhere.
     """
     path = adapter_folder(adapter)
-    meta = read_document(path)["meta"]
+    meta = read_meta(path)
     settings = meta.get("settings")
     if files and (address is not None or not isinstance(settings, Mapping) or "task" not in settings):
         raise AdapterError(f"the adapter at {str(path)!r} was not trained on a file of rows: no other can be given.")
@@ -152,7 +152,7 @@ def settings_of(adapter: str | Path) -> Settings:
       AdapterError: no adapter, a damaged one, or one of a problem of one's own.
     """
     path = adapter_folder(adapter)
-    meta = read_document(path)["meta"]
+    meta = read_meta(path)
     if meta.get("address") or not isinstance(meta.get("settings"), Mapping):
         raise AdapterError(
             f"the adapter at {str(path)!r} is of a problem of your own, whose model and inputs are not known here.\n"
@@ -167,12 +167,12 @@ def remembered_facts(adapter: str | Path) -> Mapping[str, Any]:
     Those of adapters that were saved without are found in the data.
     """
     path = adapter_folder(adapter)
-    meta: Mapping[str, Any] = read_document(path)["meta"]
+    meta: Mapping[str, Any] = read_meta(path)
     return meta if "length" in meta or "task" not in meta["settings"] else problem_of(path).facts
 
 
 def base_of(problem: Problem | Asked, adapter: str | Path) -> Params:
     """The base of a saved adapter: the problem's, cast or quantised as its study had it."""
-    form = read_document(adapter)["meta"].get("base_form") or {}
+    form = read_meta(adapter).get("base_form") or {}
     params = problem.params(jax.random.key(0))
     return based(params, form.get("dtype"), form.get("quantise"), tuple(form.get("paths", ())))

@@ -22,7 +22,7 @@ from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.errors import LoraxError
 from lorax_kit.files.lines import append
 from lorax_kit.files.staging import replace_file
-from lorax_kit.json_text import sealed_json
+from lorax_kit.json_text import parse_json, sealed_json
 from lorax_kit.processes import gathered, is_shared, is_writer, lost_process_told, spread
 from lorax_kit.training.compiled import watched
 from lorax_kit.training.objective import is_key
@@ -293,6 +293,14 @@ def _complete(log: Path, history: Sequence[Mapping[str, float]]) -> None:
     """End a log with the rows of `history`: a kill may have cut the last line, or come before it was written."""
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
-    rows = [sealed_json(dict(row)) + "\n" for row in history]
-    missing = [row for row in rows if row not in whole]
+    held = [row for line in whole if (row := _row(line)) is not None]
+    missing = [sealed_json(dict(row)) + "\n" for row in history if dict(row) not in held]
     replace_file(log, "".join([*whole, *missing]).encode())
+
+
+def _row(line: str) -> Any:
+    """What a line of a log says; None where it is damaged."""
+    try:
+        return parse_json(line)
+    except ValueError:
+        return None

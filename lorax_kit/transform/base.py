@@ -75,10 +75,11 @@ class Empty(Dense):
         return jnp.zeros(shape.shape, shape.dtype)
 
     def entries(self, take: Partial, axis: int, at: Array | None, fill: Any) -> Dense:
-        """See `Dense.entries`: zeros, or what fills; from a table of one column instead of all."""
+        """See `Dense.entries`: zeros, or what fills, which products must see; from a table of one column."""
         thin = tuple(n if d == axis else 1 for d, n in enumerate(self.shape))
         taken = take(lax.slice(self.w, (0,) * self.w.ndim, thin))
-        return Empty(jnp.broadcast_to(taken, jax.eval_shape(take, self.w).shape))
+        kind = Empty if fill is None else Dense
+        return kind(jnp.broadcast_to(taken, jax.eval_shape(take, self.w).shape))
 
     def layers(self) -> tuple[Base | None, Base | None]:
         """See `Dense.layers`: an array of zeros for all layers would take their memory."""
@@ -119,7 +120,7 @@ class Restored:
         rows = self.quantised.rows(at)
         if fill is not None:
             inside = (at >= 0) & (at < self.shape[0])
-            rows = jnp.where(inside[..., None], rows, fill)
+            rows = jnp.where(inside[..., None], rows, jnp.asarray(fill, rows.dtype))
         return Dense(rows)
 
     def layers(self) -> tuple[Base | None, Base | None]:

@@ -1,6 +1,10 @@
 """Compression of a user's own problem: any metric, with and without places, layers and students."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -70,3 +74,45 @@ def test_a_regression_is_compressed_by_its_error(adapter):
     assert row["metric"] == "mse"
     assert row["metric_after"] == pytest.approx(np.mean((outputs - y) ** 2), rel=1e-5)
     assert isinstance(lk.Metric("mse", better="lower").sign, int)
+
+
+OWN_METHOD = """
+from lorax_kit import Method, Update, register, problem_builder, RankSetting
+from lorax_kit.methods import Factors
+import lorax_kit as lk, dataclasses, jax
+from tests import tiny
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Half(RankSetting):
+    kind = "half"
+
+def init(site, w, key, hints):
+    a = jax.random.normal(lk.site_key(key, site.path), site.a_shape) / len(w)
+    return Factors(a, jax.numpy.zeros(site.b_shape))
+
+register(Method(setting=Half, leaves=Factors, init=init, update=lambda site, w, x, s: Update(a=x.a, b=x.b / 2)))
+
+@problem_builder
+def built():
+    return tiny.built()
+"""
+
+
+def test_commands_know_the_methods_that_the_module_of_a_problem_registers(tmp_path):
+    (tmp_path / "own_half.py").write_text(OWN_METHOD)
+    argv = ["--problem", "own_half:built", "--variant", "half", "--target", "up/kernel", "--rank", "2", "--lr", "0.01"]
+    train = ["train", *argv, "--epochs", "1", "--steps-per-epoch", "2", "--out", "t", "--json"]
+    study = {"variant": ["lora", "half"], "alpha": None, "rank": [2], "lr": 0.01, "seed": [0], "steps": 2}
+    config = {"problem": {"address": "own_half:built"}, "study": {**study, "targets": {"up": ["up/kernel"]}}}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    code = f"""
+from lorax_kit.cli import main
+main({train!r})
+main(["evaluate", "t", "--json"])
+main(["study", "--config", "c.json", "--out", "s", "--json"])
+"""
+    env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}{os.pathsep}{tmp_path}"}
+    for step in ([sys.executable, "-c", code], [sys.executable, "-m", "lorax_kit", "evaluate", "t"]):
+        ran = subprocess.run(step, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+        assert ran.returncode == 0, ran.stderr
+    assert "74 examples" in ran.stdout

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorax_kit.checkpoint.adapter import Adapter, load_adapter, read_document
+from lorax_kit.checkpoint.adapter import Adapter, load_adapter, read_meta
 from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import flatten
 from lorax_kit.core.quantised import Quantised
@@ -129,7 +129,7 @@ def origin_of(source: str | Path, quantise: str | None = None) -> Origin:
         decoder_of(loaded)  # an encoder is refused
         return Origin(loaded, loaded.params, None, None)
     asking: Any = settings_of(path)
-    meta = read_document(path)["meta"]
+    meta = read_meta(path)
     if not asking.writes:
         raise AdapterError(
             f"the adapter at {str(path)!r} is of {meta['problem']!r}: it writes nothing.\n"

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax_kit.checkpoint.adapter import load_adapter, read_document
+from lorax_kit.checkpoint.adapter import load_adapter, read_meta
 from lorax_kit.data import Row, read_rows
 from lorax_kit.errors import AdapterError, DataError
 from lorax_kit.problem import version
@@ -50,7 +50,7 @@ def predict(
       DataError: nothing to answer, rows of another form, texts for a task that reads more than one column.
     """
     path = adapter_folder(adapter)
-    settings, name = settings_of(path), str(read_document(path)["meta"]["problem"])
+    settings, name = settings_of(path), str(read_meta(path)["problem"])
     if settings.writes:
         raise AdapterError(
             f"the adapter at {str(path)!r} is of {name!r}, which writes.\n  lorax-kit generate {adapter} --prompt TEXT"

@@ -108,6 +108,8 @@ class Recipe:
         object.__setattr__(self, "keep", 1.0 if self.way.kind in ("quantised", "tuned") else keep)
         check_word("allocation", self.allocation, ALLOCATIONS)
         check_count("batches", self.batches)
+        if not isinstance(self.sequential, bool):
+            raise CompressError(f"sequential is {self.sequential!r}; it must be true or false.")
         if self.sequential and not (self.way.kind == "low-rank" and self.way.calibrated):
             raise CompressError(
                 f"{self.method!r} does not go layer by layer: only fisher, asvd and whitened read data anew."

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from lorax_kit.benchmarks.timing import alternate, ratio
-from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
+from lorax_kit.checkpoint.adapter import adapter_bytes, read_meta
 from lorax_kit.commands.compress.methods import Small, total_bytes
 from lorax_kit.commands.compress.recipe import Recipe
 from lorax_kit.commands.compress.subjects import Subject, subject_of
@@ -217,7 +217,7 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 def _texts(adapter: Path, facts: Mapping[str, Any], params: Params) -> tuple[dict[str, Any], dict[str, str]]:
     """(what export.json says of texts, files by name): of a classifier of texts its tokenizer and labels."""
-    meta = read_document(adapter)["meta"]
+    meta = read_meta(adapter)
     if meta.get("problem") not in ("sentiment", "classify") or meta.get("address"):
         return {}, {}
     if meta["problem"] == "sentiment":

@@ -9,10 +9,11 @@ from typing import Any
 
 from lorax_kit.commands.compress.compression import load_small
 from lorax_kit.commands.compress.methods import Small, finished, smaller, statistics_for
-from lorax_kit.commands.compress.recipe import Recipe
+from lorax_kit.commands.compress.recipe import Healing, Recipe
 from lorax_kit.commands.compress.subjects import Subject
 from lorax_kit.core.paths import Params, flatten
 from lorax_kit.core.quantised import Quantised
+from lorax_kit.core.specs.setting import is_int
 from lorax_kit.errors import ExportError
 
 
@@ -30,7 +31,7 @@ class Export:
       overwrite: replace an earlier export; otherwise it is an error.
 
     Raises:
-      ExportError: int8 of another format than ONNX.
+      ExportError: int8 of another format than ONNX, no platforms, a number of rounds that is none.
     """
 
     form: str
@@ -42,6 +43,10 @@ class Export:
     def __post_init__(self) -> None:
         if self.int8 and self.form != "onnx":
             raise ExportError(f"int8 is a form of onnx, not of {self.form}.\n  compress first by method int8")
+        if not self.platforms or isinstance(self.platforms, str):
+            raise ExportError(f"platforms is {self.platforms!r}; it must be names: ('cpu', 'cuda').")
+        if not is_int(self.rounds) or self.rounds < 0:
+            raise ExportError(f"rounds is {self.rounds!r}; it must be an integer of at least 0.")
 
 
 def shrunk(subject: Subject, by: Recipe | str | Path | None, *, progress: bool = True) -> tuple[Small, dict[str, Any]]:
@@ -56,6 +61,7 @@ def shrunk(subject: Subject, by: Recipe | str | Path | None, *, progress: bool =
     if by is None:
         return Small(subject.apply, subject.params), {"method": None, "keep": None, "healed": False}
     if isinstance(by, Recipe):
+        Healing().check(by)
         stats = statistics_for(subject, [by.way], by.batches, allocation=by.allocation, progress=progress)
         model = finished(subject, by.way, smaller(subject, by, stats, progress=progress))
         return model, {"method": by.method, "keep": by.keep, "healed": False}

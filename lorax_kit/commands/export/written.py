@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
+from lorax_kit.checkpoint.adapter import adapter_bytes, read_meta
 from lorax_kit.checkpoint.tensors import write_tensors
 from lorax_kit.commands.adapters.generation import Author, Origin, origin_of
 from lorax_kit.commands.compress.methods import total_bytes
@@ -46,7 +46,7 @@ def writes(adapter: str | Path) -> bool:
     path = adapter_folder(adapter)
     if not (path / "spec").is_dir():
         return False
-    meta = read_document(path)["meta"]
+    meta = read_meta(path)
     return meta.get("problem") in TASKS and not meta.get("address")
 
 

@@ -117,7 +117,7 @@ def _concatenate(arrays: Sequence[Array], axis: int) -> Array:
 
 def _stacked(args: Sequence[Any], d: int) -> tuple[Array, Array]:
     """Both factors concatenated along `d`; lower ranks are filled up with zero rows, arrays are all zero."""
-    rank = max(x.a.shape[0] for x in args if isinstance(x, Weight))
+    rank = max(1, *(x.a.shape[0] for x in args if isinstance(x, Weight)))
     pairs = [_scaled(x) if isinstance(x, Weight) else (jnp.zeros((1, *(1,) * jnp.ndim(x))),) * 2 for x in args]
     out = []
     for side in (0, 1):

@@ -149,10 +149,12 @@ def _rows(ctx: Context, eqn: Any, weight: Any, look: Lookup) -> list[Any] | str:
         picked = _picked(weight, look._replace(starts=starts, indices=indices))
         y = picked.base.array() + picked.update(dtype).astype(picked.base.dtype)
         if picked.gain is not None:
-            bare, y = y, multiplied(y, picked.gain)
-            if look.scales_fill:
+            if look.fill is None:
+                y = multiplied(y, picked.gain)
+            else:  # what fills is not scaled, and has no part in the magnitudes' gradient, NaN least of all
                 at = indices[..., 0]
-                y = jnp.where(lax.expand_dims((at >= 0) & (at < size), look.offset), y, bare)
+                inside = lax.expand_dims((at >= 0) & (at < size), look.offset)
+                y = jnp.where(inside, multiplied(jnp.where(inside, y, 0), picked.gain), y)
         return y if look.kept is None else jnp.expand_dims(y, look.kept)
 
     return [ctx.kept(rows, weight, look.starts, look.indices)]
