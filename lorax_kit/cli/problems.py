@@ -76,7 +76,8 @@ OPTIONS = (
         "further",
         metavar="KEY=VALUE",
         multiple=True,
-        help="A further setting of the task, may be repeated: val=0.2, separator=|, overlap=32, encoding=latin-1, ...",
+        help="A further setting of the task, may be repeated: val=0.2, separator=|, overlap=32, encoding=latin-1, ...; "
+        "of --problem, a keyword of its function.",
     ),
     click.option(
         "--batch-size", type=click.IntRange(1), default=None, help="Examples of a batch; default: the task's."
@@ -117,8 +118,10 @@ def problem_settings(options: dict[str, Any]) -> Any:
     """
     taken = {name: options.pop(name) for name in NAMES}
     if taken["problem"] is not None:
-        refuse_given({name: flag for name, flag in FLAGS.items() if name != "problem"}, "--task or film reviews")
-        return taken["problem"]
+        own = ("problem", "further")
+        refuse_given({name: flag for name, flag in FLAGS.items() if name not in own}, "--task or film reviews")
+        keywords = {name: _value(value) for name, value in pairs_of("--with", taken["further"])}
+        return {"address": taken["problem"], **keywords} if keywords else taken["problem"]
     plain = ("model", "batch_size", "length")
     settings = {name: taken[name] for name in plain if taken[name] is not None}
     if taken["task"] is None:

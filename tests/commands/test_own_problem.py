@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import lorax_kit as lk
+from lorax_kit.checkpoint.adapter import read_meta
 from lorax_kit.cli import main
 from lorax_kit.commands import Healing, Recipe, compress_subject, subject_of
 from lorax_kit.compress import CompressError
@@ -93,19 +94,20 @@ def init(site, w, key, hints):
 register(Method(setting=Half, leaves=Factors, init=init, update=lambda site, w, x, s: Update(a=x.a, b=x.b / 2)))
 
 @problem_builder
-def built():
-    return tiny.built()
+def built(rows=32):
+    return tiny.built(rows)
 """
 
 
 def test_commands_know_the_methods_that_the_module_of_a_problem_registers(tmp_path):
     (tmp_path / "own_half.py").write_text(OWN_METHOD)
     argv = ["--problem", "own_half:built", "--variant", "half", "--target", "up/kernel", "--rank", "2", "--lr", "0.01"]
-    train = ["train", *argv, "--epochs", "1", "--steps-per-epoch", "2", "--out", "t", "--json"]
+    train = ["train", *argv, "--epochs", "1", "--steps-per-epoch", "2", "--with", "rows=40", "--out", "t", "--json"]
     study = {"variant": ["lora", "half"], "alpha": None, "rank": [2], "lr": 0.01, "seed": [0], "steps": 2}
     config = {"problem": {"address": "own_half:built"}, "study": {**study, "targets": {"up": ["up/kernel"]}}}
     (tmp_path / "c.json").write_text(json.dumps(config))
     code = f"""
+from lorax_kit.checkpoint.adapter import read_meta
 from lorax_kit.cli import main
 main({train!r})
 main(["evaluate", "t", "--json"])
@@ -116,3 +118,4 @@ main(["study", "--config", "c.json", "--out", "s", "--json"])
         ran = subprocess.run(step, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
         assert ran.returncode == 0, ran.stderr
     assert "74 examples" in ran.stdout
+    assert read_meta(tmp_path / "t/adapter")["settings"] == {"rows": 40}
