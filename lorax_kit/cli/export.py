@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from lorax_kit.cli.problems import FILES, file_options, files_of, problem_option
+from lorax_kit.cli.problems import FILES, file_options, files_of
 from lorax_kit.cli.root import cli, echo, lines_of, refuse_given
 
 
@@ -22,7 +22,9 @@ from lorax_kit.cli.root import cli, echo, lines_of, refuse_given
     help="Params alone; a program for jax alone; a model for ONNX Runtime (the export extra); of models that "
     "write, one for LiteRT (the litert extra).",
 )
-@problem_option("The problem; default: the one it was trained on.")
+@click.option(
+    "--problem", metavar="MODULE:OBJECT", default=None, help="The problem; default: the one it was trained on."
+)
 @file_options
 @click.option("--int8", is_flag=True, help="Matrices of the ONNX model in 8 bits.")
 @click.option("--method", help="Compress first, by a method of `lorax-kit compress`; without, the adapter is merged.")
