@@ -123,3 +123,17 @@ def test_a_finished_training_says_what_to_do(tmp_path, model, capsys):
     argv = ["train", "--model", model, "--task", "classify", "--data", file, "--out", tmp_path / "o"]
     message = said(capsys, *argv)
     assert message.endswith("that training is finished. | choose another folder, or delete this one")
+
+
+def test_an_interruption_is_one_whatever_is_raised_while_it_is_passed_on(monkeypatch, tmp_path, capsys):
+    def hidden(*_, **__):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise ValueError("Can't close the ZIP file")
+
+    monkeypatch.setattr("lorax_kit.commands.inspect_model", hidden)
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.endswith("lorax-kit: interrupted\n")

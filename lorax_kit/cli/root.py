@@ -37,8 +37,19 @@ class Command(click.Command):
         except (BrokenPipeError, ProcessLostError):  # the reader of what we print has gone: click ends quietly
             raise
         except (ValueError, OSError, OverflowError, RecursionError, ImportError) as e:
+            if _was_interrupted(e):
+                raise KeyboardInterrupt from e
             # What this package raises on purpose: a ValueError, an OSError about a file, an ImportError about an extra.
             raise click.ClickException(in_options(str(e), self)) from e
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error came up while an interruption was passed on: a zip file that is closed too early hides it."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
 
 
 def in_options(message: str, command: click.Command) -> str:
