@@ -43,7 +43,7 @@ def import_module_of(address: str) -> None:
         try:
             importlib.import_module(address.partition(":")[0])
         except Exception as e:  # whatever a module raises as it runs
-            raise StudyError(f"the problem at {address!r} cannot be imported: {type(e).__name__}: {e}.") from None
+            raise _cannot_import(address, e) from None
 
 
 def problem_at(address: str, settings: Mapping[str, Any] | None = None, *, remembered: bool = False) -> Problem:
@@ -74,10 +74,14 @@ def problem_at(address: str, settings: Mapping[str, Any] | None = None, *, remem
                     "\n  for addresses that adapters name the working directory is not searched, since both may come "
                     f"from anywhere: say that you trust it by --problem {address}"
                 )
-            raise StudyError(f"the problem at {address!r} cannot be imported: {type(e).__name__}: {e}.{hint}") from None
+            raise _cannot_import(address, e, hint) from None
         made = _made(target, address, settings, remembered)
     own = {} if isinstance(target, Problem) else {"settings": dict(settings or {})}
     return replace(made, address=address, facts={**made.facts, **own})
+
+
+def _cannot_import(address: str, error: Exception, hint: str = "") -> StudyError:
+    return StudyError(f"the problem at {address!r} cannot be imported: {type(error).__name__}: {error}.{hint}")
 
 
 @contextmanager
