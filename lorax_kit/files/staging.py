@@ -215,8 +215,9 @@ def _put(folder: Path, path: Path, overwrite: bool) -> None:
     new = folder / _NEW
     meanwhile = AdapterError(f"{shortened(path)!r} was written by another process meanwhile.\n  call again")
     try:
-        if not overwrite and path.exists():
-            raise meanwhile
+        if not overwrite:
+            _put_where_free(new, path)
+            return
         if path.is_dir() and new.is_file():
             raise AdapterError(f"{shortened(path)!r} is a folder: no file takes its place.\n  choose another path")
         if path.exists() and new.is_dir():  # a file takes a file's place in one step
@@ -224,9 +225,26 @@ def _put(folder: Path, path: Path, overwrite: bool) -> None:
             path.rename(folder / _OLD / path.name)
         new.rename(path)
     except OSError as e:
-        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR):
             raise
         raise meanwhile from None
+
+
+def _put_where_free(new: Path, path: Path) -> None:
+    """Move a file or a folder to a path where nothing is; EEXIST or ENOTEMPTY where another writer came first.
+
+    A folder takes no other's place unless that is empty; a file would, so that it is linked, which fails instead.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    if new.is_file():
+        try:
+            os.link(new, path)
+            return
+        except OSError as e:
+            if e.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):  # a file system without links
+                raise
+    new.rename(path)
 
 
 def _put_back(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -63,6 +64,29 @@ def test_writers_of_one_adapter_leave_one_of_theirs_whole(overwrite, round_, tmp
     assert overwrite or len(errors) == MEANWHILE - 1
     first = np.load(tmp_path / "a" / "0.npy")
     assert any((first == jax.tree.leaves(x)[0]).all() for x in kinds)
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+@pytest.mark.parametrize("first", [Path.mkdir, Path.touch])
+@pytest.mark.parametrize("second", [Path.mkdir, Path.touch])
+def test_without_overwrite_the_second_writer_is_refused(first, second, unseen, tmp_path, monkeypatch, injected):
+    """`unseen`: the first writer comes after the second has looked."""
+    injected("concurrent writers")
+
+    def write(make):
+        with staged(tmp_path / "a", overwrite=False) as new:
+            make(new)
+            if make is Path.mkdir:
+                (new / "file").touch()
+
+    with pytest.raises(LoraxError, match="written by another process meanwhile"), staged(tmp_path / "a", False) as new:
+        second(new)
+        write(first)
+        if unseen:
+            monkeypatch.setattr(os.path, "lexists", lambda path: False)
+    monkeypatch.undo()
+    assert (tmp_path / "a").is_dir() is (first is Path.mkdir)
     assert left_over(tmp_path) == []
 
 
