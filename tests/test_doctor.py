@@ -1,13 +1,17 @@
 """`lorax-kit doctor`: facts as JSON, each problem with what mends it, and exit codes."""
 
 import json
+import os
+import platform
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
-from lorax_kit import extras
+from lorax_kit import extras, measure
 from lorax_kit.cli import main
 from lorax_kit.doctor import examine, machine, self_test, settings, versions
 from lorax_kit.doctor.text import as_text
@@ -171,29 +175,61 @@ def test_every_requirement_can_be_compared():
     assert set(versions.EXTRAS) == set(PROJECT["optional-dependencies"])
 
 
-def test_small_pages_are_noted_where_large_ones_can_be_asked_for(tmp_path, monkeypatch):
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    asked, never = tmp_path / "asked", tmp_path / "never"
-    asked.write_text("always [madvise] never\n")
-    never.write_text("always madvise [never]\n")
-    (noted,) = settings.memory_pages("cpu", pages=asked, libc="glibc 2.36")
-    assert noted.mend.startswith("export GLIBC_TUNABLES=glibc.malloc.hugetlb=1,")
+@pytest.fixture
+def unchosen(monkeypatch):
+    for name in (*measure.CHOICES, "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+
+
+@pytest.mark.usefixtures("unchosen")
+def test_memory_taken_anew_is_noted_where_it_could_be_kept(monkeypatch):
+    (noted,) = settings.memory_kept("cpu")
+    assert noted.mend.endswith(f"export GLIBC_TUNABLES={measure.TUNABLES}")
     assert not noted.fatal
-    for backend, pages, libc in (
-        ("gpu", asked, "glibc 2.36"),
-        ("cpu", never, "glibc 2.36"),
-        ("cpu", tmp_path / "none", "glibc 2.36"),
-        ("cpu", asked, "glibc 2.31"),
-        ("cpu", tmp_path, "glibc 2.36"),
-        ("cpu", asked, " "),
-        ("cpu", asked, "glibc"),
-        ("cpu", asked, "glibc 2."),
-    ):
-        assert settings.memory_pages(backend, pages=pages, libc=libc) == []
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
-    (noted,) = settings.memory_pages("cpu", pages=asked, libc="glibc 2.36")
-    assert "glibc.malloc.tcache_count=0:glibc.malloc.hugetlb=1," in noted.mend
-    assert settings.memory_pages("cpu", pages=asked, libc="glibc 2.36-0ubuntu") != []
-    for chosen in (0, 1, 2):
-        monkeypatch.setenv("GLIBC_TUNABLES", f"glibc.malloc.hugetlb={chosen}")
-        assert settings.memory_pages("cpu", pages=asked, libc="glibc 2.36") == []
+    assert settings.memory_kept("gpu") == []
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.rtld.nns=2")
+    assert settings.memory_kept("cpu")[0].mend.endswith(f"=glibc.rtld.nns=2:{measure.TUNABLES}")
+    for name, value in (("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0"), ("MALLOC_ARENA_MAX", "2")):
+        with monkeypatch.context() as here:
+            here.setenv(name, value)
+            assert settings.memory_kept("cpu") == []
+    for libc in (("", ""), ("musl", "1.2")):
+        monkeypatch.setattr("platform.libc_ver", lambda libc=libc: libc)
+        assert settings.memory_kept("cpu") == []
+
+
+FAULTS = """
+import resource, sys
+import jax, jax.numpy as jnp
+from lorax_kit.measure import keep_memory
+print(keep_memory() if sys.argv[1:] else None)
+@jax.jit
+def f(x):  # temporaries of 36 MB, more than glibc keeps of itself
+    y = jax.lax.optimization_barrier(jnp.outer(x, x))
+    return jax.lax.optimization_barrier(jnp.sin(y)).sum()
+x = jnp.ones(3000)
+for i in range(60):
+    if i == 30:  # by then each place that small blocks have cut is replaced
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    f(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
+def test_memory_that_is_kept_needs_no_fresh_pages():
+    """Page faults of thirty calls, a property of the allocator, whatever else computes."""
+    env = {name: x for name, x in os.environ.items() if name not in (*measure.CHOICES, "GLIBC_TUNABLES")}
+
+    def faults(*args, **more):
+        ran = [sys.executable, "-c", FAULTS, *args]
+        out = subprocess.run(ran, env=env | more, capture_output=True, text=True, timeout=120, check=True).stdout
+        done, count = out.split()
+        return done, int(count)
+
+    assert faults()[1] > 250_000
+    done, count = faults("keep")
+    assert (done, count < 80_000) == ("True", True)
+    assert faults(GLIBC_TUNABLES=measure.TUNABLES)[1] < 80_000
+    assert faults("keep", MALLOC_ARENA_MAX="4")[0] == "False"

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -76,13 +77,20 @@ ONE_FILE = {
 }
 
 
+@cache
 def modules():
-    for file in sorted(ROOT.rglob("*.py")):
-        yield file.relative_to(ROOT).with_suffix("").as_posix(), ast.parse(file.read_text(encoding="utf-8"))
+    """The name and the syntax tree of each file of the package."""
+    files = sorted(ROOT.rglob("*.py"))
+    return [(f.relative_to(ROOT).with_suffix("").as_posix(), ast.parse(f.read_text(encoding="utf-8"))) for f in files]
 
 
+@cache
 def imported(tree):
     """Full names of what a module imports, at its top or inside functions."""
+    return list(_imported(tree))
+
+
+def _imported(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -58,7 +58,7 @@ def bench() -> None:
     """Measure on this machine, side by side in one run."""
 
 
-@bench.command()
+@bench.command(keeps_memory=True)
 @size_options(width=384, batch_size=8, length=128)
 @adapter_options
 @click.option(
@@ -137,7 +137,7 @@ def calibrate(rounds: int, out: str | None, as_json: bool) -> None:
             click.echo(f"{name}: {costs[name][0]:.3g} + {costs[name][1]:.3g} r ns per entry")
 
 
-@bench.command()
+@bench.command(keeps_memory=True)
 @click.option("--method", "names", multiple=True, help="Only this one beside LoRA, may be repeated; default: all.")
 @size_options(width=384, batch_size=8, length=128)
 @adapter_options
@@ -154,7 +154,7 @@ def methods(as_json: bool, **options: Any) -> None:
         click.echo(table(rows, METHOD_COLUMNS))
 
 
-@bench.command()
+@bench.command(keeps_memory=True)
 @size_options(width=384, batch_size=16, length=32)
 @click.option("--steps", type=click.IntRange(1), default=40, show_default=True, help="Steps of every trial.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Alternating rounds.")

@@ -17,10 +17,13 @@ from typing import Any, NoReturn
 import click
 
 from lorax_kit.errors import ProcessLostError
+from lorax_kit.measure import keep_memory
 
 INTERRUPTED = 130
 LOST = 75
 """Another process of the program is gone: EX_TEMPFAIL, so that a scheduler may start all of them again."""
+OWN_PROCESS = "own process"
+"""What a context's `obj` is where no other program calls the commands."""
 UNRAISABLE = re.compile(r"weakref(set)?\.py:|:_xla_gc_callback$|:__del__$")
 """FILE:FUNCTION of callbacks in which Python prints an exception, and goes on."""
 SETTING = re.compile(r"(?<=[\s:])(?P<name>[a-z_]+)=(?P<value>'[^']*'|[^\s,;]+)|\bproblem (?P<said>[a-z_]+)(?= is )")
@@ -28,10 +31,20 @@ SETTING = re.compile(r"(?<=[\s:])(?P<name>[a-z_]+)=(?P<value>'[^']*'|[^\s,;]+)|\
 
 
 class Command(click.Command):
-    """A command whose errors name its options, where those of the package name settings as Python does."""
+    """A command whose errors name its options, where those of the package name settings as Python does.
+
+    Args:
+      keeps_memory: it runs the same programs over and over, so that its process keeps the memory they free.
+    """
+
+    def __init__(self, *args: Any, keeps_memory: bool = False, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.keeps_memory = keeps_memory
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
+        if self.keeps_memory and ctx.find_root().obj == OWN_PROCESS:
+            keep_memory()
         try:
             return super().invoke(ctx)
         except (BrokenPipeError, ProcessLostError):  # the reader of what we print has gone: click ends quietly
@@ -140,9 +153,10 @@ def lines_of(file: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: exit codes as the module says."""
+    own = OWN_PROCESS if argv is None else None
     try:
         with _terminated_as_interrupted():
-            cli.main(args=None if argv is None else list(argv), prog_name="lorax-kit", standalone_mode=False)
+            cli.main(args=None if argv is None else list(argv), prog_name="lorax-kit", standalone_mode=False, obj=own)
     except (click.exceptions.Abort, KeyboardInterrupt):
         _end("interrupted", INTERRUPTED, at_once=argv is None)
     except ProcessLostError as e:  # JAX would wait for the lost one while Python is taken down

@@ -33,7 +33,7 @@ def _config(path: str) -> dict[str, Any]:
     return data
 
 
-@cli.command()
+@cli.command(keeps_memory=True)
 @click.option(
     "--config",
     type=click.Path(exists=True, dir_okay=False),

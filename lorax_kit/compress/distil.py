@@ -136,15 +136,17 @@ def trained(
     lr: float,
     bar: Any,
     under: Callable[[Params], Params] | None = None,
+    begun: int = 0,
 ) -> Params:
     """`steps` steps of AdamW on what the spec trains, merged.
 
     Args:
+      bar: shows all steps, of which this training is `steps` after the first `begun`.
       under: what holds of the params at every step and in the end, such as zeros that stay; None: nothing.
     """
     first = next(batches, None)
     if first is None:
-        raise CompressError("the batches ended early.")
+        raise CompressError(f"the batches ended after {begun} of {bar.total} steps.")
     plan = resolve(spec, params, small, first)
     base, factors = split(params, plan, key)
     adapted = adapt(small, plan) if under is None else _held(small, plan, under)
@@ -166,11 +168,11 @@ def trained(
             bar.set_postfix(loss=f"{float(info.loss):.4f}")
             if not bool(finite):
                 raise CompressError(
-                    f"the loss or its gradient was not finite by step {taken}.\n"
+                    f"the loss or its gradient was not finite by step {begun + taken}.\n"
                     f"  check params and batches, or lower lr, now {lr:g}"
                 )
     if taken < steps:
-        raise CompressError(f"the batches ended after {taken} of {steps} steps.")
+        raise CompressError(f"the batches ended after {begun + taken} of {bar.total} steps.")
     trained_params = merge(base, state.factors, plan)
     merged, (before, treedef) = flatten(trained_params if under is None else under(trained_params))[0], flatten(base)
     untouched = {path: x for path, x in before.items() if path not in plan.trained}  # quantised ones stay so

@@ -101,9 +101,10 @@ def heal(
                     own = f"{path}/{name}"
                     most = min(shapes[own].shape[0], max(shapes[own].shape[1:]))
                     rules[own] = Full() if rank is None else LoRA(rank=min(rank, most), alpha=2 * min(rank, most))
-            count = steps * (i + 1) // len(sides) - steps * i // len(sides)
+            begun = steps * i // len(sides)
+            count = steps * (i + 1) // len(sides) - begun
             own_key = jax.random.fold_in(key, i)
-            params = trained(small, params, Spec(rules), loss, stream, own_key, count, lr, bar)
+            params = trained(small, params, Spec(rules), loss, stream, own_key, count, lr, bar, begun=begun)
     return params
 
 

@@ -68,6 +68,19 @@ class CompressPlan:
         ranks = dict(self.ranks)
         return [(site, ranks.get(site.path)) for site in self.sites.sites]
 
+    def __str__(self) -> str:
+        """A line for each site with its shape, its rank and the share of its parameters that remains."""
+        rows = []
+        for site, rank in self.chosen():
+            share = self.parameters(site, rank) / self.parameters(site, None)
+            shape = "x".join(map(str, site.shape))
+            rows.append((site.path, shape, "dense" if rank is None else f"rank {rank}", f"{share:.0%}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join(
+            [*(line.rstrip() for line in lines), f"{self.method} keeps {self.kept:.1%} of these parameters"]
+        )
+
     @staticmethod
     def parameters(site: Site, rank: int | None) -> int:
         """Of a site at a rank, None for dense."""

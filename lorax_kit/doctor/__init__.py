@@ -9,7 +9,7 @@ import jax
 from lorax_kit.doctor.machine import devices, hardware
 from lorax_kit.doctor.problem import Problem
 from lorax_kit.doctor.self_test import try_promises
-from lorax_kit.doctor.settings import in_force, memory_pages, precision
+from lorax_kit.doctor.settings import in_force, memory_kept, precision
 from lorax_kit.doctor.versions import software
 
 __all__ = ["Problem", "examine"]
@@ -30,7 +30,7 @@ def examine() -> dict[str, Any]:
     backend = jax.default_backend() if present else None
     if backend is not None:
         problems += precision(backend, values["jax_default_matmul_precision"])
-        problems += memory_pages(backend)
+        problems += memory_kept(backend)
     checks = try_promises() if present else []
     problems += [Problem(f"{c.name}: {c.detail}", c.mend, fatal=True) for c in checks if not c.ok]
     problems.sort(key=lambda problem: not problem.fatal)

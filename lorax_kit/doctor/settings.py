@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
-import re
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from lorax_kit.doctor.problem import Problem
+from lorax_kit.measure import TUNABLES, can_keep
 
 SURPRISES = (
     ("jax_enable_x64", True, False, "new arrays have 64 bits: twice the memory, and slow on accelerators"),
@@ -21,7 +19,6 @@ SURPRISES = (
     ("jax_numpy_rank_promotion", "raise", "allow", "operations that broadcast arrays of two ranks raise"),
 )
 """Name, the value that surprises, JAX's default, and what it does."""
-HUGE = "glibc.malloc.hugetlb"
 SHOWN = (*(name for name, *_ in SURPRISES), "jax_default_matmul_precision", "jax_compilation_cache_dir")
 
 
@@ -51,25 +48,11 @@ def precision(backend: str, value: str | None) -> list[Problem]:
     return [Problem(what, "where that is too coarse: export JAX_DEFAULT_MATMUL_PRECISION=highest")]
 
 
-def memory_pages(
-    backend: str, *, pages: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled"), libc: str | None = None
-) -> list[Problem]:
-    """Whether the temporaries of a program on the processor lie in small pages though large ones could be asked for.
-
-    XLA takes them anew for each call, more bytes than the allocator keeps, so each call touches fresh pages: of 4 KiB
-    one at a time, of 2 MiB where glibc asks for them, which it does from 2.35 on where it is told to.
-    """
-    libc = " ".join(platform.libc_ver()) if libc is None else libc
-    version = re.match(r"glibc (\d+)\.(\d+)", libc)
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if backend != "cpu" or version is None or (int(version[1]), int(version[2])) < (2, 35) or HUGE in tunables:
+def memory_kept(backend: str) -> list[Problem]:
+    """Whether a script's temporaries on the processor are fresh memory at every call, as `lorax_kit.measure.keep_memory` says."""
+    if backend != "cpu" or not can_keep():
         return []
-    try:
-        asked_for = b"[madvise]" in pages.read_bytes()
-    except OSError:
-        return []
-    if not asked_for:
-        return []
-    what = "large temporaries are allocated in pages of 4 KiB: steps on this processor take 1.05 to 1.15x as long"
-    value = ":".join(filter(None, (tunables, f"{HUGE}=1")))
-    return [Problem(what, f"export GLIBC_TUNABLES={value}, where memory is not short")]
+    what = "a script's large temporaries are fresh memory at every call: steps on this processor take 1.1x as long"
+    chosen = os.environ.get("GLIBC_TUNABLES", "")
+    value = ":".join(filter(None, (chosen, TUNABLES)))
+    return [Problem(what, f"before it starts, where memory is not short: export GLIBC_TUNABLES={value}")]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from lorax_kit.core.specs.setting import shown
 from lorax_kit.errors import StudyError
@@ -21,16 +23,44 @@ MARK = "__lorax_kit_builds_a_problem__"
 
 
 def problem_builder(function: Builder) -> Builder:
-    """Mark a function that builds an `lk.Problem`, so that an address may call it.
+    """Mark a function that builds an `lk.Problem`, so that an address may call it; what it builds remembers that.
 
-    Addresses stand in configurations and in saved adapters, which come from anywhere: only what is marked is called.
+    Addresses stand in configurations and in saved adapters, which come from anywhere: only what is marked is called. A
+    function of a module (not of a script, nor inside another function) that is called with JSON data gives problems
+    with the address "module:function", so that `lorax-kit` finds them from their adapters.
 
     Example:
       >>> @problem_builder
       ... def build(length: int = 32): ...
     """
-    setattr(function, MARK, True)
-    return function
+
+    @wraps(function)
+    def build(*args: Any, **keywords: Any) -> Problem:
+        made = function(*args, **keywords)
+        found = _address_of(function, args, keywords)
+        if not isinstance(made, Problem) or found is None:
+            return made
+        address, settings = found
+        return replace(made, address=address, facts={**made.facts, "settings": settings})
+
+    setattr(build, MARK, True)
+    return cast(Builder, build)
+
+
+def _address_of(
+    function: Callable[..., Any], args: Sequence[Any], keywords: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]] | None:
+    """The address of a call and its keywords; None where no later process could repeat it."""
+    if function.__module__ == "__main__" or "<" in function.__qualname__:
+        return None
+    signature = inspect.signature(function)
+    settings = {**dict(zip(signature.parameters, args, strict=False)), **keywords}
+    try:
+        read = json.loads(json.dumps(settings, allow_nan=False))
+        same = signature.bind(**read).arguments == signature.bind(*args, **keywords).arguments
+    except (TypeError, ValueError):  # not JSON data; or arguments without a name
+        return None
+    return (f"{function.__module__}:{function.__qualname__}", read) if same else None
 
 
 def import_module_of(address: str) -> None:

@@ -10,8 +10,8 @@ import math
 
 from lorax_kit.analysis.statistics.conditions import seeds_needed, smallest_p
 from lorax_kit.core.specs.setting import is_number
-from lorax_kit.report.claims import examples_error, not_inferior_text, power_text, smaller_ranks
-from lorax_kit.report.conditions import Condition, Summary, at_edge_of_grid, rates_tried
+from lorax_kit.report.claims import examples_error, not_inferior_text, power_text, rates_text, smaller_ranks
+from lorax_kit.report.conditions import Condition, Summary
 from lorax_kit.report.tables.text import bytes_text, p_text, plural
 
 
@@ -28,7 +28,9 @@ def answer(summary: Summary) -> list[str]:
     best = summary.best
     if best is None:
         if not summary.conditions:
-            return ["This run holds only the frozen-encoder probe so far; no rank can be compared yet."]
+            return [
+                "This run holds only the probe (a trained head on the frozen base) so far; no rank can be compared yet."
+            ]
         diverged = f"{_of_all(len(summary.failed), len(summary.run.trials))} diverged"
         return [
             f"No rank can be recommended: {diverged if summary.failed else 'no trial finished'}. "
@@ -75,20 +77,7 @@ def cautions(summary: Summary) -> list[str]:
         )
     if summary.stopped:
         limits.append(_stopped(summary))
-    edges = at_edge_of_grid(summary)
-    few = max((rates_tried(summary, condition) for condition in summary.ladder), default=0)
-    if len(summary.ladder) > 1 and few < 3:
-        limits.append(
-            f"Only {'one learning rate was' if few == 1 else 'two learning rates were'} tried per rank: a rank may "
-            f"look better only because {'that rate suits' if few == 1 else 'those rates suit'} it. To compare ranks, "
-            "try at least three rates around the best."
-        )
-    if edges:
-        ranks = ", ".join(str(condition.rank) for condition in edges)
-        limits.append(
-            f"The chosen learning rate is the lowest or highest one tried at rank {ranks}. A better one may "
-            "lie outside the grid; compare ranks after widening it."
-        )
+    limits += rates_text(summary)
     for column in dict.fromkeys((summary.choice, summary.metric)):
         odd = [t for t in run.trials if t["status"] == "done" and not is_number(t.get(column))]
         if odd and len(odd) < len(run.trials):
@@ -235,7 +224,7 @@ def _against_probe(summary: Summary, best: Condition, probe: Condition) -> str:
     state = summary.run.study.get("state") or ()
     moves = f" (its weights are frozen; {', '.join(map(str, state))}, which training updates, is not)" if state else ""
     return (
-        f"The frozen encoder with a trained head{moves} reaches "
+        f"The frozen base with a trained head{moves} reaches "
         f"{summary.measure.text(probe.mean(summary.metric))}; rank {best.rank} differs from it by "
         f"{summary.measure.difference(comparison)}, sign-flip test of this pair alone {_p(comparison.p)}, "
         f"{plural(comparison.pairs, 'seed')}."

@@ -17,7 +17,16 @@ from lorax_kit.analysis.statistics.conditions import (
     seeds_needed,
     seeds_to_tell,
 )
-from lorax_kit.report.conditions import Condition, Summary, best_of, compare_conditions, differences, paired_rows
+from lorax_kit.report.conditions import (
+    Condition,
+    Summary,
+    at_edge_of_grid,
+    best_of,
+    compare_conditions,
+    differences,
+    paired_rows,
+    rates_tried,
+)
 from lorax_kit.report.run_folder import RunFolder
 from lorax_kit.report.tables.text import plural
 
@@ -220,3 +229,22 @@ def examples_error(summary: Summary, condition: Condition, column: str) -> Inter
     if not (isinstance(count, int) and count > 0 and summary.measure.counted and 0 <= mean <= 1):
         return None
     return over_examples(mean, count)
+
+
+def rates_text(summary: Summary) -> list[str]:
+    """Sentences on learning rates that may decide the comparison of ranks: too few, or the best at the grid's edge."""
+    said, edges = [], at_edge_of_grid(summary)
+    few = max((rates_tried(summary, condition) for condition in summary.ladder), default=0)
+    if len(summary.ladder) > 1 and few < 3:
+        said.append(
+            f"Only {'one learning rate was' if few == 1 else 'two learning rates were'} tried per rank: a rank may "
+            f"look better only because {'that rate suits' if few == 1 else 'those rates suit'} it. To compare ranks, "
+            "try at least three rates around the best."
+        )
+    if edges:
+        ranks = ", ".join(str(condition.rank) for condition in edges)
+        said.append(
+            f"The chosen learning rate is the lowest or highest one tried at rank {ranks}. A better one may "
+            "lie outside the grid; compare ranks after widening it."
+        )
+    return said

@@ -88,7 +88,7 @@ class Summary:
       metric: Its column of the test set, or of the validation set when no trial was tested.
       conditions: Every condition of rank > 0, in order of family, rank and rate.
       ladders: Per family, the chosen condition of each rank, by rank.
-      probe: The rank-0 condition (frozen encoder, trained head) at its best rate, or None.
+      probe: The rank-0 condition (frozen base, trained head) at its best rate, or None.
       best: The chosen condition with the best mean of `choice`, or None if nothing finished.
       comparisons: Every other chosen condition (and the probe) against `best`; `condition` holds
         (targets, variant, policy, rest, rank).

@@ -43,12 +43,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Rows by site, totals, and text: `print(lk.explain(...))`."""
+    """Rows by site, totals, and text: `print(lk.explain(...))`.
+
+    Attributes:
+      rows: how each use of each site runs.
+      trained_params, base_params: numbers, of all.
+      capped: (rank asked for, highest) of the sites that hold no higher rank, by path.
+      full: numbers of the parameters that are trained in full, by path.
+    """
 
     rows: tuple[Row, ...]
     trained_params: int
     base_params: int
     capped: dict[str, tuple[int, int]] = field(default_factory=dict)
+    full: dict[str, int] = field(default_factory=dict)
 
     @property
     def materialised(self) -> tuple[str, ...]:
@@ -70,6 +78,7 @@ class Explanation:
             "flops_ratio": flops / full if full else None,
             "materialised": list(self.materialised),
             "capped": {path: list(ranks) for path, ranks in self.capped.items()},
+            "full": dict(self.full),
         }
 
     def to_json(self) -> str:
@@ -98,6 +107,9 @@ class Explanation:
         if facts["base_bytes"] != facts["full_bytes"]:
             ratio = facts["base_bytes"] / facts["full_bytes"]
             lines.append(f"base of these sites: {facts['base_bytes']:,} bytes, {ratio:.3f}x of the parameters")
+        if self.full:
+            names = ", ".join([*self.full][:4]) + (f" and {len(self.full) - 4} more" if len(self.full) > 4 else "")
+            lines.append(f"trained in full: {names} ({sum(self.full.values()):,} parameters)")
         share = self.trained_params / max(self.base_params, 1)
         lines.append(f"{self.trained_params:,} trained of {self.base_params:,} parameters ({share:.2%})")
         for path, (asked, highest) in self.capped.items():
@@ -163,7 +175,8 @@ def explain(
         counted.add(use.path)
     trained = _entries(trained_factors)
     total = sum(prod(x.shape) for x in named.values() if is_array(x) and not is_state(x))
-    return Explanation(tuple(rows), trained, total, adapted.plan.capped)
+    whole = {leaf.path: prod(leaf.shape) for leaf in adapted.plan.full if leaf.trained}
+    return Explanation(tuple(rows), trained, total, adapted.plan.capped, whole)
 
 
 def _entries(tree: Any) -> int:

@@ -1,5 +1,6 @@
 """Problems beyond classification: regression, language models, dropout, BatchNorm, metrics of all outputs."""
 
+import importlib
 import json
 import sys
 
@@ -10,6 +11,7 @@ import optax
 import pytest
 
 import lorax_kit as lk
+from lorax_kit.checkpoint.adapter import read_meta
 from lorax_kit.problem import Evaluator
 from tests import tiny
 
@@ -281,3 +283,68 @@ def test_a_problem_of_the_working_directory_may_import_its_neighbours_as_it_is_b
     before = list(sys.path)
     assert lk.problem_at("own_builder:build").address == "own_builder:build"
     assert sys.path == before
+
+
+BUILDS = """
+import lorax_kit as lk
+from tests import tiny
+
+@lk.problem_builder
+def build(rows=32, *, kind=None):
+    return tiny.built(rows)
+
+@lk.problem_builder
+def many(**settings):
+    return tiny.built(**settings)
+
+@lk.problem_builder
+def listed(*settings):
+    return tiny.built(*settings)
+
+class Group:
+    @staticmethod
+    @lk.problem_builder
+    def build():
+        return tiny.built()
+
+def make():
+    @lk.problem_builder
+    def build(rows):
+        return tiny.built(rows)
+    return build
+"""
+
+
+def test_what_a_marked_function_builds_remembers_the_call(tmp_path, monkeypatch):
+    (tmp_path / "own_calls.py").write_text(BUILDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own_calls")
+    inner = tiny.built(32).address, {"rows": 32}
+    for call, address, settings in (
+        (own.build, "own_calls:build", {}),
+        (lambda: own.build(40), "own_calls:build", {"rows": 40}),
+        (lambda: own.build(rows=40, kind="a"), "own_calls:build", {"rows": 40, "kind": "a"}),
+        (lambda: own.many(rows=40), "own_calls:many", {"rows": 40}),
+        (own.Group.build, "own_calls:Group.build", {}),
+        (lambda: own.build(kind=object()), *inner),  # nothing that an adapter could keep
+        (lambda: own.build(kind=(1,)), *inner),  # which comes back as a list
+        (lambda: own.listed(32), *inner),
+        (lambda: own.make()(32), *inner),
+    ):
+        built = call()
+        assert (built.address, built.remembered["settings"]) == (address, settings)
+        if address.startswith("own_calls"):
+            again = lk.problem_at(address, settings)
+            assert [x.shape for x in jax.tree.leaves(again.val)] == [x.shape for x in jax.tree.leaves(built.val)]
+
+
+def test_a_study_of_a_built_problem_and_of_its_address_are_one(tmp_path, monkeypatch):
+    (tmp_path / "own_study.py").write_text(BUILDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    study = lk.Study(rank=[1], seed=[0], lr=1e-2, steps=2, targets={"up": ["up/kernel"]}, probe_lr=())
+    problem = importlib.import_module("own_study").build()
+    first = lk.run(study, problem, out=tmp_path / "run", progress=False)
+    assert read_meta(next((tmp_path / "run" / "adapters").iterdir()))["address"] == "own_study:build"
+    again = lk.run(study, lk.problem_at("own_study:build"), out=tmp_path / "run", progress=False)
+    assert len(again.rows) == len(first.rows) == 1
+    assert again.compiles == first.compiles

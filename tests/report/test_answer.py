@@ -128,13 +128,15 @@ def test_all_diverged_recommends_nothing(tmp_path):
 
 def test_only_the_probe_compares_no_rank(tmp_path):
     text, _ = sentences(tmp_path, {(0, 1e-2): [(0.7, 0.7)] * 2})
-    assert text == "This run holds only the frozen-encoder probe so far; no rank can be compared yet."
+    assert (
+        text == "This run holds only the probe (a trained head on the frozen base) so far; no rank can be compared yet."
+    )
 
 
 def test_the_gain_over_the_frozen_encoder_is_paired(tmp_path):
     scores = {(0, 1e-2): [(0.7, 0.70), (0.7, 0.72)], (4, 1e-3): [(0.8, 0.75), (0.8, 0.78)]}
     text, _ = sentences(tmp_path, scores)
-    assert "The frozen encoder with a trained head reaches 71.0 %; rank 4 differs from it by +5.50 points" in text
+    assert "The frozen base with a trained head reaches 71.0 %; rank 4 differs from it by +5.50 points" in text
 
 
 def test_a_partial_run_says_how_many_trials_it_covers(tmp_path):

@@ -70,7 +70,7 @@ def test_diverged_trials_are_counted_beside_the_finished_seeds(run):
 
 def test_the_terminal_table_holds_the_rows_of_the_page(run):
     found = read_run(run)
-    first, head, *lines, hint, command, last = summary_table(found).splitlines()
+    first, head, *lines, hint, command, diverged, few = summary_table(found).splitlines()
     assert first == "demo: 9 of 9 trials"
     heads = ["rank", "lr", "seeds", "test accuracy (95 %)", "params", "adapter", "vs chosen (95 %)", "p (Holm)"]
     assert [h.strip() for h in head.replace("  ", "|").split("|") if h] == heads
@@ -80,7 +80,8 @@ def test_the_terminal_table_holds_the_rows_of_the_page(run):
     assert hint.startswith("p cannot fall below 0.05 with fewer than ")
     assert command == f"more seeds: {more_seeds(summarise(found))[1]}"
     assert command.startswith("more seeds: lorax-kit study --config experiments/demo.json --out runs/demo --seeds ")
-    assert last == "1 trial diverged; left out of the means."
+    assert diverged == "1 trial diverged; left out of the means."
+    assert few.startswith("Only one learning rate was tried per rank: ")
 
 
 def test_trial_rows_sort_by_the_number_and_show_it_rounded(run):

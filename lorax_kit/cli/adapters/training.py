@@ -14,7 +14,7 @@ from lorax_kit.cli.problems import described, files_of, problem_options, problem
 from lorax_kit.cli.root import cli, echo, refuse_given
 
 
-@cli.command()
+@cli.command(keeps_memory=True)
 @problem_options
 @setting_options
 @click.option("--lr", type=float, default=1e-3, show_default=True, help="Peak rate of AdamW, decaying linearly.")

@@ -59,7 +59,7 @@ def metric_by_rank(summary: Summary) -> Made:
         f"intervals ({methods_used(summary)}), small dots the single seeds.{choice(summary)}"
     )
     if summary.probe is not None and summary.probe.values(summary.metric).size:
-        caption += " The grey band is the frozen encoder with a trained head (mean and 95 % interval)."
+        caption += " The grey band is the frozen base with a trained head (mean and 95 % interval)."
     if any(len(c.done) < len(c.trials) for ladder in summary.ladders.values() for c in ladder):
         caption += f" ×n: n seeds {summary.lost} and are not in the mean."
     return figure, caption

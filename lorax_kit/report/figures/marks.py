@@ -26,7 +26,7 @@ def draw_probe(axes: Axes, summary: Summary) -> None:
     mean, low, high = (summary.measure.factor * x for x in summary.probe.interval(summary.metric)[:3])
     if not math.isnan(low):
         axes.axhspan(low, high, color="#bbbbbb", alpha=0.45, lw=0)
-    axes.axhline(mean, color=QUIET, lw=1, ls="--", label="frozen encoder, trained head")
+    axes.axhline(mean, color=QUIET, lw=1, ls="--", label="frozen base, trained head")
 
 
 def methods_used(summary: Summary) -> str:

@@ -99,7 +99,7 @@ def quality_by_parameters(together: Together) -> Made:
     axes.set(xlabel="trained parameters (log scale)", ylabel=f"{_label(together)}{measure.unit}")
     axes.margins(y=0.12)
     legend_below(figure, axes, columns=3)
-    probe = f" The grey band is the frozen encoder of {together.names[0]}." if together.sides[0].probe else ""
+    probe = f" The grey band is the frozen base of {together.names[0]}." if together.sides[0].probe else ""
     return figure, (
         f"{_label(together).capitalize()} against trained parameters. The black line joins the conditions of all runs "
         f"that no other beats in both, by their means alone; runs are drawn 3 % apart.{probe}"

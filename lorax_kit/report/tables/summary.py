@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from lorax_kit.analysis.statistics.conditions import seeds_needed
-from lorax_kit.report.claims import more_seeds, seeds_of, tests_of
+from lorax_kit.report.claims import more_seeds, rates_text, seeds_of, tests_of
 from lorax_kit.report.conditions import STOPPED, Condition, Summary, at_every_rate, summarise
 from lorax_kit.report.run_folder import RunFolder
 from lorax_kit.report.tables.text import bytes_text, p_text, plural
@@ -77,7 +77,7 @@ def summary_table(run: RunFolder) -> str:
         lines.append(f"{plural(len(summary.failed), 'trial')} diverged; left out of the means.")
     if summary.stopped:
         lines.append(f"{plural(len(summary.stopped), 'trial')} stopped early; left out of the means.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *rates_text(summary)])
 
 
 def _row(summary: Summary, condition: Condition) -> dict[str, str]:
@@ -91,7 +91,7 @@ def _row(summary: Summary, condition: Condition) -> dict[str, str]:
         if not math.isnan(comparison.low):
             difference += f" [{measure.signed(comparison.low)}, {measure.signed(comparison.high)}]"
     return {
-        "setting": "frozen encoder" if condition.rank == 0 else str(condition.family),
+        "setting": "frozen base" if condition.rank == 0 else str(condition.family),
         "rank": "probe" if condition.rank == 0 else str(condition.rank),
         "rate": f"{condition.lr:g}" if condition.done else "–",
         "seeds": seeds_text(condition if condition.done else _all_rates(summary, condition)),

@@ -58,7 +58,8 @@ class Study:
       grids: several grids in place of one: mappings of axes (and of `settings`) to values, each over the study's own
         values of the axes that it does not name. A list of single trials is a list of grids of one value.
       sample: a design drawn from ranges in place of all combinations: `lk.Sample`.
-      probe_lr: learning rates of the frozen-encoder probe; empty for none. It has the first value of every other axis.
+      probe_lr: learning rates of a probe, which trains the head on the frozen base; empty for
+        none. It has the first value of every other axis.
       stop: `lk.Halving` or `lk.MedianRule`: trials that fall behind on the validation set stop early; None: none do.
       rslora: as in `lk.LoRA`.
       steps: optimiser steps per trial.

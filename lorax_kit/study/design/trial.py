@@ -63,7 +63,7 @@ AXES: dict[str, Axis] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One point of a study. Rank 0 is the frozen-encoder probe: only what is trained in full learns.
+    """One point of a study. Rank 0 is the probe on the frozen base: only what is trained in full learns.
 
     Attributes:
       hyper: (name, value) of the scalars that the optimiser or the loss reads, by name.

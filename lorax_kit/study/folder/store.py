@@ -62,6 +62,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _without_empty(design: Mapping[str, Any]) -> dict[str, Any]:
+    """A design in which an empty object counts as none: the settings of a builder that was called without any."""
+    return {name: None if value == {} else value for name, value in design.items()}
+
+
 def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """The keys that differ, with both values where they are short."""
     words = []
@@ -136,7 +141,7 @@ class RunStore:
         leaves: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
-        design = json.loads(json.dumps(design))
+        design = _without_empty(json.loads(json.dumps(design)))
         if self.path.exists() and not self.path.is_dir():
             raise StudyError(f"{str(self.path)!r} is a file.\n  choose another folder")
         previous = self._previous()
@@ -145,8 +150,8 @@ class RunStore:
         if previous is None and self.path.exists() and not is_begun(self.path):
             raise StudyError(f"{str(self.path)!r} is not empty and holds no study.\n  choose another folder")
         self._discard = overwrite and previous is not None
-        if not overwrite and previous is not None and previous.get("identity") != design:
-            theirs = previous["identity"]
+        theirs = _without_empty(previous["identity"]) if previous is not None else design
+        if not overwrite and previous is not None and theirs != design:
             ours = {k: v for k, v in design.items() if theirs.get(k) != v}
             changed = differences(leaves or {}, previous["leaves"]) if isinstance(previous.get("leaves"), dict) else {}
             raise StudyError(
