@@ -49,7 +49,7 @@ def precision(backend: str, value: str | None) -> list[Problem]:
 
 
 def memory_kept(backend: str) -> list[Problem]:
-    """Whether a script's temporaries on the processor are fresh memory at every call, as `lorax_kit.measure.keep_memory` says."""
+    """Whether a script's temporaries on the processor are fresh memory at every call (`measure.keep_memory`)."""
     if backend != "cpu" or not can_keep():
         return []
     what = "a script's large temporaries are fresh memory at every call: steps on this processor take 1.1x as long"

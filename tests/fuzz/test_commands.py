@@ -1,10 +1,14 @@
 """Arguments of every command: an exit code of 0 or 2, never a traceback."""
 
+import tempfile
+
 import click
 from click.testing import CliRunner
 from hypothesis import strategies as st
 
+from lorax_kit.checkpoint import orbax_files
 from lorax_kit.cli import cli
+from lorax_kit.doctor import self_test
 from tests.fuzz.verdict import run, taken
 
 WORDS = [
@@ -62,6 +66,9 @@ def arguments(draw, command):
 def test_arguments_of_every_command(tried, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(self_test, "CHECKS", ())  # of doctor: ten seconds
+    orbax_files.ready()  # a second, of the first command that needs it
     (tmp_path / "empty").mkdir()
     (tmp_path / "rows.csv").write_text("text,label\ngood,yes\nbad,no\n")
     (tmp_path / "spec.json").write_text('{"rules": [["**", {"rank": 2}]]}')

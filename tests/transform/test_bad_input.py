@@ -67,6 +67,7 @@ JSON = [
     ('{"rules": [["q", {"kind": "full"}]], "x": 1}', "unknown key 'x'"),
     ('{"rules": [["q", {"kind": "half"}]]}', "kind 'half'"),
     ('{"rules": [["re:(", {"rank": 1}]]}', "not a regular expression"),
+    ('{"rules": [["re:[[a]", {"rank": 1}]]}', "is ambiguous: Possible nested set at position 1."),
     ('{"rules": [["{a", {"rank": 1}]]}', "never closed"),
 ]
 

@@ -8,6 +8,7 @@ error, not half a match.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
@@ -98,7 +99,12 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     """One alternative (no braces left) as a regular expression for `fullmatch`."""
     if pattern.startswith(REGEX_PREFIX):
         try:
-            return re.compile(pattern[len(REGEX_PREFIX) :])
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", FutureWarning)  # "[[": a later Python may read it otherwise
+                return re.compile(pattern[len(REGEX_PREFIX) :])
+        except FutureWarning as e:
+            how = "put a backslash before [, &, |, ~ and - that stand for themselves within a set"
+            raise SpecError(f"pattern {shortened(pattern)} is ambiguous: {e}.\n  {how}") from None
         except (re.error, OverflowError, RecursionError) as e:  # numbers and groups beyond what Python takes
             raise SpecError(f"pattern {shortened(pattern)} is not a regular expression: {e}.") from None
     out, i = [], 0

@@ -8,6 +8,7 @@ of the whole name; modules_to_save matches any end of a name, dot or not.
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -195,7 +196,9 @@ def ends(name: str, entry: str) -> bool:
 def compiled(pattern: str, around: str = "{}") -> re.Pattern[str]:
     """A pattern of the config with what PEFT puts around it."""
     try:
-        return re.compile(around.replace("{}", pattern))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of "[[": it means what it means to PEFT
+            return re.compile(around.replace("{}", pattern))
     except (re.error, RecursionError, OverflowError) as e:
         raise AdapterError(f"{CONFIG} has the pattern {pattern[:80]!r}, not a regular expression: {e}.") from None
 
