@@ -1,5 +1,6 @@
 """Arguments of every command: an exit code of 0 or 2, never a traceback."""
 
+import importlib
 import tempfile
 
 import click
@@ -68,7 +69,8 @@ def test_arguments_of_every_command(tried, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "nowhere")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(self_test, "CHECKS", ())  # of doctor: ten seconds
-    orbax_files.ready()  # a second, of the first command that needs it
+    orbax_files.ready()  # a second of imports, of the first command that needs them
+    importlib.import_module("lorax_kit.commands")
     (tmp_path / "empty").mkdir()
     (tmp_path / "rows.csv").write_text("text,label\ngood,yes\nbad,no\n")
     (tmp_path / "spec.json").write_text('{"rules": [["**", {"rank": 2}]]}')
