@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -153,19 +154,24 @@ def lines_of(file: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: exit codes as the module says."""
-    own = OWN_PROCESS if argv is None else None
+    own, hook = OWN_PROCESS if argv is None else None, sys.unraisablehook
     try:
         with _terminated_as_interrupted():
             cli.main(args=None if argv is None else list(argv), prog_name="lorax-kit", standalone_mode=False, obj=own)
+        return
     except (click.exceptions.Abort, KeyboardInterrupt):
-        _end("interrupted", INTERRUPTED, at_once=argv is None)
+        sys.unraisablehook = lambda _: None  # a file that is half written would tell how it was closed
+        message, code = "interrupted", INTERRUPTED
     except ProcessLostError as e:  # JAX would wait for the lost one while Python is taken down
-        _end(_in_one_line(str(e)), LOST, at_once=argv is None)
+        message, code = _in_one_line(str(e)), LOST
     except click.exceptions.NoArgsIsHelpError as e:
         click.echo(e.format_message(), err=True)
         sys.exit(2)
     except click.ClickException as e:
         _fail(e.format_message())
+    gc.collect()  # no longer held by the exception: a block that was interrupted as it was left ends now
+    sys.unraisablehook = hook
+    _end(message, code, at_once=argv is None)
 
 
 @contextmanager

@@ -6,9 +6,10 @@ import contextlib
 import errno
 import fcntl
 import os
+import random
 import re
 import shutil
-import tempfile
+import string
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -107,10 +108,14 @@ def staged(path: Path, overwrite: bool) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_stale(path.parent)
-        folder, held = _staging_folder(path)
     except OSError as e:
         raise _cannot(path, e) from None
+    folder, held = _free_name(path), None  # its name first: an interruption may come at once when it is made
     try:
+        try:
+            held = _made(folder)
+        except OSError as e:
+            raise _cannot(path, e) from None
         with writing(path):
             yield folder / _NEW
             _put(folder, path, overwrite)
@@ -124,7 +129,8 @@ def staged(path: Path, overwrite: bool) -> Iterator[Path]:
             _remove(folder)
             raise
         finally:
-            os.close(held)
+            if held is not None:
+                os.close(held)
 
 
 def _remove(folder: Path) -> None:
@@ -178,13 +184,22 @@ def sole_writer(folder: Path, error: type[LoraxError] = AdapterError) -> IO[str]
     return file
 
 
-def _staging_folder(path: Path) -> tuple[Path, int]:
-    """A new folder beside `path`, and the descriptor that keeps it locked."""
+def _free_name(path: Path) -> Path:
+    """A folder beside `path` that nothing else has."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=_SUFFIX, dir=path.parent))
+        word = "".join(random.SystemRandom().choices(string.ascii_lowercase + string.digits, k=8))
+        folder = path.parent / f".{path.name[:40]}.{word}{_SUFFIX}"
+        if not os.path.lexists(folder):
+            return folder
+
+
+def _made(folder: Path) -> int:
+    """Make a folder; the descriptor that keeps it locked."""
+    while True:
+        folder.mkdir(mode=0o700)
         held = _locked(folder, new=True)
         if held is not None:
-            return folder, held  # else `clear_stale` of another process came between the two calls
+            return held  # else `clear_stale` of another process came between the two calls
 
 
 def _locked(folder: Path, new: bool = False) -> int | None:

@@ -90,6 +90,18 @@ def test_without_overwrite_the_second_writer_is_refused(first, second, unseen, t
     assert left_over(tmp_path) == []
 
 
+def test_an_interruption_as_the_staging_folder_is_made_leaves_none(tmp_path, monkeypatch, injected):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    injected("signal SIGINT")
+    monkeypatch.setattr("lorax_kit.files.staging._locked", interrupted)
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "a", overwrite=True):
+        pass
+    monkeypatch.undo()
+    assert left_over(tmp_path) == []
+
+
 def test_writers_of_one_file_never_leave_a_part(tmp_path, injected):
     file, contents = tmp_path / "page.html", [bytes([65 + i]) * 200_000 for i in range(MEANWHILE)]
     for _ in range(5):
