@@ -62,6 +62,27 @@ def test_an_interrupted_training_goes_on_and_each_epoch_is_logged_once(tmp_path,
     assert jax.tree.leaves(lk.load_adapter(tmp_path / "old" / "adapter", base=tiny.params(jax.random.key(0))).factors)
 
 
+def test_a_training_that_ends_before_its_page_writes_it_when_called_again(tmp_path, monkeypatch):
+    whole = train(tmp_path / "whole")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as here:
+        here.setattr(module, "write_training_report", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "cut")
+    assert (tmp_path / "cut/adapter").exists()
+    again = train(tmp_path / "cut")
+    assert again["test_loss"] == whole["test_loss"]
+    assert (tmp_path / "cut/report.html").exists()
+    with pytest.raises(lk.AdapterError, match="that training is finished"):
+        train(tmp_path / "cut")
+    base = tiny.problem(facts={}).params(jax.random.key(0))
+    same = [lk.load_adapter(tmp_path / name / "adapter", base=base).factors for name in ("whole", "cut")]
+    assert same[0]["up/kernel"].b.tobytes() == same[1]["up/kernel"].b.tobytes()
+
+
 def test_a_problem_with_state_and_keys_is_trained_and_chosen_by_its_metric(tmp_path):
     from tests.problem.test_problems import normalising
 

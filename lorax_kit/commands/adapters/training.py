@@ -35,6 +35,7 @@ from lorax_kit.report.pages.training import Training, data_text, write_training_
 from lorax_kit.training import Fitted, Info, State, fit, make_step, partition
 from lorax_kit.transform import all_linear, resolve
 
+SAVED = "training.npz"
 DATA_FACTS = ("rows", "train", "val", "test", "left_out", "length", "cut")
 
 
@@ -55,7 +56,7 @@ def train_adapter(
     """Train one adapter by `lk.fit` and save it under `out`; the epoch that is best by the problem's metric is kept,
     of equal ones that of the lower validation loss, then the earlier.
 
-    Interrupted, the same call goes on, to the same bits: `out/training.npz` holds the training until the adapter is
+    Interrupted, the same call goes on, to the same bits: `out/training.npz` holds the training until its page is
     saved. Each epoch is once in `out/metrics.jsonl`.
 
     Args:
@@ -125,11 +126,13 @@ def train_adapter(
             saved.unlink(missing_ok=True)
             raise StudyError(f"training gave no usable adapter: {fitted.stopped}.\n  lower the learning rate")
         tested = test(version(base, fitted.state.factors, plan)[0])
-        save_adapter(out / "adapter", plan, fitted.state.factors, base=base, meta=problem.remembered)
-        saved.unlink(missing_ok=True)
+        # The page comes last but one: a training that is killed before goes on here, to the same bits.
+        save_adapter(out / "adapter", plan, fitted.state.factors, base=base, meta=problem.remembered, overwrite=True)
         run |= {"epochs": epochs, "save memory": save_memory, "base": settings["base"]}
         told = _told(problem, adapted, fitted, tested, run, out / "adapter")
-        return _result(problem, told, out / "adapter", write_training_report(out, told))
+        page = write_training_report(out, told)
+        saved.unlink(missing_ok=True)
+        return _result(problem, told, out / "adapter", page)
 
 
 class Adapted(NamedTuple):
@@ -150,7 +153,7 @@ def _check(out: Path, lr: float) -> None:
     """Raise where a training cannot begin."""
     if not 0 < lr < float("inf"):
         raise StudyError(f"lr is {lr}; it must be a positive number.")
-    if (out / "adapter").exists():
+    if (out / "adapter").exists() and not (out / SAVED).exists():
         raise AdapterError(
             f"{str(out / 'adapter')!r} exists: that training is finished.\n  choose another folder, or delete this one"
         )
@@ -194,7 +197,7 @@ def _adapt(problem: Problem, setting: AnySetting, targets: Sequence[str], exampl
 
 def _begun(out: Path) -> tuple[Path, Path]:
     """The files that hold a training under way and its epochs; of an earlier one without an adapter nothing is left."""
-    saved, log = out / "training.npz", out / "metrics.jsonl"
+    saved, log = out / SAVED, out / "metrics.jsonl"
     if saved.exists():
         tqdm.write(f"{str(out)!r} holds an interrupted training: going on", file=sys.stderr)
     elif log.exists():
