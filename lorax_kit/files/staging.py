@@ -113,7 +113,8 @@ def staged(path: Path, overwrite: bool) -> Iterator[Path]:
     folder, held = _free_name(path), None  # its name first: an interruption may come at once when it is made
     try:
         try:
-            held = _made(folder)
+            while (held := _made(folder)) is None:
+                folder = _free_name(path)
         except OSError as e:
             raise _cannot(path, e) from None
         with writing(path):
@@ -193,13 +194,10 @@ def _free_name(path: Path) -> Path:
             return folder
 
 
-def _made(folder: Path) -> int:
-    """Make a folder; the descriptor that keeps it locked."""
-    while True:
-        folder.mkdir(mode=0o700)
-        held = _locked(folder, new=True)
-        if held is not None:
-            return held  # else `clear_stale` of another process came between the two calls
+def _made(folder: Path) -> int | None:
+    """Make a folder; the descriptor that keeps it locked. None: `clear_stale` of another writer came in between."""
+    folder.mkdir(mode=0o700)
+    return _locked(folder, new=True)
 
 
 def _locked(folder: Path, new: bool = False) -> int | None:
