@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -41,7 +40,7 @@ def problem_builder(function: Builder) -> Builder:
         if not isinstance(made, Problem) or found is None:
             return made
         address, settings = found
-        return replace(made, address=address, facts={**made.facts, "settings": settings})
+        return made.at(address, settings=settings)
 
     setattr(build, MARK, True)
     return cast(Builder, build)
@@ -107,7 +106,7 @@ def problem_at(address: str, settings: Mapping[str, Any] | None = None, *, remem
             raise _cannot_import(address, e, hint) from None
         made = _made(target, address, settings, remembered)
     own = {} if isinstance(target, Problem) else {"settings": dict(settings or {})}
-    return replace(made, address=address, facts={**made.facts, **own})
+    return made.at(address, **own)
 
 
 def _cannot_import(address: str, error: Exception, hint: str = "") -> StudyError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,6 +122,13 @@ class Problem:
     def all_metrics(self) -> tuple[Metric, ...]:
         """What is measured, the loss first."""
         return self.metrics  # type: ignore[return-value]
+
+    def at(self, address: str, **facts: Any) -> Problem:
+        """The same problem with an address and further facts; its parts, checked once, are not checked again."""
+        made = copy(self)
+        object.__setattr__(made, "address", address)
+        object.__setattr__(made, "facts", {**self.facts, **facts})
+        return made
 
     @property
     def remembered(self) -> dict[str, Any]:
