@@ -34,8 +34,8 @@ $(VENV)/.docs: $(VENV)/.installed
 	@touch $@
 
 # One after the other, each with the seconds before it; the last says so.
-check: install  ## What decides a landing (.ci/run): style, types, tests, processes, demo, parity; about 35 minutes.
-	@start=$$(date +%s); for step in lint types test test-distributed demo check-demo test-interop; do \
+check: install  ## What decides a landing (.ci/run): style, types, tests, processes, faults, demo, parity; about 35 minutes.
+	@start=$$(date +%s); for step in lint types test test-distributed test-faults demo check-demo test-interop; do \
 	  printf '\n== %s (%s s)\n' "$$step" "$$(( $$(date +%s) - start ))"; $(MAKE) --no-print-directory $$step || exit 1; \
 	done; printf '\n== done (%s s)\n' "$$(( $$(date +%s) - start ))"
 
