@@ -5,12 +5,17 @@ import os
 import signal
 from importlib.metadata import version
 
-# Tiny programs: compiling them is what tests cost, so LLVM does not optimise them (0.7x of the processor time), and
-# elementwise work is not emitted through MLIR (0.8x of what is left). XLA ends the process at a flag it does not know.
+# Tiny programs: compiling them is what tests cost, so LLVM does not optimise them (0.7x of the processor time),
+# elementwise work is not emitted through MLIR (0.8x of what is left), and no program is cut into parts that threads
+# compile (0.92x of that). XLA ends the process at a flag it does not know.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
+    + (
+        " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        if version("jaxlib").startswith("0.10.")
+        else ""
+    ),
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on tiny matrices its threads take more time than they save

@@ -9,14 +9,16 @@ from lorax_kit.core.method import frozen_leaves
 
 def draw(seed, *shape):
     """(*shape) of N(0, 1), float32; the same for the same seed."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def moved(tree):
     """A tree whose every leaf is moved at random: factors away from their zero update."""
     leaves, treedef = jax.tree.flatten(tree)
     rng = np.random.default_rng(7)
-    return treedef.unflatten([x + 0.3 * rng.normal(size=x.shape).astype(x.dtype) for x in leaves])
+    return treedef.unflatten(
+        [jnp.asarray(np.asarray(x) + 0.3 * rng.normal(size=x.shape).astype(x.dtype)) for x in leaves]
+    )
 
 
 def moved_leaves(plan, factors):

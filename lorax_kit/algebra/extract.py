@@ -15,6 +15,7 @@ import numpy as np
 from lorax_kit.algebra.adaptation import Adaptation, check_rank, check_share, plain
 from lorax_kit.algebra.rank import cut_whole
 from lorax_kit.arrays.dtypes import wide
+from lorax_kit.arrays.finite import all_finite
 from lorax_kit.core.lowrank import dense
 from lorax_kit.core.merge import check_params
 from lorax_kit.core.paths import Params, flatten, is_array
@@ -107,7 +108,7 @@ def _check_alike(named: dict[str, Any], others: dict[str, Any]) -> None:
         for who, y in (("base", x), ("tuned params", other)):
             if isinstance(y, jax.core.Tracer):
                 raise AdapterError("the params are being traced: extract works on values, outside of jit and grad.")
-            if is_array(y) and jnp.issubdtype(y.dtype, jnp.floating) and not bool(jnp.isfinite(dense(y)).all()):
+            if is_array(y) and jnp.issubdtype(y.dtype, jnp.floating) and not all_finite(dense(y)):
                 raise AdapterError(f"{path!r} of the {who} holds values that are not finite.")
 
 

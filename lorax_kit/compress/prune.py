@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lorax_kit.arrays.finite import all_finite
 from lorax_kit.calibration.arguments import planned
 from lorax_kit.calibration.calibrate import Stats, check_finite, moments_of
 from lorax_kit.compress.arguments import check_share, check_word
@@ -65,7 +66,7 @@ def prune(
     out = dict(named)
     for site in sites.sites:
         w = site.matrices(dense(named[site.path]))  # (S, K, N)
-        if not bool(jnp.isfinite(w).all()):
+        if not all_finite(w):
             raise CompressError(f"{site.path!r} holds values that are not finite.")
         least = w.shape[1] if method == "wanda" else w.shape[1] * w.shape[2]
         if round(keep * least) < 1:

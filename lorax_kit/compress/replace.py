@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lorax_kit.arrays.finite import all_finite
 from lorax_kit.calibration.arguments import planned, shown
 from lorax_kit.calibration.calibrate import Moments, Stats, check_finite, moments_of
 from lorax_kit.compress.allocate import allocate, candidate
@@ -266,7 +267,7 @@ def _replaced(site: Site, x: Any, method: str, rank: int, stats: Stats | None, k
         for i, w in enumerate(_dense(x, site))
     ]
     a, b = (jnp.asarray(np.stack(side, 1), x.dtype) for side in zip(*pairs, strict=True))  # (r, S, K), (r, S, N)
-    if not bool(jnp.isfinite(a).all() & jnp.isfinite(b).all()):
+    if not (all_finite(a) and all_finite(b)):
         raise CompressError(f"the factors of {site.path!r} do not fit into {x.dtype}.\n  cast it to float32 first")
     return LowRank(
         a=a.reshape(rank, *site.stack_shape, *site.in_shape),
@@ -323,7 +324,7 @@ def with_residuals(params: Params, small: Params) -> Params:
                 "  give the dense params that were compressed"
             )
         residual = dense(original).astype(leaf.dtype) - leaf.restore()
-        if not bool(jnp.isfinite(residual).all()):
+        if not all_finite(residual):
             raise CompressError(f"{path!r} holds values that are not finite.")
         out[path] = replace(leaf, residual=residual)
     return unflatten(out, treedef)

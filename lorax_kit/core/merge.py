@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.arrays.dtypes import wide
+from lorax_kit.arrays.finite import all_finite
 from lorax_kit.arrays.placement import everywhere, like, partitioned
 from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors, check_key
 from lorax_kit.core.lowrank import dense, outer
-from lorax_kit.core.method import Hints, method_of, update_of
+from lorax_kit.core.method import Hints, Method, method_of, update_of
 from lorax_kit.core.paths import Params, flatten, unflatten
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.quantised import Quantised
@@ -104,13 +105,16 @@ def effective_weight(site: Site, w: Array, leaves: Any, scale: Any = None) -> Ar
     Args:
       scale: in place of the plan's; it may be traced.
     """
-
-    def effective(w: Array, leaves: Any, scale: Any) -> Array:
-        total, unchanged = _effective(site, w, leaves, scale)
-        return _kept(unchanged, w, total.astype(w.dtype))
-
+    effective = partial(_merged, site.unnamed(), method_of(site.setting))
     merged: Array = partitioned(effective, like(w), w, leaves, scale)
     return merged
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _merged(site: Site, method: Method, w: Array, leaves: Any, scale: Any) -> Array:
+    """One program for all sites alike; `method` is what its kind stands for now, which `register` may change."""
+    total, unchanged = _effective(site, w, leaves, scale)
+    return _kept(unchanged, w, total.astype(w.dtype))
 
 
 def beyond(path: str, largest: Any, stored: str) -> AdapterError:
@@ -125,7 +129,7 @@ def _check_held(path: str, merged: Array, before: Array, summed: Callable[[], Ar
     """Raise `AdapterError` where a parameter was finite and its sum left the range of a narrow dtype (outside jit)."""
     if isinstance(merged, jax.core.Tracer) or float(jnp.finfo(merged.dtype).max) > 1e30:
         return
-    if bool(jnp.isfinite(merged).all()) or not bool(jnp.isfinite(before).all()):
+    if all_finite(merged) or not all_finite(before):
         return
     raise beyond(path, jnp.max(jnp.abs(summed())), str(merged.dtype))
 
@@ -188,7 +192,7 @@ def merge(base: Params, factors: FactorTree, plan: Plan) -> Params:
             if x is None or isinstance(x, jax.core.Tracer):
                 continue
             with jax.ensure_compile_time_eval():  # where only the base is traced
-                finite = bool(jnp.isfinite(x).all())
+                finite = all_finite(x)
             if not finite:
                 raise AdapterError(
                     f"{name} of {path!r} holds values that are not finite; merging would spoil the base."

@@ -71,9 +71,9 @@ class Hints(NamedTuple):
         return None if self.gram is None else self.gram.diagonal(axis1=1, axis2=2)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Method:
-    """One method.
+    """One method; two of them are equal where they are one.
 
     Attributes:
       setting: its frozen dataclass, a `Setting` with a `kind` of its own.

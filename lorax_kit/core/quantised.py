@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lorax_kit.arrays.finite import all_finite
 from lorax_kit.core.paths import Packed, flatten, is_array, unflatten
 from lorax_kit.core.plan import matched
 from lorax_kit.errors import PlanError
@@ -97,22 +98,28 @@ class Quantised(Packed):
         exp(log_step) of the block's largest entry: 1.02 where the scales of a matrix differ 100-fold, 1.125 at most
         (2 for what was quantised under `jit`, where the spread of the values is not known).
         """
-        if self.method == "int8":
-            values = self.codes.astype(jnp.float32) / 127
-        else:
-            halves = [(self.codes >> 4)[..., None], (self.codes & 15)[..., None]]  # ONNX's converter lacks `stack`
-            pairs = jnp.concatenate(halves, axis=-1).reshape(*self.codes.shape[:-1], -1)
-            values = jnp.asarray(NF4)[pairs] if self.method == "nf4" else (pairs.astype(jnp.float32) - 8) / 7
-        scales = self.scales
-        if self.log_least is not None and self.log_step is not None:
-            scales = decode_scales(scales, self.log_least, self.log_step)
-        blocks = values.reshape(*values.shape[:-1], -1, self.block) * scales[..., None]
-        return blocks.reshape(*values.shape)[..., : self.shape[-1]].astype(self.dtype)
+        restored: Array = _restored(self)
+        return restored
 
     def rows(self, indices: Array) -> Array:
         """Restore some rows of a matrix alone: (*indices.shape, N); indices out of bounds are clipped."""
         codes, scales = (jnp.take(x, indices, axis=0, mode="clip") for x in (self.codes, self.scales))
         return replace(self, codes=codes, scales=scales, shape=(*indices.shape, self.shape[-1])).restore()
+
+
+@jax.jit
+def _restored(x: Quantised) -> Array:
+    if x.method == "int8":
+        values = x.codes.astype(jnp.float32) / 127
+    else:
+        halves = [(x.codes >> 4)[..., None], (x.codes & 15)[..., None]]  # ONNX's converter lacks `stack`
+        pairs = jnp.concatenate(halves, axis=-1).reshape(*x.codes.shape[:-1], -1)
+        values = jnp.asarray(NF4)[pairs] if x.method == "nf4" else (pairs.astype(jnp.float32) - 8) / 7
+    scales = x.scales
+    if x.log_least is not None and x.log_step is not None:
+        scales = decode_scales(scales, x.log_least, x.log_step)
+    blocks = values.reshape(*values.shape[:-1], -1, x.block) * scales[..., None]
+    return blocks.reshape(*values.shape)[..., : x.shape[-1]].astype(x.dtype)
 
 
 def encode_scales(scales: Array) -> tuple[Array, Array, Array]:
@@ -224,7 +231,7 @@ def quantize(base: Any, patterns: Sequence[str], method: str = "nf4", *, block: 
             raise PlanError(f"{path!r} is {kind}; only float parameters of at least 2 axes are quantised.")
         if 0 in x.shape:
             raise PlanError(f"{path!r} of shape {x.shape} is empty: there is nothing to quantise.")
-        if not isinstance(x, jax.core.Tracer) and not bool(jnp.isfinite(jnp.asarray(x, jnp.float32)).all()):
+        if not isinstance(x, jax.core.Tracer) and not all_finite(x):
             raise PlanError(f"{path!r} holds values that are not finite; they would spoil the scales of others.")
         out[path] = encode(jnp.asarray(x), method, block, double)
     return unflatten(out, treedef)

@@ -6,6 +6,7 @@ Symbols: m is `magnitude` (*stack, *out), A is `a` (r, *stack, *in), B is `b` (r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -68,6 +69,13 @@ def norm(site: Site, w: Array, a: Array, b: Array, scale: Any) -> Float[Array, .
     The squares of the sum, and not |W|^2 + 2s <B, AW> + s^2 <B, (A A^T) B>, whose digits cancel where an update takes
     most of a column away.
     """
+    size: Array = _norm(site.unnamed(), w, a, b, scale)
+    return size
+
+
+@partial(jax.jit, static_argnums=0)
+def _norm(site: Site, w: Array, a: Array, b: Array, scale: Any) -> Array:
+    """`norm`, one program for all sites alike."""
     dtype = wide(a.dtype, w.dtype)
     w3 = site.matrices(w).astype(dtype)
     stack, ins, outs = w3.shape

@@ -6,6 +6,7 @@ other site, and the first r rows of a rank-R draw are the rank-r draw.
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,12 @@ def draw_rows(
     key: Array, shape: tuple[int, ...], bound: float, *, uniform: bool = False, dtype: Any = jnp.float32
 ) -> Float[Array, "r ..."]:
     """Draw `shape[0]` rows, each from its own key: N(0, bound^2), or U(-bound, bound)."""
+    rows: Array = _drawn_rows(key, shape, bound, uniform, dtype)
+    return rows
+
+
+@partial(jax.jit, static_argnums=(1, 3, 4))
+def _drawn_rows(key: Array, shape: tuple[int, ...], bound: Any, uniform: bool, dtype: Any) -> Array:
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(shape[0]))
     if uniform:
         rows = jax.vmap(lambda k: jax.random.uniform(k, shape[1:], jnp.float32, -bound, bound))(keys)
