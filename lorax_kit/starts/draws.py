@@ -26,18 +26,25 @@ def draw_rows(
     key: Array, shape: tuple[int, ...], bound: float, *, uniform: bool = False, dtype: Any = jnp.float32
 ) -> Float[Array, "r ..."]:
     """Draw `shape[0]` rows, each from its own key: N(0, bound^2), or U(-bound, bound)."""
-    rows: Array = _drawn_rows(key, shape, bound, uniform, dtype)
-    return rows
-
-
-@partial(jax.jit, static_argnums=(1, 3, 4))
-def _drawn_rows(key: Array, shape: tuple[int, ...], bound: Any, uniform: bool, dtype: Any) -> Array:
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(shape[0]))
-    if uniform:
-        rows = jax.vmap(lambda k: jax.random.uniform(k, shape[1:], jnp.float32, -bound, bound))(keys)
-    else:
-        rows = jax.vmap(lambda k: bound * jax.random.normal(k, shape[1:], jnp.float32))(keys)
+    # N(0, 1) is multiplied apart: within one program XLA multiplies its constants first, and rounds otherwise.
+    rows: Array = _uniform_rows(key, shape, bound) if uniform else bound * _normal_rows(key, shape)
     return rows.astype(dtype)
+
+
+@partial(jax.jit, static_argnums=1)
+def _uniform_rows(key: Array, shape: tuple[int, ...], bound: Any) -> Array:
+    """(*shape) of U(-bound, bound)."""
+    return jax.vmap(lambda k: jax.random.uniform(k, shape[1:], jnp.float32, -bound, bound))(_row_keys(key, shape[0]))
+
+
+@partial(jax.jit, static_argnums=1)
+def _normal_rows(key: Array, shape: tuple[int, ...]) -> Array:
+    """(*shape) of N(0, 1)."""
+    return jax.vmap(lambda k: jax.random.normal(k, shape[1:], jnp.float32))(_row_keys(key, shape[0]))
+
+
+def _row_keys(key: Array, rows: int) -> Array:
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
 def kaiming(site: Site, w: Array, key: Array, hints: Hints) -> Start:
