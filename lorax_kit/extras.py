@@ -26,17 +26,15 @@ EXTRAS = {
 }
 
 
-def need(extra: str, *modules: str) -> None:
+def need(extra: str, *modules: str, raises: type[Exception] = ImportError) -> None:
     """Check that what an extra installs is there.
 
     Raises:
-      ImportError: a module is missing; the message says which extra brings it.
+      ImportError, or `raises`: a module is missing; the message says which extra brings it.
     """
     for name in modules:
         if find_spec(name) is None:
-            raise ImportError(
-                f"{name} is not installed.\n  install the extra: pip install 'lorax_kit[{extra}]'", name=name
-            )
+            raise raises(f"{name} is not installed.\n  install the extra: pip install 'lorax_kit[{extra}]'")
 
 
 def installed(name: str) -> str | None:

@@ -44,8 +44,8 @@ MAY_IMPORT = {
     "algebra": {"core", "methods", "transform", "arrays"},
     "serve": {"extras", "json_text", "core", "transform", "checkpoint", "files"},
     "models": {"extras", "json_text", "arrays", "assets", "core"},
-    "data": {"assets", "json_text"},
-    "tasks": set(),
+    "data": {"extras", "assets", "json_text"},
+    "tasks": {"extras"},
     "report": {"extras", "json_text", "core", "analysis", "files", "study"},
 }
 JOINS = {"generate", "__init__", "__main__", "cli", "benchmarks", "commands", "doctor", "problems"}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorax_kit.errors import DataError
+from lorax_kit.extras import need
 from lorax_kit.json_text import parse_json
 
 LONGEST_CELL = 2**31 - 1
@@ -238,14 +239,10 @@ def _read_txt(path: Path, columns: Mapping[str, str], encoding: str) -> Iterator
 
 
 def _read_parquet(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError:
-        raise ImportError(
-            "a Parquet file is read with the package pyarrow, which is not installed.\n"
-            "  install it: pip install 'lorax_kit[data]'"
-        ) from None
+    need("data", "pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         with pyarrow.parquet.ParquetFile(path) as opened:
             _expect(path, columns, opened.schema_arrow.names)

@@ -16,13 +16,14 @@ import numpy as np
 
 from lorax_kit.core.paths import Params
 from lorax_kit.errors import ExportError
+from lorax_kit.extras import need
 from lorax_kit.files.staging import refuse_existing, staged
-from lorax_kit.serve.program import first_line, need, program
+from lorax_kit.serve.program import first_line, program
 
 
 def check_installed() -> None:
     """Raise `ExportError` unless the converter and the runtime are there."""
-    need(("tensorflow", "ai_edge_litert"), "litert")
+    need("litert", "tensorflow", "ai_edge_litert", raises=ExportError)
 
 
 def save_litert(

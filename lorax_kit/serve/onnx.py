@@ -21,9 +21,10 @@ import numpy as np
 
 from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.errors import ExportError
+from lorax_kit.extras import need
 from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.serve.int8 import in_blocks, mark, with_activations
-from lorax_kit.serve.program import first_line, need, program
+from lorax_kit.serve.program import first_line, program
 
 SHARED = 4096
 """Bytes from which on an array is stored apart from the program."""
@@ -34,7 +35,7 @@ MOST_BYTES = 2**31 - 2**20
 
 def check_installed() -> None:
     """Raise `ExportError` unless the converter and the runtime are there."""
-    need(("jax2onnx", "onnx", "onnxruntime"), "export")
+    need("export", "jax2onnx", "onnx", "onnxruntime", raises=ExportError)
 
 
 def save_onnx(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
 
-from lorax_kit import extras
 from lorax_kit.core.paths import Params, flatten, is_array, unflatten
 from lorax_kit.errors import ExportError
 
@@ -114,11 +113,3 @@ def first_line(e: Exception) -> str:
     """What an error says, in one line without its full stop."""
     lines = str(e).strip().splitlines()
     return f"{type(e).__name__}: {lines[0][:200].rstrip('. ')}" if lines else type(e).__name__
-
-
-def need(modules: Sequence[str], extra: str) -> None:
-    """Raise `ExportError` unless the modules of an extra are installed."""
-    try:
-        extras.need(extra, *modules)
-    except ImportError as e:
-        raise ExportError(str(e)) from None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorax_kit.errors import StudyError
+from lorax_kit.extras import need
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -17,10 +18,7 @@ def frame(rows: Sequence[Mapping[str, Any]]) -> DataFrame:
     Raises:
       StudyError: pandas is not installed.
     """
-    try:
-        import pandas
-    except ImportError:
-        raise StudyError(
-            "a data frame needs pandas, which is not installed.\n  install the extra: pip install 'lorax_kit[table]'"
-        ) from None
+    need("table", "pandas", raises=StudyError)
+    import pandas
+
     return pandas.DataFrame.from_records([dict(row) for row in rows])

@@ -10,6 +10,7 @@ from typing import Any
 
 from lorax_kit.core.specs.setting import is_int, shown
 from lorax_kit.errors import StudyError
+from lorax_kit.extras import need
 from lorax_kit.problem import Problem
 from lorax_kit.study.design.sampling import WHOLE, Sample
 from lorax_kit.study.design.study import Study
@@ -49,12 +50,9 @@ def search(
 
     Source: Akiba et al., "Optuna", KDD 2019.
     """
-    try:
-        import optuna
-    except ImportError:
-        raise StudyError(
-            "search needs optuna, which is not installed.\n  install the extra: pip install 'lorax_kit[search]'"
-        ) from None
+    need("search", "optuna", raises=StudyError)
+    import optuna
+
     for name, x in (("rounds", rounds), ("conditions", conditions)):
         if not is_int(x) or x < 1:
             raise StudyError(f"search {name} is {shown(x)}; it must be an integer of at least 1.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorax_kit.errors import StudyError
+from lorax_kit.extras import need
 
 Event = Mapping[str, Any]
 """What happened. "event" is one of
@@ -29,10 +30,9 @@ def tensorboard(folder: str | Path) -> Tracker:
       >>> track = tensorboard("runs/board")  # doctest: +SKIP
       >>> lk.run(study, problem, out="runs/study", trackers=[track])  # doctest: +SKIP
     """
-    try:
-        from tensorboard.summary import Writer
-    except ImportError:
-        raise StudyError(_missing("tensorboard")) from None
+    need("track", "tensorboard", raises=StudyError)
+    from tensorboard.summary import Writer
+
     writers: dict[str, Any] = {}
 
     def write(trial: str, name: str, value: float, step: int) -> None:
@@ -68,10 +68,9 @@ def wandb(project: str, folder: str | Path = ".", *, mode: Literal["offline", "o
     Raises:
       StudyError: the package is not installed.
     """
-    try:
-        import wandb as library
-    except ImportError:
-        raise StudyError(_missing("wandb")) from None
+    need("track", "wandb", raises=StudyError)
+    import wandb as library
+
     curves: dict[str, dict[int, dict[str, float]]] = {}
 
     def track(event: Event) -> None:
@@ -99,7 +98,3 @@ def _final(row: Mapping[str, Any]) -> dict[str, float]:
     """The measured numbers of a row."""
     parts = ("train_loss", "val_", "test_")
     return {k: x for k, x in row.items() if k.startswith(parts) and isinstance(x, float) and math.isfinite(x)}
-
-
-def _missing(package: str) -> str:
-    return f"{package} is not installed.\n  install the extra: pip install 'lorax_kit[track]'"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lorax_kit.errors import LoraxError
+from lorax_kit.extras import need
 from lorax_kit.tasks.spans import exact_match, word_f1
 
 
@@ -71,11 +72,7 @@ def _check(written: Sequence[str], wanted: Sequence[str]) -> None:
 
 
 def _sacrebleu() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    try:
-        from sacrebleu import corpus_bleu, corpus_chrf
-    except ImportError:
-        raise ImportError(
-            "sacrebleu is not installed, which measures written texts.\n"
-            "  install the extra: pip install 'lorax_kit[text]'"
-        ) from None
+    need("text", "sacrebleu")
+    from sacrebleu import corpus_bleu, corpus_chrf
+
     return corpus_bleu, corpus_chrf

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lorax_kit.extras import need
 from lorax_kit.models.decoders.llama_config import LlamaConfig
 from lorax_kit.models.stored.weights import Stored
 from lorax_kit.models.text.tokenizer import Tokenizer
@@ -73,13 +74,9 @@ def read_gguf(file: Path) -> Gguf:
       ImportError: the package gguf is not installed.
       ValueError: a damaged file, another architecture, a setting that this decoder does not compute.
     """
-    try:
-        import gguf
-    except ModuleNotFoundError:
-        raise ImportError(
-            "a GGUF file is read with the package gguf, which is not installed.\n"
-            "  install it: pip install 'lorax_kit[llama]'"
-        ) from None
+    need("llama", "gguf")
+    import gguf
+
     try:
         reader = gguf.GGUFReader(file)
         metadata = {name: field.contents() for name, field in reader.fields.items()}

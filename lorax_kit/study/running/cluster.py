@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from lorax_kit.core.specs.setting import is_int, shown
 from lorax_kit.errors import StudyError
+from lorax_kit.extras import need
 from lorax_kit.problem import Problem
 from lorax_kit.study.design.study import Study
 from lorax_kit.study.folder.parcel import Parcel, packed
@@ -258,12 +259,9 @@ def library() -> Any:
     Raises:
       StudyError: it is not installed.
     """
-    try:
-        import ray
-    except ImportError:
-        raise StudyError(
-            "workers need Ray, which is not installed.\n  install the extra: pip install 'lorax_kit[cluster]'"
-        ) from None
+    need("cluster", "ray", raises=StudyError)
+    import ray
+
     return ray
 
 
