@@ -20,7 +20,9 @@ import jax.monitoring
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-TUNABLES = "glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:glibc.malloc.trim_threshold=1099511627776"
+_KEPT = (("mmap_max=0", -4, 0), ("arena_max=1", -8, 1), ("trim_threshold=1099511627776", -1, -1))
+"""What keeps freed memory: as tunables of glibc, and as parameters and values of its mallopt (-1: the largest)."""
+TUNABLES = ":".join(f"glibc.malloc.{tunable}" for tunable, _, _ in _KEPT)
 """The value of GLIBC_TUNABLES that does for a script what `keep_memory` does for the process that calls it."""
 CHOICES = (
     "MALLOC_MMAP_MAX_",
@@ -29,7 +31,6 @@ CHOICES = (
     "MALLOC_TOP_PAD_",
     "MALLOC_ARENA_MAX",
 )
-_MMAP_MAX, _ARENA_MAX, _TRIM_THRESHOLD = (-4, 0), (-8, 1), (-1, -1)
 
 
 def facts(compiled: Any) -> dict[str, float]:
@@ -210,6 +211,5 @@ def keep_memory() -> bool:
         return False
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        taken = [mallopt(name, value) for name, value in (_MMAP_MAX, _ARENA_MAX, _TRIM_THRESHOLD)]
-        return taken == [1, 1, 1]
+        return [mallopt(name, value) for _, name, value in _KEPT] == [1] * len(_KEPT)
     return False

@@ -1,7 +1,6 @@
-"""Random arrays for tests, by numpy: `jax.random.normal` compiles for each shape anew, half a second each."""
+"""Random arrays for tests, by numpy: `jax.random.normal` compiles for each shape anew, and so does `jnp.asarray`."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.core.method import frozen_leaves
@@ -9,16 +8,15 @@ from lorax_kit.core.method import frozen_leaves
 
 def draw(seed, *shape):
     """(*shape) of N(0, 1), float32; the same for the same seed."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def moved(tree):
     """A tree whose every leaf is moved at random: factors away from their zero update."""
     leaves, treedef = jax.tree.flatten(tree)
     rng = np.random.default_rng(7)
-    return treedef.unflatten(
-        [jnp.asarray(np.asarray(x) + 0.3 * rng.normal(size=x.shape).astype(x.dtype)) for x in leaves]
-    )
+    added = [0.3 * rng.normal(size=x.shape).astype(x.dtype) for x in leaves]
+    return treedef.unflatten([jax.device_put(np.asarray(x) + y) for x, y in zip(leaves, added, strict=True)])
 
 
 def moved_leaves(plan, factors):

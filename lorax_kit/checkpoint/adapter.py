@@ -36,7 +36,8 @@ from lorax_kit.core.plan import Plan, make_plan
 from lorax_kit.core.specs.setting import is_int, shown
 from lorax_kit.core.specs.spec import Spec
 from lorax_kit.errors import AdapterError, LoraxError
-from lorax_kit.files.staging import clear_stale, place, refuse_existing, staged
+from lorax_kit.files.reading import read_whole
+from lorax_kit.files.staging import place, refuse_existing, staged
 from lorax_kit.json_text import read_json
 from lorax_kit.processes import gathered, is_shared
 from lorax_kit.version import __version__
@@ -127,12 +128,16 @@ def save_adapter(
       >>> load_adapter(folder, base=base).plan == plan
       True
     """
-    path = place(path)
-    refuse_existing(path, overwrite, SEAL, own=sealed_files(path))
+    path, together = place(path), is_shared((factors, base))
+
+    def check() -> None:
+        read_whole(lambda path: refuse_existing(path, overwrite, SEAL, own=sealed_files(path)))(path)
+
+    # Of several processes the writer alone looks: another may be late, and find what this one has written.
+    told(check, AdapterError) if together else check()
     plan = plan_of(plan, base, older, "save_adapter")
     check_params(flatten(base)[0], plan)
     check_factors(plan, factors)
-    together = is_shared((factors, base))
     arrays = named_arrays(gathered(factors))
     check_finite(arrays)
     meta, identity = kept_by_json(meta), identity or identity_of(base, plan)
@@ -231,6 +236,7 @@ def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
     return shapes | {f"{leaf.path}:value": leaf.shape for leaf in plan.full}
 
 
+@read_whole
 def read_document(path: str | Path) -> dict[str, Any]:
     """The JSON beside an adapter's factors: spec, fingerprint, arrays, versions, meta.
 
@@ -248,6 +254,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
     return document
 
 
+@read_whole
 def read_meta(path: str | Path) -> dict[str, Any]:
     """What an adapter remembers of its training; raises as `read_document`, but methods may be registered later."""
     meta: dict[str, Any] = _document(place(path))["meta"]
@@ -257,8 +264,6 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 def _document(path: Path) -> dict[str, Any]:
     """The JSON of an adapter, its spec as it is written."""
     try:
-        if not path.exists():
-            clear_stale(path.parent)  # a save that was killed may have moved it away
         there = (path / "spec").is_dir()
     except OSError as e:  # a name that is too long
         raise AdapterError(f"{shown(str(path))} is not an adapter: {e.strerror}.") from None
@@ -285,6 +290,7 @@ def _first_line(e: Exception) -> str:
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
 
 
+@read_whole
 def load_adapter(path: str | Path, *, base: Params) -> Adapter:
     """Load an adapter for the base it was trained on.
 
@@ -338,7 +344,7 @@ def check_base(path: Path, document: Mapping[str, Any], base: Params) -> None:
     if stored is not None and moving and (differing := differences(digests(base, full), stored)):
         warnings.warn(
             f"the adapter at {str(path)!r} was saved over other running statistics: {first_difference(differing)}.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -56,14 +56,15 @@ def read_json_item(path: Path) -> Any:
 
 
 def read_arrays(path: Path, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """The arrays of a folder, on this process's first device."""
+    """The arrays of a folder on this process's first device, uncommitted: they go where a base on a mesh lies."""
     import orbax.checkpoint as ocp
 
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for n, x in shapes.items()}
     with _quiet(), _waiting(path), _checkpointer() as checkpointer:
         items = ocp.args.Composite(factors=ocp.args.StandardRestore(target))
-        return checkpointer.restore(path, items)["factors"]  # type: ignore[no-any-return]
+        restored = checkpointer.restore(path, items)["factors"]
+    return {name: jax.device_put(np.asarray(x)) for name, x in restored.items()}
 
 
 def wait_for_all() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -130,12 +131,19 @@ def encode_scales(scales: Array) -> tuple[Array, Array, Array]:
       >>> codes.tolist(), round(float(jnp.exp(step[0, 0])), 4)
       ([[0, 1], [128, 255]], 1.0183)
     """
+    # An argument, since XLA multiplies by the inverse of a constant.
+    codes, least, step = _encoded_scales(scales, jnp.float32(LEVELS))
+    return codes, least, step
+
+
+@jax.jit
+def _encoded_scales(scales: Array, levels: Array) -> tuple[Array, Array, Array]:
     axes = tuple(range(max(scales.ndim - 2, 0), scales.ndim))  # one range per matrix
     nonzero = scales >= TINY
     logs = jnp.log(jnp.maximum(scales, TINY))
     most = jnp.max(logs, axis=axes, keepdims=True)
     least = jnp.min(jnp.where(nonzero, logs, most), axis=axes, keepdims=True)
-    step = (most - least) / LEVELS
+    step = (most - least) / levels
     # A thousandth of a step below a level is that level: it was rounded down to there.
     places = jnp.ceil((logs - least) / jnp.maximum(step, TINY) - 1e-3)
     codes = jnp.where(nonzero, 1 + jnp.clip(places, 0, LEVELS), 0).astype(jnp.uint8)
@@ -144,41 +152,72 @@ def encode_scales(scales: Array) -> tuple[Array, Array, Array]:
 
 def decode_scales(codes: Array, log_least: Array, log_step: Array) -> Array:
     """Inverse of `encode_scales`, up to the rounding up."""
-    least, step = (x.reshape((*(1,) * (codes.ndim - x.ndim), *x.shape)) for x in (log_least, log_step))
-    return jnp.where(codes > 0, jnp.exp(least + step * (codes.astype(jnp.float32) - 1)), 0)
+    # Two programs, since one would round product and sum together: the codes of a base are to stay what they are.
+    scales: Array = _exp(log_least, _times(codes, log_step), codes)
+    return scales
+
+
+@jax.jit
+def _times(codes: Array, step: Array) -> Array:
+    return step.reshape((*(1,) * (codes.ndim - step.ndim), *step.shape)) * (codes.astype(jnp.float32) - 1)
+
+
+@jax.jit
+def _exp(least: Array, steps: Array, codes: Array) -> Array:
+    least = least.reshape((*(1,) * (codes.ndim - least.ndim), *least.shape))
+    return jnp.where(codes > 0, jnp.exp(least + steps), 0)
 
 
 def _too_wide(scales: Array, step: Array) -> bool:
     """Whether the code of scales would round too much, as far as values are known."""
     if isinstance(scales, jax.core.Tracer):
         return False
-    return bool(jnp.exp(step).max() > WIDEST) or bool(scales.max() > 1e38)
+    return bool(_wide(scales, step))
+
+
+@jax.jit
+def _wide(scales: Array, step: Array) -> Array:
+    return (jnp.exp(step).max() > WIDEST) | (scales.max() > 1e38)
+
+
+def _blocks(x: Array, block: int) -> Array:
+    """(*lead, N / block, block) in fp32, filled up with zeros."""
+    *lead, n = x.shape
+    filled = jnp.pad(x.astype(jnp.float32), [(0, 0)] * len(lead) + [(0, -n % block)])
+    return filled.reshape(*lead, -1, block)
+
+
+@partial(jax.jit, static_argnums=1)
+def _largest(x: Array, block: int) -> Array:
+    """(*lead, N / block), the largest magnitude of each block."""
+    return jnp.max(jnp.abs(_blocks(x, block)), axis=-1)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _codes(x: Array, scales: Array, method: str, block: int) -> Array:
+    """The codes of entries under scales of their blocks, two to a byte for 4 bits."""
+    unit = _blocks(x, block) / jnp.maximum(scales, TINY)[..., None]
+    unit = jnp.clip(unit, -1, 1).reshape(*x.shape[:-1], -1)
+    if method == "int8":
+        return jnp.round(unit * 127).astype(jnp.int8)
+    middle = jnp.asarray((NF4[1:] + NF4[:-1]) / 2)
+    four = jnp.searchsorted(middle, unit) if method == "nf4" else jnp.round(unit * 7) + 8
+    four = four.astype(jnp.uint8)
+    return (four[..., 0::2] << 4) | four[..., 1::2]
 
 
 def encode(x: Array, method: str, block: int, double: bool) -> Quantised:
     """Quantise one float array of at least one axis; `quantize` says what each argument is."""
-    *lead, n = x.shape
-    block = min(block, n + n % 2)
-    filled = jnp.pad(x.astype(jnp.float32), [(0, 0)] * len(lead) + [(0, -n % block)])
-    blocks = filled.reshape(*lead, -1, block)
-    scales = stored = jnp.max(jnp.abs(blocks), axis=-1)
+    block = min(block, x.shape[-1] + x.shape[-1] % 2)
+    scales = stored = _largest(x, block)
     log_least = log_step = None
     if double:
         codes_of_scales, least, step = encode_scales(scales)
         if not _too_wide(scales, step):
             stored, log_least, log_step = codes_of_scales, least, step
             scales = decode_scales(stored, least, step)
-    unit = blocks / jnp.maximum(scales, TINY)[..., None]
-    unit = jnp.clip(unit, -1, 1).reshape(filled.shape)
-    if method == "int8":
-        codes = jnp.round(unit * 127).astype(jnp.int8)
-    else:
-        middle = jnp.asarray((NF4[1:] + NF4[:-1]) / 2)
-        four = jnp.searchsorted(middle, unit) if method == "nf4" else jnp.round(unit * 7) + 8
-        four = four.astype(jnp.uint8)
-        codes = (four[..., 0::2] << 4) | four[..., 1::2]
     return Quantised(
-        codes=codes,
+        codes=_codes(x, scales, method, block),
         scales=stored,
         log_least=log_least,
         log_step=log_step,

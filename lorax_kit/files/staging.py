@@ -21,7 +21,7 @@ from lorax_kit.errors import AdapterError, LoraxError
 from lorax_kit.files.writing import shortened, writing
 
 _NEW, _OLD, _LOCK, _SUFFIX = "written", "replaced", ".lock", ".staged"
-_STAGING = re.compile(r"\..*\.\w{8}" + re.escape(_SUFFIX))
+_STAGING = re.compile(r"\..*\.\w{8}" + re.escape(_SUFFIX), re.DOTALL)  # a name may have any character
 
 
 def place(path: Any) -> Path:
@@ -162,6 +162,15 @@ def clear_stale(parent: Path) -> None:
             _put_back(folder)
             shutil.rmtree(folder, ignore_errors=True)
             os.close(held)
+
+
+def is_being_replaced(path: Path) -> bool:
+    """Whether a writer has moved a folder away and has not put the new one into its place yet."""
+    try:
+        names = [entry.name for entry in os.scandir(path.parent) if _STAGING.fullmatch(entry.name)]
+    except OSError:
+        return False
+    return any(os.path.lexists(path.parent / name / _OLD / path.name) for name in names)
 
 
 def is_begun(folder: Path) -> bool:

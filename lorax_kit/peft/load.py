@@ -18,6 +18,7 @@ from lorax_kit.core.specs.patterns import literal
 from lorax_kit.core.specs.setting import Full, check_float_dtype
 from lorax_kit.core.specs.spec import AnySetting, Spec
 from lorax_kit.errors import AdapterError, LoraxError
+from lorax_kit.files.reading import read_whole
 from lorax_kit.peft.folder.config import Config
 from lorax_kit.peft.folder.files import config_notes, read_weights, sort_out
 from lorax_kit.peft.modules import Reader
@@ -26,6 +27,7 @@ from lorax_kit.peft.sites import leaves_of, setting_of
 from lorax_kit.peft.whole import full_leaves
 
 
+@read_whole
 def load_peft(
     path: str | Path,
     *,

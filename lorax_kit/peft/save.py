@@ -15,6 +15,7 @@ from lorax_kit.core.paths import Params, flatten, is_array
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.specs.spec import Spec
 from lorax_kit.errors import AdapterError
+from lorax_kit.files.reading import read_whole
 from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.peft.folder.config import check_task, targets_for, with_pattern
 from lorax_kit.peft.folder.files import CONFIG, PREFIX, ROOT, WEIGHTS, config_digest, write_json
@@ -77,7 +78,7 @@ def save_peft(
       2.0
     """
     path = Path(path).absolute()
-    refuse_existing(path, overwrite, CONFIG, own={CONFIG, WEIGHTS})
+    read_whole(lambda path: refuse_existing(path, overwrite, CONFIG, own={CONFIG, WEIGHTS}))(path)
     check_task(task_type, auto_mapping)
     plan = plan_of(plan, base, older, "save_peft")
     check_factors(plan, factors)

@@ -24,6 +24,7 @@ from lorax_kit.core.paths import Params, closest, flatten, is_array, unflatten
 from lorax_kit.core.quantised import METHODS as QUANTISATIONS
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.errors import ExportError
+from lorax_kit.files.reading import read_whole
 from lorax_kit.files.staging import refuse_existing, staged
 from lorax_kit.json_text import parse_json
 
@@ -105,6 +106,7 @@ def _store(path: str, leaf: Any, tensors: dict[str, np.ndarray], compact: dict[s
     tensors[path] = np.asarray(leaf)
 
 
+@read_whole
 def load_tensors(file: str | Path, like: Params = None) -> Params:
     """Read what `save_tensors` wrote.
 

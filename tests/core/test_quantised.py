@@ -45,6 +45,16 @@ SPREADS = {
 }
 
 
+@pytest.mark.parametrize("method", ["int8", "int4", "nf4"])
+def test_codes_are_those_of_its_operations_one_by_one(method):
+    """Programs that XLA fuses round otherwise: a base quantised again would have another fingerprint."""
+    w = {"w": W * jnp.geomspace(1e-3, 1, 256)[:, None]}
+    compiled = lk.quantize(w, ["w"], method)
+    with jax.disable_jit():
+        alone = lk.quantize(w, ["w"], method)
+    chex.assert_trees_all_equal(compiled, alone)
+
+
 @pytest.mark.parametrize("case", SPREADS)
 @pytest.mark.parametrize("double", [False, True])
 def test_rounding_is_within_half_a_code_of_its_own_block(case, double):

@@ -18,8 +18,6 @@ import math
 import os
 import platform
 import shutil
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -98,7 +96,11 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
         return []
     rows, number = [], 0
     try:
-        for number, line in enumerate(whole_lines(file.read_bytes()), 1):  # noqa: B007  (the error names it)
+        text = file.read_bytes()
+    except OSError as e:
+        raise StudyError(f"{str(file)!r} cannot be read: {e.strerror}.") from None
+    try:
+        for number, line in enumerate(whole_lines(text), 1):  # noqa: B007  (the error names it)
             row = parse_json(line)
             rows.append(row | {"trial": str(row["trial"])})
     except (ValueError, TypeError, KeyError) as e:
@@ -142,6 +144,7 @@ class RunStore:
     ) -> None:
         self.path = Path(path)
         design = _without_empty(json.loads(json.dumps(design)))
+        self._read = self._stamps()
         if self.path.exists() and not self.path.is_dir():
             raise StudyError(f"{str(self.path)!r} is a file.\n  choose another folder")
         previous = self._previous()
@@ -169,11 +172,14 @@ class RunStore:
         """Make the folder; discard what was to be overwritten, and half a line that an interruption left.
 
         Raises:
-          StudyError: another process is writing to it.
+          StudyError: another process is writing to it, or wrote to it since this one read it.
         """
         with writing(self.path, StudyError):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = sole_writer(self.path, StudyError)
+            if self._stamps() != self._read:
+                self.close()
+                raise StudyError(f"another process wrote to {str(self.path)!r} meanwhile.\n  call again")
             if self._discard:
                 for name in ("study.json", *JSONL, *ANALYSIS, TRAINING, "results.csv", "report.html"):
                     (self.path / name).unlink(missing_ok=True)
@@ -191,13 +197,24 @@ class RunStore:
             self._lock.close()
             self._lock = None
 
+    def _stamps(self) -> list[tuple[int, ...] | None]:
+        """What tells whether the files that `run` goes on from are those that were read."""
+        stamps: list[tuple[int, ...] | None] = []
+        for name in ("study.json", *JSONL):
+            try:
+                found = (self.path / name).stat()
+                stamps.append((found.st_ino, found.st_size, found.st_mtime_ns))
+            except OSError:
+                stamps.append(None)
+        return stamps
+
     def _previous(self) -> dict[str, Any] | None:
         file = self.path / "study.json"
         if not file.exists():
             return None
         try:
             document = read_json(file)
-        except ValueError as e:
+        except (ValueError, OSError) as e:
             raise StudyError(f"{str(file)!r} is not JSON: {e}.\n  restore it, or discard the folder") from None
         return document if isinstance(document, dict) else {}
 
@@ -257,7 +274,7 @@ class RunStore:
                 running = [stored[f"running_{i}"].view(jnp.dtype(name)) for i, name in dtypes]
                 evaluations = [(int(step), metrics) for step, metrics in facts["evaluations"]]
                 return Progress(running, stored["losses"], stored["failed"], evaluations, float(facts["seconds"]))
-        except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+        except Exception as e:  # zipfile and numpy raise many kinds
             raise StudyError(
                 f"{str(file)!r} is damaged: {e}.\n  delete it: the group under way is then trained from its start"
             ) from None
