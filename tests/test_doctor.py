@@ -64,6 +64,13 @@ def test_settings_that_surprise_are_noted():
     assert found["ok"]
 
 
+def test_a_folder_that_was_removed_is_told(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    (tmp_path / "a").rmdir()
+    assert mends(examine())["the current folder was removed"][0] == "change to one that is there"
+
+
 @pytest.mark.usefixtures("untried")
 def test_a_version_out_of_range_is_told_with_what_mends_it(monkeypatch, capsys):
     true = extras.version

@@ -88,9 +88,15 @@ def bench_scale(
     "fsdp", too. Each device along "fsdp" has one text of `length` tokens.
 
     Raises:
-      LoraxError: JAX has begun with fewer devices.
+      LoraxError: JAX has begun with fewer devices; a number of them that the devices along "tensor" do not divide.
     """
     counts = devices or DEVICES
+    for name in models or MODELS:
+        for count in counts:
+            if count % min(TENSOR_DEVICES[name], count):
+                raise LoraxError(
+                    f"{name} is split over {TENSOR_DEVICES[name]} devices along 'tensor', which do not divide {count}."
+                )
     virtual_devices(max(counts))
     grid = [(m, t, n) for m in models or MODELS for t in targets or TARGETS for n in counts]
     return [_row(m, t, n, rank, length) for m, t, n in tqdm(grid, unit="row", disable=None)]

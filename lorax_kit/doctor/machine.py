@@ -71,7 +71,12 @@ def folder_facts(path: Path) -> dict[str, Any]:
 
 def _run_folder() -> tuple[dict[str, Any], list[Problem]]:
     """The folder that holds, or would hold, `runs/`."""
-    facts = folder_facts(Path("runs").absolute() if Path("runs").is_dir() else Path.cwd())
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        gone = Problem("the current folder was removed", "change to one that is there", fatal=True)
+        return {"path": None, "free_bytes": None, "writable": False, "locks": False}, [gone]
+    facts = folder_facts(here / "runs" if (here / "runs").is_dir() else here)
     path, problems = repr(facts["path"]), []
     if not facts["writable"]:
         problems.append(Problem(f"{path} cannot be written", "give commands --out in another folder"))

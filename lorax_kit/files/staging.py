@@ -35,6 +35,9 @@ def place(path: Any) -> Path:
         ok = b"\0" not in os.fsencode(made)
     except (TypeError, ValueError):  # a ValueError: text that the file system cannot encode
         ok = False
+    except FileNotFoundError:
+        gone = "the current folder was removed, and the path is relative.\n  change to one that is there"
+        raise AdapterError(gone) from None
     if not ok:
         raise AdapterError(f"the path is {shown(path)}, which names no file.\n  give a str or a Path")
     return made

@@ -20,6 +20,8 @@ NEXT_STEPS = {
     errno.EPERM: "choose a folder that may be written to",
     errno.EIO: "look at the disk",
     errno.ENOTDIR: "choose another path",
+    errno.EEXIST: "move away what has that name",
+    errno.EISDIR: "move away the folder of that name",
     errno.ENAMETOOLONG: "choose a shorter path",
 }
 # How libraries in other languages say it: safetensors "(os error 28)", tensorstore "[os_error_code='28']".

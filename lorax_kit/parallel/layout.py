@@ -78,7 +78,7 @@ def _shardings(path: str, x: Any, rules: Mapping[str, Axes], mesh: Mesh, smalles
     if not _holds_arrays(x):
         return None
     axes, parts = _axes_of(path, x, rules), jax.tree.leaves(x)
-    wanted = [_for_part(x, part, axes) for part in parts]
+    wanted = [_for_part(x, part, axes, mesh) for part in parts]
     if rules is _PACKAGED:
         wanted = [_dividing(part, some, mesh) for part, some in zip(parts, wanted, strict=True)]
     specs = [_with_fsdp(path, part, some, mesh, smallest) for part, some in zip(parts, wanted, strict=True)]
@@ -148,6 +148,9 @@ def _spelled(rules: Mapping[str, Axes] | None, mesh: Mesh) -> dict[str, Axes]:
     if rules is None:
         return _PACKAGED if TENSOR in mesh.shape else {}
     for pattern, axes in rules.items():
+        named = [axis for axis in axes if axis is not None]
+        if len(set(named)) < len(named):
+            raise LoraxError(f"the rule {pattern!r} names an axis of the mesh twice: {axes}.")
         for axis in axes:
             if axis is not None and axis not in mesh.shape:
                 known = ", ".join(map(repr, mesh.shape))
@@ -163,12 +166,14 @@ def _axes_of(path: str, x: Any, rules: Mapping[str, Axes]) -> Axes:
     return rule
 
 
-def _for_part(x: Any, part: Any, axes: Axes) -> Axes:
+def _for_part(x: Any, part: Any, axes: Axes, mesh: Mesh) -> Axes:
     """The axes for one of the arrays that a parameter is made of."""
     if not axes:
         return (None,) * len(part.shape)
     if isinstance(x, Quantised):  # codes and scales have its axes, the range of the scales has one entry of each
-        return axes if part is x.codes or part is x.scales else (None,) * len(part.shape)
+        # A row may have fewer blocks than the devices divide: their scales are then whole on each.
+        whole = (None,) * len(part.shape)
+        return axes if part is x.codes else _dividing(part, axes, mesh) if part is x.scales else whole
     if isinstance(x, LowRank) and part is not x.residual:
         inner = x.inputs if part is x.a else x.outputs
         return (None, *(axes[i] for i in (*x.stack, *inner)))

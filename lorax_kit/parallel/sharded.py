@@ -129,15 +129,29 @@ def _batch_axes(mesh: Mesh, axis: str | tuple[str, ...] | None) -> tuple[str, ..
                 f"the mesh has {_names(mesh)}, and none is {one!r}.\n"
                 f"  say which splits the batch: sharded_step(..., axis={names[0]!r})"
             )
+    if len(set(axes)) < len(axes):
+        raise LoraxError(f"axis is {axes}, which names an axis twice.")
     return axes
 
 
 def _on(mesh: Mesh, base: Any) -> Any:
-    """A base on the devices of the mesh: copied to all of them where it lies on others."""
-    devices = set(mesh.devices.flat)
+    """A base on the devices of the mesh: copied to all of them where it lies whole on others.
+
+    Raises:
+      LoraxError: it lies in parts on another mesh.
+    """
+    devices = list(mesh.devices.flat)
 
     def one(x: Any) -> Any:
-        there = isinstance(x, jax.Array) and x.sharding.device_set == devices
+        at = getattr(x, "sharding", None) if isinstance(x, jax.Array) else None
+        there = at is not None and at.device_set == set(devices)
+        if isinstance(at, NamedSharding) and list(at.mesh.devices.flat) != devices:
+            if not at.is_fully_replicated:
+                raise LoraxError(
+                    "the base lies in parts on another mesh: other devices, or in another order.\n"
+                    "  place it on this one: lk.place(base, lk.layout(base, mesh))"
+                )
+            there = False
         return x if there else spread(x, NamedSharding(mesh, PartitionSpec()))
 
     return jax.tree.map(one, base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -187,11 +188,15 @@ def is_key(x: Any) -> bool:
 
 
 def _parts(x: Any, n: int) -> Any:
-    """(n, rows / n, ...), where explicit axes that split the rows split those of each part."""
+    """(n, rows / n, ...), where explicit axes that split the rows split those of each part, if they divide them."""
 
     def placed(y: Array) -> Array:
         where = jax.typeof(x).sharding
-        return jax.sharding.reshard(y, where.update(spec=PartitionSpec(None, *where.spec)))
+        first, *others = where.spec
+        names = first if isinstance(first, tuple) else () if first is None else (first,)
+        if y.shape[1] % prod(where.mesh.shape[name] for name in names):
+            first = None
+        return jax.sharding.reshard(y, where.update(spec=PartitionSpec(None, first, *others)))
 
     return partitioned(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), placed, x)
 

@@ -44,3 +44,8 @@ def test_bytes_follow_from_the_layout_and_layers_add_up(monkeypatch):
 def test_devices_that_are_not_there_are_told():
     with pytest.raises(LoraxError, match=f"JAX has begun with {len(jax.devices())} devices; 64 are needed"):
         bench_scale(("135M",), (64,))
+
+
+def test_devices_that_the_row_would_not_use_are_refused():
+    with pytest.raises(LoraxError, match="70B is split over 8 devices along 'tensor', which do not divide 12"):
+        bench_scale(("70B",), (8, 12))

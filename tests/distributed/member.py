@@ -3,9 +3,12 @@
 import json
 import os
 import sys
+import time
 
 
-def main(process, count, port, mesh, out, factors="replicated", dies=None, saved=None, every=None, lost_after=100):
+def main(
+    process, count, port, mesh, out, factors="replicated", dies=None, saved=None, every=None, lost_after=100, late=0
+):
     import jax
 
     import lorax_kit as lk
@@ -29,7 +32,9 @@ def main(process, count, port, mesh, out, factors="replicated", dies=None, saved
         return step(state, base, batch)
 
     fitting = fitted(init, counted, there, start, saved=saved)
-    lk.save_adapter(f"{out}/adapter", plan, fitting.state.factors, base=there, overwrite=True)
+    if process == count - 1:
+        time.sleep(late)
+    lk.save_adapter(f"{out}/adapter", plan, fitting.state.factors, base=there, overwrite=not late)
     found = flat(gathered(fitting.state.factors))
     assert lk.load_adapter(f"{out}/adapter", base=there).plan == plan
     if is_writer():

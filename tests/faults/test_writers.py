@@ -148,6 +148,14 @@ def between_two_renames(folder):
         time.sleep(600)
 
 
+def test_staging_of_any_name_is_cleared(tmp_path, injected):
+    injected("kill -9 of save")
+    for name in ("a", "a\nb", " ", "ü", ".", "x" * 100):
+        (tmp_path / f".{name[:40]}.abcd1234.staged").mkdir()
+    clear_stale(tmp_path)
+    assert left_over(tmp_path) == []
+
+
 @pytest.mark.parametrize("dead", [True, False])
 def test_only_the_staging_of_dead_processes_is_cleared(dead, tmp_path, injected):
     injected("kill -9 of save")

@@ -94,7 +94,7 @@ def test_values_and_gradients_are_those_of_one_device(use, method):
         np.testing.assert_allclose(g, h, atol=2e-5 * max(1.0, float(jnp.abs(h).max())))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, 2, 8])
 def test_sharded_steps_take_such_a_mesh(accumulate):
     """Dropout and a quantised base on the way: keys and restored weights are the library's own arrays."""
     fn, x = USES["two layers"][0], draw(3, 8, 3, 8)

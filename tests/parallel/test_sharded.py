@@ -189,3 +189,26 @@ def test_a_folder_is_read_onto_its_shards(tmp_path, quantised):
     most = max(len(x.sharding.device_set) for x in jax.tree.leaves(parted))
     assert most == 4
     assert nbytes(x.addressable_shards[0].data for x in jax.tree.leaves(parted)) < 0.6 * nbytes(whole.params)
+
+
+def test_scales_of_fewer_blocks_than_devices_are_whole_on_each():
+    params = lk.quantize({"w": draw(0, 64, 64)}, ["w"], "nf4")
+    found = lk.layout(params, ABSTRACT, {"w": (None, "tensor")})["w"]
+    assert (found.codes.spec[1], found.scales.spec[1]) == ("tensor", None)
+
+
+def test_an_axis_named_twice_is_an_error():
+    with pytest.raises(lk.LoraxError, match=r"the rule '\*\*/up/kernel' names an axis of the mesh twice"):
+        lk.layout(PARAMS, ABSTRACT, {"**/up/kernel": ("tensor", "tensor")})
+    with pytest.raises(lk.LoraxError, match=r"axis is \('data', 'data'\), which names an axis twice"):
+        lk.sharded_step(lambda b, f, x: f, optax.sgd(1.0), lk.training_mesh(4), axis=("data", "data"))
+
+
+def test_a_base_in_parts_on_another_mesh_is_not_moved_in_silence():
+    loss, plan, base, factors = setting()
+    mesh, other = lk.training_mesh(fsdp=4), lk.training_mesh(fsdp=4, devices=jax.devices()[::-1])
+    init, step = lk.sharded_step(loss, lk.partition(optax.sgd(1e-3), plan), mesh)
+    with pytest.raises(lk.LoraxError, match=r"in parts on another mesh.*\n  place it on this one: lk\.place"):
+        step(init(factors), lk.place(base, lk.layout(base, other, smallest=1)), X)
+    results = [step(init(factors), there, X)[1].loss for there in (base, replicate(base, other))]
+    assert float(results[0]) == pytest.approx(float(results[1]), rel=1e-6)

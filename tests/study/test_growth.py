@@ -1,6 +1,8 @@
 """A folder grows: what is missing is trained, what is there stays, what cannot be compared is refused."""
 
+import importlib
 import json
+import shutil
 
 import pytest
 
@@ -111,3 +113,35 @@ def test_what_cannot_be_compared_is_refused_and_says_what_differs(folder, change
         run(folder, study(rank=[1, 2], seed=[0], probe_lr=(), **changes), tiny.problem(**problem))
     assert says in str(e.value)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_folder_that_another_process_wrote_to_meanwhile_is_read_again(tmp_path, monkeypatch):
+    """Between reading and locking it another process runs a study, which would be trained twice, or forgotten."""
+    module = importlib.import_module("lorax_kit.study.run")
+    ready = module.ready
+
+    def slow():
+        monkeypatch.setattr(module, "ready", ready)
+        run(tmp_path / "run", study(rank=[1], seed=[1]))
+
+    monkeypatch.setattr(module, "ready", slow)
+    ours = study(rank=[1], seed=[0, 1])
+    with pytest.raises(lk.errors.StudyError, match=r"another process wrote to .* meanwhile"):
+        run(tmp_path / "run", ours)
+    found = run(tmp_path / "run", ours)
+    rows = [json.loads(line)["trial"] for line in (tmp_path / "run" / "trials.jsonl").read_text().splitlines()]
+    assert sorted(rows) == sorted(row["trial"] for row in found.rows)
+
+
+@pytest.mark.parametrize("name", ["study.json", "trials.jsonl", "adapters"])
+def test_what_lies_in_the_way_is_named(name, tmp_path):
+    run(tmp_path / "run", study(rank=[1], seed=[0]))
+    place = tmp_path / "run" / name
+    if name == "adapters":
+        shutil.rmtree(place)
+        place.write_text("")
+    else:
+        place.unlink()
+        place.mkdir()
+    with pytest.raises(lk.errors.StudyError, match=name):
+        run(tmp_path / "run", study(rank=[1], seed=[0, 1]))

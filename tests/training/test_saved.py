@@ -9,6 +9,7 @@ import pytest
 
 import lorax_kit as lk
 from lorax_kit.json_text import parse_json
+from lorax_kit.training.saved import load_training
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -133,3 +134,32 @@ def test_another_training_and_a_damaged_file_are_refused(tmp_path):
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(lk.LoraxError, match=r"is damaged: .*\n  delete it: training then begins anew"):
         run(tmp_path, settings={"lr": 0.1})
+
+
+def kept_settings(file):
+    with np.load(file) as stored:
+        return parse_json(str(stored["facts"]))["settings"]
+
+
+def test_no_flipped_bit_of_the_archive_is_told_otherwise(tmp_path):
+    """Of its headers and its table of contents: zipfile raises many kinds of errors."""
+    run(tmp_path)
+    file, settings = tmp_path / "training.npz", kept_settings(tmp_path / "training.npz")
+    whole = file.read_bytes()
+    damaged, begun = 0, start()
+    for place in [*range(40), *range(whole.index(b"PK\x01\x02"), len(whole))][::3]:
+        for bit in range(8):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
+            try:
+                load_training(file, begun, settings)
+            except lk.LoraxError:
+                damaged += 1
+    assert damaged > 300
+
+
+def test_factors_of_another_dtype_are_another_training(tmp_path):
+    run(tmp_path)
+    file, begun = tmp_path / "training.npz", start()
+    half = begun._replace(factors=jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), begun.factors))
+    with pytest.raises(lk.LoraxError, match="is of another training: its arrays do not fit"):
+        load_training(file, half, kept_settings(file))

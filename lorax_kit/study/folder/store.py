@@ -185,7 +185,8 @@ class RunStore:
                     (self.path / name).unlink(missing_ok=True)
                 for name in ("adapters", "plots", "tables", RUNGS):
                     shutil.rmtree(self.path / name, ignore_errors=True)
-            (self.path / "adapters").mkdir(exist_ok=True)
+            with writing(self.path / "adapters", StudyError):
+                (self.path / "adapters").mkdir(exist_ok=True)
             clear_stale(self.path)
             clear_stale(self.path / "adapters")
             for name in JSONL:
