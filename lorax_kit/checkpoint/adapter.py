@@ -129,12 +129,9 @@ def save_adapter(
       True
     """
     path, together = place(path), is_shared((factors, base))
-
-    def check() -> None:
-        read_whole(lambda path: refuse_existing(path, overwrite, SEAL, own=sealed_files(path)))(path)
-
+    check = read_whole(lambda path: refuse_existing(path, overwrite, SEAL, own=sealed_files(path)))
     # Of several processes the writer alone looks: another may be late, and find what this one has written.
-    told(check, AdapterError) if together else check()
+    told(lambda: check(path), AdapterError) if together else check(path)
     plan = plan_of(plan, base, older, "save_adapter")
     check_params(flatten(base)[0], plan)
     check_factors(plan, factors)
@@ -257,8 +254,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
 @read_whole
 def read_meta(path: str | Path) -> dict[str, Any]:
     """What an adapter remembers of its training; raises as `read_document`, but methods may be registered later."""
-    meta: dict[str, Any] = _document(place(path))["meta"]
-    return meta
+    return _document(place(path))["meta"]  # type: ignore[no-any-return]
 
 
 def _document(path: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Loading of GGUF files: what is read, what is refused, and what the message says."""
 
-import builtins
 import re
 
 import gguf
@@ -148,13 +147,8 @@ def test_no_file_no_package_and_no_reader_name_the_next_step(tmp_path, monkeypat
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         load_llama("smollm3")
     file = tiny.write_gguf(tmp_path / "x.gguf")
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == "gguf":
-            raise ModuleNotFoundError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"install it: pip install 'lorax_kit\[llama\]'"):
+    monkeypatch.setattr("lorax_kit.extras.find_spec", lambda name: None)
+    with pytest.raises(
+        ImportError, match=r"gguf is not installed.\n  install the extra: pip install 'lorax_kit\[llama\]'"
+    ):
         load_llama(file)
