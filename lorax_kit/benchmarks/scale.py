@@ -93,7 +93,7 @@ def bench_scale(
     counts = devices or DEVICES
     for name in models or MODELS:
         for count in counts:
-            if count % min(TENSOR_DEVICES[name], count):
+            if count % _tensor_devices(name, count):
                 raise LoraxError(
                     f"{name} is split over {TENSOR_DEVICES[name]} devices along 'tensor', which do not divide {count}."
                 )
@@ -113,8 +113,13 @@ def virtual_devices(count: int) -> None:
         raise LoraxError(f"JAX has begun with {len(jax.devices())} devices; {count} are needed.")
 
 
+def _tensor_devices(name: str, count: int) -> int:
+    """How many of `count` devices lie along "tensor"."""
+    return min(TENSOR_DEVICES[name], count)
+
+
 def _row(name: str, targets: str, count: int, rank: int, length: int) -> dict[str, Any]:
-    tensor = min(TENSOR_DEVICES[name], count)
+    tensor = _tensor_devices(name, count)
     mesh = training_mesh(fsdp=count // tensor, tensor=tensor)
     config = MODELS[name]
     whole = abstract_step(config, mesh, TARGETS[targets], rank, length, lower=False)

@@ -154,12 +154,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def clear_stale(parent: Path) -> None:
     """Remove the staging folders that killed processes left in a folder; put back what they were about to replace."""
-    try:
-        names = [entry.name for entry in os.scandir(parent) if _STAGING.fullmatch(entry.name)]
-    except OSError:
-        return
-    for name in names:
-        folder = parent / name
+    for folder in _staging_folders(parent):
         held = _locked(folder)
         if held is not None:
             _put_back(folder)
@@ -169,11 +164,15 @@ def clear_stale(parent: Path) -> None:
 
 def is_being_replaced(path: Path) -> bool:
     """Whether a writer has moved a folder away and has not put the new one into its place yet."""
+    return any(os.path.lexists(folder / _OLD / path.name) for folder in _staging_folders(path.parent))
+
+
+def _staging_folders(parent: Path) -> list[Path]:
+    """Those of all writers to a folder; none where it cannot be listed."""
     try:
-        names = [entry.name for entry in os.scandir(path.parent) if _STAGING.fullmatch(entry.name)]
+        return [parent / entry.name for entry in os.scandir(parent) if _STAGING.fullmatch(entry.name)]
     except OSError:
-        return False
-    return any(os.path.lexists(path.parent / name / _OLD / path.name) for name in names)
+        return []
 
 
 def is_begun(folder: Path) -> bool:

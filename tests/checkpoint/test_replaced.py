@@ -64,22 +64,18 @@ def test_a_peft_folder_replaced_between_its_config_and_its_weights(tmp_path, mon
     assert lk.load_peft(tmp_path / "a", base=PARAMS, names=NAMES).plan.site("w").rank == 1
 
 
-def test_a_folder_on_its_way_is_waited_for(tmp_path):
+def test_a_folder_on_its_way_is_waited_for(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").write_text("new")
     away = tmp_path / ".a.abcdefgh.staged" / "replaced"
     away.mkdir(parents=True)
     (away / "a").mkdir()
     (tmp_path / "a").rename(away.parent / "written")
-    held = reading.clear_stale
-    reading.clear_stale = lambda parent: None  # its writer lives
-    try:
-        writer = threading.Thread(target=lambda: (time.sleep(0.1), (away.parent / "written").rename(tmp_path / "a")))
-        writer.start()
-        assert read_whole(lambda path: (path / "x").read_text())(tmp_path / "a") == "new"
-        writer.join()
-    finally:
-        reading.clear_stale = held
+    monkeypatch.setattr(reading, "clear_stale", lambda parent: None)  # its writer lives
+    writer = threading.Thread(target=lambda: (time.sleep(0.1), (away.parent / "written").rename(tmp_path / "a")))
+    writer.start()
+    assert read_whole(lambda path: (path / "x").read_text())(tmp_path / "a") == "new"
+    writer.join()
 
 
 def test_errors_of_what_stays_are_raised_once_and_of_what_changes_not(tmp_path, monkeypatch):
