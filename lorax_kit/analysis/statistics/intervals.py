@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy.special import gammaincinv, ndtr, ndtri, stdtrit
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -108,7 +108,7 @@ def limits(
     variance = np.where(spread, np.mean(deviation**2, axis=-1), np.nan)
     a = SKEWNESS_WEIGHT * np.mean(deviation**3, axis=-1) / variance**1.5 / math.sqrt(n)
     error = np.sqrt(variance / (n - 1))  # s / sqrt(n), s with n - 1
-    quantile = stats.t.isf(ERROR_SHARE * (1 - level) / 2, n - 1)
+    quantile = -stdtrit(n - 1, ERROR_SHARE * (1 - level) / 2)
 
     def inverse(u: float) -> Float[np.ndarray, "*batch"]:
         root = np.cbrt(1 + a * (u - a / 6))
@@ -182,7 +182,7 @@ def unpaired(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Interval:
     if sum(parts) <= 1e-24 * max(1.0, abs(difference)):
         return Interval(difference, math.nan, math.nan, f"no spread seen, no interval, {sizes}")
     freedom = sum(parts) ** 2 / sum(p**2 / (v.size - 1) for p, v in zip(parts, (first, second), strict=True))
-    half = float(stats.t.isf((1 - level) / 2, freedom)) * math.sqrt(sum(parts))
+    half = -float(stdtrit(freedom, (1 - level) / 2)) * math.sqrt(sum(parts))
     return Interval(difference, difference - half, difference + half, f"Welch, {sizes}")
 
 
@@ -212,7 +212,7 @@ def over_examples(mean: float, examples: int, sd: float | None = None, *, level:
     """
     if examples < 1:
         raise ValueError(f"examples is {examples}; a mean needs at least one.")
-    z = float(stats.norm.isf((1 - level) / 2))
+    z = -float(ndtri((1 - level) / 2))
     if sd is not None:
         if not sd >= 0:
             raise ValueError(f"sd is {sd}; a standard deviation is not negative.")
@@ -271,14 +271,14 @@ def seeds_to_tell(
         raise ValueError(f"{x.size} identical differences show no spread.\n  next: give those of two or more seeds.")
     sd = float(x.std(ddof=1))
     freedom = x.size - 1
-    ends = [math.sqrt(freedom / float(stats.chi2.ppf(share, freedom))) for share in (0.975, 0.025)]
+    ends = [math.sqrt(freedom / (2 * float(gammaincinv(freedom / 2, share)))) for share in (0.975, 0.025)]  # of chi^2
     seeds, low, high = (_seeds(abs(difference) / (sd * factor), power, level / comparisons) for factor in (1.0, *ends))
     return SeedsToTell(seeds, low, high, sd)
 
 
 def _seeds(effect: float, power: float, level: float) -> int:
     """The smallest n at which the sign-flip test of n normal pairs has the power; `effect` is mean / sd."""
-    least = (stats.norm.isf(level / 2) + stats.norm.ppf(power)) / effect  # known spread, no steps: a lower bound
+    least = (float(ndtri(power)) - float(ndtri(level / 2))) / effect  # known spread, no steps: a lower bound
     n = max(2, math.ceil(least**2))
     while _power(effect, n, level) < power:
         n += 1
@@ -295,6 +295,7 @@ def _power(effect: float, n: int, level: float) -> float:
     if reached <= 0:
         return 0.0
     sure = (np.arange(1000) + 0.5) / 1000
-    spread = stats.t.isf(reached / 2, n - 1) * np.sqrt(stats.chi2.ppf(sure, n - 1) / (n - 1))
+    chi2 = 2 * gammaincinv((n - 1) / 2, sure)
+    spread = -stdtrit(n - 1, reached / 2) * np.sqrt(chi2 / (n - 1))
     shift = effect * math.sqrt(n)
-    return float(np.mean(stats.norm.sf(spread - shift) + stats.norm.cdf(-spread - shift)))
+    return float(np.mean(ndtr(shift - spread) + ndtr(-spread - shift)))
