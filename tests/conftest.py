@@ -19,7 +19,8 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on tiny matrices its threads take more time than they save
-# Two workers and the commands they start share even the smallest programs.
+# Two workers and the commands they start share even the smallest programs; JAX compresses them by zstandard where it
+# is installed, else by zlib, which takes more time.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.path.dirname(__file__), "..", ".jax_cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
@@ -70,6 +71,10 @@ def pytest_collection_modifyitems(config, items):
     if config.args == config.getini("testpaths") and gone:
         raise pytest.UsageError(f"tests/slow.txt names tests that are not there, first {min(gone)!r}")
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # tests and modules are no garbage, and the benchmarks collect often
 
 
 def pytest_terminal_summary(terminalreporter):
