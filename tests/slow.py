@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 LIST = Path(__file__).with_name("slow.txt")
-SECONDS, AT_MOST = 3.0, 6.0
+SECONDS, AT_MOST = 1.5, 6.0
 """What is long, and how long the quickest case of a function may take; on two shared cores."""
 ALWAYS = ("tests/test_docs.py", "tests/test_guide.py", "tests/test_imports.py")
 """What a landing holds to: code that readers copy, and which room knows which."""

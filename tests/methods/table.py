@@ -1,4 +1,4 @@
-"""The contract table: every method and start on every kind of model, each model's cells in one compiled program.
+"""The contract table: every method and start on every kind of model.
 
 A cell is (way, model). A way is a method, with a start where it has one. What a way cannot do on a model, the plan says
 in words when it is resolved; `EXCUSED` lists those words, so that a cell that stops working is noticed.
@@ -6,6 +6,7 @@ in words when it is resolved; `EXCUSED` lists those words, so that a cell that s
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ class Cell(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What the compiled program of a model says of a cell: outputs, and gradients for the moved leaves."""
+    """Outputs of a cell with its leaves at their start and moved, and gradients for the moved ones."""
 
     at_start: Any
     adapted: Any
@@ -128,45 +129,61 @@ def loss(out: Any) -> Any:
 
 @cache
 def numbers(model: str) -> dict[str, Numbers]:
-    """Every way on one model, by one compiled program."""
+    """Every way on one model. The model is compiled once for merged weights, and for each kind of factors once."""
     cells = {way: c for way in WAYS if isinstance(c := cell(way, model), Cell)}
+    moved = {way: c.moved for way, c in cells.items()}
+    case = MODELS[model]()
 
-    def one(way: str, start: Any, factors: Any) -> Numbers:
-        c = cells[way]
-        adapted = lk.adapt(c.case.fn, c.plan)
+    def merged_weights(factors: Any) -> Any:
+        return {way: with_sites(c, factors[way]) for way, c in cells.items()}
 
-        def measured(run: Any) -> Any:
-            """Outputs at the moved leaves, and gradients there."""
-
-            def scalar(f: Any) -> Any:
-                out = run(f)
-                return loss(out), out
-
-            (_, out), gradient = jax.value_and_grad(scalar, has_aux=True)(factors)
-            return out, gradient
-
-        ours = measured(lambda f: adapted(c.base, f, *c.case.inputs))
-        theirs = measured(lambda f: c.case.fn(with_sites(c, f), *c.case.inputs))
-        return Numbers(adapted(c.base, start, *c.case.inputs), ours[0], theirs[0], ours[1], theirs[1])
+    def pulled_back(factors: Any, cotangents: Any) -> Any:
+        return jax.vjp(merged_weights, factors)[1](cotangents)[0]
 
     @jax.jit
-    def program(starts: Any, factors: Any) -> Any:
-        return {way: one(way, starts[way], factors[way]) for way in cells}
+    def of_merged(weights: Any) -> Any:
+        named, treedef = flatten(case.params)
+        return measured(
+            lambda w: case.fn(jax.tree.unflatten(treedef, list((named | w).values())), *case.inputs), weights
+        )
 
-    out = program({way: c.start for way, c in cells.items()}, {way: c.moved for way, c in cells.items()})
-    return jax.device_get(out)
+    merged = {way: of_merged(weights) for way, weights in jax.jit(merged_weights)(moved).items()}
+    gradients = jax.jit(pulled_back)(moved, {way: gradient for way, (_, gradient) in merged.items()})
+
+    programs: dict[Any, Any] = {}
+    found = {}
+    for way, c in cells.items():
+        # Ways that differ in their start alone are one function of the factors.
+        setting = replace(WAYS[way], start="normal") if hasattr(WAYS[way], "start") else WAYS[way]
+        adapted = programs.setdefault((setting, jax.tree.structure(dict(c.start))), jax.jit(of_adapted(c)))
+        (start, _), (out, gradient) = adapted(c.start), adapted(c.moved)
+        found[way] = Numbers(start, out, merged[way][0], gradient, gradients[way])
+    return jax.device_get(found)
 
 
-def with_sites(c: Cell, factors: Any) -> Any:
-    """Params with the effective weight of every site; `lk.merge` without its checks, which cannot be differentiated."""
-    named, treedef = flatten(c.base)
-    whole = {path: dense(x) if hasattr(x, "restore") else x for path, x in named.items()}
-    for site in c.plan.sites:
-        whole[site.path] = effective_weight(site, whole[site.path], factors[site.path])
-    for path, leaves in factors.items():
-        if isinstance(leaves, FullLeaf):
-            whole[path] = leaves.value
-    return jax.tree.unflatten(treedef, list(whole.values()))
+def measured(fn: Any, x: Any) -> Any:
+    """What a function of a tree returns, and the gradient of its loss there."""
+
+    def scalar(x: Any) -> Any:
+        out = fn(x)
+        return loss(out), out
+
+    (_, out), gradient = jax.value_and_grad(scalar, has_aux=True)(x)
+    return out, gradient
+
+
+def of_adapted(c: Cell) -> Any:
+    """A function of factors: what the adapted function returns, and its gradient."""
+    adapted = lk.adapt(c.case.fn, c.plan)
+    return lambda factors: measured(lambda f: adapted(c.base, f, *c.case.inputs), factors)
+
+
+def with_sites(c: Cell, factors: Any) -> dict[str, Any]:
+    """The effective weight of every parameter; `lk.merge` without its checks, which cannot be differentiated."""
+    named = {path: dense(x) for path, x in flatten(c.base)[0].items() if hasattr(x, "dtype")}
+    sites = {site.path: effective_weight(site, named[site.path], factors[site.path]) for site in c.plan.sites}
+    full = {path: leaves.value for path, leaves in factors.items() if isinstance(leaves, FullLeaf)}
+    return named | sites | full
 
 
 def normal_form(site: Any, w: Any, leaves: Any) -> np.ndarray:
