@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -48,8 +49,8 @@ def installed(name: str) -> str | None:
         return None
 
 
-def importing(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package (PEP 562): it imports the module of a name, and no other.
+def importing(package: str, places: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """The `__getattr__` and `__dir__` of a package (PEP 562): a name imports its own module, and no other.
 
     A package of many commands or pages then costs what is asked of it, not all that it could do.
 
@@ -63,4 +64,4 @@ def importing(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(import_module(f"{package}.{places[name]}"), name)
 
-    return get
+    return get, lambda: sorted({*vars(sys.modules[package]), *places})

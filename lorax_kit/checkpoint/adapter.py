@@ -234,16 +234,17 @@ def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
 
 
 @read_whole
-def read_document(path: str | Path) -> dict[str, Any]:
-    """The JSON beside an adapter's factors: spec, fingerprint, arrays, versions, meta.
+def read_document(path: str | Path, *, typed: bool = True) -> dict[str, Any]:
+    """The JSON beside an adapter's factors: spec (a `Spec` if `typed`), fingerprint, arrays, versions, meta.
 
     Raises:
       AdapterError: no adapter there, or its JSON is damaged.
+      SpecError: `typed`, and a method that nothing has registered.
     """
     path = place(path)
     document = _document(path)
     try:
-        document["spec"] = Spec.from_dict(document["spec"])
+        document["spec"] = Spec.from_dict(document["spec"]) if typed else document["spec"]
     except LoraxError:
         raise
     except Exception as e:
@@ -251,10 +252,9 @@ def read_document(path: str | Path) -> dict[str, Any]:
     return document
 
 
-@read_whole
 def read_meta(path: str | Path) -> dict[str, Any]:
-    """What an adapter remembers of its training; raises as `read_document`, but methods may be registered later."""
-    return _document(place(path))["meta"]  # type: ignore[no-any-return]
+    """What an adapter remembers of its training, whose methods may be registered later."""
+    return read_document(path, typed=False)["meta"]  # type: ignore[no-any-return]
 
 
 def _document(path: Path) -> dict[str, Any]:

@@ -223,7 +223,7 @@ def _planned(planned: dict[str, Any]) -> str:
             "method": row["method"],
             "optimizer": row["optimizer"],
             "trials": row["trials"],
-            "groups": "+".join(map(str, row["groups"])),
+            "trained together": "+".join(map(str, row["groups"])),
             "ranks": ",".join(map(str, row["ranks"])),
             "params": "-".join(f"{n:,}" for n in sorted(set(row["params"]))),
             "MiB a step": round(row["estimated_bytes"] / 2**20),

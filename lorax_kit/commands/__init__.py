@@ -36,7 +36,7 @@ __all__ = [
     "text_subject",
     "train_adapter",
 ]
-__getattr__ = importing(
+__getattr__, __dir__ = importing(
     __name__,
     {
         "Healing": "compress.recipe",

@@ -16,7 +16,7 @@ from lorax_kit.arrays.placement import everywhere, like, partitioned
 from lorax_kit.core.leaves import FactorTree, FullLeaf, check_factors, check_key
 from lorax_kit.core.lowrank import dense, outer
 from lorax_kit.core.method import Hints, Method, method_of, update_of
-from lorax_kit.core.paths import Params, flatten, unflatten
+from lorax_kit.core.paths import Params, deleted, flatten, unflatten
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.quantised import Quantised
 from lorax_kit.core.site import FullSite, Site
@@ -68,7 +68,7 @@ def split(
 def check_params(named: dict[str, Any], plan: Plan) -> None:
     """Raise `PlanError` unless every planned parameter is there with the planned shape."""
     for path, x in named.items():
-        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_deleted():
+        if deleted(x):
             raise PlanError(
                 f"the buffer of {path!r} was deleted: the base was donated to a function.\n"
                 "  never donate the base (donate_argnums must leave it out), or load the params again"
@@ -188,6 +188,8 @@ def merge(base: Params, factors: FactorTree, plan: Plan) -> Params:
     """
     check_factors(plan, factors)
     for path, leaf in factors.items():
+        if deleted(leaf):
+            raise AdapterError(f"the factors of {path!r} were deleted: they were donated to a step.\n  give its result")
         for name, x in leaf._asdict().items():
             if x is None or isinstance(x, jax.core.Tracer):
                 continue

@@ -55,6 +55,12 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
+def deleted(tree: Any) -> bool:
+    """Whether an array of a tree has lost its buffer to a function that it was donated to."""
+    arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer))
+    return any(x.is_deleted() for x in arrays)
+
+
 def is_state(leaf: Any) -> bool:
     """Whether a leaf is a random key or a counter, which a forward pass advances: no weight.
 

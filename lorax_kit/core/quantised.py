@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 
 from lorax_kit.arrays.finite import all_finite
-from lorax_kit.core.paths import Packed, flatten, is_array, unflatten
+from lorax_kit.core.paths import Packed, deleted, flatten, is_array, unflatten
 from lorax_kit.core.plan import matched
 from lorax_kit.errors import PlanError
 
@@ -180,6 +180,12 @@ def _wide(scales: Array, step: Array) -> Array:
     return (jnp.exp(step).max() > WIDEST) | (scales.max() > 1e38)
 
 
+def _leaves_fp32(x: Array) -> bool:
+    """Whether in fp32 an entry were infinite, or all were zero that are not."""
+    narrow = x.astype(jnp.float32)
+    return not all_finite(narrow) or bool((narrow == 0).all() & (x != 0).any())
+
+
 def _blocks(x: Array, block: int) -> Array:
     """(*lead, N / block, block) in fp32, filled up with zeros."""
     *lead, n = x.shape
@@ -270,7 +276,11 @@ def quantize(base: Any, patterns: Sequence[str], method: str = "nf4", *, block: 
             raise PlanError(f"{path!r} is {kind}; only float parameters of at least 2 axes are quantised.")
         if 0 in x.shape:
             raise PlanError(f"{path!r} of shape {x.shape} is empty: there is nothing to quantise.")
+        if deleted(x):
+            raise PlanError(f"the buffer of {path!r} was deleted: it was donated to a function.\n  load it again")
         if not isinstance(x, jax.core.Tracer) and not all_finite(x):
             raise PlanError(f"{path!r} holds values that are not finite; they would spoil the scales of others.")
+        if not isinstance(x, jax.core.Tracer) and x.dtype.itemsize > 4 and _leaves_fp32(x):
+            raise PlanError(f"{path!r} holds values of float64 that float32 does not: scales are kept in it.")
         out[path] = encode(jnp.asarray(x), method, block, double)
     return unflatten(out, treedef)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from lorax_kit.errors import AdapterError
 from lorax_kit.files.staging import clear_stale, is_being_replaced, place
@@ -17,8 +18,8 @@ Value = TypeVar("Value")
 TRIES, PAUSE = 1000, 0.01
 
 
-def read_whole(read: Callable[Concatenate[Any, P], Value]) -> Callable[Concatenate[str | Path, P], Value]:
-    """A function of a path that reads it in several steps, called again where the path was replaced between them.
+def read_whole(read: Callable[P, Value]) -> Callable[P, Value]:
+    """A function that reads a path, its first argument, in several steps; called again where it was replaced meanwhile.
 
     `staged` moves a folder away before the new one takes its place, so that a reader may find neither, or files of
     both. What was replaced has another inode or another time of its last change.
@@ -27,9 +28,13 @@ def read_whole(read: Callable[Concatenate[Any, P], Value]) -> Callable[Concatena
       AdapterError: replaced again and again; and what `read` raises of a path that stays as it is.
     """
 
+    called = signature(read)
+    first = next(iter(called.parameters))
+
     @wraps(read)
-    def reader(path: str | Path, *args: P.args, **kwargs: P.kwargs) -> Value:
-        where = place(path)
+    def reader(*args: P.args, **kwargs: P.kwargs) -> Value:
+        given = called.bind(*args, **kwargs)
+        where = given.arguments[first] = place(given.arguments[first])
         for _ in range(TRIES):
             before = _stamp(where)
             if before is None:
@@ -39,7 +44,7 @@ def read_whole(read: Callable[Concatenate[Any, P], Value]) -> Callable[Concatena
                     continue
                 before = _stamp(where)
             try:
-                found = read(where, *args, **kwargs)
+                found = read(*given.args, **given.kwargs)
             except Exception:
                 if _stamp(where) == before:
                     raise

@@ -20,7 +20,7 @@ __all__ = [
     "write_report",
     "write_side_by_side",
 ]
-__getattr__ = importing(
+__getattr__, __dir__ = importing(
     __name__,
     {
         "RunFolder": "run_folder",

@@ -67,7 +67,7 @@ def not_inferior_text(summary: Summary) -> str:
     if tested is None or summary.margin is None:
         return (
             f"No margin was stated for the {measure.word}, so no smaller rank is claimed to be as good: "
-            "report again with --margin, the largest loss that does not matter."
+            "report again with --margin, the largest change for the worse that does not matter."
         )
     held = [rung for rung in tested.rungs if rung.holds]
     failing = next((rung for rung in tested.rungs if not rung.holds), None)

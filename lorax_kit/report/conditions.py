@@ -92,7 +92,7 @@ class Summary:
       best: The chosen condition with the best mean of `choice`, or None if nothing finished.
       comparisons: Every other chosen condition (and the probe) against `best`; `condition` holds
         (targets, variant, policy, rest, rank).
-      margin: The largest loss of the metric that does not matter, in its units; None where nobody said.
+      margin: The largest change for the worse that does not matter, in its units; None where nobody said.
       notes: What the reader of the report must know about the data, one sentence each.
     """
 
@@ -174,7 +174,7 @@ def summarise(
     fewer parameters counts, then the one with the lower validation loss; `best` likewise.
 
     Args:
-      margin: The largest loss of the metric that does not matter, in its units; None: what `study.json` says, else a
+      margin: The largest change for the worse that does not matter, in its units; None: what `study.json` says, else a
         percentage point of a share, else none.
       names: The settings that families are told apart by; None: those that differ within the run.
       measure: The metric to choose and report by; None: the run's own.
@@ -185,9 +185,7 @@ def summarise(
     measure = measure or Measure.of(run.study)
     margin = measure.margin(run.study) if margin is None else margin
     if margin is not None and not (margin > 0 and math.isfinite(margin)):
-        raise ValueError(
-            f"margin is {margin:g}; it must be above zero: the largest loss in {measure.name!r} that does not matter."
-        )
+        raise ValueError(f"margin is {margin:g}; it must be above zero: how much worse {measure.name!r} may be.")
     names = varying(run.trials) if names is None else names
     metric = f"val_{measure.name}"
     if any(t["status"] == "done" and t.get(f"test_{measure.name}") is not None for t in run.trials):

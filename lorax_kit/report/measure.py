@@ -51,7 +51,7 @@ class Measure:
         return self.name == "accuracy"
 
     def margin(self, study: Mapping[str, Any]) -> float | None:
-        """The largest loss that does not matter: what a run says, else a percentage point of a share, else nothing."""
+        """How much worse may be called no worse: what a run says, else a percentage point of a share, else None."""
         said = study.get("margin", (study.get("design") or {}).get("margin"))
         if isinstance(said, int | float) and not isinstance(said, bool):
             return float(said)

@@ -26,8 +26,7 @@ def draw_rows(
     key: Array, shape: tuple[int, ...], bound: float, *, uniform: bool = False, dtype: Any = jnp.float32
 ) -> Float[Array, "r ..."]:
     """Draw `shape[0]` rows, each from its own key: N(0, bound^2), or U(-bound, bound)."""
-    # N(0, 1) is multiplied apart: within one program XLA multiplies its constants first, and rounds otherwise.
-    rows: Array = _uniform_rows(key, shape, bound) if uniform else bound * _normal_rows(key, shape)
+    rows: Array = (_uniform_rows if uniform else _normal_rows)(key, shape, bound)
     return rows.astype(dtype)
 
 
@@ -38,9 +37,11 @@ def _uniform_rows(key: Array, shape: tuple[int, ...], bound: Any) -> Array:
 
 
 @partial(jax.jit, static_argnums=1)
-def _normal_rows(key: Array, shape: tuple[int, ...]) -> Array:
-    """(*shape) of N(0, 1)."""
-    return jax.vmap(lambda k: jax.random.normal(k, shape[1:], jnp.float32))(_row_keys(key, shape[0]))
+def _normal_rows(key: Array, shape: tuple[int, ...], bound: Any) -> Array:
+    """(*shape) of N(0, bound^2)."""
+    rows = jax.vmap(lambda k: jax.random.normal(k, shape[1:], jnp.float32))(_row_keys(key, shape[0]))
+    # Else XLA would multiply `bound` by a constant of the draw first, and round otherwise than without `jit`.
+    return bound * jax.lax.optimization_barrier(rows)
 
 
 def _row_keys(key: Array, rows: int) -> Array:

@@ -210,3 +210,31 @@ def test_the_unpaired_interval_says_what_it_cannot_tell():
     assert unpaired([1.0, 1.0], [2.0, 2.0])[3] == "no spread seen, no interval, n = 2 and 2"
     with pytest.raises(ValueError, match="not finite"):
         unpaired([1.0, np.nan], [2.0, 2.0])
+
+
+def test_intervals_know_no_units():
+    """Values of another magnitude have the same interval in it; what is only rounding is no spread."""
+    plain, other = interval([1.0, 2.0, 4.0]), unpaired([1.0, 2.0, 4.0], [1.0, 7.0])
+    for unit in (2.0**700, 2.0**-700):
+        assert [x / unit for x in interval([unit, 2 * unit, 4 * unit])[:3]] == pytest.approx(plain[:3])
+        found = unpaired([unit, 2 * unit, 4 * unit], [unit, 7 * unit])
+        assert [x / unit for x in found[:3]] == pytest.approx(other[:3])
+        assert found.method == other.method
+    assert "no spread seen" in unpaired([1e8 + 0.1] * 3, [1e8 + 0.1] * 3).method
+
+
+@pytest.mark.parametrize("level", [-1, 0, 1, 95, np.nan])
+def test_every_interval_checks_its_coverage(level):
+    for of in (lambda: interval([1.0, 2.0], level), lambda: unpaired([1.0, 2.0], [1.0, 2.0], level)):
+        with pytest.raises(ValueError, match="a coverage lies between 0 and 1"):
+            of()
+    with pytest.raises(ValueError, match="a coverage lies between 0 and 1"):
+        over_examples(0.8, 10, level=level)
+
+
+def test_the_power_note_takes_any_number_of_comparisons():
+    """Below 2^-50, the least p of 51 pairs, more pairs reach the level."""
+    found = seeds_to_tell(spread_of(1.0), 1e9, comparisons=10**16)
+    assert found.seeds == 59  # 2^-58 < 0.05 / 10^16 < 2^-57
+    with pytest.raises(ValueError, match="known down to 1e-200"):
+        seeds_to_tell(spread_of(1.0), 1.0, level=1e-300)

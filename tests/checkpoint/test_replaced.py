@@ -112,3 +112,11 @@ def test_a_loaded_adapter_goes_where_its_base_lies(tmp_path):
     merged = lk.merge(base, found.factors, found.plan)
     ours = jax.jit(lk.adapt(lambda p, x: x @ p["w"], PLAN))(base, found.factors, x)
     np.testing.assert_allclose(ours, x @ np.asarray(merged["w"]), rtol=1e-6)
+
+
+def test_the_path_may_be_given_by_its_name(tmp_path):
+    save(tmp_path / "a", 3)
+    assert lk.load_adapter(base=PARAMS, path=tmp_path / "a").plan == PLAN
+    assert read_whole(lambda file, more: (file, more))(more=1, file=tmp_path) == (tmp_path, 1)
+    with pytest.raises(TypeError, match="missing a required argument: 'path'"):
+        lk.load_adapter(base=PARAMS)

@@ -295,3 +295,20 @@ def test_outside_jit_one_restored_matrix_is_held_at_a_time(adapted_too):
     lk.adapt(fn, plan)(base, factors, x)
     jax.effects_barrier()
     assert held[-1] - before < 3 * 4 * k * k
+
+
+@pytest.mark.parametrize("value", [1e300, 1e-60])
+def test_values_that_only_float64_holds_are_refused(value):
+    with jax.enable_x64(True):
+        wide = {"w": jnp.full((4, 4), value, jnp.float64)}
+        with pytest.raises(lk.PlanError, match="'w' holds values of float64 that float32 does not"):
+            lk.quantize(wide, ["w"])
+        ones = lk.quantize({"w": jnp.ones((4, 4), jnp.float64).at[0, 0].set(value)}, ["w"]) if value < 1 else None
+    assert ones is None or float(ones["w"].restore()[1, 1]) == 1.0
+
+
+def test_a_deleted_buffer_is_named():
+    params = {"w": draw(0, 4, 4)}
+    params["w"].delete()
+    with pytest.raises(lk.PlanError, match="buffer of 'w' was deleted"):
+        lk.quantize(params, ["w"])

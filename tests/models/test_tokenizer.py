@@ -35,3 +35,16 @@ def test_a_token_that_the_model_does_not_have_is_named_with_both_sizes():
         with pytest.raises(ValueError, match=says):
             encode()
     assert replace(words, unknown=1).encode(["good, film"], 10) == [[3, 1, 4]]
+
+
+def test_what_is_no_unicode_is_told():
+    """As an argument in another encoding, or half a pair of JSON's escapes, comes into a text."""
+    tokenizer = Tokenizer.from_texts(TEXTS, 6)
+    calls = (
+        lambda: tokenizer.encode(["fine", "a\udcffb"], 4),
+        lambda: tokenizer.encode_spans(["a\udcffb"]),
+        lambda: tokenizer.encode_pairs([("fine", "a\udcffb")], 8, 0),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="is no Unicode text: character 1"):
+            call()

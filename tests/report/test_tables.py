@@ -70,7 +70,8 @@ def test_diverged_trials_are_counted_beside_the_finished_seeds(run):
 
 def test_the_terminal_table_holds_the_rows_of_the_page(run):
     found = read_run(run)
-    first, head, *lines, hint, command, diverged, few = summary_table(found).splitlines()
+    first, head, *lines, chosen, hint, command, diverged, few = summary_table(found).splitlines()
+    assert chosen == "chosen: the highest mean of val_accuracy."
     assert first == "demo: 9 of 9 trials"
     heads = ["rank", "lr", "seeds", "test accuracy (95 %)", "params", "adapter", "vs chosen (95 %)", "p (Holm)"]
     assert [h.strip() for h in head.replace("  ", "|").split("|") if h] == heads

@@ -179,6 +179,13 @@ def test_a_donated_base_is_named():
     for use in (lambda: lk.adapt(fn, plan)(base, factors, x), lambda: lk.merge(base, factors, plan)):
         with pytest.raises(lk.PlanError, match="buffer of 'w' was deleted"):
             use()
+    small = lk.quantize({"w": jnp.ones((4, 4))}, ["w"])
+    small["w"].codes.delete()
+    with pytest.raises(lk.PlanError, match="buffer of 'w' was deleted"):
+        lk.merge(small, factors, plan)
+    factors["w"].b.delete()
+    with pytest.raises(lk.AdapterError, match="factors of 'w' were deleted"):
+        lk.merge(params | {"w": jnp.ones((4, 4))}, factors, plan)
 
 
 def test_a_base_of_another_shape_is_named():

@@ -202,7 +202,7 @@ def non_inferior(
     Args:
       rows, metric, by: As for `compare`; failed trials make no pair, and a rung without an interval fails.
       against: Values of `by` naming the reference, e.g. the largest rank.
-      margin: The largest loss that does not matter, in units of the metric, above zero.
+      margin: The largest change for the worse that does not matter, in units of the metric, above zero.
       better: "higher" or "lower".
       ladder: The conditions to try, the one nearest to the reference first. None where `by` is a single key: those
         below the reference, in descending order.
@@ -226,9 +226,7 @@ def non_inferior(
     """
     sign = _sign(better, metric, "says which limit is the worse one")
     if not (margin > 0 and math.isfinite(margin)):
-        raise ValueError(
-            f"margin is {margin}; it must be above zero: the largest loss in {metric!r} that does not matter."
-        )
+        raise ValueError(f"margin is {margin}; it must be above zero: how much worse {metric!r} may be.")
     values, seeds = _by_condition(rows, metric, by)
     if ladder is None:
         if len(by) != 1:

@@ -29,7 +29,7 @@ Sources: Hall, "On the removal of skewness by transformation", JRSS B 1992; Wils
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -97,11 +97,12 @@ def limits(
       >>> low.round(3).tolist(), high.round(3).tolist()
       ([-0.71, nan], [4.71, nan])
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; a coverage lies between 0 and 1, e.g. 0.95.")
+    _check_coverage(level)
     x = np.asarray(samples, dtype=np.float64)
+    _, exponent = np.frexp(np.abs(x).max(axis=-1))
+    x = np.ldexp(x, -exponent[..., None])  # in units of a power of two, in which no cube leaves the range of float64
     n, mean = x.shape[-1], x.mean(axis=-1)
-    spread = np.ptp(x, axis=-1) > 1e-12 * np.abs(x).max(axis=-1)
+    spread = _spread(x)
     if n == 1:
         return np.full(mean.shape, np.nan), np.full(mean.shape, np.nan)
     deviation = x - mean[..., None]
@@ -114,7 +115,17 @@ def limits(
         root = np.cbrt(1 + a * (u - a / 6))
         return 3 * (u - a / 6) / (root * root + root + 1)  # = 3 (root - 1) / a, and right at a = 0
 
-    return mean - error * inverse(quantile), mean - error * inverse(-quantile)
+    return np.ldexp(mean - error * inverse(quantile), exponent), np.ldexp(mean - error * inverse(-quantile), exponent)
+
+
+def _check_coverage(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; a coverage lies between 0 and 1, e.g. 0.95.")
+
+
+def _spread(x: Float[np.ndarray, "*batch n"]) -> Any:
+    """Whether values differ by more than they are rounded to."""
+    return np.ptp(x, axis=-1) > 1e-12 * np.abs(x).max(axis=-1)
 
 
 def interval(values: ArrayLike, level: float = 0.95) -> Interval:
@@ -166,7 +177,7 @@ def unpaired(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Interval:
       `Interval(difference, low, high, method)`; the limits are nan where a sample has one value, or neither has spread.
 
     Raises:
-      ValueError: A sample is empty, not a vector, or holds a non-finite number.
+      ValueError: A sample is empty, not a vector, or holds a non-finite number, or `level` is not in (0, 1).
 
     Example:
       >>> unpaired([0.81, 0.83, 0.84], [0.78, 0.80, 0.79])
@@ -174,15 +185,17 @@ def unpaired(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Interval:
 
     Source: Welch, "The generalization of Student's problem", Biometrika 1947.
     """
+    _check_coverage(level)
     first, second = sample(x), sample(y)
     difference, sizes = float(first.mean() - second.mean()), f"n = {first.size} and {second.size}"
     if min(first.size, second.size) < 2:
         return Interval(difference, math.nan, math.nan, f"one value, no interval, {sizes}")
-    parts = [float(values.var(ddof=1)) / values.size for values in (first, second)]
-    if sum(parts) <= 1e-24 * max(1.0, abs(difference)):
+    if not (_spread(first) or _spread(second)):
         return Interval(difference, math.nan, math.nan, f"no spread seen, no interval, {sizes}")
+    unit = float(max(np.ptp(first), np.ptp(second)))
+    parts = [float((values / unit).var(ddof=1)) / values.size for values in (first, second)]
     freedom = sum(parts) ** 2 / sum(p**2 / (v.size - 1) for p, v in zip(parts, (first, second), strict=True))
-    half = -float(stdtrit(freedom, (1 - level) / 2)) * math.sqrt(sum(parts))
+    half = -float(stdtrit(freedom, (1 - level) / 2)) * math.sqrt(sum(parts)) * unit
     return Interval(difference, difference - half, difference + half, f"Welch, {sizes}")
 
 
@@ -200,7 +213,8 @@ def over_examples(mean: float, examples: int, sd: float | None = None, *, level:
       level: Coverage, e.g. 0.95.
 
     Raises:
-      ValueError: `examples` is below 1, `sd` is negative, or without `sd` the mean is not a share.
+      ValueError: `examples` is below 1, `sd` is negative, without `sd` the mean is not a share, or `level` is not in
+        (0, 1).
 
     Example:
       >>> over_examples(0.8, 1000)
@@ -210,6 +224,7 @@ def over_examples(mean: float, examples: int, sd: float | None = None, *, level:
 
     Source: Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
     """
+    _check_coverage(level)
     if examples < 1:
         raise ValueError(f"examples is {examples}; a mean needs at least one.")
     z = -float(ndtri((1 - level) / 2))
@@ -265,6 +280,8 @@ def seeds_to_tell(
     x = sample(differences)
     if not (0 < power < 1 and 0 < level < 1 and comparisons >= 1):
         raise ValueError(f"power {power} and level {level} lie between 0 and 1, comparisons {comparisons} from 1 on.")
+    if level / comparisons < 1e-200:
+        raise ValueError(f"level / comparisons is {level / comparisons:.0e}; the tails of t are known down to 1e-200.")
     if not (math.isfinite(difference) and difference):
         raise ValueError(f"difference is {difference}; say how large a true difference is to be told.")
     if x.size < 2 or math.isnan(limits(x)[0]):
@@ -290,7 +307,7 @@ def _power(effect: float, n: int, level: float) -> float:
 
     `scipy.stats.nct` gives nan far from zero.
     """
-    steps = 2.0 ** min(n - 1, 50)
+    steps = 2.0 ** min(n - 1, 1000)
     reached = (math.ceil(level * steps) - 1) / steps  # the largest multiple of 2^(1-n) below the level
     if reached <= 0:
         return 0.0

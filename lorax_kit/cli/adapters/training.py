@@ -137,7 +137,11 @@ def inspect(
     from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
     from lorax_kit.commands import inspect_model
     from lorax_kit.core.specs.spec import Spec
+    from lorax_kit.extras import need
     from lorax_kit.problems.packaged.sentiment import adapter_folder
+
+    if html is not None:
+        need("report", "jinja2")
 
     if spec not in (None, "all-linear") and not Path(str(spec)).is_file():
         raise click.UsageError(f"--spec {spec!r} is neither a file nor all-linear.")
@@ -149,8 +153,8 @@ def inspect(
         model = str(adapter_folder(model))
         if given := [f"--{n}" for n, v in {"spec": spec, "quantise": quantise, "html": html}.items() if v is not None]:
             raise click.UsageError(f"{given[0]} is about a model's parameters; MODEL is an adapter.")
-        document = read_document(model)
-        facts = {k: document[k] for k in ("base", "versions", "meta")} | {"spec": document["spec"].to_dict()}
+        document = read_document(model, typed=False)
+        facts = {k: document[k] for k in ("base", "versions", "meta", "spec")}
         facts |= {"bytes": adapter_bytes(model), "arrays": document["arrays"]}
         click.echo(json.dumps(facts, indent=2) if as_json else _adapter_text(facts))
         return

@@ -78,7 +78,7 @@ def merge_trained(
         or `out` is what is read, lies within or around it, or exists.
     """
     path, target = adapter_folder(source), Path(out).absolute()
-    document = read_document(path)
+    document = read_document(path, typed=False)
     settings = document["meta"].get("settings")
     if document["meta"].get("address") or not isinstance(settings, dict) or "task" not in settings:
         raise AdapterError(f"the adapter at {str(path)!r} does not say which model it is of.\n  give it as --base")

@@ -223,7 +223,7 @@ def _told(
         run={
             "optimiser": "AdamW, its rate falling linearly to 0, gradients clipped at 1",
             **run,
-            "versions": read_document(adapter)["versions"],
+            "versions": read_document(adapter, typed=False)["versions"],
         },
         trained=sum(x.size for x in jax.tree.leaves(trained_only(adapted.plan, fitted.state.factors))),
         parameters=adapted.parameters,

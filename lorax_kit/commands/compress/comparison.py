@@ -101,7 +101,7 @@ def compare(
     progress: bool = True,
     command: str = "",
 ) -> list[dict[str, Any]]:
-    """A row for each method, share and (where it is healed) seed; `lorax_kit.report.write_comparison` draws them.
+    """A row for each method, share and (where it is healed) seed; `lorax_kit.report.pages.compression` draws them.
 
     Args:
       out: folder of `rows.jsonl` and `comparison.json`; a row that is there is not measured again.

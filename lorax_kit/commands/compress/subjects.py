@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lorax_kit.checkpoint.adapter import load_adapter, read_document
+from lorax_kit.checkpoint.adapter import load_adapter, read_meta
 from lorax_kit.core.merge import merge
 from lorax_kit.core.paths import Params
 from lorax_kit.core.plan import Plan
@@ -181,8 +181,8 @@ def _subject(
             problem=problem, params=problem.params(jax.random.key(0)), targets=tuple(targets) or problem.targets
         )
     if (adapter_folder(model) / "spec").is_dir():
-        document = read_document(adapter_folder(model))
-        packaged = document["meta"].get("problem") == "sentiment" and not document["meta"].get("address")
+        meta = read_meta(adapter_folder(model))
+        packaged = meta.get("problem") == "sentiment" and not meta.get("address")
         if packaged and address is None and not files:
             return sentiment_subject(model, targets=targets)
         return adapter_subject(adapter_folder(model), problem_of(model, address, files), targets)

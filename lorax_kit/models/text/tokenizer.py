@@ -229,7 +229,7 @@ class Tokenizer:
           ValueError: a token that the model does not have; so do the other ways to encode.
         """
         out = []
-        for encoding in self.inner.encode_batch(list(texts)):
+        for encoding in self.inner.encode_batch(_unicode(texts)):
             ids = self._known(encoding.ids)
             if len(ids) > max_length:
                 end = ids[-1:] if encoding.special_tokens_mask[-1] else []
@@ -239,7 +239,7 @@ class Tokenizer:
 
     def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Ids of each text without further special tokens, and the characters [start, end) that each token is of."""
-        encodings = self.inner.encode_batch(list(texts), add_special_tokens=False)
+        encodings = self.inner.encode_batch(_unicode(texts), add_special_tokens=False)
         return [(self._known(x.ids), x.offsets) for x in encodings]
 
     def text_of(self, token: int | None) -> str | None:
@@ -262,7 +262,7 @@ class Tokenizer:
         cutting = tokenizers.Tokenizer.from_str(self.inner.to_str())  # truncation is a state of the library's object
         most = max(max_length - cutting.num_special_tokens_to_add(True), 1)
         out = []
-        for first, second in pairs:
+        for first, second in map(_unicode, pairs):
             cutting.no_truncation()
             taken = len(cutting.encode(first, "").ids)
             # Where nothing is left beside what windows share, the library ends the process's thread with a panic.
@@ -301,3 +301,13 @@ class Tokenizer:
             f"tokenizer {self.inner.get_vocab_size():,}.\n"
             "  take the tokenizer that came with the model, or a model whose embedding has a row for every token"
         )
+
+
+def _unicode(texts: Sequence[str]) -> list[str]:
+    """The texts; what a wrong encoding or half of a pair of JSON's escapes left in one is told."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise ValueError(f"{text[:60]!r} is no Unicode text: character {e.start} is {text[e.start]!r}.") from None
+    return list(texts)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lorax_kit.checkpoint.adapter import read_document
+from lorax_kit.checkpoint.adapter import read_meta
 from lorax_kit.data import Batch, Encoded, Row, encoded, eval_batches, load_reviews, split_reviews, train_batches
 from lorax_kit.errors import AdapterError, StudyError
 from lorax_kit.models import BertClassifier, Pretrained, Tokenizer, classifier_params, load_bert
@@ -169,7 +169,7 @@ def workload_of(adapter: str | Path) -> Sentiment:
     Raises:
       AdapterError: no adapter, a damaged one, or one that does not say.
     """
-    meta = read_document(adapter)["meta"]
+    meta = read_meta(adapter)
     if not isinstance(meta.get("settings"), dict):
         raise AdapterError(f"the adapter at {str(adapter)!r} does not say which problem it was trained on.")
     return Sentiment.from_dict(meta["settings"])

@@ -31,7 +31,7 @@ def write_report(run_dir: str | os.PathLike[str], *, margin: float | None = None
 
     Args:
       run_dir: A run folder, see `read_run`.
-      margin: The largest loss of the metric that does not matter, in its units (0.01 is a percentage point of a
+      margin: The largest change for the worse that does not matter, in its units (0.01 is a percentage point of a
         share): smaller ranks that lose less are said to be not inferior. None: what the study says, else 0.01 for
         shares, else no such claim is made.
 

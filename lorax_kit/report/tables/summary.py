@@ -64,6 +64,8 @@ def summary_table(run: RunFolder) -> str:
 
     name = run.study.get("name") or run.path.name
     lines = [f"{name}: {len(run.trials)} of {run.planned} trials", line(heads), *map(line, rows)]
+    if summary.best is not None and summary.choice != summary.metric:
+        lines.append(f"{CHOSEN}: the {summary.measure.highest} mean of {summary.choice}.")
     tests, wanted = tests_of(summary), more_seeds(summary)
     needed = seeds_needed(tests)
     if tests and seeds_of(summary) < needed:
