@@ -161,7 +161,7 @@ def calibrate(
             if weight is None and n == 0 and (name := mask_of(batch)):
                 warnings.warn(
                     f"the batches have a {name!r} with zeros, and padding counts as calibration data: "
-                    f"calibrate(..., weight={name!r}) leaves it out",
+                    f"calibrate(..., weight={name!r}), or counts= of the problem, leaves it out",
                     stacklevel=2,
                 )
             sums = add(sums, arrays, batch, weighed(batch))
