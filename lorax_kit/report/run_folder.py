@@ -16,6 +16,7 @@ from typing import Any
 
 from lorax_kit.files.lines import whole_lines
 from lorax_kit.json_text import parse_json, read_json
+from lorax_kit.study.folder.store import misshapen
 
 Record = dict[str, Any]
 
@@ -183,6 +184,8 @@ def _study(file: Path) -> Record:
         raise RunFolderError(f"'{file}' is not valid JSON: {error}.") from None
     if not isinstance(study, dict):
         raise RunFolderError(f"'{file}' holds a {type(study).__name__}, expected an object.")
+    if wrong := misshapen(study):
+        raise RunFolderError(f"'{file}' is damaged: {wrong}.")
     return study
 
 

@@ -85,6 +85,25 @@ def test_a_missing_folder_or_file_is_named(run, tmp_path):
         read_run(run)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"compiles": "y"}, "'compiles' is 'y', and must be a whole number"),
+        ({"seconds": True}, "'seconds' is True, and must be a number"),
+        ({"design": ["a"]}, r"'design' is \['a'\], and must be an object"),
+        ({"trials": 5}, "'trials' is 5, and must be a list"),
+        ({"groups": [[1]]}, "'groups' must hold objects alone"),
+    ],
+)
+def test_a_study_of_another_form_is_told(run, wrong, message):
+    info = json.loads((run / "study.json").read_text())
+    (run / "study.json").write_text(json.dumps(info | wrong))
+    with pytest.raises(RunFolderError, match=message):
+        read_run(run)
+    (run / "study.json").write_text(json.dumps(info | dict.fromkeys(wrong)))
+    assert len(read_run(run).trials) == 6
+
+
 def test_curves_and_spectra_may_be_absent(run):
     (run / "curves.jsonl").unlink()
     (run / "spectra.jsonl").unlink()

@@ -145,3 +145,16 @@ def test_what_lies_in_the_way_is_named(name, tmp_path):
         place.mkdir()
     with pytest.raises(lk.errors.StudyError, match=name):
         run(tmp_path / "run", study(rank=[1], seed=[0, 1]))
+
+
+def test_a_study_of_another_form_is_not_gone_on_with(tmp_path):
+    run(tmp_path / "run", study(rank=[1], seed=[0]))
+    file = tmp_path / "run" / "study.json"
+    info = json.loads(file.read_text())
+    del info["lorax_crc32"]  # as by hand: what is sealed is told as damaged before
+    for wrong in ({"compiles": "y"}, {"stacks": [1]}, {"leaves": 3}):
+        file.write_text(json.dumps(info | wrong))
+        with pytest.raises(lk.errors.StudyError, match=f"is damaged: '{next(iter(wrong))}'"):
+            run(tmp_path / "run", study(rank=[1], seed=[0, 1]))
+    file.write_text(json.dumps(info))
+    assert len(run(tmp_path / "run", study(rank=[1], seed=[0, 1])).rows) == 4  # with the probes

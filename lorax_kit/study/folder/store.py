@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_kit.checkpoint.fingerprint import differences, first_difference
+from lorax_kit.core.specs.setting import shown
 from lorax_kit.errors import StudyError
 from lorax_kit.extras import installed
 from lorax_kit.files.lines import append, cut_to_lines, whole_lines
@@ -40,6 +41,13 @@ from lorax_kit.version import __version__
 TRAINING = "training.npz"
 RUNGS = "rungs"
 JSONL = ("trials.jsonl", "curves.jsonl", "spectra.jsonl")
+FORMS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("trials", "groups", "stacks", "metrics"), (list, "a list")),
+    **dict.fromkeys(("design", "spec", "environment", "task", "targets", "baseline", "leaves"), (dict, "an object")),
+    "compiles": (int, "a whole number"),
+    "seconds": ((int, float), "a number"),
+}
+"""What `study.json` holds, as far as it is read again."""
 ANALYSIS = ("overlaps.jsonl", "intruders.jsonl", "forgetting.jsonl")
 
 
@@ -84,6 +92,18 @@ def plain(x: Any) -> Any:
     if isinstance(x, list | tuple):
         return [plain(v) for v in x]
     return x
+
+
+def misshapen(document: Mapping[str, Any]) -> str | None:
+    """What of a `study.json` is of another kind than is written; null is none of it."""
+    for name, (kind, words) in FORMS.items():
+        value = document.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            return f"{name!r} is {shown(value)}, and must be {words}"
+    for name in ("groups", "stacks", "metrics"):
+        if not all(isinstance(record, dict) for record in document.get(name) or ()):
+            return f"{name!r} must hold objects alone"
+    return None
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
@@ -217,7 +237,11 @@ class RunStore:
             document = read_json(file)
         except (ValueError, OSError) as e:
             raise StudyError(f"{str(file)!r} is not JSON: {e}.\n  restore it, or discard the folder") from None
-        return document if isinstance(document, dict) else {}
+        if not isinstance(document, dict):
+            return {}
+        if "identity" in document and (wrong := misshapen(document)):
+            raise StudyError(f"{str(file)!r} is damaged: {wrong}.\n  restore it, or discard the folder")
+        return document
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Whole lines of a JSONL file: one cut off by an interruption does not count."""
