@@ -137,6 +137,7 @@ def test_names_imported_when_asked_for_are_those_that_types_are_checked_of(packa
     for line in block.body:
         for alias in line.names:
             assert getattr(found, alias.name) is getattr(importlib.import_module(line.module), alias.name)
+    assert set(found.__all__) <= set(dir(found))
     with pytest.raises(AttributeError, match="has no attribute 'absent'"):
         found.absent  # noqa: B018
 

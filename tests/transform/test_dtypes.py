@@ -73,3 +73,14 @@ def test_dtypes_are_widened_as_jax_does_without_strictness():
     assert widest("bfloat16", "bfloat16") == jnp.bfloat16
     assert wide("bfloat16") == wide("float16", "float32") == np.dtype("float32")
     assert wide("float64", "bfloat16") == np.dtype("float64")
+
+
+@pytest.mark.parametrize("setting", [lk.LoRA(rank=2), lk.DoRA(rank=2), lk.LoHa(rank=2)], ids=lambda s: s.kind)
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float4_e2m1fn])
+def test_parameters_of_eight_bits_and_less_merge(setting, dtype):
+    params, fn = {"w": jnp.ones((6, 4), dtype)}, lambda p, x: x @ p["w"].astype(x.dtype)
+    plan = lk.resolve(lk.Spec({"w": setting}), params, fn, jnp.ones((5, 6)))
+    base, factors = lk.split(params, plan, jax.random.key(0))
+    merged = lk.merge(base, factors, plan)["w"]
+    assert merged.dtype == dtype
+    assert bool((merged == params["w"]).all())
