@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lorax_kit.core.method import frozen_leaves, leaf_shapes, method_of
-from lorax_kit.core.paths import is_array
+from lorax_kit.core.paths import deleted, is_array
 from lorax_kit.core.plan import Plan
 from lorax_kit.core.site import Site
 from lorax_kit.errors import AdapterError, LoraxError
@@ -82,7 +82,7 @@ def penalty(plan: Plan, factors: Any) -> Array:
 
 
 def check_factors(plan: Plan, factors: FactorTree) -> None:
-    """Raise `AdapterError` unless `factors` has exactly the plan's paths and shapes."""
+    """Raise `AdapterError` unless `factors` has exactly the plan's paths and shapes, and its buffers."""
     if not isinstance(factors, Mapping):
         raise AdapterError(
             f"the factors are a {type(factors).__name__}; they must be the dict that lk.split returns.\n"
@@ -96,6 +96,9 @@ def check_factors(plan: Plan, factors: FactorTree) -> None:
                 f"  the plan has {len(expected)} trained parameters, the factors {len(factors)}: were they split "
                 "by this plan?"
             )
+    for path, leaves in factors.items():
+        if deleted(leaves):
+            raise AdapterError(f"the factors of {path!r} were deleted: they were donated to a step.\n  give its result")
     for site in plan.sites:
         _check_leaves(site, factors[site.path])
     for leaf in plan.full:

@@ -188,8 +188,6 @@ def merge(base: Params, factors: FactorTree, plan: Plan) -> Params:
     """
     check_factors(plan, factors)
     for path, leaf in factors.items():
-        if deleted(leaf):
-            raise AdapterError(f"the factors of {path!r} were deleted: they were donated to a step.\n  give its result")
         for name, x in leaf._asdict().items():
             if x is None or isinstance(x, jax.core.Tracer):
                 continue

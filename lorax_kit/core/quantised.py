@@ -278,9 +278,10 @@ def quantize(base: Any, patterns: Sequence[str], method: str = "nf4", *, block: 
             raise PlanError(f"{path!r} of shape {x.shape} is empty: there is nothing to quantise.")
         if deleted(x):
             raise PlanError(f"the buffer of {path!r} was deleted: it was donated to a function.\n  load it again")
-        if not isinstance(x, jax.core.Tracer) and not all_finite(x):
+        known = not isinstance(x, jax.core.Tracer)
+        if known and not all_finite(x):
             raise PlanError(f"{path!r} holds values that are not finite; they would spoil the scales of others.")
-        if not isinstance(x, jax.core.Tracer) and x.dtype.itemsize > 4 and _leaves_fp32(x):
+        if known and x.dtype.itemsize > 4 and _leaves_fp32(x):
             raise PlanError(f"{path!r} holds values of float64 that float32 does not: scales are kept in it.")
         out[path] = encode(jnp.asarray(x), method, block, double)
     return unflatten(out, treedef)

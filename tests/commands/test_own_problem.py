@@ -114,41 +114,21 @@ main(["evaluate", "t", "--json"])
 main(["study", "--config", "c.json", "--out", "s", "--json"])
 """
     # Each as in a process of its own, in which nothing has registered the method.
-    compress = [
-        "compress",
-        "t",
-        "--method",
-        "svd",
-        "--keep",
-        "0.5",
-        "--rounds",
-        "0",
-        "--batches",
-        "2",
-        "--out",
-        "small",
-    ]
+    compress = ["compress", "t", "--method", "svd", "--keep", "0.5", "--rounds", "0", "--batches", "2", "--out", "c"]
     export = ["export", "t", "--format", "stablehlo", "--rounds", "1", "--out", "e"]
     after = f"""
 import sys
 from lorax_kit.cli import main
 from lorax_kit.core.method import METHODS
-for argv in (["inspect", "t"], {export!r}, {compress!r}, ["evaluate", "small"], ["evaluate", "t"]):
+for argv in (["inspect", "t"], {export!r}, {compress!r}, ["evaluate", "c"], ["evaluate", "t"]):
     METHODS.pop("half", None)
     sys.modules.pop("own_half", None)
     main(argv)
 """
     env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}{os.pathsep}{tmp_path}"}
     for step in (code, after):
-        ran = subprocess.run(
-            [sys.executable, "-c", step],
-            cwd=tmp_path,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        call = [sys.executable, "-c", step]
+        ran = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
         assert ran.returncode == 0, ran.stderr
     assert "74 examples" in ran.stdout
     assert "up/kernel: kind half" in ran.stdout

@@ -184,8 +184,10 @@ def test_a_donated_base_is_named():
     with pytest.raises(lk.PlanError, match="buffer of 'w' was deleted"):
         lk.merge(small, factors, plan)
     factors["w"].b.delete()
-    with pytest.raises(lk.AdapterError, match="factors of 'w' were deleted"):
-        lk.merge(params | {"w": jnp.ones((4, 4))}, factors, plan)
+    whole = {"w": jnp.ones((4, 4))}
+    for use in (lambda: lk.adapt(fn, plan)(whole, factors, x), lambda: lk.merge(whole, factors, plan)):
+        with pytest.raises(lk.AdapterError, match="factors of 'w' were deleted"):
+            use()
 
 
 def test_a_base_of_another_shape_is_named():

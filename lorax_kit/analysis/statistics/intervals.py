@@ -99,8 +99,8 @@ def limits(
     """
     _check_coverage(level)
     x = np.asarray(samples, dtype=np.float64)
-    _, exponent = np.frexp(np.abs(x).max(axis=-1))
-    x = np.ldexp(x, -exponent[..., None])  # in units of a power of two, in which no cube leaves the range of float64
+    exponent = _exponent(x)
+    x = np.ldexp(x, -exponent[..., None])
     n, mean = x.shape[-1], x.mean(axis=-1)
     spread = _spread(x)
     if n == 1:
@@ -121,6 +121,11 @@ def limits(
 def _check_coverage(level: float) -> None:
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; a coverage lies between 0 and 1, e.g. 0.95.")
+
+
+def _exponent(x: Float[np.ndarray, "*batch n"]) -> Any:
+    """Of the power of two in whose units no square or cube of values leaves the range of float64; exact, too."""
+    return np.frexp(np.abs(x).max(axis=-1))[1]
 
 
 def _spread(x: Float[np.ndarray, "*batch n"]) -> Any:
@@ -192,10 +197,10 @@ def unpaired(x: ArrayLike, y: ArrayLike, level: float = 0.95) -> Interval:
         return Interval(difference, math.nan, math.nan, f"one value, no interval, {sizes}")
     if not (_spread(first) or _spread(second)):
         return Interval(difference, math.nan, math.nan, f"no spread seen, no interval, {sizes}")
-    unit = float(max(np.ptp(first), np.ptp(second)))
-    parts = [float((values / unit).var(ddof=1)) / values.size for values in (first, second)]
+    exponent = int(max(_exponent(first), _exponent(second)))
+    parts = [float(np.ldexp(values, -exponent).var(ddof=1)) / values.size for values in (first, second)]
     freedom = sum(parts) ** 2 / sum(p**2 / (v.size - 1) for p, v in zip(parts, (first, second), strict=True))
-    half = -float(stdtrit(freedom, (1 - level) / 2)) * math.sqrt(sum(parts)) * unit
+    half = float(np.ldexp(-stdtrit(freedom, (1 - level) / 2) * math.sqrt(sum(parts)), exponent))
     return Interval(difference, difference - half, difference + half, f"Welch, {sizes}")
 
 

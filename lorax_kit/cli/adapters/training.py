@@ -137,11 +137,11 @@ def inspect(
     from lorax_kit.checkpoint.adapter import adapter_bytes, read_document
     from lorax_kit.commands import inspect_model
     from lorax_kit.core.specs.spec import Spec
-    from lorax_kit.extras import need
     from lorax_kit.problems.packaged.sentiment import adapter_folder
 
     if html is not None:
-        need("report", "jinja2")
+        # Here, since it may say that an extra is missing.
+        from lorax_kit.report.pages.parameters import write_parameters
 
     if spec not in (None, "all-linear") and not Path(str(spec)).is_file():
         raise click.UsageError(f"--spec {spec!r} is neither a file nor all-linear.")
@@ -163,8 +163,6 @@ def inspect(
         what = setting_of(**setting) if spec == "all-linear" else Spec.from_json(Path(spec).read_bytes())
     data, shown = inspect_model(model, what, batch_size, tokens, quantise)
     if html is not None:
-        from lorax_kit.report.pages.parameters import write_parameters
-
         write_parameters(html, data)
     if as_json:
         echo(data)

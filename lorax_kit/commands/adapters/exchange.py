@@ -137,7 +137,7 @@ def _head_of(adapter: str | Path) -> tuple[int | None, bool]:
     """How many classes the head of an adapter's model has, if it says, and whether its encoder lies in a classifier."""
     folder = Path(adapter)
     if format_of(folder) == "orbax":
-        document = read_document(folder)
+        document = read_document(folder, typed=False)
         leaves = document.get("leaves") or {}
         if head := document["arrays"].get("classifier/bias:value"):
             return int(head["shape"][0]), True
@@ -160,7 +160,7 @@ def read_adapter(folder: str | Path, model: Model, form: str | None = None) -> A
     """
     if (form or format_of(folder)) == "peft":
         return load_peft(folder, base=model.base, names=model.names)
-    document = read_document(folder)
+    document = read_document(folder, typed=False)
     if any(path.startswith(("classifier/output/", "answer/output/")) for path in document["arrays"]):
         task = document["meta"].get("problem")
         raise AdapterError(

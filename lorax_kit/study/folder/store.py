@@ -41,13 +41,14 @@ from lorax_kit.version import __version__
 TRAINING = "training.npz"
 RUNGS = "rungs"
 JSONL = ("trials.jsonl", "curves.jsonl", "spectra.jsonl")
+RECORDS = ("groups", "stacks", "metrics")
 FORMS: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("trials", "groups", "stacks", "metrics"), (list, "a list")),
+    **dict.fromkeys(("trials", *RECORDS), (list, "a list")),
     **dict.fromkeys(("design", "spec", "environment", "task", "targets", "baseline", "leaves"), (dict, "an object")),
     "compiles": (int, "a whole number"),
     "seconds": ((int, float), "a number"),
 }
-"""What `study.json` holds, as far as it is read again."""
+"""What `study.json` holds, as far as it is read again; `RECORDS` are lists of objects."""
 ANALYSIS = ("overlaps.jsonl", "intruders.jsonl", "forgetting.jsonl")
 
 
@@ -100,7 +101,7 @@ def misshapen(document: Mapping[str, Any]) -> str | None:
         value = document.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             return f"{name!r} is {shown(value)}, and must be {words}"
-    for name in ("groups", "stacks", "metrics"):
+    for name in RECORDS:
         if not all(isinstance(record, dict) for record in document.get(name) or ()):
             return f"{name!r} must hold objects alone"
     return None
